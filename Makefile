@@ -1,0 +1,92 @@
+# `make` prints the targets. `make demo` and `make test` do their own set-up.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip
+TORCH := torch==2.13.0
+TORCH_INDEX ?=
+QUICK ?= --quick
+
+# Small models on few cores: spinning OpenMP threads cost more than they give.
+export OMP_WAIT_POLICY ?= PASSIVE
+export OMP_NUM_THREADS ?= 2
+export TOKENIZERS_PARALLELISM ?= false
+export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
+
+.DEFAULT_GOAL := help
+PINS_HEADER := \# Every package of .[dev], as tested. Renewed by `make pins`.
+.PHONY: help demo test check bench pins clean
+.DELETE_ON_ERROR:
+
+help: ## print this list
+	@echo "fedvlm: federated, personalized fine-tuning of vision-language models"
+	@echo
+	@grep -E '^[a-z]+:.*## ' $(MAKEFILE_LIST) | sed -E 's/^([a-z]+):.*## /  make \1|/' \
+	  | awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+	@echo
+	@echo "  PYTHON=python3.12        the Python that creates $(VENV) (3.11 or newer)"
+	@echo "  TORCH_INDEX=https://download.pytorch.org/whl/cpu"
+	@echo "                           take PyTorch without CUDA (Linux; smaller)"
+
+demo: $(VENV)/.stamp-run ## set up, then run a small federation and write its report
+	$(BIN)/fedvlm demo
+
+test: export HF_HUB_OFFLINE = 1
+test: $(VENV)/.stamp-dev ## set up, then run the tests
+	$(BIN)/python -m pytest
+
+check: $(VENV)/.stamp-dev ## lint, formatting and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+bench: $(VENV)/.stamp-run ## run every benchmark briefly (QUICK= for the full length)
+	@found=0; for file in benchmarks/*.py; do \
+	  [ -e "$$file" ] || continue; \
+	  case "$$file" in */_*) continue;; esac; \
+	  found=1; echo "== $$file"; $(BIN)/python "$$file" $(QUICK) || exit 1; \
+	done; \
+	[ $$found = 1 ] || echo "benchmarks/ holds no benchmark yet: nothing to run"
+
+pins: ## renew constraints.txt from a fresh environment
+	rm -rf $(VENV)
+	echo '$(TORCH)' > constraints.txt
+	$(MAKE) $(VENV)/.stamp-dev
+	$(BIN)/python -m pip freeze --exclude-editable | sed -e 's/^\(torch==[^+]*\)+.*/\1/' \
+	  -e '1i $(PINS_HEADER)' > constraints.new
+	mv constraints.new constraints.txt
+
+clean: ## remove the environment, caches and build output (keeps runs/ and demo/)
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
+
+# Set-up. The stamps make a second run free; editing pyproject.toml or constraints.txt renews them.
+
+$(VENV)/.stamp-venv:
+	@command -v "$(PYTHON)" >/dev/null || { \
+	  echo "'$(PYTHON)' was not found: install Python 3.11 or newer," \
+	    "or name one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { \
+	  echo "fedvlm needs Python 3.11 or newer, '$(PYTHON)' is $$("$(PYTHON)" --version 2>&1):" \
+	    "name a newer one: make PYTHON=python3.12" >&2; exit 1; }
+	@"$(PYTHON)" -c 'import ensurepip, venv' 2>/dev/null || { \
+	  echo "'$(PYTHON)' has no venv module: install it" \
+	    "(Debian, Ubuntu: apt install python3-venv), or make PYTHON=python3.12" >&2; exit 1; }
+	@echo "Setting up $(VENV): a few minutes, once"
+	"$(PYTHON)" -m venv $(VENV)
+	@touch $@
+
+# The pinned PyTorch comes first: a range would let pip choose another, larger build.
+$(VENV)/.stamp-torch: constraints.txt | $(VENV)/.stamp-venv
+	$(PIP) install --quiet '$(TORCH)' -c constraints.txt \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	@touch $@
+
+$(VENV)/.stamp-run: pyproject.toml constraints.txt $(VENV)/.stamp-torch
+	$(PIP) install --quiet -e . -c constraints.txt
+	@touch $@
+
+$(VENV)/.stamp-dev: pyproject.toml constraints.txt $(VENV)/.stamp-torch
+	$(PIP) install --quiet -e '.[dev]' -c constraints.txt
+	@touch $(VENV)/.stamp-run $@
