@@ -1,0 +1,107 @@
+"""The numbers behind the plots: scores by round, client and seed, from ``metrics.jsonl``."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from fedvlm.errors import FedVLMError
+
+Line = Mapping[str, Any]
+Scores = dict[str, float]  # client -> score
+
+METRICS = {"exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L"}
+
+
+def metric_name(metric: str) -> str:
+    """How a metric is written in a figure; refuses one that is not a share in [0, 1]."""
+    if metric not in METRICS:
+        raise FedVLMError(f"no plot of the metric '{metric}': choose one of {', '.join(METRICS)}")
+    return METRICS[metric]
+
+
+def curve(lines: Iterable[Line], kind: str, metric: str) -> dict[int, Scores]:
+    """Round -> scores of the clients evaluated then; ``kind`` is ``personal`` or ``global``."""
+    rounds = {int(line["round"]): _scores(line, kind, metric) for line in lines}
+    return {round_: scores for round_, scores in sorted(rounds.items()) if scores}
+
+
+def first_scores(lines: Sequence[Line], metric: str) -> Scores:
+    """Every client's score before training (round 0)."""
+    return curve(lines, "personal", metric).get(0) or curve(lines, "global", metric).get(0, {})
+
+
+def last_scores(lines: Sequence[Line], kind: str, metric: str) -> Scores:
+    """Every client's latest score after training began, where the last evaluation misses it too."""
+    latest: Scores = {}
+    for round_, scores in curve(lines, kind, metric).items():
+        latest |= scores if round_ > 0 else {}
+    return latest
+
+
+def end_scores(lines: Sequence[Line], metric: str) -> Scores:
+    """:func:`last_scores` of the personal models, or of the global one where there are none."""
+    return last_scores(lines, best_kind(lines, metric), metric)
+
+
+def last_round(lines: Sequence[Line], metric: str) -> int:
+    """The last round that was evaluated; 0 without any."""
+    return max(curve(lines, best_kind(lines, metric), metric), default=0)
+
+
+def best_kind(lines: Sequence[Line], metric: str) -> str:
+    """``personal`` where the run evaluated personal models, else ``global``."""
+    return "personal" if curve(lines, "personal", metric) else "global"
+
+
+def mean(values: Iterable[float]) -> float:
+    """The arithmetic mean; NaN of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else math.nan
+
+
+def worst_tenth(scores: Mapping[str, float]) -> float:
+    """Mean of the lowest 10 % of the clients' scores, at least one client."""
+    return mean(sorted(scores.values())[: math.ceil(len(scores) / 10)])
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean over seeds; NaN below two seeds."""
+    n = len(values)
+    if n < 2:
+        return math.nan
+    centre = mean(values)
+    return math.sqrt(sum((v - centre) ** 2 for v in values) / (n - 1) / n)
+
+
+def seed_curves(runs: Sequence[Sequence[Line]], metric: str) -> tuple[list[int], list[list[float]]]:
+    """Rounds that every seed evaluated, and for each the seeds' means over clients."""
+    curves = [curve(lines, best_kind(lines, metric), metric) for lines in runs]
+    curves = [scores for scores in curves if scores]
+    rounds = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
+    return rounds, [[mean(c[round_].values()) for c in curves] for round_ in rounds]
+
+
+def mean_scores(seeds: Iterable[Scores]) -> Scores:
+    """Every client's mean over the seeds that scored it."""
+    seeds = list(seeds)
+    return {c: mean(s[c] for s in seeds if c in s) for c in client_names(seeds)}
+
+
+def client_names(scores: Iterable[Mapping[str, float]]) -> list[str]:
+    """Names in natural order: site-2 before site-10."""
+    names = {client for each in scores for client in each}
+    return sorted(
+        names,
+        key=lambda n: [
+            (not p.isdigit(), int(p) if p.isdigit() else 0, p) for p in re.split(r"(\d+)", n) if p
+        ],
+    )
+
+
+def _scores(line: Line, kind: str, metric: str) -> Scores:
+    clients = (line.get("evaluation") or {}).get(kind) or {}
+    found = {client: scores.get(metric) for client, scores in clients.items()}
+    return {c: float(v) for c, v in found.items() if v is not None and not math.isnan(v)}
