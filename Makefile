@@ -53,8 +53,8 @@ pins: ## renew constraints.txt from a fresh environment
 	rm -rf $(VENV)
 	echo '$(TORCH)' > constraints.txt
 	$(MAKE) $(VENV)/.stamp-dev
-	$(BIN)/python -m pip freeze --exclude-editable | sed -e 's/^\(torch==[^+]*\)+.*/\1/' \
-	  -e '1i $(PINS_HEADER)' > constraints.new
+	{ echo '$(PINS_HEADER)'; $(PIP) freeze --exclude-editable \
+	  | sed 's/^\(torch==[^+]*\)+.*/\1/'; } > constraints.new
 	mv constraints.new constraints.txt
 
 clean: ## remove the environment, caches and build output (keeps runs/ and demo/)
