@@ -1,0 +1,345 @@
+"""Rows from anywhere, under canonical names: image, question, answer, and the source's own columns.
+
+A source is the bundled scenes, a parquet file, a folder of parquet shards, JSONL, JSON or CSV with
+image paths, an image folder with ``metadata.jsonl``, a data set saved by ``save_to_disk``, or a
+name on the Hugging Face hub. RLAIF-V's column names are the defaults.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+import huggingface_hub
+import numpy as np
+import pandas as pd
+import pyarrow.compute as pc
+
+from fedvlm.config import DataConfig
+from fedvlm.data.images import broken_images, open_image
+from fedvlm.errors import DataError
+
+__all__ = ["load_rows", "open_image"]
+
+logger = logging.getLogger("fedvlm")
+
+ROLES = ("image", "question", "answer")
+_TEXT = ("string", "large_string", "string_view")
+_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+_SPLITS = ("train", "test", "validation", "val", "valid", "dev")
+
+
+def load_rows(data: DataConfig, seed: int = 0) -> datasets.Dataset:
+    """Reads the rows that ``data`` names and checks every one of them.
+
+    Args:
+        data: the ``data`` section of the configuration.
+        seed: of the bundled scenes and of the sample that ``data.max_rows`` asks for.
+
+    Returns:
+        A data set, memory-mapped where the source is, with the columns ``image`` (encoded:
+        ``{"bytes", "path"}``, see :func:`open_image`), ``question``, ``answer``, ``row`` (the row
+        number in the source) and every other scalar column of the source under its own name. A
+        source column that bears a canonical name and plays another part becomes ``source_<name>``.
+
+    Raises:
+        DataError: for a source that cannot be read, a missing or wrongly typed column, no rows,
+            and, unless ``data.on_error`` is ``skip``, for rows with a corrupt image or no text.
+    """
+    with _quiet():
+        rows, root = _read(data, seed)
+        if len(rows) == 0:
+            raise DataError(f"{_name(data)} has no rows")
+        rows = _canonical(rows, data, root)
+        rows = _sample(rows, data.max_rows, seed)
+        return _without_bad_rows(rows, data)
+
+
+def _name(data: DataConfig) -> str:
+    return f"data.path '{data.path}'" if data.path else "the bundled scenes"
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """No progress bars, and no log lines of libraries whose errors are raised anyway."""
+    bars = datasets.are_progress_bars_disabled()
+    hub_bars = huggingface_hub.utils.are_progress_bars_disabled()
+    loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
+    levels = [each.level for each in loggers]
+    datasets.disable_progress_bars()
+    huggingface_hub.utils.disable_progress_bars()
+    for each in loggers:
+        each.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        for each, level in zip(loggers, levels, strict=True):
+            each.setLevel(level)
+        if not bars:
+            datasets.enable_progress_bars()
+        if not hub_bars:
+            huggingface_hub.utils.enable_progress_bars()
+
+
+# Reading: each reader gives the rows and the folder that relative image paths start from.
+
+
+def _read(data: DataConfig, seed: int) -> tuple[datasets.Dataset, Path]:
+    if data.path is None:
+        from fedvlm.data.scenes import scenes
+
+        return scenes(**data.scenes.model_dump(), seed=seed), Path()
+    path = Path(data.path).expanduser()
+    try:
+        if path.is_dir():
+            return _read_folder(path.resolve(), data)
+        if path.is_file():
+            return _read_files([path.resolve()], data), path.resolve().parent
+        return _read_hub(data), Path()
+    except DataError:
+        raise
+    except Exception as error:  # datasets wraps what pyarrow, pandas and the hub raise
+        cause = error.__cause__ or error
+        if "corresponds to no data" in str(cause):
+            raise DataError(f"{_name(data)} has no rows") from error
+        raise DataError(f"cannot read {_name(data)}: {type(cause).__name__}: {cause}") from error
+
+
+def _read_files(files: list[Path], data: DataConfig) -> datasets.Dataset:
+    suffix = files[0].suffix.lower()
+    if suffix not in _SUFFIXES:
+        raise DataError(
+            f"data.path '{data.path}' ends in '{suffix}'; a file of rows ends in "
+            + ", ".join(_SUFFIXES)
+        )
+    empty = [file for file in files if file.stat().st_size == 0]
+    if empty:
+        raise DataError(f"'{empty[0]}' is an empty file")
+    if suffix == ".csv":
+        return datasets.concatenate_datasets([_read_csv(file, data) for file in files])
+    builder = "parquet" if suffix == ".parquet" else "json"
+    names = [str(file) for file in files]
+    return datasets.load_dataset(builder, data_files={"train": names}, split="train")
+
+
+def _read_csv(file: Path, data: DataConfig) -> datasets.Dataset:
+    """CSV has no types: questions, answers and paths stay text ('3', 'None', 'N/A' included)."""
+    text = dict.fromkeys((*data.columns.model_dump().values(), "file_name"), str)
+    frame = pd.read_csv(file, dtype=text, keep_default_na=False, na_values=[""])
+    return datasets.Dataset.from_pandas(frame, preserve_index=False)
+
+
+def _read_folder(folder: Path, data: DataConfig) -> tuple[datasets.Dataset, Path]:
+    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+        return _read_saved(folder, data), folder
+    for parent in (folder, folder / data.split):
+        for name in ("metadata.jsonl", "metadata.csv"):
+            if (parent / name).is_file():
+                return _read_files([parent / name], data), parent
+    seen = [p for p in sorted(folder.rglob("*")) if not p.name.startswith((".", "_"))]
+    for suffix in _SUFFIXES:
+        files = [p for p in seen if p.suffix.lower() == suffix and p.is_file()]
+        if files:
+            return _read_files(_of_split(files, folder, data), data), folder
+    raise DataError(
+        f"the folder '{data.path}' holds no parquet, JSONL, JSON or CSV file; a folder of images "
+        "needs a metadata.jsonl with lines such as "
+        '{"file_name": "1.jpg", "question": "...", "chosen": "..."}'
+    )
+
+
+def _read_saved(folder: Path, data: DataConfig) -> datasets.Dataset:
+    saved = datasets.load_from_disk(str(folder))
+    if isinstance(saved, datasets.Dataset):
+        return saved
+    if data.split not in saved:
+        raise DataError(
+            f"data.split '{data.split}' is not in '{data.path}'; it has {', '.join(saved)}"
+        )
+    return saved[data.split]
+
+
+def _of_split(files: list[Path], folder: Path, data: DataConfig) -> list[Path]:
+    """The shards of ``data.split``, where names (``train-0.parquet``) or folders tell splits."""
+
+    def split_of(file: Path) -> str:
+        where = file.relative_to(folder)
+        tokens = [*where.parts[:-1], re.split(r"[-_.]", where.name)[0]]
+        return next((t.lower() for t in reversed(tokens) if t.lower() in _SPLITS), "")
+
+    splits = {file: split_of(file) for file in files}
+    chosen = [file for file, split in splits.items() if split == data.split.lower()]
+    if chosen or not any(splits.values()):
+        return chosen or files
+    found = sorted({split for split in splits.values() if split})
+    raise DataError(
+        f"the folder '{data.path}' has no shards of data.split '{data.split}'; "
+        f"it has those of {', '.join(found)}"
+    )
+
+
+def _read_hub(data: DataConfig) -> datasets.Dataset:
+    name = data.path or ""
+    plausible = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
+    if not plausible or Path(name).suffix.lower() in _SUFFIXES:
+        raise DataError(
+            f"data.path '{name}' does not exist (looked in {Path.cwd()}), and is not a name on "
+            "the Hugging Face hub either (those look like org/name)"
+        )
+    logger.info("reading '%s' from the Hugging Face hub", name)
+    offline = datasets.config.HF_HUB_OFFLINE
+    try:
+        # One quick question first: load_dataset spends half a minute on retries without a network.
+        datasets.config.HF_HUB_OFFLINE = offline or not _hub_answers(name)
+        return datasets.load_dataset(name, split=data.split)
+    except Exception as error:
+        raise DataError(
+            f"data.path '{name}' is neither a local file or folder nor readable as a data set on "
+            f"the Hugging Face hub: {error}. Without a network, download it elsewhere and set "
+            "data.path to the local folder or parquet file"
+        ) from error
+    finally:
+        datasets.config.HF_HUB_OFFLINE = offline
+
+
+def _hub_answers(name: str) -> bool:
+    try:
+        huggingface_hub.HfApi().dataset_info(name, timeout=10)
+    except huggingface_hub.errors.HfHubHTTPError:
+        return True  # an answer, if not a friendly one: load_dataset says what is wrong
+    except Exception:
+        return False
+    return True
+
+
+# Columns: from the source's names and types to the canonical ones.
+
+
+def _canonical(rows: datasets.Dataset, data: DataConfig, root: Path) -> datasets.Dataset:
+    names = data.columns.model_dump()
+    have = rows.column_names
+    if names["image"] not in have and "file_name" in have:
+        names["image"] = "file_name"
+    _check_columns(rows, names, data)
+    kept = [n for n in have if n in names.values() or _is_scalar(rows.features[n])]
+    renamed = {source: role for role, source in names.items()}
+    renamed |= {n: f"source_{n}" for n in kept if n in (*ROLES, "row") and n not in names.values()}
+    rows = rows.with_format(None).select_columns(kept)
+    rows = rows.rename_columns({old: new for old, new in renamed.items() if old != new})
+    for name, feature in list(rows.features.items()):
+        if isinstance(feature, datasets.ClassLabel):
+            rows = _replace(rows, name, [_label(feature, v) for v in rows[name]])
+    rows = _encoded(rows, root)
+    rows = rows.add_column("row", np.arange(len(rows)))
+    first = [*ROLES, "row"]
+    return rows.select_columns(first + [n for n in rows.column_names if n not in first])
+
+
+def _check_columns(rows: datasets.Dataset, names: dict[str, str], data: DataConfig) -> None:
+    have = ", ".join(rows.column_names)
+    for role, name in names.items():
+        if name not in rows.column_names:
+            raise DataError(
+                f"{_name(data)} has no column '{name}' for the {role}; its columns are {have}. "
+                f"Set data.columns.{role}=<one of them>"
+            )
+    if len(set(names.values())) < len(names):
+        raise DataError(f"data.columns names one column for two parts: {names}")
+    image = rows.features[names["image"]]
+    if not _may_be_image(image):
+        raise DataError(
+            f"the column '{names['image']}' holds {_type(image)}, not images (encoded bytes, or "
+            f"paths); set data.columns.image to another of the columns {have}"
+        )
+    for role in ("question", "answer"):
+        feature = rows.features[names[role]]
+        if isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "") in _TEXT:
+            continue
+        raise DataError(
+            f"the column '{names[role]}' holds {_type(feature)}, and the {role} must be text; set "
+            f"data.columns.{role} to another of the columns {have}, or convert it to text"
+        )
+
+
+def _may_be_image(feature: Any) -> bool:
+    if isinstance(feature, datasets.Image):
+        return True
+    if isinstance(feature, dict):
+        return bool({"bytes", "path"} & set(feature))
+    return getattr(feature, "dtype", "") in (*_TEXT, "binary", "large_binary")
+
+
+def _is_scalar(feature: Any) -> bool:
+    if isinstance(feature, datasets.ClassLabel):
+        return True
+    return isinstance(feature, datasets.Value) and "binary" not in feature.dtype
+
+
+def _type(feature: Any) -> str:
+    if isinstance(feature, datasets.Value | datasets.ClassLabel):
+        return feature.dtype
+    return "a structure" if isinstance(feature, dict) else type(feature).__name__.lower()
+
+
+def _label(feature: datasets.ClassLabel, value: int | None) -> str | None:
+    return None if value is None or value < 0 else feature.int2str(value)
+
+
+def _replace(rows: datasets.Dataset, name: str, values: Any) -> datasets.Dataset:
+    return rows.remove_columns(name).add_column(name, values)
+
+
+def _encoded(rows: datasets.Dataset, root: Path) -> datasets.Dataset:
+    """The image column as ``{"bytes", "path"}``, never decoded; paths made absolute."""
+    rows = rows.cast_column("image", datasets.Image(decode=False))
+    images = rows.with_format("arrow")["image"][:]
+    if pc.all(pc.is_null(pc.struct_field(images, "bytes"))).as_py():
+        paths = pc.struct_field(images, "path").to_pylist()
+        absolute = [str(root / path) if path else None for path in paths]
+        rows = _replace(rows, "image", absolute)
+        rows = rows.cast_column("image", datasets.Image(decode=False))
+    return rows
+
+
+# Rows: which of them are used.
+
+
+def _sample(rows: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:
+    if limit is None or limit >= len(rows):
+        return rows
+    draw = np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(b"sample")]))
+    return rows.select(np.sort(draw.choice(len(rows), limit, replace=False)))
+
+
+def _without_bad_rows(rows: datasets.Dataset, data: DataConfig) -> datasets.Dataset:
+    bad: dict[int, str] = {}
+    for role in ("question", "answer"):
+        bad.update(dict.fromkeys(_empty(rows, role), f"the {role} is empty"))
+    bad.update({at: f"corrupt image, {why}" for at, why in broken_images(rows).items()})
+    if not bad:
+        return rows
+    numbers = rows["row"][:]
+    where = sorted(bad)
+    listed = "; ".join(f"row {numbers[at]}: {bad[at]}" for at in where[:5])
+    listed += f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
+    if data.on_error == "fail":
+        raise DataError(
+            f"{_name(data)} has {len(bad)} of {len(rows)} rows that cannot be used: {listed}. "
+            "Repair them, or leave them out with data.on_error=skip"
+        )
+    if len(bad) == len(rows):
+        raise DataError(f"{_name(data)} has no usable row: {listed}")
+    logger.warning("left out %d of %d rows of %s: %s", len(bad), len(rows), _name(data), listed)
+    return rows.select(np.setdiff1d(np.arange(len(rows)), where))
+
+
+def _empty(rows: datasets.Dataset, role: str) -> list[int]:
+    text = rows.with_format("arrow")[role][:]
+    blank = pc.equal(pc.utf8_length(pc.utf8_trim_whitespace(text)), 0)
+    return np.flatnonzero(pc.fill_null(blank, True).to_numpy(zero_copy_only=False)).tolist()
