@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import difflib
 import math
+import re
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -68,7 +70,9 @@ class PartitionConfig(Section):
         "auto", description="auto: by site for scenes, iid for other data"
     )
     clients: Positive = Field(8, description="number of clients (kind=column: one per value)")
-    column: str | None = Field(None, description="column: the clients; dirichlet, shards: the label")
+    column: str | None = Field(
+        None, description="column: the clients; dirichlet, shards: the label"
+    )
     alpha: Annotated[float, Field(gt=0)] = Field(0.3, description="Dirichlet concentration")
     shards: Positive = Field(2, description="shards a client (kind=shards)")
     exponent: Annotated[float, Field(ge=0)] = Field(1.2, description="power law (kind=quantity)")
@@ -106,14 +110,44 @@ class LoraConfig(Section):
 class AlgorithmConfig(Section):
     """Which factors are shared, and how the server combines them."""
 
-    name: str = Field("plora", description="a name from the table of algorithms")
+    name: str = Field("plora", description="a name from the table; 'share' for an own map")
     share: dict[str, Factors] | None = Field(
         None, description="own map: module pattern -> factors that are aggregated (A, B, AB, none)"
     )
     server_lr: Annotated[float, Field(gt=0)] = Field(
         1.0, description="step of the server towards the clients' mean"
     )
-    ft_steps: Positive = Field(20, description="steps of local tuning after the last round (lora+ft)")
+    ft_steps: Positive = Field(
+        20, description="steps of local tuning after the last round (lora+ft)"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_names_itself(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("share") is not None and "name" not in given:
+            return {**given, "name": "share"}
+        return given
+
+    @model_validator(mode="after")
+    def _is_in_the_table(self) -> AlgorithmConfig:
+        from fedvlm.algorithms import TABLE
+
+        if self.name not in TABLE:
+            raise ValueError(
+                f"algorithm.name '{self.name}' is unknown{_suggest(self.name, TABLE)}; "
+                f"there are {', '.join(TABLE)}"
+            )
+        if (self.share is not None) != (self.name == "share"):
+            raise ValueError(
+                "an own map needs both algorithm.name=share and algorithm.share "
+                f"(got name={self.name!r}, share={self.share!r})"
+            )
+        for pattern in self.share or {}:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+        return self
 
 
 class TrainConfig(Section):
@@ -152,6 +186,8 @@ class TrainConfig(Section):
 
     def rate_scale(self, round_: int) -> float:
         """Multiplier of the learning rates in round ``round_`` (1-based)."""
+        if round_ > self.rounds:  # local tuning after the last round
+            return 1.0
         if round_ <= self.warmup_rounds:
             return round_ / (self.warmup_rounds + 1)
         done = (round_ - 1 - self.warmup_rounds) / max(1, self.rounds - self.warmup_rounds)
@@ -170,6 +206,7 @@ class EvalConfig(Section):
     batch_size: Positive = 64
     max_rows: Positive | None = Field(None, description="at most this many test rows a client")
     max_new_tokens: Positive = 24
+    split: Literal["test", "val"] = Field("test", description="val: for choosing settings")
 
 
 class EngineConfig(Section):
@@ -310,10 +347,19 @@ def _nearest(where: str) -> str:
         leaves = {k.rpartition(".")[2]: k for k in keys}
         by_leaf = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)]
     best = by_leaf or close
-    return f": did you mean '{best[0]}'?" if best else f"; the sections are {', '.join(Config.model_fields)}"
+    return (
+        f": did you mean '{best[0]}'?"
+        if best
+        else f"; the sections are {', '.join(Config.model_fields)}"
+    )
 
 
-def _keys(section: type[BaseModel], prefix: str = ""):
+def _suggest(word: str, words: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f": did you mean '{close[0]}'?" if close else ""
+
+
+def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:
     """Every dotted key of the tree."""
     for name, field in section.model_fields.items():
         yield prefix + name

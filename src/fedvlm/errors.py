@@ -13,10 +13,15 @@ class ConfigError(FedVLMError):
 
     def __init__(self, problems: list[str]):
         self.problems = problems
-        head = "the configuration has a problem:" if len(problems) == 1 else (
-            f"the configuration has {len(problems)} problems:"
+        head = (
+            "the configuration has a problem:"
+            if len(problems) == 1
+            else (f"the configuration has {len(problems)} problems:")
         )
         super().__init__("\n".join([head, *(f"  - {p}" for p in problems)]))
+
+    def __reduce__(self):  # so that it crosses process boundaries
+        return type(self), (self.problems,)
 
 
 class DataError(FedVLMError):

@@ -1,0 +1,150 @@
+"""The command line. Heavy imports happen inside the commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from fedvlm.errors import ConfigError, FedVLMError
+
+app = typer.Typer(
+    help="Federated fine-tuning of vision-language models: a personal LoRA adapter for every site.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+Words = Annotated[
+    list[str] | None,
+    typer.Argument(
+        metavar="[CONFIG.yaml] [KEY=VALUE]...",
+        help="a configuration file, and settings such as train.rounds=20",
+        show_default=False,
+    ),
+]
+QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print only the final table")]
+
+
+@app.command()
+def run(
+    words: Words = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="DIR", help="go on with the unfinished run in DIR")
+    ] = None,
+    quiet: QuietOption = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="print all settings as YAML, and stop")
+    ] = False,
+) -> None:
+    """Fine-tune one model for every client, and score them all."""
+    from fedvlm import config as configs
+
+    if resume is not None and words:
+        raise ConfigError(
+            [f"--resume takes the run's own configuration; leave out {', '.join(words)}"]
+        )
+    source, overrides = _parse(words)
+    if print_config:
+        typer.echo(configs.dump(configs.load(source, *overrides)), nl=False)
+        return
+    settings = None if resume else configs.load(source, *overrides)
+
+    from fedvlm import federate
+    from fedvlm.progress import choose
+    from fedvlm.report.tables import print_run
+
+    folder = resume or settings.output  # type: ignore[union-attr]
+    with _interruptible(f"fedvlm run --resume {folder}"):
+        if resume:
+            results = federate.resume(resume, choose(quiet))
+        else:
+            results = federate.run(settings, progress=choose(quiet))
+    print_run(results)
+
+
+@app.command()
+def compare(
+    algorithms: Annotated[str, typer.Argument(help="names with commas, such as plora,lora,local")],
+    words: Words = None,
+    seeds: Annotated[int, typer.Option(help="how many seeds, from `seed` on")] = 1,
+    jobs: Annotated[int, typer.Option(help="runs at a time, one process each")] = 1,
+    quiet: QuietOption = False,
+) -> None:
+    """Compare algorithms on the same clients and the same initial weights."""
+    from fedvlm import config as configs
+
+    source, overrides = _parse(words)
+    if not any(o.startswith("output=") for o in overrides) and source is None:
+        overrides = ["output=runs/compare", *overrides]
+    names = [a.strip() for a in algorithms.split(",") if a.strip()]
+    _compare(names, configs.load(source, *overrides), seeds, jobs, quiet)
+
+
+@app.command()
+def demo(
+    words: Words = None,
+    seeds: Annotated[int, typer.Option(help="how many seeds")] = 1,
+    jobs: Annotated[int, typer.Option(help="runs at a time; 0: one a core, at most 4")] = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """See it work: eight sites that differ, LoRA, personalized LoRA and honest baselines."""
+    from fedvlm import config as configs
+    from fedvlm.demo import ALGORITHMS, INTRODUCTION, SETTINGS
+
+    _, overrides = _parse(words)
+    settings = configs.load(SETTINGS, *overrides)
+    if not quiet:
+        typer.echo(INTRODUCTION)
+    _compare(list(ALGORITHMS), settings, seeds, jobs or min(4, os.cpu_count() or 1), quiet)
+
+
+@app.command()
+def algorithms() -> None:
+    """List the algorithms: what each sends, what stays at the client, and its paper."""
+    from fedvlm.report.tables import print_algorithms
+
+    print_algorithms()
+
+
+def main() -> None:
+    """The entry point: a mistake in the input is one message and exit code 2."""
+    # Two busy thread pools on few cores slow each other down ten-fold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except FedVLMError as error:
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+def _compare(names: list[str], settings, seeds: int, jobs: int, quiet: bool) -> None:
+    from fedvlm.comparison import compare as run_comparison
+    from fedvlm.report.board import board
+    from fedvlm.report.tables import print_comparison
+
+    again = "the same command: it goes on where it stopped"
+    with _interruptible(again), board(names, settings, seeds, quiet) as tell:
+        comparison = run_comparison(names, settings, seeds=seeds, jobs=jobs, tell=tell)
+    print_comparison(comparison)
+
+
+def _parse(words: list[str] | None) -> tuple[str | None, list[str]]:
+    """A configuration file, if the first word is none of the form key=value, and the settings."""
+    words = list(words or [])
+    source = words.pop(0) if words and "=" not in words[0] else None
+    return source, words
+
+
+@contextlib.contextmanager
+def _interruptible(how: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        typer.echo(f"\nstopped; nothing finished is lost. Go on with: {how}", err=True)
+        sys.exit(130)

@@ -1,0 +1,251 @@
+"""compare(): several algorithms on the same partitions and the same initial weights."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import io
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedvlm import config as configs
+from fedvlm import store as stores
+from fedvlm.algorithms import TABLE
+from fedvlm.config import Config
+from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.progress import Progress
+from fedvlm.results import Results
+
+BASELINES = ("lora", "lora+ft")
+Event = tuple[str, dict[str, Any], float]
+Tell = Callable[[Event], None]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """A finished comparison.
+
+    Attributes:
+        folder: where everything is; one run's folder each in ``ALGORITHM-seed-N``.
+        rows: one dict per algorithm, best first; the columns of ``comparison.csv``.
+    """
+
+    folder: Path
+    rows: list[dict[str, Any]]
+
+
+def compare(
+    algorithms: Sequence[str],
+    config: str | Path | dict[str, Any] | Config | None = None,
+    *overrides: str,
+    seeds: int = 1,
+    jobs: int = 1,
+    tell: Tell | None = None,
+) -> Comparison:
+    """Runs every algorithm with every seed; what was done before is skipped, or gone on with.
+
+    For one seed, all algorithms get the same rows, clients, splits, cohorts, batches and initial
+    adapter.
+
+    Args:
+        algorithms: names from the table.
+        config: as for :func:`fedvlm.run`; ``output`` is the folder of the comparison.
+        *overrides: dotted assignments.
+        seeds: seeds ``config.seed``, ``config.seed + 1``, ...
+        jobs: runs at a time, each in a process of its own with one thread.
+        tell: called with (run, metrics line, seconds) after every round.
+
+    Raises:
+        FedVLMError: as :func:`fedvlm.run`; or the folder holds other runs.
+    """
+    base = configs.load(config, *overrides)
+    runs = _runs(base, algorithms, seeds, jobs)
+    todo = {name: c for name, c in runs.items() if not _done(c)}
+    tell = tell or (lambda event: None)
+    if jobs == 1:
+        for name, c in todo.items():
+            _run_one(name, c, tell)
+    elif todo:
+        _run_many(todo, jobs, tell)
+    return _conclude(Path(base.output), algorithms, runs)
+
+
+def _runs(base: Config, algorithms: Sequence[str], seeds: int, jobs: int) -> dict[str, Config]:
+    problems = []
+    if seeds < 1 or jobs < 1:
+        problems.append(f"seeds and jobs must be at least 1, got {seeds} and {jobs}")
+    if not algorithms:
+        problems.append(f"name the algorithms to compare; there are {', '.join(TABLE)}")
+    runs = {}
+    for seed in range(base.seed, base.seed + seeds):
+        for name in algorithms:
+            tree = base.model_dump()
+            tree["algorithm"]["name"] = name
+            if name != "share":
+                tree["algorithm"]["share"] = None
+            tree["seed"] = seed
+            tree["output"] = str(Path(base.output) / f"{name}-seed-{seed}")
+            if jobs > 1:
+                tree["engine"]["threads"] = 1
+            try:
+                runs[f"{name} seed {seed}"] = configs.load(tree)
+            except ConfigError as error:
+                problems.extend(p for p in error.problems if p not in problems)
+    if problems:
+        raise ConfigError(problems)
+    return runs
+
+
+def _done(config: Config) -> bool:
+    """Whether a run is finished.
+
+    Raises:
+        FedVLMError: its folder holds a run with other settings.
+    """
+    if not stores.is_run(config.output):
+        return False
+    there = configs.load(Path(config.output) / stores.CONFIG)
+    same = {"output": "", "engine": config.engine}
+    if there.model_copy(update=same) != config.model_copy(update=same):
+        raise FedVLMError(
+            f"output: '{config.output}' holds a run with other settings; choose another folder "
+            "with output=DIR, or remove that one"
+        )
+    return stores.is_done(config.output)
+
+
+class _Relay(Progress):
+    """Passes a run's rounds on under the run's name."""
+
+    def __init__(self, name: str, tell: Tell):
+        self.name, self.tell = name, tell
+
+    def round(self, line: dict[str, Any], seconds: float) -> None:
+        self.tell((self.name, line, seconds))
+
+
+def _run_one(name: str, config: Config, tell: Tell) -> None:
+    from fedvlm.federate import resume, run
+
+    progress = _Relay(name, tell)
+    if stores.is_run(config.output):
+        resume(config.output, progress)
+    else:
+        run(config, progress=progress)
+
+
+def _run_many(todo: dict[str, Config], jobs: int, tell: Tell) -> None:
+    import multiprocessing
+    import threading
+
+    spawn = multiprocessing.get_context("spawn")
+    with spawn.Manager() as manager, _pool(jobs, spawn) as pool:
+        events = manager.Queue()
+
+        def forward() -> None:
+            while (event := events.get()) is not None:
+                tell(event)
+
+        listener = threading.Thread(target=forward, daemon=True)
+        listener.start()
+        futures = [pool.submit(_run_one, n, c, events.put) for n, c in todo.items()]
+        try:
+            for future in as_completed(futures):
+                future.result()
+        finally:
+            events.put(None)
+            listener.join()
+
+
+@contextlib.contextmanager
+def _pool(jobs: int, context: Any) -> Iterator[ProcessPoolExecutor]:
+    """A pool that stops at once on an error or Ctrl-C; unfinished runs can be gone on with."""
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread)
+    try:
+        yield pool
+    except BaseException:
+        for process in (pool._processes or {}).values():
+            process.terminate()
+        pool.shutdown(wait=False, cancel_futures=True)
+        raise
+    pool.shutdown()
+
+
+def _one_thread() -> None:
+    import os
+    import signal
+
+    os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+
+
+def _conclude(folder: Path, algorithms: Sequence[str], runs: dict[str, Config]) -> Comparison:
+    from fedvlm.report.plots import plot_comparison
+
+    results: dict[str, list[Results]] = {name: [] for name in algorithms}
+    for config in runs.values():
+        results[config.algorithm.name].append(Results.read(config.output))
+    rows = sorted(
+        (_row(name, found) for name, found in results.items()), key=lambda r: -r["exact_match"]
+    )
+    by_name = {row["algorithm"]: row["exact_match"] for row in rows}
+    for row in rows:
+        for baseline in BASELINES:
+            reference = by_name.get(baseline)
+            row[f"gain_over_{baseline}"] = row["exact_match"] / reference - 1 if reference else None
+    lines = {
+        name: [stores.read_lines(r.folder / "metrics.jsonl") for r in found]
+        for name, found in results.items()
+    }
+    out = io.StringIO()
+    writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    stores.write_text(folder / "comparison.csv", out.getvalue())
+    stores.write_text(folder / "comparison.json", json.dumps(rows, indent=2) + "\n")
+    plot_comparison(lines, folder / "comparison.png", _title(runs))
+    return Comparison(folder, rows)
+
+
+def _row(name: str, found: Sequence[Results]) -> dict[str, Any]:
+    personal = [r.summary("personal")["mean"] for r in found]
+    timing = [stores.read_lines(r.folder / "timing.jsonl") for r in found]
+    return {
+        "algorithm": name,
+        "seeds": len(found),
+        "exact_match": _mean(personal),
+        "standard_error": _standard_error(personal),
+        "worst10": _mean([r.summary("personal")["worst10"] for r in found]),
+        "spread": _mean([r.summary("personal")["std"] for r in found]),
+        "personal_before": _mean([r.summary("personal_before")["mean"] for r in found]),
+        "global": _mean([r.summary("global")["mean"] for r in found]),
+        "untuned": _mean([r.summary("untuned")["mean"] for r in found]),
+        "bytes_up": _mean([r.table["bytes"]["bytes_up"]["total"] for r in found]),
+        "bytes_down": _mean([r.table["bytes"]["bytes_down"]["total"] for r in found]),
+        "seconds": _mean([sum(line.get("seconds", 0.0) for line in t) for t in timing]),
+    }
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
+
+
+def _standard_error(values: Sequence[float]) -> float | None:
+    """Of the mean over seeds; unknown for one seed."""
+    n, mean = len(values), _mean(values)
+    if n < 2:
+        return None
+    return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+
+
+def _title(runs: dict[str, Config]) -> str:
+    from fedvlm.progress import source
+
+    config = next(iter(runs.values()))
+    seeds = len({c.seed for c in runs.values()})
+    return f"{source(config)}, {seeds} seed{'s' if seeds > 1 else ''}"

@@ -1,0 +1,139 @@
+"""The reference engine: one client after another, plain PEFT and PyTorch. The readable truth."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedvlm.algorithms import Algorithm, Phase
+from fedvlm.config import Config, TrainConfig
+from fedvlm.data.collate import Collator
+from fedvlm.data.partition import Partition
+from fedvlm.engines.base import Reply, Scores, Task
+from fedvlm.errors import FedVLMError
+from fedvlm.metrics import score_texts
+from fedvlm.models import lora
+from fedvlm.models.generate import greedy
+from fedvlm.models.objectives import answer_nll, sft_loss
+from fedvlm.seeds import derive
+from fedvlm.store import Store
+from fedvlm.tree import Tree, digest, factor
+
+
+class ReferenceEngine:
+    """Trains and scores clients one at a time on one model in memory."""
+
+    def __init__(
+        self, model: Any, collator: Collator, partition: Partition, config: Config, store: Store
+    ):
+        self.model = model
+        self.collator = collator
+        self.partition = partition
+        self.config = config
+        self.store = store
+        self.params = lora.handles(model)
+        self.adapter = lora.read(self.params)
+        self._scores: dict[tuple[str, str], Scores] = {}
+
+    def train(self, algorithm: Algorithm, tasks: Sequence[Task]) -> Iterator[Reply]:
+        for task in tasks:
+            tree = self.personal(algorithm, task.client, task.down)
+            end, loss = self._train(tree, algorithm.phases, task)
+            upload, mine = algorithm.finish(task.down, end)
+            self.store.keep(task.client, task.round, mine)
+            weight = len(self.partition.splits[task.client].train)
+            yield Reply(task.client, upload, weight, loss, end)
+
+    def personal(self, algorithm: Algorithm, client: str, down: Tree) -> Tree:
+        return algorithm.start(self.adapter, down, self.store.personal(client))
+
+    def evaluate(self, models: Iterable[tuple[str, Tree]]) -> dict[str, Scores]:
+        """Equal adapters of a client are scored once: an unchanged model keeps its scores."""
+        scores = {}
+        for client, tree in models:
+            key = client, digest(tree)
+            if key not in self._scores:
+                self._scores[key] = self._score(client, tree)
+            scores[client] = self._scores[key]
+        return scores
+
+    def _train(self, tree: Tree, phases: Sequence[Phase], task: Task) -> tuple[Tree, float]:
+        settings, rows = self.config.train, self.partition.splits[task.client].train
+        lora.write(self.params, tree)
+        self.model.train()
+        losses: list[float] = []
+        for number, phase in enumerate(phases):
+            seed = (self.config.seed, task.round, task.client, number)
+            torch.manual_seed(derive(*seed, "dropout"))
+            trained = {n: p for n, p in self.params.items() if phase.trains(n)}
+            for name, p in self.params.items():
+                p.requires_grad_(name in trained)
+            optimizer = make_optimizer(trained, settings, settings.rate_scale(task.round))
+            steps = phase.steps or settings.steps(len(rows))
+            for batch in batches(rows, settings.batch_size, steps, derive(*seed, "batches")):
+                optimizer.zero_grad()
+                loss = sft_loss(self.model, self.collator.training(batch))
+                loss.backward()
+                if settings.max_grad_norm:
+                    torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
+                optimizer.step()
+                losses.append(loss.item())
+        if not all(map(math.isfinite, losses)):
+            raise FedVLMError(
+                f"client '{task.client}' diverged in round {task.round}: its loss is not finite; "
+                "lower train.lr, or set train.max_grad_norm"
+            )
+        return lora.read(self.params), sum(losses) / len(losses)
+
+    @torch.no_grad()
+    def _score(self, client: str, tree: Tree) -> Scores:
+        lora.write(self.params, tree)
+        self.model.eval()
+        settings = self.config.eval
+        rows = getattr(self.partition.splits[client], settings.split)[: settings.max_rows]
+        nll, tokens, texts = 0.0, 0, []
+        for start in range(0, len(rows), settings.batch_size):
+            batch = rows[start : start + settings.batch_size]
+            losses, counts = answer_nll(self.model, self.collator.training(batch))
+            nll, tokens = nll + losses.sum().item(), tokens + int(counts.sum())
+            prompts = self.collator.prompts(batch)
+            texts += greedy(self.model, prompts, self.collator.tokenizer, settings.max_new_tokens)
+        answers = [self.collator.rows[int(i)]["answer"] for i in rows]
+        per_example = score_texts(texts, answers)
+        means = {k: sum(s[k] for s in per_example) / len(rows) for k in per_example[0]}
+        return {"loss": nll / tokens, **means, "examples": len(rows)}
+
+
+def batches(rows: np.ndarray, size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
+    """``steps`` batches: the rows shuffled, in pieces of ``size``, shuffled anew when used up."""
+    order = np.random.default_rng(seed)
+    done = 0
+    while True:
+        shuffled = order.permutation(rows)
+        for start in range(0, len(rows), size):
+            if done == steps:
+                return
+            yield shuffled[start : start + size]
+            done += 1
+
+
+def make_optimizer(
+    trained: Mapping[str, torch.nn.Parameter], settings: TrainConfig, scale: float
+) -> torch.optim.Optimizer:
+    """A fresh optimizer, with its own rate for A and for B."""
+    rates = {"A": settings.lr_a or settings.lr, "B": settings.lr_b or settings.lr}
+    groups = [
+        {"params": [p for n, p in trained.items() if factor(n) == f], "lr": rate * scale}
+        for f, rate in rates.items()
+    ]
+    groups = [g for g in groups if g["params"]]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    fused = next(iter(trained.values())).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused
+    )

@@ -1,0 +1,278 @@
+"""run(): the only round loop."""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from fedvlm import config as configs
+from fedvlm import store as stores
+from fedvlm.algorithms import Algorithm, Client, State, build, check_share
+from fedvlm.config import Config
+from fedvlm.engines.base import Engine, Scores, Task
+from fedvlm.errors import FedVLMError
+from fedvlm.progress import Progress, Quiet
+from fedvlm.results import Results, write_results
+from fedvlm.seeds import derive
+from fedvlm.tree import Mean, Tree, nbytes
+
+if TYPE_CHECKING:
+    from fedvlm.data.partition import Partition
+    from fedvlm.engines.reference import ReferenceEngine
+
+
+@dataclass(frozen=True)
+class Round:
+    """One round's plan, a function of the config alone.
+
+    Attributes:
+        number: from 1; the one after ``train.rounds`` is local tuning at the end.
+        cohort: the clients that take part.
+        algorithm: what they run.
+        evaluate: whether all clients are scored after it.
+    """
+
+    number: int
+    cohort: tuple[str, ...]
+    algorithm: Algorithm
+    evaluate: bool
+
+
+def run(
+    config: str | Path | dict[str, Any] | Config | None = None,
+    *overrides: str,
+    resume: bool = False,
+    progress: Progress | None = None,
+) -> Results:
+    """Runs one federated fine-tuning, from data to a folder with everything that came out.
+
+    Args:
+        config: path of a YAML file, a nested dict, a ``Config``, or None for the defaults.
+        *overrides: dotted assignments, such as ``"train.rounds=20"``.
+        resume: go on with the unfinished run in ``config.output``.
+        progress: told what happens; None is silent.
+
+    Returns:
+        The results: scores per client and their summary, the bytes, the folder.
+
+    Raises:
+        ConfigError: the configuration is wrong; all mistakes at once.
+        DataError: the data cannot be used as asked.
+        FedVLMError: the model, the device or the output folder cannot be used.
+    """
+    settings = configs.load(config, *overrides)
+    progress = progress or Quiet()
+    if not resume:
+        stores.check_fresh(settings.output)
+    with progress.started(settings):
+        engine, partition, store = prepare(settings)
+        with store.locked():
+            state = _open(settings, engine, partition, store, resume)
+            _rounds(settings, engine, partition, store, state, progress)
+            results = write_results(settings, partition, store, engine)
+        progress.finished(results)
+    return results
+
+
+def resume(folder: str | Path, progress: Progress | None = None) -> Results:
+    """Goes on with the run in ``folder``, to the same bytes as if it had never stopped.
+
+    Raises:
+        FedVLMError: the folder holds no run, or its data are not what they were.
+    """
+    if not stores.is_run(folder):
+        raise FedVLMError(f"'{folder}' holds no run; start one with 'fedvlm run output={folder}'")
+    settings = configs.load(Path(folder) / stores.CONFIG)
+    settings = settings.model_copy(update={"output": str(folder)})
+    if stores.is_done(folder):
+        return Results.read(folder)
+    return run(settings, resume=True, progress=progress)
+
+
+def plan(config: Config, algorithm: Algorithm, clients: Sequence[str]) -> Iterator[Round]:
+    """All rounds of a run. The cohort is drawn from (seed, round)."""
+    rounds, size = config.train.rounds, config.train.clients_per_round or len(clients)
+    for number in range(1, rounds + 1):
+        draw = np.random.default_rng(derive(config.seed, number, "cohort"))
+        chosen = sorted(draw.choice(len(clients), size=min(size, len(clients)), replace=False))
+        due = config.eval.every and number % config.eval.every == 0
+        cohort = tuple(clients[i] for i in chosen)
+        yield Round(number, cohort, algorithm, bool(due or number == rounds))
+    if algorithm.final:
+        yield Round(rounds + 1, tuple(clients), algorithm.final, True)
+
+
+def prepare(config: Config) -> tuple[ReferenceEngine, Partition, stores.Store]:
+    """Loads data and model, and checks that the run can be done; writes nothing.
+
+    Raises:
+        FedVLMError: it cannot; see :func:`run`.
+    """
+    import torch
+
+    from fedvlm.data.collate import Collator
+    from fedvlm.data.partition import make_partition
+    from fedvlm.data.sources import load_rows
+    from fedvlm.engines.reference import ReferenceEngine
+    from fedvlm.models.load import load_model
+    from fedvlm.models.lora import attach
+
+    rows = load_rows(config.data, config.seed)
+    partition = make_partition(rows, config)
+    store = stores.Store(config.output, partition.clients)
+    if config.engine.threads:
+        torch.set_num_threads(config.engine.threads)
+    loaded = load_model(config.model)
+    model = attach(loaded.model, config.lora, config.seed)
+    seq2seq = bool(model.config.is_encoder_decoder)
+    collator = Collator(rows, loaded.processor, seq2seq=seq2seq, device=loaded.device)
+    engine = ReferenceEngine(model, collator, partition, config, store)
+    check_share(config.algorithm, engine.adapter)
+    # Two versions of every personal state, the server's state, and the exported adapters.
+    stores.check_room(config.output, nbytes([engine.adapter]) * (3 * len(partition.clients) + 4))
+    return engine, partition, store
+
+
+def _open(
+    config: Config, engine: Engine, partition: Partition, store: stores.Store, resume: bool
+) -> State:
+    """The state to go on from: the last finished round's, or a new run's."""
+    described = json.dumps(partition.to_dict())
+    if resume:
+        if (store.folder / "partition.json").read_text() != described:
+            raise FedVLMError(
+                f"the data are not what they were when the run in '{store.folder}' began: another "
+                "partition came out; restore them, or start a new run with output=DIR"
+            )
+        store.rewind()
+    else:
+        stores.check_fresh(store.folder)
+        store.create(
+            {
+                "partition.json": described,
+                "environment.json": json.dumps(environment(), indent=2) + "\n",
+                stores.CONFIG: configs.dump(config),
+            }
+        )
+    if store.finished() is not None:
+        return store.server()
+    return build(config.algorithm).init(engine.adapter)
+
+
+def _rounds(
+    config: Config,
+    engine: Engine,
+    partition: Partition,
+    store: stores.Store,
+    state: State,
+    progress: Progress,
+) -> None:
+    algorithm, clients = build(config.algorithm), partition.clients
+    if store.finished() is None:
+        untuned = _score_all(engine, algorithm, state, clients)
+        line = {"round": 0, "evaluation": {"personal": untuned[0], "global": untuned[1]}}
+        store.commit(0, state, line, {"round": 0})
+        progress.round(line, 0.0)
+    done = store.finished() or 0
+    for round_ in plan(config, algorithm, clients):
+        if round_.number > done:
+            began = time.perf_counter()
+            state, line = _round(round_, engine, partition, state, progress)
+            seconds = time.perf_counter() - began
+            store.commit(round_.number, state, line, {"round": round_.number, "seconds": seconds})
+            progress.round(line, seconds)
+
+
+def _round(
+    round_: Round, engine: Engine, partition: Partition, state: State, progress: Progress
+) -> tuple[State, dict[str, Any]]:
+    """Downloads, local training, aggregation, evaluation."""
+    algorithm, clients = round_.algorithm, partition.clients
+    down = {c: algorithm.download(state, _client(partition, c)) for c in round_.cohort}
+    tasks = [Task(c, round_.number, down[c]) for c in round_.cohort]
+    mean = Mean()
+    losses: dict[str, float] = {}
+    up: dict[str, int] = {}
+    before: dict[str, Scores] = {}
+    for reply in engine.train(algorithm, tasks):
+        if reply.upload:
+            mean.add(reply.upload, reply.weight)
+        losses[reply.client], up[reply.client] = reply.loss, payload(reply.upload)
+        if round_.evaluate:
+            before |= engine.evaluate([(reply.client, reply.end)])
+        progress.trained(reply.client, reply.loss)
+    old, state = state, algorithm.update(state, mean.tree()) if mean.total else state
+    line: dict[str, Any] = {
+        "round": round_.number,
+        "cohort": list(round_.cohort),
+        "train_loss": losses,
+        "bytes_up": up,
+        "bytes_down": {c: payload(tree) for c, tree in down.items()},
+        "evaluation": None,
+    }
+    if round_.evaluate:
+        idle = [c for c in clients if c not in before]
+        idle_before, global_before = _score_all(engine, algorithm, old, clients, idle)
+        personal, everyone = _score_all(engine, algorithm, state, clients)
+        before |= idle_before
+        line["evaluation"] = {
+            "personal": personal,
+            "global": everyone,
+            "personal_before": {c: before[c] for c in clients},
+            "global_before": global_before,
+        }
+    return state, line
+
+
+def _score_all(
+    engine: Engine,
+    algorithm: Algorithm,
+    state: State,
+    clients: Sequence[str],
+    personal: Sequence[str] | None = None,
+) -> tuple[dict[str, Scores], dict[str, Scores]]:
+    """Scores of personal models (of all clients unless named) and of the global model."""
+
+    def sent(client: str) -> Tree:
+        return algorithm.download(state, Client(client, 1.0))
+
+    shared = algorithm.start(engine.adapter, sent(clients[0]), {})
+    own = clients if personal is None else personal
+    return (
+        engine.evaluate((c, engine.personal(algorithm, c, sent(c))) for c in own),
+        engine.evaluate((c, shared) for c in clients),
+    )
+
+
+def _client(partition: Partition, name: str) -> Client:
+    return Client(name, float(len(partition.splits[name].train)))
+
+
+def payload(tree: Tree) -> int:
+    """Bytes of a message with these tensors, as safetensors; nothing to send is 0."""
+    from safetensors.torch import save
+
+    return len(save(tree)) if tree else 0
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine of this process."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    names = ("fedvlm", "torch", "transformers", "peft", "datasets", "numpy", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {n: version(n) for n in names},
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

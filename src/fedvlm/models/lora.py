@@ -1,0 +1,142 @@
+"""LoRA on a frozen model by PEFT: where it goes, and the adapter as a tree."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fedvlm.config import LoraConfig
+from fedvlm.errors import FedVLMError
+from fedvlm.seeds import derive
+from fedvlm.tree import Tree
+
+VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual\.blocks|image_encoder)(\.|$)")
+PROJECTOR = re.compile(
+    r"(^|\.)(multi_modal_projector|connector|visual\.merger|deepstack_merger_list"
+    r"|language_projection|image_projection|mm_projector)(\.|$)"
+)
+PRESETS = {
+    "language": {"language"},
+    "vision": {"vision"},
+    "projector": {"projector"},
+    "vision+language": {"vision", "language"},
+    "all-linear": {"vision", "projector", "language"},
+}
+
+
+def attach(model: nn.Module, config: LoraConfig, seed: int) -> Any:
+    """Wraps ``model`` with LoRA; the same seed gives the same initial A on any machine.
+
+    Returns:
+        The ``peft.PeftModel``, its factors in fp32, B zero.
+
+    Raises:
+        FedVLMError: no module matches, or the rank is larger than an adapted layer.
+    """
+    import peft
+
+    modules = targets(model, config.target)
+    _check_rank(model, modules, config.rank)
+    lora = peft.LoraConfig(
+        r=config.rank,
+        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        lora_dropout=config.dropout,
+        use_rslora=config.rslora,
+        target_modules=modules,
+    )
+    with torch.random.fork_rng():
+        torch.manual_seed(derive(seed, "adapter"))
+        return peft.get_peft_model(model, lora)
+
+
+def targets(model: nn.Module, target: str) -> list[str]:
+    """The names of the linear layers that a preset or a regular expression takes.
+
+    Raises:
+        FedVLMError: none does; the message shows some that exist.
+    """
+    linear = _linear_layers(model)
+    if target in PRESETS:
+        found = [n for n in linear if part(n) in PRESETS[target]]
+    else:
+        try:
+            pattern = re.compile(target)
+        except re.error as error:
+            raise FedVLMError(
+                f"lora.target: '{target}' is neither one of {', '.join(PRESETS)} nor a regular "
+                f"expression: {error}"
+            ) from None
+        found = [n for n in linear if pattern.search(n)]
+    if not found:
+        kinds = sorted({re.sub(r"\.\d+\.", ".*.", n) for n in linear})
+        raise FedVLMError(
+            f"lora.target: '{target}' matches none of the model's {len(linear)} linear layers; "
+            f"presets are {', '.join(PRESETS)}; the layers are:\n    " + "\n    ".join(kinds)
+        )
+    return found
+
+
+def part(name: str) -> str:
+    """Which part of the model a layer belongs to: vision, projector or language."""
+    if PROJECTOR.search(name):
+        return "projector"
+    return "vision" if VISION.search(name) else "language"
+
+
+def handles(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The adapter's parameters under PEFT's saved names, in a fixed order."""
+    return {
+        name.replace(".default.", "."): p
+        for name, p in sorted(model.named_parameters())
+        if ".lora_A." in name or ".lora_B." in name
+    }
+
+
+def read(params: Mapping[str, nn.Parameter]) -> Tree:
+    """A copy of the adapter, on the CPU."""
+    return {n: p.detach().to("cpu", copy=True) for n, p in params.items()}
+
+
+@torch.no_grad()
+def write(params: Mapping[str, nn.Parameter], tree: Mapping[str, Tensor]) -> None:
+    """Puts an adapter into the model.
+
+    Raises:
+        KeyError: ``tree`` lacks a factor of the model.
+    """
+    for name, p in params.items():
+        p.copy_(tree[name])
+
+
+def save_adapter(model: Any, tree: Tree, folder: Path) -> None:
+    """Writes a folder that ``PeftModel.from_pretrained`` loads."""
+    from safetensors.torch import save_file
+
+    folder.mkdir(parents=True, exist_ok=True)
+    config = model.peft_config["default"]
+    inference, config.inference_mode = config.inference_mode, True
+    config.save_pretrained(str(folder))
+    config.inference_mode = inference
+    save_file(tree, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+
+
+def _linear_layers(model: Any) -> list[str]:
+    """Linear layers but the output embedding, which is often tied to the input's."""
+    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
+
+
+def _check_rank(model: nn.Module, modules: Iterable[str], rank: int) -> None:
+    shapes = {n: tuple(model.get_parameter(f"{n}.weight").shape) for n in modules}
+    name = min(shapes, key=lambda n: min(shapes[n]))
+    (out, into), smallest = shapes[name], min(shapes[name])
+    if rank > smallest:
+        raise FedVLMError(
+            f"lora.rank: {rank} is larger than the adapted layer {name} ({into} -> {out}); "
+            f"at most {smallest} makes sense, or leave that layer out by lora.target"
+        )

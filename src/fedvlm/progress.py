@@ -1,0 +1,126 @@
+"""What a person sees while a run goes on: live bars on a terminal, plain lines elsewhere."""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+from collections.abc import Iterator
+from typing import Any
+
+from fedvlm.config import Config
+from fedvlm.metrics import summarize
+
+
+class Progress:
+    """Is told what happens in a run. This one says nothing."""
+
+    @contextlib.contextmanager
+    def started(self, config: Config) -> Iterator[None]:
+        """Around the whole run."""
+        yield
+
+    def trained(self, client: str, loss: float) -> None:
+        """A client finished its part of the round."""
+
+    def round(self, line: dict[str, Any], seconds: float) -> None:
+        """A round was committed; ``line`` is its metrics line."""
+
+    def finished(self, results: Any) -> None:
+        """The results are written."""
+
+
+Quiet = Progress
+
+
+class Plain(Progress):
+    """One line a round."""
+
+    def __init__(self, prefix: str = ""):
+        self.prefix = prefix
+
+    def _say(self, text: str) -> None:
+        print(f"{self.prefix}{text}", flush=True)
+
+    @contextlib.contextmanager
+    def started(self, config: Config) -> Iterator[None]:
+        self.rounds = config.train.rounds
+        self._say(f"{config.algorithm.name} on {source(config)}, into {config.output}")
+        yield
+
+    def round(self, line: dict[str, Any], seconds: float) -> None:
+        self._say(describe(line, self.rounds) + (f"  {seconds:.1f} s" if seconds else ""))
+
+
+class Live(Progress):
+    """A bar over clients and rounds with the time left, and a line for every evaluation."""
+
+    def __init__(self) -> None:
+        from rich.progress import (
+            BarColumn,
+            MofNCompleteColumn,
+            TextColumn,
+            TimeElapsedColumn,
+            TimeRemainingColumn,
+        )
+        from rich.progress import (
+            Progress as Bars,
+        )
+
+        self.bars = Bars(
+            TextColumn("[bold]{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TextColumn("rounds · {task.fields[note]} ·"),
+            TimeElapsedColumn(),
+            TextColumn("· left"),
+            TimeRemainingColumn(),
+        )
+
+    @contextlib.contextmanager
+    def started(self, config: Config) -> Iterator[None]:
+        self.rounds = config.train.rounds
+        with self.bars:
+            self.task = self.bars.add_task(
+                config.algorithm.name, total=self.rounds, note=f"loading {source(config)}"
+            )
+            yield
+
+    def trained(self, client: str, loss: float) -> None:
+        self.bars.update(self.task, note=f"{client} loss {loss:.3f}")
+
+    def round(self, line: dict[str, Any], seconds: float) -> None:
+        done = min(line["round"], self.rounds)
+        if line["round"] > self.rounds:
+            self.bars.update(self.task, note="local tuning done")
+        self.bars.update(self.task, completed=done)
+        if line["evaluation"]:
+            self.bars.console.print(describe(line, self.rounds))
+
+
+def choose(quiet: bool = False) -> Progress:
+    """Bars on a terminal, plain lines where the output goes elsewhere, nothing if ``quiet``."""
+    if quiet:
+        return Quiet()
+    return Live() if sys.stdout.isatty() else Plain()
+
+
+def source(config: Config) -> str:
+    """The data, in a few words."""
+    scenes = config.data.scenes
+    return config.data.path or f"scenes ({scenes.style} {scenes.strength:g}, {scenes.sites} sites)"
+
+
+def describe(line: dict[str, Any], rounds: int) -> str:
+    """A metrics line as a person reads it."""
+    number = line["round"]
+    head = f"round {number:>3}/{rounds}" if number <= rounds else "local tuning "
+    parts = []
+    if losses := line.get("train_loss"):
+        parts.append(f"{len(losses)} clients, loss {sum(losses.values()) / len(losses):.3f}")
+    if line["evaluation"]:
+        for model in ("personal", "global"):
+            scores = line["evaluation"][model]
+            mean = summarize({c: s["exact_match"] for c, s in scores.items()})["mean"]
+            parts.append(f"{model} {mean:.1%}")
+        parts[-1] += " exact match" if number else " exact match, before any training"
+    return f"{head}  " + ", ".join(parts)

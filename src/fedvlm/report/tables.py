@@ -1,0 +1,128 @@
+"""The tables that a person sees at the end of a command."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from rich.console import Console
+from rich.table import Table
+
+from fedvlm.results import METRICS
+
+if TYPE_CHECKING:
+    from fedvlm.comparison import Comparison
+    from fedvlm.results import Results
+
+HEADS = {"exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L", "loss": "loss"}
+
+
+def print_run(results: Results) -> None:
+    """Every client's scores, and their mean, spread and worst tenth."""
+    table, models = results.table, results.table["models"]
+    out = Table(title=f"{table['algorithm']}, {table['rounds']} rounds, {table['split']} rows")
+    out.add_column("client")
+    out.add_column("rows", justify="right")
+    for head in ("untuned", "global", "personal"):
+        out.add_column(head, justify="right", style="bold" if head == "personal" else None)
+    for metric in METRICS[1:]:
+        out.add_column(HEADS[metric], justify="right")
+    personal = models["personal"]["clients"]
+    shown = list(personal) if len(personal) <= 20 else []
+    for client in shown:
+        cells = [_percent(models[m]["clients"][client]["exact_match"]) for m in models_shown()]
+        more = [_number(metric, personal[client][metric]) for metric in METRICS[1:]]
+        out.add_row(client, str(personal[client]["examples"]), *cells, *more)
+    out.add_section()
+    for key, head in (("mean", "mean"), ("std", "spread (std)"), ("worst10", "worst 10 %")):
+        cells = [_percent(results.summary(m)[key]) for m in models_shown()]
+        more = [_number(metric, results.summary("personal", metric)[key]) for metric in METRICS[1:]]
+        out.add_row(head, "", *cells, *more)
+    console = console_for_tables()
+    console.print(out)
+    before = results.summary("personal_before")["mean"]
+    up, down = (table["bytes"][way]["per_client_round"] for way in ("bytes_up", "bytes_down"))
+    console.print(
+        f"untuned, global, personal: exact match; the columns after them are the personal model's."
+        f"\npersonal before the last aggregation: {_percent(before)}"
+        f"   ·   sent per client and round: {_size(up)} up, {_size(down)} down"
+        f"\neverything is in {results.folder}: table.csv, curves.png, adapters/",
+        highlight=False,
+    )
+
+
+def models_shown() -> tuple[str, ...]:
+    """The models with a column of their own."""
+    return ("untuned", "global", "personal")
+
+
+def print_comparison(comparison: Comparison) -> None:
+    """One row per algorithm, best first."""
+    rows = comparison.rows
+    seeds = rows[0]["seeds"]
+    title = f"exact match on every client's own test rows, {seeds} seed{'s' * (seeds > 1)}"
+    out = Table(title=title)
+    out.add_column("algorithm", style="bold")
+    heads = ["personal model", "worst 10 %", "global model", "sent up", "time"]
+    heads += ["over lora", "over lora+ft"]
+    for head in heads:
+        out.add_column(head, justify="right")
+    for row in rows:
+        error = row["standard_error"]
+        mean = _percent(row["exact_match"]) + (f" ± {100 * error:.1f}" if error is not None else "")
+        out.add_row(
+            row["algorithm"],
+            mean,
+            _percent(row["worst10"]),
+            _percent(row["global"]),
+            _size(row["bytes_up"]),
+            f"{row['seconds']:.0f} s",
+            _gain(row["gain_over_lora"]),
+            _gain(row["gain_over_lora+ft"]),
+        )
+    out.add_section()
+    out.add_row("(untuned)", _percent(rows[0]["untuned"]), *[""] * 6)
+    console = console_for_tables()
+    console.print(out)
+    console.print(
+        "± standard error over seeds · sent up: all clients, all rounds · "
+        f"picture and tables: {comparison.folder}/comparison.png, .csv, .json",
+        highlight=False,
+    )
+
+
+def print_algorithms() -> None:
+    """The table of algorithms."""
+    from fedvlm.algorithms import TABLE
+
+    out = Table()
+    for head in ("algorithm", "a client sends", "and keeps", "source"):
+        out.add_column(head)
+    for name, entry in TABLE.items():
+        out.add_row(name, entry.sends, entry.keeps, entry.source)
+    console_for_tables().print(out)
+
+
+def console_for_tables() -> Console:
+    """Standard output; at least 100 columns where it is no terminal, so that nothing is cut."""
+    console = Console()
+    return console if console.is_terminal else Console(width=max(110, console.width))
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def _number(metric: str, value: float) -> str:
+    return f"{value:.3f}" if metric == "loss" else _percent(value)
+
+
+def _gain(value: float | None) -> str:
+    return "" if value is None else f"{100 * value:+.1f} %"
+
+
+def _size(count: float) -> str:
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

@@ -1,0 +1,247 @@
+"""A run's folder: personal states, server checkpoints and metrics, atomic and resumable.
+
+Layout::
+
+    config.yaml  environment.json  partition.json      written once, before the first round
+    checkpoint.json                                    {"round": n}: the last finished round
+    server/00007.safetensors                           the server's state after round 7
+    clients/NAME/00006.safetensors                     what client NAME keeps, since round 6
+    metrics.jsonl  timing.jsonl                        one line a round
+    adapters/  table.json  table.csv  curves.png       written at the end
+
+A round's files are written first, each by an atomic rename, and count only once ``checkpoint.json``
+names the round. A process killed at any moment leaves the last finished round whole; files of a
+later round are removed on resume.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from fedvlm.errors import FedVLMError
+from fedvlm.tree import Tree
+
+CONFIG = "config.yaml"
+DONE = "table.json"
+
+
+class Store:
+    """One run's folder; hold it by :meth:`locked` while writing."""
+
+    def __init__(self, folder: str | Path, clients: Iterable[str]):
+        self.folder = Path(folder)
+        self.slugs = slugs(clients)
+
+    # -- once a run
+
+    def create(self, files: Mapping[str, str]) -> None:
+        """Writes the files that describe the run; ``config.yaml`` last, it marks a run."""
+        for name, text in sorted(files.items(), key=lambda item: item[0] == CONFIG):
+            write_text(self.folder / name, text)
+
+    @contextlib.contextmanager
+    def locked(self) -> Iterator[None]:
+        """Keeps a second process off this run.
+
+        Raises:
+            FedVLMError: another process holds it, or the folder cannot be written.
+        """
+        with writable(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle = open(self.folder / ".lock", "w")  # noqa: SIM115
+        with handle:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise FedVLMError(
+                    f"another process is working on the run in '{self.folder}'; wait for it, or "
+                    "choose another folder with output=DIR"
+                ) from None
+            with writable(self.folder):
+                yield
+
+    # -- rounds
+
+    def finished(self) -> int | None:
+        """The last finished round, None before the first one."""
+        path = self.folder / "checkpoint.json"
+        return json.loads(path.read_text())["round"] if path.exists() else None
+
+    def rewind(self) -> None:
+        """Removes what a killed process left of a round that did not finish."""
+        done = self.finished()
+        last = -1 if done is None else done
+        for pattern in ("server/*.safetensors", "clients/*/*.safetensors"):
+            for path in self.folder.glob(pattern):
+                if int(path.stem) > last:
+                    path.unlink()
+        for path in self.folder.glob("**/*.tmp"):
+            path.unlink()
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            lines = [line for line in read_lines(self.folder / name) if line["round"] <= last]
+            write_text(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def personal(self, client: str) -> Tree:
+        """What a client keeps; empty before its first round."""
+        versions = self._versions(self.folder / "clients" / self.slugs[client])
+        return load_tree(versions[-1]) if versions else {}
+
+    def keep(self, client: str, round_: int, mine: Tree) -> None:
+        """Saves what a client keeps from ``round_`` on; nothing where it keeps nothing."""
+        if mine:
+            folder = self.folder / "clients" / self.slugs[client]
+            save_tree(folder / f"{round_:05d}.safetensors", mine)
+
+    def server(self) -> Tree:
+        """The server's state after the last finished round."""
+        return load_tree(self.folder / "server" / f"{self.finished():05d}.safetensors")
+
+    def commit(
+        self, round_: int, state: Tree, line: dict[str, Any], timing: dict[str, Any]
+    ) -> None:
+        """Finishes a round: its state and its lines, then the checkpoint, then the clean-up."""
+        save_tree(self.folder / "server" / f"{round_:05d}.safetensors", state)
+        append_line(self.folder / "metrics.jsonl", line)
+        append_line(self.folder / "timing.jsonl", timing)
+        write_text(self.folder / "checkpoint.json", json.dumps({"round": round_}) + "\n")
+        for folder in (self.folder / "server", *(self.folder / "clients").glob("*")):
+            for old in self._versions(folder)[:-1]:
+                old.unlink()
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The metrics so far, a dict a round."""
+        return read_lines(self.folder / "metrics.jsonl")
+
+    def _versions(self, folder: Path) -> list[Path]:
+        return sorted(folder.glob("*.safetensors"))
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder holds a run, finished or not."""
+    return (Path(folder) / CONFIG).exists()
+
+
+def is_done(folder: str | Path) -> bool:
+    """Whether a folder holds a finished run."""
+    return is_run(folder) and (Path(folder) / DONE).exists()
+
+
+def check_fresh(folder: str | Path) -> None:
+    """Refuses an output folder that holds something.
+
+    Raises:
+        FedVLMError: it holds a run (the message says how to go on with it) or other files.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise FedVLMError(f"output: '{path}' is a file; choose a folder with output=DIR")
+    if is_run(path):
+        state = "a finished run" if is_done(path) else "an unfinished run"
+        hint = "" if is_done(path) else f"continue it with 'fedvlm run --resume {path}', or "
+        raise FedVLMError(f"output: '{path}' holds {state}; {hint}choose another with output=DIR")
+    if path.exists() and any(p.name != ".lock" and p.suffix != ".tmp" for p in path.iterdir()):
+        raise FedVLMError(
+            f"output: '{path}' is not empty and holds no run; choose another folder with output=DIR"
+        )
+
+
+def check_room(folder: str | Path, needed: int) -> None:
+    """Refuses a folder whose disk has less than ``needed`` bytes free.
+
+    Raises:
+        FedVLMError: naming both numbers.
+    """
+    path = Path(folder).absolute()
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise FedVLMError(
+            f"output: the disk of '{folder}' has {free / 1e6:.1f} MB free, and this run needs "
+            f"{needed / 1e6:.1f} MB; free some, or choose another disk with output=DIR"
+        )
+
+
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Turns what the disk answers into a clear error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise FedVLMError(
+                f"the disk of '{folder}' is full; nothing finished is lost: free some room, then "
+                f"'fedvlm run --resume {folder}'"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise FedVLMError(
+                f"output: '{folder}' cannot be written ({error.strerror}); choose another folder "
+                "with output=DIR"
+            ) from error
+        raise
+
+
+def slugs(clients: Iterable[str]) -> dict[str, str]:
+    """A distinct folder name for every client, readable and safe."""
+    taken: dict[str, str] = {}
+    for client in clients:
+        base = re.sub(r"[^\w.-]+", "-", client).strip(".-")[:80] or "client"
+        name, n = base, 2
+        while name in taken.values():
+            name, n = f"{base}-{n}", n + 1
+        taken[client] = name
+    return taken
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    _atomic(path, text.encode())
+
+
+def save_tree(path: Path, tree: Tree) -> None:
+    """Writes tensors whole or not at all."""
+    from safetensors.torch import save
+
+    _atomic(path, save({n: t.contiguous() for n, t in tree.items()}))
+
+
+def load_tree(path: Path) -> Tree:
+    """Reads tensors back, to the CPU."""
+    from safetensors.torch import load
+
+    return load(path.read_bytes())
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Appends one JSON line."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(line) + "\n")
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; a last one that was cut off is left out."""
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def _atomic(path: Path, data: bytes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+    os.replace(temporary, path)

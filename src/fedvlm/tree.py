@@ -1,0 +1,96 @@
+"""Algebra on adapters: flat ``{name: tensor}`` dicts with PEFT's own key names.
+
+A name such as ``base_model.model.model.text_model.layers.0.self_attn.q_proj.lora_A.weight`` says
+the module and the factor: ``lora_A`` is ``[rank, in]``, ``lora_B`` is ``[out, rank]``.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Callable, Iterable, Mapping
+from typing import TYPE_CHECKING, Literal
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+Tree = dict[str, "Tensor"]
+Select = Callable[[str], bool]
+
+
+def factor(name: str) -> Literal["A", "B"]:
+    """Which LoRA factor a tensor is.
+
+    Raises:
+        ValueError: the name is neither ``lora_A`` nor ``lora_B``.
+    """
+    for part in name.split("."):
+        if part in ("lora_A", "lora_embedding_A"):
+            return "A"
+        if part in ("lora_B", "lora_embedding_B"):
+            return "B"
+    raise ValueError(f"'{name}' is no LoRA factor: expected lora_A or lora_B in the name")
+
+
+def module(name: str) -> str:
+    """The adapted module's own name: PEFT's prefix and the factor removed."""
+    return name.removeprefix("base_model.model.").split(".lora_", 1)[0]
+
+
+def split(tree: Mapping[str, Tensor], select: Select) -> tuple[Tree, Tree]:
+    """The tensors whose names ``select`` takes, and the others."""
+    yes = {n: t for n, t in tree.items() if select(n)}
+    return yes, {n: t for n, t in tree.items() if n not in yes}
+
+
+def step(start: Mapping[str, Tensor], end: Mapping[str, Tensor], rate: float) -> Tree:
+    """``start + rate * (end - start)``; exactly ``end`` where ``rate`` is 1."""
+    if rate == 1.0:
+        return dict(end)
+    return {n: t + rate * (end[n] - t) for n, t in start.items()}
+
+
+class Mean:
+    """A weighted mean that folds one tree at a time; memory does not grow with their number."""
+
+    def __init__(self) -> None:
+        self.total = 0.0
+        self._sum: Tree = {}
+
+    def add(self, tree: Mapping[str, Tensor], weight: float) -> None:
+        """Folds one upload in.
+
+        Raises:
+            ValueError: the names differ from those folded before, or the weight is not positive.
+        """
+        if weight <= 0:
+            raise ValueError(f"a weight must be positive, got {weight}")
+        if self.total and tree.keys() != self._sum.keys():
+            odd = sorted(tree.keys() ^ self._sum.keys())[:3]
+            raise ValueError(f"uploads differ in their tensors, for example {odd}")
+        for name, tensor in tree.items():
+            if name in self._sum:
+                self._sum[name].add_(tensor.float(), alpha=weight)
+            else:
+                self._sum[name] = tensor.float() * weight
+        self.total += weight
+
+    def tree(self) -> Tree:
+        """The mean of what was folded; empty if nothing was."""
+        return {n: t / self.total for n, t in self._sum.items()}
+
+
+def digest(tree: Mapping[str, Tensor]) -> str:
+    """A hash of names, shapes and values: equal trees, equal digests."""
+    import torch
+
+    h = hashlib.blake2b(digest_size=16)
+    for name in sorted(tree):
+        tensor = tree[name].detach().cpu().contiguous()
+        h.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
+        h.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+def nbytes(trees: Iterable[Mapping[str, Tensor]]) -> int:
+    """Bytes of the tensors themselves."""
+    return sum(t.numel() * t.element_size() for tree in trees for t in tree.values())
