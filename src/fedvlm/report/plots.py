@@ -205,8 +205,8 @@ def _draw_comparison_curves(
     _score_axis(axes.yaxis, top)
     axes.set_ylabel(metric_name(metric))
     _round_axis(axes)
-    longest = max(map(len, results), default=1)
-    _legend_below(axes, *axes.get_legend_handles_labels(), columns=max(2, 60 // (longest + 5)))
+    columns = max(2, 60 // (max(map(len, results)) + 5))
+    _legend_below(axes, *axes.get_legend_handles_labels(), columns)
 
 
 def _draw_summary(
@@ -389,12 +389,10 @@ def _summary_legend(axes: Axes, clients: int) -> None:
     from matplotlib.lines import Line2D
 
     handles, labels = axes.get_legend_handles_labels()
-    dots = [
-        Line2D([], [], color="black", marker="o", ls="none", mfc=face)
-        for face in ("black", "white")
-    ]
+    dot = {"color": "black", "marker": "o", "ls": "none"}
+    dots = [Line2D([], [], mfc=face, **dot) for face in ("black", "white")]
     labels = ["mean over clients", _worst_name(clients), *labels]
-    _legend_below(axes, [*dots, *handles], labels, columns=3)
+    _legend_below(axes, [*dots, *handles], labels, 3)
 
 
 def _worst_name(clients: int) -> str:
