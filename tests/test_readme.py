@@ -141,8 +141,9 @@ def execute(block: Block, folder: Path) -> None:
         text=True,
         timeout=SECONDS,
     )
-    output = (done.stdout + done.stderr)[-4000:]
-    assert done.returncode == 0, f"{block} ended with {done.returncode}:\n{block.text}\n{output}"
+    if done.returncode != 0:
+        output = (done.stdout + done.stderr)[-4000:]
+        pytest.fail(f"{block} ended with {done.returncode}:\n{block.text}\n{output}", pytrace=False)
 
 
 # --- the README ----------------------------------------------------------------------------------
@@ -284,6 +285,6 @@ def test_blocks_are_executed_in_the_folder(tmp_path):
 
 
 def test_a_failing_command_fails_with_its_output(tmp_path):
-    with pytest.raises(AssertionError, match="ended with 3") as failure:
+    with pytest.raises(pytest.fail.Exception, match="ended with 3") as failure:
         execute(Block("bash", "echo $((6 * 7))\nexit 3\necho not reached\n", 1), tmp_path)
     assert "\n42\n" in str(failure.value)

@@ -231,7 +231,12 @@ def _draw_summary(
         error = standard_error(means) if len(means) > 1 else None
         worst_error = standard_error(worst) if len(worst) > 1 else None
         axes.plot([mean(worst), mean(means)], [row, row], color=style["color"], lw=1, alpha=0.5)
-        dot = {"color": style["color"], "marker": style["marker"], "ls": "none", "capsize": 4}
+        dot: dict[str, Any] = {
+            "color": style["color"],
+            "marker": style["marker"],
+            "ls": "none",
+            "capsize": 4,
+        }
         axes.errorbar(mean(means), row, xerr=error, ms=8, **dot)
         axes.errorbar(mean(worst), row, xerr=worst_error, ms=7, mfc="white", **dot)
         axes.annotate(
@@ -389,7 +394,7 @@ def _summary_legend(axes: Axes, clients: int) -> None:
     from matplotlib.lines import Line2D
 
     handles, labels = axes.get_legend_handles_labels()
-    dot = {"color": "black", "marker": "o", "ls": "none"}
+    dot: dict[str, Any] = {"color": "black", "marker": "o", "ls": "none"}
     dots = [Line2D([], [], mfc=face, **dot) for face in ("black", "white")]
     labels = ["mean over clients", _worst_name(clients), *labels]
     _legend_below(axes, [*dots, *handles], labels, 3)
