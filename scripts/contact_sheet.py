@@ -1,0 +1,57 @@
+"""Draws docs/images/scenes.png: a column per site, pictures with question and answer.
+
+python scripts/contact_sheet.py
+"""
+
+from __future__ import annotations
+
+import argparse
+import textwrap
+
+import datasets
+from PIL import Image, ImageDraw, ImageFont
+
+from fedvlm.data.scenes import generic, scenes
+
+TILE, TEXT, GAP = 128, 62, 12
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", default="docs/images/scenes.png")
+    parser.add_argument("--style", default="mixed")
+    parser.add_argument("--each", type=int, default=6, help="pictures per site")
+    args = parser.parse_args()
+    columns = {"generic": generic(args.each, seed=7)}
+    data = scenes(sites=8, rows=120, style=args.style)
+    for name in sorted(set(data["site"])):
+        rows = [i for i, site in enumerate(data["site"]) if site == name]
+        columns[f"{args.style}: {name}"] = data.select(rows[: args.each])
+    sheet(columns).save(args.out, optimize=True)
+
+
+def sheet(columns: dict[str, datasets.Dataset]) -> Image.Image:
+    """One column of pictures per data set, each with its question and answer below."""
+    rows = max(map(len, columns.values()))
+    size = (GAP + len(columns) * (TILE + GAP), 20 + rows * (TILE + TEXT))
+    canvas = Image.new("RGB", size, "white")
+    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    for c, (title, data) in enumerate(columns.items()):
+        left = GAP + c * (TILE + GAP)
+        pen.text((left, 3), title, "black", font)
+        for r, row in enumerate(data):
+            top = 20 + r * (TILE + TEXT)
+            canvas.paste(row["image"].resize((TILE, TILE), Image.Resampling.NEAREST), (left, top))
+            lines = (
+                textwrap.wrap(row["question"], 25)[:3] + textwrap.wrap("> " + row["chosen"], 25)[:2]
+            )
+            for n, line in enumerate(lines[:5]):
+                colour = "navy" if line.startswith("> ") else "black"
+                pen.text((left, top + TILE + 1 + 11 * n), line, colour, font)
+    return canvas
+
+
+if __name__ == "__main__":
+    main()

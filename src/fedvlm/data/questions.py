@@ -1,0 +1,385 @@
+"""Scenes and what is asked about them: every kind of question with its right and a wrong answer.
+
+The generic kinds are what the bundled tiny model was trained on; the novel kinds (textures,
+handwriting, new shapes and colours) it has never seen, so sites have something to teach. Words are
+kept as slots (`Item.words`) beside the finished text, because a site may have its own wording for
+them (see `sites.py`).
+"""
+
+from __future__ import annotations
+
+import random
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from fedvlm.data import words as lexicon
+from fedvlm.data.render import (
+    COLOURS,
+    NEW_COLOURS,
+    NEW_SHAPES,
+    PLACES,
+    SHAPES,
+    SIDE,
+    TEXTURES,
+    Scene,
+    Thing,
+    ground,
+    place,
+)
+
+SENTENCE = " Answer in a sentence."
+NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine")
+
+
+@dataclass(frozen=True)
+class Item:
+    """A question with its right and wrong answer, each as slots (`words`) and as finished text."""
+
+    kind: str
+    question: str
+    words: tuple[str, ...]
+    wrong: tuple[str, ...]
+    chosen: str
+    rejected: str
+    told: Callable[[Sequence[str]], str] | None = (
+        None  # makes the sentence, where the question asks for one
+    )
+
+
+def generic_scene(rng: random.Random, count: int | None = None) -> Scene:
+    """One to four plain things in different places, no two of the same shape and colour."""
+    count = count or rng.choices((1, 2, 3, 4), (25, 35, 25, 15))[0]
+    shapes = rng.sample(SHAPES, 2) if rng.random() < 0.5 else SHAPES
+    colours = rng.sample(tuple(COLOURS), 3) if rng.random() < 0.4 else tuple(COLOURS)
+    pairs = [(shape, colour) for shape in shapes for colour in colours]
+    things = [
+        place(rng, shape, colour, rng.choice(("large", "small")), cell)
+        for (shape, colour), cell in zip(
+            rng.sample(pairs, count), sorted(rng.sample(range(4), count)), strict=True
+        )
+    ]
+    return Scene(tuple(things), ground(rng))
+
+
+def ask(rng: random.Random, kind: str, scene: Scene) -> Item | None:
+    """A question of a kind about a scene, or None where the scene does not allow one."""
+    made = KINDS[kind](rng, scene)
+    if made is None:
+        return None
+    question, words, wrong, sentence = made
+    if sentence is None or rng.random() >= 0.3:
+        return Item(kind, question, words, wrong, join(kind, words), join(kind, wrong))
+    return Item(kind, question + SENTENCE, words, wrong, sentence(words), sentence(wrong), sentence)
+
+
+def join(kind: str, words: Sequence[str]) -> str:
+    """The short answer that a kind makes of its words."""
+    if kind == "list":
+        return ", ".join(" ".join(words[i : i + 2]) for i in range(0, len(words), 2))
+    return " ".join(words)
+
+
+def _other(rng: random.Random, options: Sequence[str], right: str) -> str:
+    return rng.choice([option for option in options if option != right])
+
+
+def _single(things: Sequence[Thing], field: str) -> list[Thing]:
+    """The things that a scene has only once when one looks at a field alone."""
+    values = [getattr(thing, field) for thing in things]
+    return [thing for thing, value in zip(things, values, strict=True) if values.count(value) == 1]
+
+
+def _the(thing: Thing) -> str:
+    return f"{thing.colour} {thing.shape}"
+
+
+def _yes(rng: random.Random, right: bool) -> tuple[tuple[str], tuple[str], Callable]:
+    answers = (("yes",), ("no",)) if right else (("no",), ("yes",))
+    return *answers, lambda w: f"The answer is {w[0]}."
+
+
+def _name(rng: random.Random, scene: Scene):
+    thing = rng.choice(scene.things)
+    if len(scene.things) == 1 and rng.random() < 0.5:
+        question, told = "What shape is it?", "It is a {}."
+    elif thing in _single(scene.things, "colour") and rng.random() < 0.7:
+        question, told = (
+            f"What shape is the {thing.colour} object?",
+            f"The {thing.colour} object is a {{}}.",
+        )
+    else:
+        spot = PLACES[thing.cell]
+        question, told = f"What shape is in the {spot}?", f"In the {spot} is a {{}}."
+    return (
+        question,
+        (thing.shape,),
+        (_other(rng, SHAPES, thing.shape),),
+        lambda w: told.format(w[0]),
+    )
+
+
+def _colour(rng: random.Random, scene: Scene):
+    thing = rng.choice(scene.things)
+    if len(scene.things) == 1 and rng.random() < 0.3:
+        who = "object"
+    elif thing in _single(scene.things, "shape") and rng.random() < 0.7:
+        who = thing.shape
+    else:
+        who = f"object in the {PLACES[thing.cell]}"
+    wrong = _other(rng, tuple(COLOURS), thing.colour)
+    return (
+        f"What colour is the {who}?",
+        (thing.colour,),
+        (wrong,),
+        lambda w: f"The {who} is {w[0]}.",
+    )
+
+
+def _size(rng: random.Random, scene: Scene):
+    thing = rng.choice(scene.things)
+    who = _the(thing)
+    wrong = "small" if thing.size == "large" else "large"
+    return (
+        f"Is the {who} large or small?",
+        (thing.size,),
+        (wrong,),
+        lambda w: f"The {who} is {w[0]}.",
+    )
+
+
+def _count(rng: random.Random, scene: Scene):
+    things, draw = scene.things, rng.random()
+    if draw < 0.3:
+        what, number = "object", len(things)
+    elif draw < 0.8:
+        what = rng.choice(things).shape if rng.random() < 0.85 else rng.choice(SHAPES)
+        number = sum(thing.shape == what for thing in things)
+    else:
+        colour = rng.choice(things).colour
+        what, number = f"{colour} object", sum(thing.colour == colour for thing in things)
+    right = NUMBERS[number]
+    wrong = rng.choice([NUMBERS[n] for n in range(5) if abs(n - number) in (1, 2)])
+
+    def told(words):
+        return f"There is one {what}." if words[0] == "one" else f"There are {words[0]} {what}s."
+
+    return f"How many {what}s are there?", (right,), (wrong,), told
+
+
+def _position(rng: random.Random, scene: Scene):
+    thing = rng.choice(scene.things)
+    who = (
+        thing.shape
+        if thing in _single(scene.things, "shape") and rng.random() < 0.5
+        else _the(thing)
+    )
+    right, wrong = PLACES[thing.cell], _other(rng, PLACES, PLACES[thing.cell])
+    told = lambda w: f"The {who} is in the {' '.join(w)}."  # noqa: E731
+    return f"Where is the {who}?", tuple(right.split()), tuple(wrong.split()), told
+
+
+def _comparison(rng: random.Random, scene: Scene):
+    if len(scene.things) < 2:
+        return None
+    first, second = rng.sample(scene.things, 2)
+    options = ["left", "right"] if first.cell % 2 != second.cell % 2 else []
+    options += ["higher", "lower"] if first.cell // 2 != second.cell // 2 else []
+    options += ["larger", "smaller"] * 2 if first.size != second.size else []
+    many = sorted({thing.shape for thing in scene.things})
+    if len(many) > 1 and rng.random() < 0.3:
+        return _more(rng, scene, many)
+    word = rng.choice(options)
+    value = {
+        "left": lambda t: -(t.cell % 2),
+        "right": lambda t: t.cell % 2,
+        "higher": lambda t: -(t.cell // 2),
+        "lower": lambda t: t.cell // 2,
+        "larger": lambda t: t.size == "large",
+        "smaller": lambda t: t.size == "small",
+    }[word]
+    right, wrong = (first, second) if value(first) > value(second) else (second, first)
+    word = f"further {word}" if word in ("left", "right") else word
+    question = f"Which is {word}, the {_the(first)} or the {_the(second)}?"
+    return (
+        question,
+        tuple(_the(right).split()),
+        tuple(_the(wrong).split()),
+        lambda w: f"The {' '.join(w)} is {word}.",
+    )
+
+
+def _more(rng: random.Random, scene: Scene, present: list[str]):
+    counts = {shape: sum(t.shape == shape for t in scene.things) for shape in present}
+    first, second = rng.sample(present, 2)
+    if counts[first] == counts[second] and rng.random() < 0.5:
+        absent = [shape for shape in SHAPES if shape not in counts]
+        first, second = rng.choice(present), rng.choice(absent)
+        first, second = (first, second) if rng.random() < 0.8 else (second, first)
+    right = counts.get(first, 0) > counts.get(second, 0)
+    return f"Are there more {first}s than {second}s?", *_yes(rng, right)
+
+
+def _yesno(rng: random.Random, scene: Scene):
+    things, draw, right = scene.things, rng.random(), rng.random() < 0.5
+    thing = rng.choice(things)
+    if draw < 0.4:  # is there ...?
+        shape, colour = thing.shape, thing.colour
+        taken = {(t.shape, t.colour) for t in things}
+        while not right and (shape, colour) in taken:
+            if rng.random() < 0.5:
+                shape = rng.choice(SHAPES)
+            else:
+                colour = rng.choice(tuple(COLOURS))
+        return f"Is there {'an' if colour[0] == 'o' else 'a'} {colour} {shape}?", *_yes(rng, right)
+    if draw < 0.7 or len(things) == 1:  # is the ... red?
+        single = _single(things, "shape")
+        if not single:
+            return None
+        thing = rng.choice(single)
+        colour = thing.colour if right else _other(rng, tuple(COLOURS), thing.colour)
+        return f"Is the {thing.shape} {colour}?", *_yes(rng, right)
+    second = rng.choice([t for t in things if t is not thing])
+    if thing.cell % 2 != second.cell % 2:
+        word, true = "left of", thing.cell % 2 < second.cell % 2
+    else:
+        word, true = "above", thing.cell // 2 < second.cell // 2
+    first, second = (thing, second) if true == right else (second, thing)
+    return f"Is the {_the(first)} {word} the {_the(second)}?", *_yes(rng, right)
+
+
+def _list(rng: random.Random, scene: Scene):
+    right = tuple(word for thing in scene.things for word in (thing.colour, thing.shape))
+    wrong = list(right)
+    wrong[-1] = _other(rng, SHAPES, right[-1])
+    return "List the objects.", right, tuple(wrong), None
+
+
+def _say(rng: random.Random, scene: Scene):
+    words = [lexicon.random_word(rng) for _ in range(rng.choice((1, 1, 2, 2, 3, 4)))]
+    wrong, spot = list(words), rng.randrange(len(words))
+    while wrong[spot] == words[spot]:
+        wrong[spot] = lexicon.random_word(rng)
+    end = rng.choice(("", "", ".", "!"))
+    words[-1], wrong[-1] = words[-1] + end, wrong[-1] + end
+    return f"Say: {' '.join(words)}", tuple(words), tuple(wrong), None
+
+
+# Novel kinds: scenes of their own.
+
+
+def novel_scene(rng: random.Random, kind: str) -> Scene:
+    """A scene for a novel kind: textures, a handwritten digit, a new shape or a new colour."""
+    if kind == "digit":
+        radius = rng.uniform(20, 27)
+        slack = SIDE / 2 - radius - 1
+        x, y = (SIDE / 2 + rng.uniform(-slack, slack) for _ in range(2))
+        tint = (rng.randint(-12, 12),) * 3
+        ink = Thing("digit", rng.choice(tuple(COLOURS)), "large", 0, x, y, radius, "plain", tint)
+        return Scene((ink,), ground(rng), (rng.randrange(10), rng.randrange(10_000)))
+    count = rng.choice((1, 1, 2))
+    cells = sorted(rng.sample(range(4), count))
+    shapes = NEW_SHAPES if kind == "shape" else SHAPES
+    colours = tuple(NEW_COLOURS) if kind == "hue" else tuple(COLOURS)
+    if kind == "texture":
+        shapes = tuple(s for s in SHAPES if s not in ("star", "heart"))
+    new = place(
+        rng, rng.choice(shapes), rng.choice(colours), "large", cells[0], _texture(rng, kind)
+    )
+    things = [new]
+    for cell in cells[1:]:
+        shape, colour = _other(rng, SHAPES, new.shape), _other(rng, tuple(COLOURS), new.colour)
+        shape = shape if kind != "texture" else _other(rng, shapes, new.shape)
+        things.append(place(rng, shape, colour, "large", cell, _texture(rng, kind)))
+    return Scene(tuple(things), ground(rng))
+
+
+def _texture(rng: random.Random, kind: str) -> str:
+    return rng.choice(TEXTURES) if kind == "texture" else "plain"
+
+
+def _ask_texture(rng: random.Random, scene: Scene):
+    thing = rng.choice(scene.things)
+    if rng.random() < 0.25:
+        right = rng.random() < 0.5
+        texture = thing.texture if right else _other(rng, TEXTURES, thing.texture)
+        return f"Is the {thing.shape} {texture}?", *_yes(rng, right)
+    who = thing.shape if rng.random() < 0.7 else thing.colour + " object"
+    wrong = _other(rng, TEXTURES, thing.texture)
+    return (
+        f"What pattern does the {who} have?",
+        (thing.texture,),
+        (wrong,),
+        lambda w: f"The {who} is {w[0]}.",
+    )
+
+
+def _ask_digit(rng: random.Random, scene: Scene):
+    value, draw = scene.digit[0], rng.random()
+    if draw < 0.15:
+        return "Is the digit even?", *_yes(rng, value % 2 == 0)
+    if draw < 0.3:
+        return "Is the digit larger than four?", *_yes(rng, value > 4)
+    right = NUMBERS[value]
+    return (
+        "Which digit is written?",
+        (right,),
+        (_other(rng, NUMBERS, right),),
+        lambda w: f"The digit is {w[0]}.",
+    )
+
+
+def _ask_shape(rng: random.Random, scene: Scene):
+    thing = scene.things[0]
+    if len(scene.things) == 1 and rng.random() < 0.5:
+        question, told = "What shape is it?", "It is a {}."
+    else:
+        question, told = (
+            f"What shape is the {thing.colour} object?",
+            f"The {thing.colour} object is a {{}}.",
+        )
+    return (
+        question,
+        (thing.shape,),
+        (_other(rng, NEW_SHAPES, thing.shape),),
+        lambda w: told.format(w[0]),
+    )
+
+
+def _ask_hue(rng: random.Random, scene: Scene):
+    thing = scene.things[0]
+    who, wrong = thing.shape, _other(rng, tuple(NEW_COLOURS), thing.colour)
+    return (
+        f"What colour is the {who}?",
+        (thing.colour,),
+        (wrong,),
+        lambda w: f"The {who} is {w[0]}.",
+    )
+
+
+GENERIC = {
+    "name": 0.14,
+    "colour": 0.14,
+    "size": 0.07,
+    "count": 0.13,
+    "position": 0.11,
+    "comparison": 0.12,
+    "yesno": 0.12,
+    "list": 0.03,
+    "say": 0.14,
+}
+NOVEL = {"texture": 0.38, "digit": 0.34, "shape": 0.2, "hue": 0.08}
+KINDS: dict[str, Callable] = {
+    "name": _name,
+    "colour": _colour,
+    "size": _size,
+    "count": _count,
+    "position": _position,
+    "comparison": _comparison,
+    "yesno": _yesno,
+    "list": _list,
+    "say": _say,
+    "texture": _ask_texture,
+    "digit": _ask_digit,
+    "shape": _ask_shape,
+    "hue": _ask_hue,
+}

@@ -1,0 +1,226 @@
+"""How the sites of the bundled scenes differ: cameras, wording, answers, number of rows.
+
+Everything about a site is a function of (seed, site), so a site is the same whoever asks for it,
+and `strength` in [0, 1] goes from sites that are all alike to sites as different as the style makes
+them.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+import string
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+from PIL import Image, ImageFilter, ImageOps
+
+from fedvlm.data.questions import NUMBERS, Item, join
+from fedvlm.data.render import COLOURS, NEW_COLOURS, NEW_SHAPES, PLACES, SHAPES, TEXTURES
+from fedvlm.data.words import CARRIERS, ENGLISH, LANGUAGES
+
+STYLES = ("iid", "label", "covariate", "concept", "quantity", "mixed")
+TONGUES = tuple(CARRIERS)
+FORMS = ("word", "sentence", "capitals", "code")
+ANSWERS = {  # what label skew may prefer, per kind; yes and no stay balanced
+    "name": SHAPES,
+    "colour": tuple(COLOURS),
+    "count": NUMBERS[1:4],
+    "position": PLACES,
+    "texture": TEXTURES,
+    "digit": NUMBERS,
+    "shape": NEW_SHAPES,
+    "hue": tuple(NEW_COLOURS),
+}
+_GOLDEN = 0.6180339887498949
+
+
+@dataclass(frozen=True)
+class Camera:
+    """What a site's camera does to every picture. The default does nothing.
+
+    Attributes:
+        hue: turn of the colours around the grey axis, in degrees.
+        contrast: factor around the middle grey.
+        rotation: of the picture, in degrees against the clock.
+        blur: radius in pixels.
+        noise: standard deviation in steps of 1/255.
+        invert: light for dark.
+        mirror: left for right.
+    """
+
+    hue: float = 0.0
+    contrast: float = 1.0
+    rotation: float = 0.0
+    blur: float = 0.0
+    noise: float = 0.0
+    invert: bool = False
+    mirror: bool = False
+
+    def shoot(self, picture: Image.Image, rng: random.Random) -> Image.Image:
+        """The picture as this camera shows it; `rng` makes the noise."""
+        if self == Camera():
+            return picture
+        if self.mirror:
+            picture = ImageOps.mirror(picture)
+        if self.rotation:
+            corner = picture.getpixel((0, 0))
+            picture = picture.rotate(self.rotation, Image.Resampling.BILINEAR, fillcolor=corner)
+        if self.blur:
+            picture = picture.filter(ImageFilter.GaussianBlur(self.blur))
+        values = np.asarray(picture, dtype=np.float32)
+        if self.hue:
+            values = values @ _hue_turn(self.hue)
+        values = (values - 128) * self.contrast + 128
+        if self.noise:
+            values = values + np.random.default_rng(rng.getrandbits(63)).normal(
+                0, self.noise, values.shape
+            )
+        if self.invert:
+            values = 255 - values
+        return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))
+
+
+def _hue_turn(degrees: float) -> np.ndarray:
+    """A rotation around the grey axis, [3, 3], for rows of RGB."""
+    cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
+    across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
+    return (cos * np.eye(3) + sin * across + (1 - cos) / 3).astype(np.float32).T
+
+
+@dataclass(frozen=True)
+class Wording:
+    """A site's convention for answers: a language and a form.
+
+    It holds for a `strength` part of words and kinds. Which ones is fixed per site, so within a
+    site a question has one right answer. Nothing in a question tells the site.
+    """
+
+    tongue: str = "english"
+    form: str = "word"
+    strength: float = 0.0
+    salt: str = ""
+
+    def word(self, word: str) -> str:
+        """The site's word for an English one."""
+        if word not in _KNOWN or unit(self.salt, "word", word) >= self.strength:
+            return word
+        if self.form == "code":
+            return self._code(word)
+        local = LANGUAGES[self.tongue][word] if self.tongue in LANGUAGES else word
+        return local.upper() if self.form == "capitals" else local
+
+    def answers(self, item: Item) -> tuple[str, str]:
+        """The right and the wrong answer to a question, as the site words them."""
+        return self._answer(item, item.words), self._answer(item, item.wrong)
+
+    def _answer(self, item: Item, words: Sequence[str]) -> str:
+        local = [self.word(word) for word in words]
+        if self.form == "sentence" and unit(self.salt, "kind", item.kind) < self.strength:
+            return CARRIERS[self.tongue].format(join(item.kind, local))
+        return item.told(local) if item.told else join(item.kind, local)
+
+    def _code(self, word: str) -> str:
+        draw = random.Random(f"{self.salt}/code/{word}")
+        return (
+            draw.choice(string.ascii_uppercase)
+            + draw.choice(string.ascii_uppercase)
+            + str(draw.randrange(10))
+        )
+
+
+_KNOWN = frozenset(ENGLISH)
+
+
+@dataclass(frozen=True)
+class Site:
+    """One site: its name, its number of rows, and in what it differs from the others.
+
+    `prefers` holds, per kind of question, the weight of each answer; a kind that it lacks is not
+    skewed.
+    """
+
+    name: str
+    rows: int
+    camera: Camera = field(default_factory=Camera)
+    wording: Wording = field(default_factory=Wording)
+    prefers: dict[str, dict[str, float]] = field(default_factory=dict)
+
+
+def make_sites(count: int, rows: int, style: str, strength: float, seed: int) -> list[Site]:
+    """The sites of a data set; `rows` is their mean number of rows."""
+    exponent = {"quantity": 1.5, "mixed": 0.4}.get(style, 0.0) * strength
+    sizes = row_counts(count, rows, exponent, seed)
+    own = {"camera": style in ("covariate", "mixed"), "wording": style in ("concept", "mixed")}
+    skewed = style in ("label", "mixed") and strength > 0
+    return [
+        Site(
+            f"site-{k}",
+            sizes[k],
+            make_camera(k, strength, seed) if own["camera"] else Camera(),
+            make_wording(k, strength, seed) if own["wording"] else Wording(),
+            make_preferences(k, strength, seed) if skewed else {},
+        )
+        for k in range(count)
+    ]
+
+
+def row_counts(count: int, rows: int, exponent: float, seed: int) -> list[int]:
+    """Rows per site by a power law of that exponent: at least one each, `count * rows` in all."""
+    weights = [(k + 1) ** -exponent for k in range(count)]
+    random.Random(f"rows/{seed}").shuffle(weights)
+    spare = count * rows - count
+    shares = [spare * weight / sum(weights) for weight in weights]
+    counts = [1 + int(share) for share in shares]
+    order = sorted(range(count), key=lambda k: (int(shares[k]) - shares[k], k))
+    for k in order[: count * rows - sum(counts)]:
+        counts[k] += 1
+    return counts
+
+
+def make_camera(k: int, strength: float, seed: int) -> Camera:
+    """The camera of site `k`: no two turn hues alike; flips come in at half strength."""
+    if strength == 0:
+        return Camera()
+    start = unit(seed, "camera")
+    turn = (
+        start + k * _GOLDEN
+    ) % 1.0  # spread evenly over the circle, whatever the number of sites
+    tilt = (start + 0.5 + k * _GOLDEN**2) % 1.0
+    flips = (k + int(4 * start)) % 4
+    return Camera(
+        hue=round(strength * (360 * turn - 180), 3),
+        contrast=1 - strength * 0.4 * unit(seed, "contrast", k),
+        rotation=round(strength * (60 * tilt - 30), 3),
+        blur=round(strength * unit(seed, "blur", k), 3),
+        noise=round(strength * 16 * unit(seed, "noise", k), 3),
+        invert=flips == 2 and strength >= 0.5,
+        mirror=flips in (1, 3) and strength >= 0.5,
+    )
+
+
+def make_wording(k: int, strength: float, seed: int) -> Wording:
+    """The convention of site `k`: languages in turn, forms that shift by one every eight sites."""
+    tongue = TONGUES[k % len(TONGUES)]
+    form = FORMS[(k + k // len(TONGUES)) % len(FORMS)]
+    return Wording(tongue, form, strength, f"{seed}/{k}")
+
+
+def make_preferences(k: int, strength: float, seed: int) -> dict[str, dict[str, float]]:
+    """Dirichlet weights of each kind's answers: alpha falls from 10 to 0.1 with the strength."""
+    alpha = 10 ** (1 - 2 * strength)
+    made = {}
+    for kind, answers in ANSWERS.items():
+        rng = random.Random(f"label/{seed}/{k}/{kind}")
+        draws = [rng.gammavariate(alpha, 1.0) + 1e-9 for _ in answers]
+        made[kind] = {
+            answer: draw / sum(draws) for answer, draw in zip(answers, draws, strict=True)
+        }
+    return made
+
+
+def unit(*parts: object) -> float:
+    """A number in [0, 1) that depends on its arguments alone, the same in every process."""
+    digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
+    return int.from_bytes(digest[:7], "big") / 2**56
