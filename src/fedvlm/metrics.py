@@ -1,0 +1,129 @@
+"""Scores of generated text, and their mean and spread over the clients."""
+
+from __future__ import annotations
+
+import string
+import unicodedata
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from functools import cache
+from typing import Any
+
+import numpy as np
+
+METRICS = ("exact_match", "f1", "rouge_l")
+_ARTICLES = frozenset({"a", "an", "the"})
+
+
+def score_texts(predictions: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
+    """Scores every prediction against its reference; every score is between 0 and 1.
+
+    * ``exact_match``: the texts are equal, case and punctuation included, once white space is
+      stripped and collapsed. Sites differ in such conventions, so they count.
+    * ``f1``: overlap of tokens, normalised as SQuAD does (Rajpurkar et al., arXiv 1606.05250):
+      lower case, no punctuation (of any script), no English articles unless nothing else is left.
+    * ``rouge_l``: F-measure of the longest common subsequence of words (Lin 2004), by the
+      ``rouge-score`` library without stemming; words are runs of letters and digits of any script
+      (the library's own tokenizer drops letters such as é).
+
+    Texts are compared in Unicode normal form C. Two texts without a single token score 1 against
+    each other in ``f1`` and ``rouge_l``; one without tokens scores 0 against any other.
+
+    Returns:
+        One ``{"exact_match", "f1", "rouge_l"}`` for each pair, in order.
+    """
+    if len(predictions) != len(references):
+        raise ValueError(
+            f"one prediction for each reference: got {len(predictions)} predictions and "
+            f"{len(references)} references"
+        )
+    return [
+        {
+            "exact_match": exact_match(prediction, reference),
+            "f1": token_f1(prediction, reference),
+            "rouge_l": rouge_l(prediction, reference),
+        }
+        for prediction, reference in zip(predictions, references, strict=True)
+    ]
+
+
+def exact_match(prediction: str, reference: str) -> float:
+    """1.0 where the texts are equal up to white space, else 0.0."""
+    return float(_collapse(prediction) == _collapse(reference))
+
+
+def token_f1(prediction: str, reference: str) -> float:
+    """SQuAD's F1 of the two bags of normalised tokens."""
+    ours, theirs = _tokens(prediction), _tokens(reference)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    shared = sum((Counter(ours) & Counter(theirs)).values())
+    return 2.0 * shared / (len(ours) + len(theirs))
+
+
+def rouge_l(prediction: str, reference: str) -> float:
+    """F-measure of ROUGE-L."""
+    if not _words(prediction) or not _words(reference):
+        return float(_words(prediction) == _words(reference))
+    return float(_rouge().score(reference, prediction)["rougeL"].fmeasure)
+
+
+def summarize(values: Mapping[str, float], *, higher_is_better: bool = True) -> dict[str, float]:
+    """Mean and spread of one score over the clients.
+
+    Args:
+        values: client -> its score.
+        higher_is_better: False for losses, where the worst clients have the highest values.
+
+    Returns:
+        ``mean`` (unweighted: every client counts the same), ``std`` (of the population), and
+        ``worst10``: the mean of the worst tenth of the clients, rounded down but at least one.
+    """
+    if not values:
+        raise ValueError("there are no clients to summarize")
+    scores = np.fromiter((float(v) for v in values.values()), dtype=np.float64, count=len(values))
+    worst_first = np.sort(scores if higher_is_better else -scores)
+    worst = float(worst_first[: max(1, len(scores) // 10)].mean())
+    return {
+        "mean": float(scores.mean()),
+        "std": float(scores.std()),
+        "worst10": worst if higher_is_better else -worst,
+    }
+
+
+def _collapse(text: str) -> str:
+    return " ".join(unicodedata.normalize("NFC", text).split())
+
+
+def _tokens(text: str) -> list[str]:
+    text = unicodedata.normalize("NFC", text).lower()
+    tokens = "".join(c for c in text if not _is_punctuation(c)).split()
+    return [t for t in tokens if t not in _ARTICLES] or tokens
+
+
+@cache
+def _is_punctuation(char: str) -> bool:
+    return char in string.punctuation or unicodedata.category(char).startswith("P")
+
+
+def _words(text: str) -> list[str]:
+    text = unicodedata.normalize("NFC", text).lower()
+    return "".join(c if _is_word(c) else " " for c in text).split()
+
+
+@cache
+def _is_word(char: str) -> bool:
+    """Letters, digits, and the marks that scripts such as Devanagari write on letters."""
+    return char.isalnum() or unicodedata.category(char).startswith("M")
+
+
+class _Tokenizer:
+    def tokenize(self, text: str) -> list[str]:
+        return _words(text)
+
+
+@cache
+def _rouge() -> Any:
+    from rouge_score.rouge_scorer import RougeScorer  # imports nltk: seconds
+
+    return RougeScorer(["rougeL"], use_stemmer=False, tokenizer=_Tokenizer())

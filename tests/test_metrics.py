@@ -1,0 +1,135 @@
+"""Scores agree with values worked out by hand, and with the rouge-score library."""
+
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from fedvlm.metrics import exact_match, rouge_l, score_texts, summarize, token_f1
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("It is red.", "It is red.", 1.0),
+        ("  It  is\nred. ", "It is red.", 1.0),
+        ("it is red.", "It is red.", 0.0),
+        ("It is red", "It is red.", 0.0),
+        ("", "", 1.0),
+        ("", "red", 0.0),
+        ("cafe\u0301", "caf\u00e9", 1.0),
+    ],
+)
+def test_exact_match_ignores_only_white_space(prediction, reference, score):
+    assert exact_match(prediction, reference) == score
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("It is RED!", "it is red", 1.0),
+        ("The red box", "a red box", 1.0),
+        ("red box", "red ball", 0.5),
+        # shared: it, is, red = 3 of 4 and 3 tokens: 2 * 3 / 7
+        ("it is bright red", "it is red", 6 / 7),
+        # bags: "red" counts once, 2 * 1 / (3 + 1)
+        ("red red red", "red", 0.5),
+        ("blue", "red", 0.0),
+        ("", "red", 0.0),
+        ("red", "", 0.0),
+        ("", "", 1.0),
+        ("Rosé, bitte!", "rosé", 2 / 3),
+        ("rose", "rosé", 0.0),
+        ("GRÖSSER", "grösser", 1.0),
+        ("Größer.", "größer", 1.0),
+        ("“größer”", "größer", 1.0),
+        ("赤い。", "赤い", 1.0),
+        ("A", "A", 1.0),
+        ("A", "B", 0.0),
+        ("a", "the", 0.0),
+        ("A", "", 0.0),
+    ],
+)
+def test_f1_matches_hand_computed_values(prediction, reference, score):
+    assert token_f1(prediction, reference) == pytest.approx(score)
+
+
+@pytest.mark.parametrize(
+    ("prediction", "reference", "score"),
+    [
+        ("the red box", "the red box", 1.0),
+        # longest common subsequence: the, red = 2; precision 2/3, recall 2/4
+        ("the red ball", "the big red box", 4 / 7),
+        ("red the", "the red", 0.5),
+        ("Größer als rosé", "größer als rosé", 1.0),
+        ("ros", "rosé", 0.0),
+        ("", "red", 0.0),
+        ("red", "", 0.0),
+        ("", "", 1.0),
+        ("!", "?", 1.0),
+    ],
+)
+def test_rouge_l_matches_hand_computed_values(prediction, reference, score):
+    assert rouge_l(prediction, reference) == pytest.approx(score)
+
+
+ascii_text = st.text(st.sampled_from("aAbB c0,.-_'\n"), max_size=30)
+
+
+@settings(max_examples=100, deadline=None)
+@given(ascii_text, ascii_text)
+def test_rouge_l_is_the_librarys_on_ascii(prediction, reference):
+    from rouge_score.rouge_scorer import RougeScorer
+
+    theirs = RougeScorer(["rougeL"]).score(reference, prediction)["rougeL"].fmeasure
+    if prediction.strip(",.-_' \n") or reference.strip(",.-_' \n"):
+        assert rouge_l(prediction, reference) == pytest.approx(theirs)
+
+
+@settings(max_examples=200, deadline=None)
+@given(st.text(max_size=20), st.text(max_size=20))
+def test_scores_are_finite_symmetric_and_between_zero_and_one(one, other):
+    (scores,) = score_texts([one], [other])
+    assert all(0.0 <= s <= 1.0 for s in scores.values())
+    assert score_texts([other], [one])[0] == pytest.approx(scores)
+    assert set(score_texts([one], [one])[0].values()) == {1.0}
+
+
+def test_every_pair_gets_every_score_in_order():
+    scores = score_texts(["Red.", "blue"], ["Red.", "Red."])
+    assert scores == [
+        {"exact_match": 1.0, "f1": 1.0, "rouge_l": 1.0},
+        {"exact_match": 0.0, "f1": 0.0, "rouge_l": 0.0},
+    ]
+    assert score_texts([], []) == []
+
+
+def test_unequal_lengths_are_refused():
+    with pytest.raises(ValueError, match="1 predictions and 2 references"):
+        score_texts(["a"], ["a", "b"])
+
+
+def test_the_summary_weighs_clients_equally():
+    summary = summarize({"a": 0.0, "b": 0.5, "c": 1.0, "d": 0.5})
+    assert summary == {"mean": 0.5, "std": pytest.approx(np.sqrt(0.125)), "worst10": 0.0}
+    assert summarize({"a": 0.3}) == {"mean": 0.3, "std": 0.0, "worst10": 0.3}
+
+
+def test_worst10_is_the_mean_of_the_worst_tenth():
+    twenty = {f"client-{i}": i / 20 for i in range(20)}
+    assert summarize(twenty)["worst10"] == pytest.approx((0 + 1) / 2 / 20)
+    assert summarize(twenty, higher_is_better=False)["worst10"] == pytest.approx(18.5 / 20)
+
+
+def test_no_clients_is_an_error():
+    with pytest.raises(ValueError, match="no clients"):
+        summarize({})
+
+
+def test_the_import_does_not_wait_for_rouge():
+    code = "import sys, fedvlm.metrics; print('rouge_score' in sys.modules, 'nltk' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.split() == ["False", "False"]
