@@ -11,6 +11,7 @@ import pytest
 from PIL import Image
 
 from fedvlm.errors import FedVLMError
+from fedvlm.metrics import summarize
 from fedvlm.report.plots import figure_comparison, figure_run, plot_comparison, plot_run
 from fedvlm.report.series import client_names, last_scores, standard_error, worst_tenth
 
@@ -159,6 +160,12 @@ def test_site_names_do_not_overlap():
     assert all(left.x1 < right.x0 for left, right in pairwise(boxes))
     many = figure_run(run(0.5, clients=20), "many").axes[1].get_xticklabels()
     assert {tick.get_rotation() for tick in many} == {40}
+
+
+@pytest.mark.parametrize("clients", [1, 8, 19, 20, 35])
+def test_worst_tenth_is_the_one_in_the_tables(clients):
+    scores = {str(k): (k * 7 % clients) / clients for k in range(clients)}
+    assert worst_tenth(scores) == pytest.approx(summarize(scores)["worst10"])
 
 
 def test_worst_tenth_is_the_mean_of_the_lowest_clients():

@@ -401,4 +401,4 @@ def _summary_legend(axes: Axes, clients: int) -> None:
 
 
 def _worst_name(clients: int) -> str:
-    return "worst 10 % of clients" if clients > 10 else "worst client"
+    return "worst 10 % of clients" if clients >= 20 else "worst client"

@@ -63,8 +63,8 @@ def mean(values: Iterable[float]) -> float:
 
 
 def worst_tenth(scores: Mapping[str, float]) -> float:
-    """Mean of the lowest 10 % of the clients' scores, at least one client."""
-    return mean(sorted(scores.values())[: math.ceil(len(scores) / 10)])
+    """Mean of the lowest tenth of the clients' scores: rounded down, but at least one client."""
+    return mean(sorted(scores.values())[: max(1, len(scores) // 10)])
 
 
 def standard_error(values: Sequence[float]) -> float:
