@@ -1,0 +1,136 @@
+"""The ways in which rows become clients: from labels or counts to one index array for each client.
+
+Every function takes the fewest rows that a client may have, and raises ``DataError`` when it cannot
+give every client as many.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+from fedvlm.config import PartitionConfig
+from fedvlm.data.labels import codes_of
+from fedvlm.errors import DataError
+
+logger = logging.getLogger("fedvlm")
+
+_TRIES = 1000  # Dirichlet draws before giving up on min_rows
+_DRAWS = 20_000_000  # and at most about this many random numbers for them
+
+
+def by_column(values: np.ndarray, column: str, least: int) -> dict[str, np.ndarray]:
+    """A client for each value, in natural order of the values."""
+    missing = pd.isna(values) | (values == "")
+    if missing.any():
+        raise DataError(
+            f"{missing.sum()} rows have no value in partition.column '{column}' (the first is "
+            f"row {missing.argmax()}): give every row its client"
+        )
+    codes, names = codes_of(values)
+    order = np.argsort(codes, kind="stable")
+    parts = np.split(order, np.cumsum(np.bincount(codes, minlength=len(names)))[:-1])
+    found = sorted(zip(names, parts, strict=True), key=lambda pair: _natural(pair[0]))
+    small = [f"{name} ({len(part)})" for name, part in found if len(part) < least]
+    if small:
+        more = f" and {len(small) - 5} more" if len(small) > 5 else ""
+        raise DataError(
+            f"{len(small)} of {len(found)} clients of partition.column '{column}' have fewer than "
+            f"{least} rows: {', '.join(small[:5])}{more}; lower partition.min_rows (at least 2 "
+            "rows are needed), merge these clients, or partition by another column"
+        )
+    return dict(found)
+
+
+def _natural(name: str) -> tuple[list[Any], str]:
+    """Sorts site-2 before site-10."""
+    pieces = re.split(r"(\d+)", name)
+    return [int(p) if i % 2 else p for i, p in enumerate(pieces)], name
+
+
+def dirichlet(
+    codes: np.ndarray, settings: PartitionConfig, least: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Cuts each label's rows between the clients by one draw of Dir(alpha).
+
+    Draws again, a bounded number of times, until every client has ``least`` rows.
+    """
+    clients, totals = settings.clients, np.bincount(codes)
+    totals = totals[totals > 0]
+    if 2 * len(totals) > len(codes):
+        logger.warning(
+            "partition.kind=dirichlet: %d of %d labels are distinct, so there is next to no skew; "
+            "set partition.column to a column of classes",
+            len(totals),
+            len(codes),
+        )
+    best = -1
+    for _ in range(int(np.clip(_DRAWS // (clients * len(totals)), 20, _TRIES))):
+        cuts = _cuts(totals, clients, settings.alpha, rng)
+        best = max(best, smallest := int(np.diff(cuts, axis=1).sum(axis=0).min()))
+        if smallest >= least:
+            break
+    else:
+        raise DataError(
+            f"partition.kind=dirichlet with alpha={settings.alpha:g} and {clients} clients left a "
+            f"client with {best} rows in the best draw, and partition.min_rows asks for {least}: "
+            "raise partition.alpha, or lower partition.clients or partition.min_rows"
+        )
+    shuffled = rng.permutation(len(codes))
+    by_label = shuffled[np.argsort(codes[shuffled], kind="stable")]
+    owner = np.repeat(np.tile(np.arange(clients), len(totals)), np.diff(cuts, axis=1).ravel())
+    return [by_label[owner == k] for k in range(clients)]
+
+
+def _cuts(totals: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
+    """Where each label's rows are cut between the clients: [labels, clients + 1]."""
+    if alpha > 1e6:  # equal shares but for rounding; larger values overflow
+        shares = np.full((len(totals), clients), 1 / clients)
+    else:
+        shares = rng.dirichlet(np.full(clients, max(alpha, 1e-6)), size=len(totals))
+    inner = np.rint(np.cumsum(shares, axis=1)[:, :-1] * totals[:, None]).astype(np.int64)
+    inner = np.clip(inner, 0, totals[:, None])
+    return np.column_stack([np.zeros_like(totals), inner, totals])
+
+
+def shards(
+    codes: np.ndarray, settings: PartitionConfig, least: int, rng: np.random.Generator
+) -> list[np.ndarray]:
+    """Sorts the rows by label and deals every client the same number of shards at random."""
+    number = settings.clients * settings.shards
+    if number > len(codes):
+        raise DataError(
+            f"partition.shards={settings.shards} for {settings.clients} clients are {number} "
+            f"shards, and there are {len(codes)} rows: lower partition.shards or partition.clients"
+        )
+    shuffled = rng.permutation(len(codes))
+    shards = np.array_split(shuffled[np.argsort(codes[shuffled], kind="stable")], number)
+    dealt = rng.permutation(number).reshape(settings.clients, settings.shards)
+    parts = [np.concatenate([shards[s] for s in hand]) for hand in dealt]
+    smallest = min(map(len, parts))
+    if smallest < least:
+        raise DataError(
+            f"partition.kind=shards left a client with {smallest} rows, and partition.min_rows "
+            f"asks for {least}: lower partition.clients, partition.shards or partition.min_rows"
+        )
+    return parts
+
+
+def power_law(count: int, settings: PartitionConfig, least: int) -> np.ndarray:
+    """Sizes proportional to rank^-exponent, raised to ``least`` where they would be smaller."""
+    weights = np.arange(1, settings.clients + 1, dtype=np.float64) ** -settings.exponent
+    sizes = np.full(settings.clients, float(least))
+    for free in range(settings.clients, 0, -1):  # ranks from `free` on get `least`
+        rest = count - least * (settings.clients - free)
+        share = rest * weights[:free] / weights[:free].sum()
+        if share[-1] >= least or free == 1:
+            sizes[:free] = share
+            break
+    whole = np.floor(sizes).astype(np.int64)
+    largest = np.argsort(-(sizes - whole), kind="stable")
+    whole[largest[: count - whole.sum()]] += 1
+    return whole

@@ -1,0 +1,283 @@
+"""Rows become clients, and each client's rows become train, val and test.
+
+Every way to assign rows is one function from the rows' labels to index arrays; the split inside a
+client is the same for all. :class:`Partition` also holds what skew came out.
+"""
+
+from __future__ import annotations
+
+import logging
+import zlib
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import datasets
+import numpy as np
+import pandas as pd
+
+from fedvlm.config import Config
+from fedvlm.data import assign
+from fedvlm.data.labels import binned_codes, codes_of, values_of
+from fedvlm.data.skew import Skew, measure
+from fedvlm.errors import DataError
+
+logger = logging.getLogger("fedvlm")
+
+SPLITS = ("train", "val", "test")
+
+
+@dataclass(frozen=True, eq=False)
+class Split:
+    """One client's rows: int64 positions in the data set, each array in a seeded random order."""
+
+    train: np.ndarray
+    val: np.ndarray
+    test: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.train) + len(self.val) + len(self.test)
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Split) and all(
+            np.array_equal(getattr(self, name), getattr(other, name)) for name in SPLITS
+        )
+
+
+@dataclass(frozen=True)
+class Partition:
+    """Who has which rows, and how much the clients differ.
+
+    Attributes:
+        kind: how rows were assigned (``auto`` is resolved).
+        label: the column in which the clients' skew was measured.
+        clients: the clients' names, in order.
+        splits: client -> its rows.
+        skew: client -> how its labels differ from all clients' together.
+    """
+
+    kind: str
+    label: str
+    clients: tuple[str, ...]
+    splits: dict[str, Split]
+    skew: dict[str, Skew]
+
+    def counts(self) -> dict[str, dict[str, int]]:
+        """Client -> its number of ``train``, ``val`` and ``test`` rows."""
+        return {
+            client: {name: len(getattr(split, name)) for name in SPLITS}
+            for client, split in self.splits.items()
+        }
+
+    def mean_divergence(self) -> float:
+        """Unweighted mean over the clients of :attr:`Skew.divergence`."""
+        return float(np.mean([skew.divergence for skew in self.skew.values()]))
+
+    def table(self, top: int = 3) -> str:
+        """The skew as plain text: a client a line, with its ``top`` most frequent labels."""
+        head = ["client", *SPLITS, "divergence", f"most frequent {self.label}"]
+        lines = [head]
+        for client, counts in self.counts().items():
+            skew = self.skew[client]
+            size = len(self.splits[client])
+            often = ", ".join(f"{_short(t)} {100 * n / size:.0f} %" for t, n in skew.top[:top])
+            numbers = [str(counts[name]) for name in SPLITS]
+            lines.append([client, *numbers, f"{skew.divergence:.3f}", often])
+        totals = [str(sum(c[name] for c in self.counts().values())) for name in SPLITS]
+        lines.append(["all", *totals, f"{self.mean_divergence():.3f}", "(mean divergence)"])
+        widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+        return "\n".join(
+            "  ".join(
+                cell.ljust(width) if i in (0, 5) else cell.rjust(width)
+                for i, (cell, width) in enumerate(zip(line, widths, strict=True))
+            ).rstrip()
+            for line in lines
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """Plain lists, numbers and strings, for JSON; :meth:`from_dict` reads them back."""
+        return {
+            "kind": self.kind,
+            "label": self.label,
+            "clients": [
+                {
+                    "client": client,
+                    **{name: getattr(self.splits[client], name).tolist() for name in SPLITS},
+                    **self.skew[client].to_dict(),
+                }
+                for client in self.clients
+            ],
+        }
+
+    @classmethod
+    def from_dict(cls, tree: Mapping[str, Any]) -> Partition:
+        """The partition that :meth:`to_dict` wrote.
+
+        Raises:
+            DataError: when ``tree`` does not have that form.
+        """
+        try:
+            splits, skew = {}, {}
+            for entry in tree["clients"]:
+                arrays = (np.asarray(entry[name], dtype=np.int64) for name in SPLITS)
+                splits[entry["client"]] = Split(*arrays)
+                skew[entry["client"]] = Skew.from_dict(entry)
+            return cls(tree["kind"], tree["label"], tuple(splits), splits, skew)
+        except (KeyError, TypeError, ValueError) as error:
+            raise DataError(
+                f"this is not a saved partition ({type(error).__name__}: {error}); make it anew "
+                "with make_partition"
+            ) from error
+
+
+def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
+    """Assigns every row to one client, and to one of its train, val and test.
+
+    Kinds (``partition.kind``): ``iid``; ``dirichlet``, label skew by Dirichlet draws (introduced by
+    Hsu et al., arXiv 1909.06335; here in the form that has become usual, one draw over the clients
+    for each label, so sizes differ too); ``shards``, rows sorted by label and dealt in shards
+    (McMahan et al., arXiv 1602.05629); ``column``, a client for each value of a column;
+    ``quantity``, sizes by a power law; ``auto``, by the column ``site`` for the bundled scenes and
+    ``iid`` for other data. Labels are the answers, or ``partition.column``; numbers with many
+    values are put into ten bins of equal counts.
+
+    A client needs ``partition.min_rows`` rows, and at least two: one to train, one to test. Rows
+    that share an image (``image_path``) stay together inside a client, and images are ranked alike
+    in all clients, so that most land in the same split everywhere.
+
+    The result depends on the rows, the ``data``, ``partition`` sections and ``seed`` only.
+
+    Raises:
+        DataError: for a column that is not there, too few rows, or clients that come out too small.
+    """
+    settings = config.partition
+    by_site = settings.kind == "auto" and config.data.path is None and "site" in rows.column_names
+    kind = ("column" if by_site else "iid") if settings.kind == "auto" else settings.kind
+    column = "site" if by_site else settings.column
+    least = max(2, settings.min_rows)
+    if kind == "column":
+        label = "answer"
+        name = _resolve(rows, column or "", config)
+        parts = assign.by_column(values_of(rows, name), name, least)
+    else:
+        label = _resolve(rows, column, config) if column else "answer"
+        parts = _assigned(rows, kind, label, config, least)
+    groups = _groups(rows)
+    rank = _rng(config.seed, "split").permutation(groups.max() + 1)
+    splits = {name: _split(name, part, groups, rank, config) for name, part in parts.items()}
+    _warn_of_shared_images(splits, groups)
+    codes, names = binned_codes(values_of(rows, label))
+    skew = {name: measure(codes[part], codes, names) for name, part in parts.items()}
+    return Partition(kind, label, tuple(parts), splits, skew)
+
+
+def _rng(seed: int, purpose: str) -> np.random.Generator:
+    return np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(purpose.encode())]))
+
+
+def _short(text: str, width: int = 24) -> str:
+    text = " ".join(text.split())
+    return text if len(text) <= width else text[: width - 1] + "…"
+
+
+def _resolve(rows: datasets.Dataset, column: str, config: Config) -> str:
+    """The column under its canonical name: ``chosen`` is ``answer`` once rows are loaded."""
+    if column not in rows.column_names:
+        source = config.data.columns
+        column = {source.answer: "answer", source.question: "question"}.get(column, column)
+    usable = [n for n, f in rows.features.items() if isinstance(f, datasets.Value)]
+    if column not in usable:
+        raise DataError(
+            f"partition.column '{column}' is not a column to partition by; "
+            f"the data has {', '.join(usable)}"
+        )
+    return column
+
+
+def _assigned(
+    rows: datasets.Dataset, kind: str, label: str, config: Config, least: int
+) -> dict[str, np.ndarray]:
+    settings, count = config.partition, len(rows)
+    if settings.clients * least > count:
+        raise DataError(
+            f"partition.clients={settings.clients} with at least {least} rows each "
+            f"(partition.min_rows, and one row to train and one to test) need "
+            f"{settings.clients * least} rows, and there are {count}: lower partition.clients or "
+            "partition.min_rows, or use more data"
+        )
+    rng = _rng(config.seed, kind)
+    if kind == "dirichlet":
+        codes, _ = binned_codes(values_of(rows, label))
+        parts = assign.dirichlet(codes, settings, least, rng)
+    elif kind == "shards":
+        codes, _ = codes_of(values_of(rows, label))
+        parts = assign.shards(codes, settings, least, rng)
+    elif kind == "quantity":
+        sizes = assign.power_law(count, settings, least)
+        parts = np.split(rng.permutation(count), np.cumsum(sizes)[:-1])
+    else:
+        parts = np.array_split(rng.permutation(count), settings.clients)
+    return {f"client-{k}": np.sort(part) for k, part in enumerate(parts)}
+
+
+# Train, val, test inside a client.
+
+
+def _groups(rows: datasets.Dataset) -> np.ndarray:
+    """A number for each row; equal for rows that share an image."""
+    alone = np.arange(len(rows))
+    if "image_path" not in rows.column_names:
+        return alone
+    paths = values_of(rows, "image_path")
+    missing = pd.isna(paths) | (paths == "")
+    codes = codes_of(paths)[0]
+    return np.where(missing, codes.max() + 1 + alone, codes)
+
+
+def _split(
+    client: str, part: np.ndarray, groups: np.ndarray, rank: np.ndarray, config: Config
+) -> Split:
+    order = part[np.argsort(rank[groups[part]], kind="stable")]
+    starts = np.flatnonzero(np.diff(groups[order])) + 1
+    blocks = np.split(order, starts)
+    if len(blocks) < 2:
+        raise DataError(
+            f"client '{client}' has {len(part)} rows of a single image (column image_path), so "
+            "there is nothing to test on that it does not train on: give it more images, or use "
+            "another partition.kind or a larger partition.min_rows"
+        )
+    held = min(len(part) - 1, max(1, round(len(part) * config.data.test_fraction)))
+    test, rest = _take(blocks, held)
+    if not test:
+        at = min(range(len(blocks)), key=lambda i: len(blocks[i]))
+        test, rest = [blocks[at]], blocks[:at] + blocks[at + 1 :]
+    left = sum(map(len, rest))
+    val, train = _take(rest, min(left - 1, round(len(part) * config.data.val_fraction)))
+    return Split(_joined(train), _joined(val), _joined(test))
+
+
+def _take(blocks: list[np.ndarray], rows: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
+    """Blocks in order, as long as they fit into ``rows`` rows; and the others."""
+    taken: list[np.ndarray] = []
+    left: list[np.ndarray] = []
+    for block in blocks:
+        fits = len(block) <= rows
+        (taken if fits else left).append(block)
+        rows -= len(block) if fits else 0
+    return taken, left
+
+
+def _joined(blocks: list[np.ndarray]) -> np.ndarray:
+    return np.concatenate([np.empty(0, np.int64), *blocks]).astype(np.int64)
+
+
+def _warn_of_shared_images(splits: Mapping[str, Split], groups: np.ndarray) -> None:
+    trained = np.unique(groups[np.concatenate([s.train for s in splits.values()])])
+    tested = groups[np.concatenate([s.test for s in splits.values()])]
+    shared = int(np.isin(tested, trained).sum())
+    if shared:
+        logger.warning(
+            "%d of %d test rows show an image that another client trains on (image_path)",
+            shared,
+            len(tested),
+        )
