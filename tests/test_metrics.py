@@ -101,8 +101,8 @@ def test_scores_are_finite_symmetric_and_between_zero_and_one(one, other):
 def test_every_pair_gets_every_score_in_order():
     scores = score_texts(["Red.", "blue"], ["Red.", "Red."])
     assert scores == [
-        {"exact_match": 1.0, "f1": 1.0, "rouge_l": 1.0},
-        {"exact_match": 0.0, "f1": 0.0, "rouge_l": 0.0},
+        {"exact_match": 1.0, "token_f1": 1.0, "rouge_l": 1.0},
+        {"exact_match": 0.0, "token_f1": 0.0, "rouge_l": 0.0},
     ]
     assert score_texts([], []) == []
 

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-METRICS = ("exact_match", "f1", "rouge_l")
+METRICS = ("exact_match", "token_f1", "rouge_l")
 _ARTICLES = frozenset({"a", "an", "the"})
 
 
@@ -20,17 +20,17 @@ def score_texts(predictions: Sequence[str], references: Sequence[str]) -> list[d
 
     * ``exact_match``: the texts are equal, case and punctuation included, once white space is
       stripped and collapsed. Sites differ in such conventions, so they count.
-    * ``f1``: overlap of tokens, normalised as SQuAD does (Rajpurkar et al., arXiv 1606.05250):
+    * ``token_f1``: overlap of tokens, normalised as SQuAD does (Rajpurkar et al., arXiv 1606.05250):
       lower case, no punctuation (of any script), no English articles unless nothing else is left.
     * ``rouge_l``: F-measure of the longest common subsequence of words (Lin 2004), by the
       ``rouge-score`` library without stemming; words are runs of letters and digits of any script
       (the library's own tokenizer drops letters such as é).
 
     Texts are compared in Unicode normal form C. Two texts without a single token score 1 against
-    each other in ``f1`` and ``rouge_l``; one without tokens scores 0 against any other.
+    each other in ``token_f1`` and ``rouge_l``; one without tokens scores 0 against any other.
 
     Returns:
-        One ``{"exact_match", "f1", "rouge_l"}`` for each pair, in order.
+        One ``{"exact_match", "token_f1", "rouge_l"}`` for each pair, in order.
     """
     if len(predictions) != len(references):
         raise ValueError(
@@ -40,7 +40,7 @@ def score_texts(predictions: Sequence[str], references: Sequence[str]) -> list[d
     return [
         {
             "exact_match": exact_match(prediction, reference),
-            "f1": token_f1(prediction, reference),
+            "token_f1": token_f1(prediction, reference),
             "rouge_l": rouge_l(prediction, reference),
         }
         for prediction, reference in zip(predictions, references, strict=True)
