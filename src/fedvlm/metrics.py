@@ -20,7 +20,7 @@ def score_texts(predictions: Sequence[str], references: Sequence[str]) -> list[d
 
     * ``exact_match``: the texts are equal, case and punctuation included, once white space is
       stripped and collapsed. Sites differ in such conventions, so they count.
-    * ``token_f1``: overlap of tokens, normalised as SQuAD does (Rajpurkar et al., arXiv 1606.05250):
+    * ``token_f1``: overlap of tokens, as SQuAD normalises (Rajpurkar et al., arXiv 1606.05250):
       lower case, no punctuation (of any script), no English articles unless nothing else is left.
     * ``rouge_l``: F-measure of the longest common subsequence of words (Lin 2004), by the
       ``rouge-score`` library without stemming; words are runs of letters and digits of any script
