@@ -124,10 +124,9 @@ def as_csv(table: dict[str, Any]) -> str:
 
 
 def _summary(clients: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    """For the loss, the worst clients are those where it is highest."""
-    out = {}
-    for metric in METRICS:
-        sign = -1.0 if metric == "loss" else 1.0
-        summary = summarize({c: sign * s[metric] for c, s in clients.items()})
-        out[metric] = {k: sign * v if k != "std" else v for k, v in summary.items()}
-    return out
+    return {
+        metric: summarize(
+            {c: s[metric] for c, s in clients.items()}, higher_is_better=metric != "loss"
+        )
+        for metric in METRICS
+    }

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedvlm.data.sources import open_image
+from fedvlm.data.images import open_image
 from fedvlm.models.objectives import IGNORE
 
 CACHE_BYTES = 1 << 30

@@ -65,7 +65,7 @@ class ReferenceEngine:
         settings, rows = self.config.train, self.partition.splits[task.client].train
         lora.write(self.params, tree)
         self.model.train()
-        losses: list[float] = []
+        losses: list[torch.Tensor] = []
         for number, phase in enumerate(phases):
             seed = (self.config.seed, task.round, task.client, number)
             torch.manual_seed(derive(*seed, "dropout"))
@@ -76,18 +76,19 @@ class ReferenceEngine:
             steps = phase.steps or settings.steps(len(rows))
             for batch in batches(rows, settings.batch_size, steps, derive(*seed, "batches")):
                 optimizer.zero_grad()
-                loss = sft_loss(self.model, self.collator.training(batch))
-                loss.backward()
+                step_loss = sft_loss(self.model, self.collator.training(batch))
+                step_loss.backward()
                 if settings.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
                 optimizer.step()
-                losses.append(loss.item())
-        if not all(map(math.isfinite, losses)):
+                losses.append(step_loss.detach())
+        loss, end = torch.stack(losses).mean().item(), lora.read(self.params)
+        if not math.isfinite(loss) or not all(t.isfinite().all() for t in end.values()):
             raise FedVLMError(
                 f"client '{task.client}' diverged in round {task.round}: its loss is not finite; "
                 "lower train.lr, or set train.max_grad_norm"
             )
-        return lora.read(self.params), sum(losses) / len(losses)
+        return end, loss
 
     @torch.no_grad()
     def _score(self, client: str, tree: Tree) -> Scores:

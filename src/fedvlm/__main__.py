@@ -1,0 +1,5 @@
+"""``python -m fedvlm`` is the command line."""
+
+from fedvlm.cli import main
+
+main()

@@ -1,0 +1,205 @@
+"""The command line as a person meets it: help, messages, exit codes, tables."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import fedvlm
+from fedvlm import store
+from fedvlm.cli import app, main
+
+SMALL = (
+    "data.scenes.sites=2",
+    "data.scenes.rows=16",
+    "partition.min_rows=4",
+    "train.rounds=1",
+    "train.local_steps=1",
+    "eval.max_rows=3",
+    "eval.max_new_tokens=4",
+    "lora.rank=2",
+    "engine.threads=1",
+)
+
+
+def call(capsys, monkeypatch, *words):
+    """Runs the command in this process; returns exit code, output, errors."""
+    monkeypatch.setattr(sys, "argv", ["fedvlm", *words])
+    code = 0
+    try:
+        main()
+    except SystemExit as stop:
+        code = stop.code or 0
+    captured = capsys.readouterr()
+    return code, captured.out, captured.err
+
+
+def test_help_imports_nothing_heavy():
+    code = (
+        "import sys; from fedvlm.cli import app\n"
+        "from typer.testing import CliRunner\n"
+        "assert CliRunner().invoke(app, ['run', '--help']).exit_code == 0\n"
+        "heavy = {'torch', 'transformers', 'datasets', 'peft', 'matplotlib', 'sklearn'}\n"
+        "assert not heavy & set(sys.modules), heavy & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+@pytest.mark.parametrize("command", ["run", "compare", "demo", "algorithms"])
+def test_every_command_has_help(command):
+    result = CliRunner().invoke(app, [command, "--help"])
+    assert result.exit_code == 0
+    assert command in result.output
+
+
+def test_a_run_prints_lines_and_a_table_and_says_where_everything_is(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    code, text, errors = call(capsys, monkeypatch, "run", f"output={out}", *SMALL)
+    assert (code, errors) == (0, "")
+    assert "round   1/1" in text
+    assert "site-1" in text
+    assert "worst 10 %" in text
+    assert str(out) in text.replace("\n", "")
+    shown = json.loads((out / "table.json").read_text())["models"]["personal"]["summary"]
+    assert f"{100 * shown['exact_match']['mean']:.1f} %" in text
+
+
+def test_quiet_prints_only_the_table(tmp_path, capsys, monkeypatch):
+    code, text, _ = call(capsys, monkeypatch, "run", "-q", f"output={tmp_path / 'run'}", *SMALL)
+    assert code == 0
+    assert "round   1/1" not in text
+    assert "worst 10 %" in text
+
+
+def test_mistakes_are_one_message_and_exit_code_two(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "run"
+    words = (f"output={out}", "train.round=3", "train.lr=fast")
+    code, text, errors = call(capsys, monkeypatch, "run", *words)
+    assert (code, text) == (2, "")
+    assert errors.startswith("error: the configuration has 2 problems:")
+    assert "did you mean 'train.rounds'?" in errors
+    assert "Traceback" not in errors
+    assert not out.exists()
+
+
+def test_resume_takes_no_other_settings(capsys, monkeypatch):
+    code, _, errors = call(capsys, monkeypatch, "run", "--resume", "x", "train.rounds=3")
+    assert code == 2
+    assert "train.rounds=3" in errors
+
+
+def test_print_config_is_a_valid_configuration(tmp_path, capsys, monkeypatch):
+    code, text, _ = call(capsys, monkeypatch, "run", "--print-config", "train.rounds=3")
+    assert code == 0
+    path = tmp_path / "c.yaml"
+    path.write_text(text)
+    assert fedvlm.load_config(path).train.rounds == 3
+    assert yaml.safe_load(text)["seed"] == 0
+
+
+def test_the_list_of_algorithms_names_all_of_them(capsys, monkeypatch):
+    from fedvlm.algorithms import TABLE
+
+    code, text, _ = call(capsys, monkeypatch, "algorithms")
+    assert code == 0
+    assert all(name in text and entry.source.split(",")[0] in text for name, entry in TABLE.items())
+
+
+def test_ctrl_c_leaves_a_run_that_goes_on_and_says_how(tmp_path):
+    out = tmp_path / "run"
+    words = ["run", f"output={out}", *SMALL, "train.rounds=500", "eval.every=0"]
+    command = [sys.executable, "-m", "fedvlm", *words]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    process = subprocess.Popen(
+        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    while "round   2" not in process.stdout.readline():
+        assert process.poll() is None
+    time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"fedvlm run --resume {out}" in errors
+    assert "Traceback" not in errors
+    assert store.Store(out, ["site-0", "site-1"]).finished() >= 2
+
+
+def test_compare_skips_what_is_done_and_reports_the_gain(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "compare"
+    words = ("compare", "plora,lora", f"output={out}", *SMALL, "--seeds", "2")
+    code, text, errors = call(capsys, monkeypatch, *words)
+    assert (code, errors) == (0, "")
+    assert "over lora" in text
+    rows = json.loads((out / "comparison.json").read_text())
+    assert {r["algorithm"] for r in rows} == {"plora", "lora"}
+    lora = next(r for r in rows if r["algorithm"] == "lora")
+    assert lora["gain_over_lora"] in (0.0, None)
+    assert lora["standard_error"] is not None
+    assert lora["seeds"] == 2
+    before = {p: p.stat().st_mtime_ns for p in out.rglob("adapter_model.safetensors")}
+    assert len(before) == 2 * 2 * 3
+    words = ("compare", "plora,lora,local", f"output={out}", *SMALL, "--seeds", "2")
+    code, text, _ = call(capsys, monkeypatch, *words)
+    assert code == 0
+    assert "local seed 1" in text
+    assert "plora seed 0" not in text, "it was done before"
+    assert all(p.stat().st_mtime_ns == t for p, t in before.items())
+    code, _, errors = call(capsys, monkeypatch, *words, "train.lr=1e-3")
+    assert code == 2
+    assert "other settings" in errors
+
+
+def test_compare_in_two_processes_gives_the_same_scores(tmp_path):
+    names = ["plora", "local"]
+    settings = [*SMALL, "train.rounds=2"]
+    alone = fedvlm.compare(names, None, f"output={tmp_path / 'a'}", *settings)
+    told = []
+    both = fedvlm.compare(
+        names, None, f"output={tmp_path / 'b'}", *settings, jobs=2, tell=told.append
+    )
+    clock = "seconds"
+    assert [{**r, clock: 0} for r in alone.rows] == [{**r, clock: 0} for r in both.rows]
+    assert {(name, line["round"]) for name, line, _ in told} == {
+        (f"{n} seed 0", r) for n in names for r in (0, 1, 2)
+    }
+
+
+def test_an_error_in_a_process_of_compare_is_the_same_clear_error(tmp_path, capsys, monkeypatch):
+    words = ("compare", "plora,lora", "--jobs", "2", f"output={tmp_path}", "lora.rank=999")
+    code, _, errors = call(capsys, monkeypatch, *words, "engine.threads=1")
+    assert code == 2
+    assert errors.startswith("error: lora.rank: 999")
+
+
+@pytest.mark.parametrize("words", [("compare", "plora,nope"), ("compare", ",")])
+def test_compare_refuses_unknown_names(words, tmp_path, capsys, monkeypatch):
+    code, _, errors = call(capsys, monkeypatch, *words, f"output={tmp_path / 'x'}")
+    assert code == 2
+    assert "there are plora, lora" in errors
+
+
+def test_the_public_names_are_these_and_all_load():
+    assert len(fedvlm.__all__) <= 30
+    for name in fedvlm.__all__:
+        assert getattr(fedvlm, name) is not None
+    assert callable(fedvlm.compare)
+    with pytest.raises(AttributeError):
+        _ = fedvlm.nothing
+
+
+def test_no_source_file_is_longer_than_400_lines():
+    root = Path(__file__).parents[1]
+    long = {
+        str(p): n
+        for folder in ("src", "tests", "scripts", "benchmarks")
+        for p in (root / folder).rglob("*.py")
+        if (n := len(p.read_text().splitlines())) > 400
+    }
+    assert not long

@@ -1,0 +1,330 @@
+"""The round loop on the bundled model: what it computes, writes, resumes and refuses."""
+
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+import yaml
+
+from fedvlm import federate, store
+from fedvlm.algorithms import build
+from fedvlm.config import load
+from fedvlm.engines.reference import batches
+from fedvlm.errors import DataError, FedVLMError
+from fedvlm.models import lora
+from fedvlm.models.objectives import sft_loss
+from fedvlm.progress import Progress
+from fedvlm.seeds import derive
+from fedvlm.tree import digest, factor
+
+ALGORITHMS = ("plora", "lora", "fedsa", "ffa", "local", "lora+ft")
+
+
+class Stop(Progress):
+    """Ctrl-C after some number of trained clients."""
+
+    def __init__(self, after):
+        self.left = after
+
+    def trained(self, client, loss):
+        self.left -= 1
+        if self.left < 0:
+            raise KeyboardInterrupt
+
+
+def bytes_of(folder):
+    """Every file of a run but the lock and the clock's, which differ between any two runs."""
+    skipped = {".lock", "timing.jsonl", "config.yaml"}
+    return {
+        str(p.relative_to(folder)): p.read_bytes()
+        for p in sorted(Path(folder).rglob("*"))
+        if p.is_file() and p.name not in skipped
+    }
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A finished run of each algorithm, on the same clients."""
+    runs = {}
+    for name in ALGORITHMS:
+        config = {
+            "output": str(tmp_path_factory.mktemp("runs") / name),
+            "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
+            "partition": {"min_rows": 4},
+            "algorithm": {"name": name, "ft_steps": 2},
+            "train": {"rounds": 2, "local_steps": 2, "batch_size": 4},
+            "eval": {"every": 1, "max_rows": 4, "max_new_tokens": 6},
+            "lora": {"rank": 2, "alpha": 4},
+        }
+        runs[name] = federate.run(config)
+    return runs
+
+
+def evaluation(results, round_=-1):
+    return store.read_lines(results.folder / "metrics.jsonl")[round_]["evaluation"]
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_the_output_folder_holds_what_the_readme_says(finished, name):
+    folder = finished[name].folder
+    for file in (
+        "config.yaml",
+        "environment.json",
+        "partition.json",
+        "metrics.jsonl",
+        "timing.jsonl",
+        "table.json",
+        "table.csv",
+        "curves.png",
+        "adapters/global/adapter_config.json",
+        "adapters/client-site-2/adapter_model.safetensors",
+    ):
+        assert (folder / file).stat().st_size > 0, file
+    rounds = [line["round"] for line in store.read_lines(folder / "metrics.jsonl")]
+    assert rounds == ([0, 1, 2, 3] if name == "lora+ft" else [0, 1, 2])
+
+
+@pytest.mark.parametrize("name", ALGORITHMS)
+def test_only_what_is_shared_reaches_the_server(finished, name):
+    folder = finished[name].folder
+    sends = {"plora": "B", "lora": "AB", "fedsa": "A", "ffa": "B", "local": "", "lora+ft": "AB"}
+    state = store.load_tree(next((folder / "server").glob("*.safetensors")))
+    assert "".join(sorted({factor(n) for n in state})) == sends[name]
+    keeps = {"plora": "A", "lora": "", "fedsa": "B", "ffa": "", "local": "AB", "lora+ft": "AB"}
+    kept = [store.load_tree(p) for p in (folder / "clients").glob("*/*.safetensors")]
+    assert "".join(sorted({factor(n) for tree in kept for n in tree})) == keeps[name]
+    assert len(kept) == (3 if keeps[name] else 0)
+
+
+def test_all_algorithms_start_from_the_same_clients_and_the_same_model(finished):
+    first = finished["plora"].folder
+    for results in finished.values():
+        assert (results.folder / "partition.json").read_bytes() == (
+            first / "partition.json"
+        ).read_bytes()
+        assert evaluation(results, 0) == evaluation(finished["plora"], 0)
+        untuned = evaluation(results, 0)
+        assert untuned["personal"] == untuned["global"]
+
+
+def test_who_shares_everything_has_one_model_and_who_shares_nothing_keeps_its_own(finished):
+    for name in ("lora", "ffa"):
+        assert evaluation(finished[name])["personal"] == evaluation(finished[name])["global"]
+    alone = evaluation(finished["local"])
+    assert alone["personal"] == alone["personal_before"]
+    assert alone["global"] == evaluation(finished["local"], 0)["global"]
+    assert finished["local"].table["bytes"]["bytes_up"]["total"] == 0
+    for name in ("plora", "fedsa"):
+        after = evaluation(finished[name])
+        assert after["personal"] != after["personal_before"]
+        assert after["personal"] != after["global"]
+
+
+def test_local_tuning_changes_the_personal_models_alone(finished):
+    before, after = evaluation(finished["lora+ft"], 2), evaluation(finished["lora+ft"], 3)
+    assert before == evaluation(finished["lora"], 2), "until then it is lora"
+    assert after["global"] == before["global"]
+    assert after["personal"] != before["personal"]
+
+
+def test_bytes_are_those_of_the_real_payloads(finished):
+    def up(name):
+        line = store.read_lines(finished[name].folder / "metrics.jsonl")[1]
+        assert line["bytes_up"] == line["bytes_down"]
+        return set(line["bytes_up"].values())
+
+    state = next((finished["lora"].folder / "server").glob("*.safetensors"))
+    assert up("lora") == {state.stat().st_size}
+    assert up("plora") == up("ffa")
+    assert max(up("plora")) < max(up("lora"))
+    assert max(up("fedsa")) < max(up("lora"))
+
+
+def test_personal_adapters_combine_the_shared_with_the_own(finished):
+    folder = finished["plora"].folder
+    state = store.load_tree(folder / "server" / "00002.safetensors")
+    for site in ("site-0", "site-1"):
+        file = finished["plora"].adapter(site) / "adapter_model.safetensors"
+        whole = store.load_tree(file)
+        own = store.load_tree(folder / "clients" / site / "00002.safetensors")
+        assert digest(whole) == digest({**state, **own})
+
+
+def test_one_client_and_one_round_equal_a_plain_training_loop(small):
+    small["data"]["scenes"]["sites"] = 1
+    small["train"] |= {"rounds": 1, "local_steps": 5, "max_grad_norm": 1.0}
+    config = load(small, "algorithm.name=lora")
+    results = federate.run(config)
+    engine, partition, _ = federate.prepare(load(config, "output=elsewhere"))
+    model, params = engine.model.train(), lora.handles(engine.model)
+    optimizer = torch.optim.AdamW(params.values(), lr=config.train.lr, weight_decay=0.0)
+    rows = partition.splits["site-0"].train
+    for batch in batches(rows, 4, 5, derive(0, 1, "site-0", 0, "batches")):
+        sft_loss(model, engine.collator.training(batch)).backward()
+        torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad()
+    server = store.load_tree(results.folder / "server" / "00001.safetensors")
+    for name, tensor in lora.read(params).items():
+        assert torch.allclose(server[name], tensor, atol=1e-5), name
+
+
+def test_the_average_is_weighted_by_examples(small):
+    config = load(small, "algorithm.name=lora", "train.rounds=1")
+    engine, partition, folder = federate.prepare(config)
+    algorithm = build(config.algorithm)
+    tasks = [federate.Task(c, 1, engine.adapter) for c in partition.clients]
+    with folder.locked():
+        replies = list(engine.train(algorithm, tasks))
+    total = sum(len(partition.splits[c].train) for c in partition.clients)
+    name = next(iter(engine.adapter))
+    expected = sum(
+        r.upload[name] * (len(partition.splits[r.client].train) / total) for r in replies
+    )
+    results = federate.run(load(config, f"output={config.output}-2"))
+    server = store.load_tree(results.folder / "server" / "00001.safetensors")
+    assert torch.allclose(server[name], expected, atol=1e-6)
+
+
+def test_cohorts_are_sampled_by_seed_and_round():
+    config = load(None, "train.rounds=6", "train.clients_per_round=3", "eval.every=4")
+    clients = [f"client-{i}" for i in range(10)]
+    rounds = list(federate.plan(config, build(config.algorithm), clients))
+    again = list(federate.plan(config, build(config.algorithm), clients))
+    assert [r.cohort for r in rounds] == [r.cohort for r in again]
+    assert all(len(set(r.cohort)) == 3 for r in rounds)
+    assert len({r.cohort for r in rounds}) > 1
+    assert [r.number for r in rounds if r.evaluate] == [4, 6]
+    other = list(federate.plan(load(config, "seed=1"), build(config.algorithm), clients))
+    assert [r.cohort for r in rounds] != [r.cohort for r in other]
+
+
+def test_a_sampled_cohort_leaves_the_others_alone(small):
+    results = federate.run(small, "train.clients_per_round=1", "train.rounds=2")
+    lines = results.folder / "metrics.jsonl"
+    seen = {c for line in store.read_lines(lines)[1:] for c in line["cohort"]}
+    assert {p.name for p in (results.folder / "clients").iterdir()} == seen
+    assert set(results.scores()) == {"site-0", "site-1", "site-2"}, "all clients are scored"
+
+
+def test_batches_cover_every_row_before_one_repeats():
+    rows = torch.arange(10).numpy()
+    taken = [b.tolist() for b in batches(rows, 4, 6, seed=1)]
+    assert [len(b) for b in taken] == [4, 4, 2, 4, 4, 2]
+    for epoch in (taken[:3], taken[3:]):
+        assert sorted(row for batch in epoch for row in batch) == list(range(10))
+    assert taken[:3] != taken[3:]
+
+
+@pytest.mark.parametrize("name", ["plora", "lora+ft"])
+@pytest.mark.parametrize("after", [0, 2, 4])
+def test_a_stopped_run_resumes_to_the_same_bytes(small, finished, name, after):
+    config = load(small, f"algorithm.name={name}", "algorithm.ft_steps=2")
+    with pytest.raises(KeyboardInterrupt):
+        federate.run(config, progress=Stop(after))
+    assert not store.is_done(config.output)
+    federate.resume(config.output)
+    assert bytes_of(config.output) == bytes_of(finished[name].folder)
+
+
+def test_a_finished_run_resumes_to_its_results(finished):
+    before = bytes_of(finished["plora"].folder)
+    assert federate.resume(finished["plora"].folder).table == finished["plora"].table
+    assert bytes_of(finished["plora"].folder) == before
+
+
+@pytest.mark.slow
+def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(small, finished):
+    config = Path(small["output"]).parent / "config.yaml"
+    config.write_text(yaml.safe_dump(small))
+    folder = Path(small["output"])
+    code = "import torch; torch.set_num_threads(1); from fedvlm.cli import main; main()"
+    command = [sys.executable, "-c", code, "run"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    draw = random.Random(0)
+    arguments, kills = [str(config)], 0
+    for _ in range(40):
+        process = subprocess.Popen(
+            [*command, *arguments], env=environment, stdout=subprocess.PIPE, text=True
+        )
+        seen = draw.randrange(1, 4)  # lines of progress before the kill
+        while kills < 3 and seen and process.stdout.readline():
+            seen -= 1
+        if kills < 3:
+            time.sleep(draw.random() * 0.3)
+            process.send_signal(signal.SIGKILL)
+            kills += 1
+        process.communicate()
+        if process.returncode == 0:
+            break
+        assert process.returncode == -signal.SIGKILL
+        if store.is_run(folder):
+            arguments = ["--resume", str(folder)]
+    assert process.returncode == 0
+    assert kills == 3
+    assert bytes_of(folder) == bytes_of(finished["plora"].folder)
+
+
+def test_other_data_are_not_resumed(small):
+    with pytest.raises(KeyboardInterrupt):
+        federate.run(small, progress=Stop(1))
+    path = Path(small["output"]) / "partition.json"
+    path.write_text(path.read_text().replace("0", "1", 1))
+    with pytest.raises(FedVLMError, match="the data are not what they were"):
+        federate.resume(small["output"])
+
+
+def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
+    with pytest.raises(FedVLMError, match="holds no run"):
+        federate.resume(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["data.path=/no/such.parquet"], "/no/such.parquet"),
+        (["model.name=./no-model"], "no model folder"),
+        (["lora.rank=999"], "lora.rank"),
+        (["lora.target=nothing_like_it"], "matches none"),
+        (["algorithm.share={nothing_like_it: B}"], "matches none"),
+        (["partition.kind=iid", "partition.clients=1000"], "1000"),
+        (["partition.kind=column", "partition.column=hospital"], "hospital"),
+        (["partition.kind=dirichlet", "partition.clients=4", "partition.min_rows=12"], "12"),
+    ],
+)
+def test_a_run_that_cannot_be_done_writes_nothing(small, overrides, said):
+    with pytest.raises(FedVLMError, match=said):
+        federate.run(small, *overrides)
+    assert not Path(small["output"]).exists()
+
+
+def test_a_second_run_in_the_same_folder_is_refused(small, finished):
+    small["output"] = str(finished["plora"].folder)
+    before = bytes_of(small["output"])
+    with pytest.raises(FedVLMError, match="holds a finished run"):
+        federate.run(small)
+    assert bytes_of(small["output"]) == before
+
+
+def test_a_diverging_client_is_named(small):
+    with pytest.raises(FedVLMError, match=r"client 'site-\d' diverged in round \d: .*train\.lr"):
+        federate.run(small, "train.lr=1e30", "train.max_grad_norm=null", "train.optimizer=sgd")
+
+
+def test_validation_rows_can_be_scored_instead(small):
+    results = federate.run(small, "eval.split=val", "train.rounds=1")
+    partition = json.loads((results.folder / "partition.json").read_text())
+    assert results.table["split"] == "val"
+    assert partition
+
+
+def test_an_empty_validation_split_is_refused(small):
+    with pytest.raises(DataError, match="val"):
+        federate.run(small, "eval.split=val", "data.val_fraction=0")
