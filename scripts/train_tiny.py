@@ -29,11 +29,8 @@ from torch.nn import functional as F
 
 from fedvlm.data import questions, render
 from fedvlm.models import tiny
+from hints import Hints
 from muon import Muon
-
-GRID = tiny.SIDE // tiny.PATCH
-SHAPES, COLOURS, SIZES = render.SHAPES, tuple(render.COLOURS), ("large", "small")
-PATCH_CLASSES = (1 + len(SHAPES), 1 + len(COLOURS), 1 + len(SIZES))
 
 
 def main() -> None:
@@ -49,7 +46,7 @@ def main() -> None:
     model = tiny.build_model(
         tokenizer, vision_layers=args.vision_layers, text_layers=args.text_layers, seed=args.seed
     )
-    head = torch.nn.Linear(model.config.vision_config.hidden_size, sum(PATCH_CLASSES))
+    head = Hints(model.config.vision_config.hidden_size, tokenizer)
     optimizers = build_optimizers(model, head, args)
     step, spent = resume(work, model, head, optimizers) if args.resume else (0, 0.0)
     print(
@@ -148,24 +145,21 @@ def train_step(
 ) -> dict[str, float]:
     rows = sample(args.seed, step, args.pictures, args.questions, easy=max(0.0, 1 - step / 600))
     batch = pack(rows, tokenizer, random.Random(f"drill/{args.seed}/{step}"))
-    loss_tokens, patches = forward(model, batch)
-    target = batch["target_ids"]
-    each = F.cross_entropy(loss_tokens, target, reduction="none")
+    logits, patches, tokens = forward(model, batch)
+    each = F.cross_entropy(logits, batch["target_ids"], reduction="none")
     loss = (each * batch["target_weight"]).sum() / batch["target_weight"].sum()
-    weight = 0.5 * max(0.0, 1 - done * 2.5)
-    total, seen = loss, 0.0
+    weight = 0.5 * min(1.0, max(0.0, (0.6 - done) / 0.3))
+    hint = torch.zeros(())
     if weight > 0:
-        guesses = head(patches).flatten(0, 1).split(PATCH_CLASSES, dim=-1)
-        labels = torch.from_numpy(np.stack([patch_labels(row[0]) for row in rows])).flatten(0, 1)
-        extra = sum(F.cross_entropy(guess, labels[:, i]) for i, guess in enumerate(guesses))
-        total, seen = loss + weight * extra, extra.item()
+        hint = head([row[0] for row in rows], patches, tokens, model.lm_head.weight)
+    total = loss + weight * hint
     for optimizer in optimizers:
         optimizer.zero_grad(set_to_none=True)
     total.backward()
     torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
     for optimizer in optimizers:
         optimizer.step()
-    parts = {"loss": loss.item(), "patch": seen}
+    parts = {"loss": loss.item(), "hint": hint.item()}
     kinds, each = batch["target_kind"], each.detach().numpy()
     for kind in set(kinds):
         parts[f"~{kind}"] = float(each[[k == kind for k in kinds]].mean())
@@ -186,22 +180,6 @@ def sample(seed: int, step: int, pictures: int, per: int, easy: float = 0.0):
                 items.append(item)
         rows.append((scene, np.asarray(render.render(scene)), items))
     return rows
-
-
-def patch_labels(scene: render.Scene) -> np.ndarray:
-    """What each image patch shows: [64, 3], classes of shape, colour and size, 0 for ground."""
-    labels = np.zeros((GRID, GRID, 3), dtype=np.int64)
-    centres = (np.arange(GRID) + 0.5) * tiny.PATCH
-    for thing in scene.things:
-        near = np.hypot(centres[None, :] - thing.x, centres[:, None] - thing.y) < max(
-            thing.radius * 0.9, 5.7
-        )
-        labels[near] = (
-            1 + SHAPES.index(thing.shape),
-            1 + COLOURS.index(thing.colour),
-            1 + SIZES.index(thing.size),
-        )
-    return labels.reshape(-1, 3)
 
 
 def pixels(pictures: list[np.ndarray]) -> torch.Tensor:
@@ -277,19 +255,20 @@ def padded(rows: list[list[int]], value: int) -> list[list[int]]:
     return [row + [value] * (longest - len(row)) for row in rows]
 
 
-def forward(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits of the answers [targets, vocabulary], and the vision encoder's patches [n, 64, d]."""
+def forward(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Logits of the answers [targets, vocabulary], patches [n, 64, d], image tokens [n, 16, d]."""
     core = model.model
     seen = core.get_image_features(batch["pixel_values"], return_dict=True)
     embeds = core.text_model.get_input_embeddings()(batch["input_ids"])
-    embeds = core.inputs_merger(batch["input_ids"], embeds, torch.cat(list(seen.pooler_output)))
+    tokens = torch.stack(list(seen.pooler_output))
+    embeds = core.inputs_merger(batch["input_ids"], embeds, tokens)
     hidden = core.text_model(
         inputs_embeds=embeds,
         attention_mask=batch["mask"],
         position_ids=batch["position_ids"],
         use_cache=False,
     ).last_hidden_state
-    return model.lm_head(hidden[batch["targets"]]), seen.last_hidden_state
+    return model.lm_head(hidden[batch["targets"]]), seen.last_hidden_state, tokens
 
 
 @torch.no_grad()
@@ -339,7 +318,9 @@ def resume(work: Path, model, head, optimizers) -> tuple[int, float]:
     model.load_state_dict(state["model"])
     head.load_state_dict(state["head"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
+        peak = optimizer.param_groups[0]["peak"]
         optimizer.load_state_dict(saved)
+        optimizer.param_groups[0]["peak"] = peak  # the command's, not the interrupted run's
     return state["step"], state["minutes"]
 
 

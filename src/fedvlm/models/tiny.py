@@ -8,6 +8,7 @@ image tokens), and a randomly initialised Idefics3 model that `scripts/train_tin
 
 from __future__ import annotations
 
+import copy
 import random
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -185,10 +186,9 @@ def save(
     model: Idefics3ForConditionalGeneration, processor: Idefics3Processor, folder: str | Path
 ) -> None:
     """Writes a folder that the Auto classes load; weights are stored as fp16."""
-    import copy
-
     half = copy.deepcopy(model).half()
     half.save_pretrained(folder)
     half.config.dtype = "float32"  # what it is loaded as, and computes in
     half.config.save_pretrained(folder)
     processor.save_pretrained(folder)
+    (Path(folder) / "model.safetensors").chmod(0o644)
