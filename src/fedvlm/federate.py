@@ -16,7 +16,7 @@ from fedvlm import store as stores
 from fedvlm.algorithms import Algorithm, Client, State, build, check_share
 from fedvlm.config import Config
 from fedvlm.engines.base import Engine, Scores, Task
-from fedvlm.errors import FedVLMError
+from fedvlm.errors import DataError, FedVLMError
 from fedvlm.progress import Progress, Quiet
 from fedvlm.results import Results, write_results
 from fedvlm.seeds import derive
@@ -72,6 +72,7 @@ def run(
         stores.check_fresh(settings.output)
     with progress.started(settings):
         engine, partition, store = prepare(settings)
+        progress.partitioned(partition)
         with store.locked():
             state = _open(settings, engine, partition, store, resume)
             _rounds(settings, engine, partition, store, state, progress)
@@ -125,6 +126,7 @@ def prepare(config: Config) -> tuple[ReferenceEngine, Partition, stores.Store]:
 
     rows = load_rows(config.data, config.seed)
     partition = make_partition(rows, config)
+    _check_held_out(partition, config.eval.split)
     store = stores.Store(config.output, partition.clients)
     if config.engine.threads:
         torch.set_num_threads(config.engine.threads)
@@ -137,6 +139,15 @@ def prepare(config: Config) -> tuple[ReferenceEngine, Partition, stores.Store]:
     # Two versions of every personal state, the server's state, and the exported adapters.
     stores.check_room(config.output, nbytes([engine.adapter]) * (3 * len(partition.clients) + 4))
     return engine, partition, store
+
+
+def _check_held_out(partition: Partition, split: str) -> None:
+    empty = [c for c in partition.clients if not len(getattr(partition.splits[c], split))]
+    if empty:
+        raise DataError(
+            f"eval.split: {len(empty)} clients have no row in '{split}', '{empty[0]}' first; raise "
+            f"data.{split}_fraction or partition.min_rows"
+        )
 
 
 def _open(

@@ -5,10 +5,13 @@ from __future__ import annotations
 import contextlib
 import sys
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedvlm.config import Config
 from fedvlm.metrics import summarize
+
+if TYPE_CHECKING:
+    from fedvlm.data.partition import Partition
 
 
 class Progress:
@@ -18,6 +21,9 @@ class Progress:
     def started(self, config: Config) -> Iterator[None]:
         """Around the whole run."""
         yield
+
+    def partitioned(self, partition: Partition) -> None:
+        """The rows are dealt out to the clients."""
 
     def trained(self, client: str, loss: float) -> None:
         """A client finished its part of the round."""
@@ -46,6 +52,9 @@ class Plain(Progress):
         self.rounds = config.train.rounds
         self._say(f"{config.algorithm.name} on {source(config)}, into {config.output}")
         yield
+
+    def partitioned(self, partition: Partition) -> None:
+        self._say(skew(partition))
 
     def round(self, line: dict[str, Any], seconds: float) -> None:
         self._say(describe(line, self.rounds) + (f"  {seconds:.1f} s" if seconds else ""))
@@ -85,6 +94,9 @@ class Live(Progress):
             )
             yield
 
+    def partitioned(self, partition: Partition) -> None:
+        self.bars.console.print(skew(partition), highlight=False, markup=False)
+
     def trained(self, client: str, loss: float) -> None:
         self.bars.update(self.task, note=f"{client} loss {loss:.3f}")
 
@@ -102,6 +114,14 @@ def choose(quiet: bool = False) -> Progress:
     if quiet:
         return Quiet()
     return Live() if sys.stdout.isatty() else Plain()
+
+
+def skew(partition: Partition) -> str:
+    """How the clients differ; the sum alone where they are many."""
+    lines = partition.table().splitlines()
+    if len(partition.clients) > 20:
+        return f"{len(partition.clients)} clients, {lines[-1]}"
+    return "\n".join(lines)
 
 
 def source(config: Config) -> str:

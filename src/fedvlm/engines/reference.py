@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
@@ -40,6 +41,7 @@ class ReferenceEngine:
         self._scores: dict[tuple[str, str], Scores] = {}
 
     def train(self, algorithm: Algorithm, tasks: Sequence[Task]) -> Iterator[Reply]:
+        self._scores.clear()
         for task in tasks:
             tree = self.personal(algorithm, task.client, task.down)
             end, loss = self._train(tree, algorithm.phases, task)
@@ -52,13 +54,21 @@ class ReferenceEngine:
         return algorithm.start(self.adapter, down, self.store.personal(client))
 
     def evaluate(self, models: Iterable[tuple[str, Tree]]) -> dict[str, Scores]:
-        """Equal adapters of a client are scored once: an unchanged model keeps its scores."""
-        scores = {}
-        for client, tree in models:
-            key = client, digest(tree)
-            if key not in self._scores:
-                self._scores[key] = self._score(client, tree)
-            scores[client] = self._scores[key]
+        """Neighbours with equal adapters share batches; within a round nothing is scored twice.
+
+        What is remembered ends with the round: a resumed run scores exactly what an uninterrupted
+        one does, in the same batches.
+        """
+        scores: dict[str, Scores] = {}
+        labelled = ((digest(tree), client, tree) for client, tree in models)
+        for key, group in itertools.groupby(labelled, key=lambda item: item[0]):
+            _, clients, trees = zip(*group, strict=True)
+            fresh = [c for c in clients if (c, key) not in self._scores]
+            if fresh:
+                lora.write(self.params, trees[0])
+                found = self._score(fresh)
+                self._scores |= {(c, key): s for c, s in found.items()}
+            scores |= {c: self._scores[c, key] for c in clients}
         return scores
 
     def _train(self, tree: Tree, phases: Sequence[Phase], task: Task) -> tuple[Tree, float]:
@@ -91,22 +101,37 @@ class ReferenceEngine:
         return end, loss
 
     @torch.no_grad()
-    def _score(self, client: str, tree: Tree) -> Scores:
-        lora.write(self.params, tree)
+    def _score(self, clients: Sequence[str]) -> dict[str, Scores]:
+        """Scores the model as it is on the held-out rows of some clients."""
         self.model.eval()
         settings = self.config.eval
-        rows = getattr(self.partition.splits[client], settings.split)[: settings.max_rows]
-        nll, tokens, texts = 0.0, 0, []
-        for start in range(0, len(rows), settings.batch_size):
-            batch = rows[start : start + settings.batch_size]
+        held_out = {
+            c: getattr(self.partition.splits[c], settings.split)[: settings.max_rows]
+            for c in clients
+        }
+        everyone = np.concatenate(list(held_out.values()))
+        nll: list[float] = []
+        tokens: list[int] = []
+        texts: list[str] = []
+        for start in range(0, len(everyone), settings.batch_size):
+            batch = everyone[start : start + settings.batch_size]
             losses, counts = answer_nll(self.model, self.collator.training(batch))
-            nll, tokens = nll + losses.sum().item(), tokens + int(counts.sum())
+            nll += losses.tolist()
+            tokens += counts.tolist()
             prompts = self.collator.prompts(batch)
             texts += greedy(self.model, prompts, self.collator.tokenizer, settings.max_new_tokens)
-        answers = [self.collator.rows[int(i)]["answer"] for i in rows]
-        per_example = score_texts(texts, answers)
-        means = {k: sum(s[k] for s in per_example) / len(rows) for k in per_example[0]}
-        return {"loss": nll / tokens, **means, "examples": len(rows)}
+        per_row = score_texts(texts, [self.collator.rows[int(i)]["answer"] for i in everyone])
+        scores, end = {}, 0
+        for client, rows in held_out.items():
+            own = slice(end, end := end + len(rows))
+            means = {k: _mean([s[k] for s in per_row[own]]) for k in per_row[0]}
+            loss = sum(nll[own]) / sum(tokens[own])
+            scores[client] = {"loss": loss, **means, "examples": len(rows)}
+        return scores
+
+
+def _mean(values: Sequence[float]) -> float:
+    return sum(values) / len(values)
 
 
 def batches(rows: np.ndarray, size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
