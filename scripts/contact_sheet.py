@@ -7,13 +7,16 @@ from __future__ import annotations
 
 import argparse
 import textwrap
+from pathlib import Path
 
 import datasets
+import matplotlib
 from PIL import Image, ImageDraw, ImageFont
 
 from fedvlm.data.scenes import generic, scenes
 
-TILE, TEXT, GAP = 128, 62, 12
+FONT = str(Path(matplotlib.get_data_path()) / "fonts/ttf/DejaVuSans.ttf")
+TILE, TEXT, GAP = 128, 66, 12
 
 
 def main() -> None:
@@ -37,7 +40,7 @@ def sheet(columns: dict[str, datasets.Dataset]) -> Image.Image:
     rows = max(map(len, columns.values()))
     size = (GAP + len(columns) * (TILE + GAP), 20 + rows * (TILE + TEXT))
     canvas = Image.new("RGB", size, "white")
-    pen, font = ImageDraw.Draw(canvas), ImageFont.load_default(11)
+    pen, font = ImageDraw.Draw(canvas), ImageFont.truetype(FONT, 10)
     for c, (title, data) in enumerate(columns.items()):
         left = GAP + c * (TILE + GAP)
         pen.text((left, 3), title, "black", font)
@@ -45,11 +48,11 @@ def sheet(columns: dict[str, datasets.Dataset]) -> Image.Image:
             top = 20 + r * (TILE + TEXT)
             canvas.paste(row["image"].resize((TILE, TILE), Image.Resampling.NEAREST), (left, top))
             lines = (
-                textwrap.wrap(row["question"], 25)[:3] + textwrap.wrap("> " + row["chosen"], 25)[:2]
+                textwrap.wrap(row["question"], 24)[:3] + textwrap.wrap("> " + row["chosen"], 24)[:2]
             )
             for n, line in enumerate(lines[:5]):
                 colour = "navy" if line.startswith("> ") else "black"
-                pen.text((left, top + TILE + 1 + 11 * n), line, colour, font)
+                pen.text((left, top + TILE + 1 + 12 * n), line, colour, font)
     return canvas
 
 

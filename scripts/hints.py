@@ -1,11 +1,11 @@
 """Extra losses that tell the tiny model what is where in a picture; training only.
 
 A scene's drawing is known, so the image side need not wait for answers to reach it. Two hints:
-the vision encoder's patches must tell shape, colour and size through a throw-away head, and each
-image token that lies on an object must be close, in the language model's own embeddings, to the
-words for its shape, colour, size and place. The second makes looking up "circle" among the image
-tokens a comparison of vectors that are alike already; without it the model stayed for minutes at
-answering about an object picked at random.
+the vision encoder's patches must tell shape, colour, size and pattern through a throw-away head,
+and each image token that lies on an object must be close, in the language model's own embeddings,
+to the words for its shape, colour, size and place. The second makes looking up "circle" among the
+image tokens a comparison of vectors that are alike already; without it the model stayed for minutes
+at answering about an object picked at random.
 """
 
 from __future__ import annotations
@@ -20,8 +20,10 @@ from fedvlm.models import tiny
 
 GRID = tiny.SIDE // tiny.PATCH
 CELLS = GRID // tiny.SCALE
-FIELDS = (render.SHAPES, tuple(render.COLOURS), ("large", "small"))
-WORDS = (*FIELDS, ("top", "bottom"), ("left", "right"))
+SIZES = ("large", "small")
+COLOURS = tuple(render.COLOURS)
+FIELDS = (render.SHAPES + render.LETTERS, COLOURS, SIZES, render.PATTERNS)
+WORDS = (render.SHAPES, COLOURS, SIZES, ("top", "bottom"), ("left", "right"))
 PATCH_CLASSES = [1 + len(names) for names in FIELDS]
 IGNORED = -100
 
@@ -57,10 +59,10 @@ def _entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def patch_labels(scene: render.Scene) -> np.ndarray:
-    """What each image patch shows: [64, 3], classes of shape, colour and size, 0 for ground."""
+    """What each image patch shows: [64, 4], classes of each of `FIELDS`, 0 for ground."""
     labels = np.zeros((GRID, GRID, len(FIELDS)), dtype=np.int64)
     for thing, distance in _distances(scene, GRID):
-        labels[distance < max(thing.radius * 0.9, 5.7)] = [1 + c for c in _classes(thing)[:3]]
+        labels[distance < max(thing.radius * 0.9, 5.7)] = [1 + c for c in _classes(thing)]
     return labels.reshape(GRID * GRID, -1)
 
 
@@ -68,14 +70,15 @@ def cell_labels(scene: render.Scene) -> np.ndarray:
     """What each image token shows: [16, 5], shape, colour, size, row and column, or ignored."""
     labels = np.full((CELLS, CELLS, len(WORDS)), IGNORED, dtype=np.int64)
     for thing, distance in _distances(scene, CELLS):
-        labels[(distance < thing.radius * 0.9) | (distance == distance.min())] = _classes(thing)
+        near = (distance < thing.radius * 0.9) | (distance == distance.min())
+        if thing.shape in render.SHAPES:
+            labels[near] = [*_classes(thing)[:3], thing.cell // 2, thing.cell % 2]
     return labels.reshape(CELLS * CELLS, -1)
 
 
 def _classes(thing: render.Thing) -> list[int]:
-    values = (thing.shape, thing.colour, thing.size)
-    named = [names.index(value) for names, value in zip(FIELDS, values, strict=True)]
-    return [*named, thing.cell // 2, thing.cell % 2]
+    values = (thing.shape, thing.colour, thing.size, thing.texture)
+    return [names.index(value) for names, value in zip(FIELDS, values, strict=True)]
 
 
 def _distances(scene: render.Scene, grid: int):

@@ -19,6 +19,8 @@ import json
 import math
 import platform
 import random
+import shlex
+import sys
 import time
 from collections import defaultdict
 from pathlib import Path
@@ -31,6 +33,8 @@ from fedvlm.data import questions, render
 from fedvlm.models import tiny
 from hints import Hints
 from muon import Muon
+
+LETTER_SHARE = 0.1  # of the pictures; the others show things
 
 
 def main() -> None:
@@ -173,9 +177,13 @@ def sample(seed: int, step: int, pictures: int, per: int, easy: float = 0.0):
     for i in range(pictures):
         rng = random.Random(f"tiny/{seed}/{step}/{i}")
         scene = questions.generic_scene(rng, 1 if rng.random() < 0.5 * easy else None)
+        choices = weights
+        if rng.random() < LETTER_SHARE:
+            scene = questions.make_scene(rng, "letter")
+            choices = [{"letter": 0.7, "say": 0.3}.get(kind, 0.0) for kind in kinds]
         items = []
         while len(items) < per:
-            item = questions.ask(rng, rng.choices(kinds, weights)[0], scene)
+            item = questions.ask(rng, rng.choices(kinds, choices)[0], scene)
             if item is not None:
                 items.append(item)
         rows.append((scene, np.asarray(render.render(scene)), items))
@@ -328,8 +336,7 @@ def note(path: Path, model, args, step: int, minutes: float, scores: dict[str, f
     """Writes how the export came to be."""
     record = {
         "date": datetime.date.today().isoformat(),
-        "command": "python scripts/train_tiny.py "
-        + " ".join(f"--{k} {v}" for k, v in vars(args).items() if v != ""),
+        "command": shlex.join(["python", "scripts/train_tiny.py", *sys.argv[1:]]),
         "device": f"CPU, {args.threads} thread, {platform.machine()}, torch {torch.__version__}",
         "seed": args.seed,
         "steps": step,

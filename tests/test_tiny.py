@@ -146,8 +146,8 @@ def test_questions_packed_in_one_row_give_the_logits_that_each_gives_alone(proce
 def test_hints_point_at_the_things():
     thing = render.Thing("star", "blue", "large", 3, 48.0, 44.0, 12.0)
     scene, star = render.Scene((thing,), (0, 0, 0)), render.SHAPES.index("star")
-    patches = hints.patch_labels(scene).reshape(8, 8, 3)
-    assert patches[5, 5].tolist() == [1 + star, 3, 1]
+    patches = hints.patch_labels(scene).reshape(8, 8, 4)
+    assert patches[5, 5].tolist() == [1 + star, 3, 1, 1]
     assert (patches[:3] == 0).all()
     cells = hints.cell_labels(scene).reshape(4, 4, 5)
     assert cells[2, 2].tolist() == [star, 2, 0, 1, 1]

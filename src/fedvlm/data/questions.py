@@ -1,9 +1,9 @@
 """Scenes and what is asked about them: every kind of question with its right and a wrong answer.
 
-The generic kinds are what the bundled tiny model was trained on; the novel kinds (textures,
-handwriting, new shapes and colours) it has never seen, so sites have something to teach. Words are
-kept as slots (`Item.words`) beside the finished text, because a site may have its own wording for
-them (see `sites.py`).
+The generic kinds are what the bundled tiny model was trained on, a few patterns and printed letters
+among them; the novel kinds (other textures, handwriting, new shapes and colours) it has never seen,
+so sites have something to teach. Words are kept as slots (`Item.words`) beside the finished text,
+because a site may have its own wording for them (see `sites.py`).
 """
 
 from __future__ import annotations
@@ -15,8 +15,10 @@ from dataclasses import dataclass
 from fedvlm.data import words as lexicon
 from fedvlm.data.render import (
     COLOURS,
+    LETTERS,
     NEW_COLOURS,
     NEW_SHAPES,
+    PATTERNS,
     PLACES,
     SHAPES,
     SIDE,
@@ -47,17 +49,17 @@ class Item:
 
 
 def generic_scene(rng: random.Random, count: int | None = None) -> Scene:
-    """One to four plain things in different places, no two of the same shape and colour."""
+    """One to four things in different places, no two of the same shape and colour."""
     count = count or rng.choices((1, 2, 3, 4), (25, 35, 25, 15))[0]
     shapes = rng.sample(SHAPES, 2) if rng.random() < 0.5 else SHAPES
     colours = rng.sample(tuple(COLOURS), 3) if rng.random() < 0.4 else tuple(COLOURS)
     pairs = [(shape, colour) for shape in shapes for colour in colours]
-    things = [
-        place(rng, shape, colour, rng.choice(("large", "small")), cell)
-        for (shape, colour), cell in zip(
-            rng.sample(pairs, count), sorted(rng.sample(range(4), count)), strict=True
-        )
-    ]
+    cells = sorted(rng.sample(range(4), count))
+    things = []
+    for (shape, colour), cell in zip(rng.sample(pairs, count), cells, strict=True):
+        size = rng.choice(("large", "small"))
+        pattern = rng.choice(PATTERNS) if size == "large" and rng.random() < 0.4 else "plain"
+        things.append(place(rng, shape, colour, size, cell, pattern))
     return Scene(tuple(things), ground(rng))
 
 
@@ -247,6 +249,35 @@ def _yesno(rng: random.Random, scene: Scene):
     return f"Is the {_the(first)} {word} the {_the(second)}?", *_yes(rng, right)
 
 
+def _pattern(rng: random.Random, scene: Scene):
+    large = [thing for thing in _single(scene.things, "shape") if thing.size == "large"]
+    return _about_pattern(rng, rng.choice(large), PATTERNS) if large else None
+
+
+def _about_pattern(rng: random.Random, thing: Thing, names: Sequence[str]):
+    if rng.random() < 0.25:
+        right = rng.random() < 0.5
+        texture = thing.texture if right else _other(rng, names, thing.texture)
+        return f"Is the {thing.shape} {texture}?", *_yes(rng, right)
+    wrong = _other(rng, names, thing.texture)
+    question = f"What pattern does the {thing.shape} have?"
+    return question, (thing.texture,), (wrong,), lambda w: f"The {thing.shape} is {w[0]}."
+
+
+def _letter(rng: random.Random, scene: Scene):
+    letter, draw = scene.things[0].shape, rng.random()
+    if letter not in LETTERS:
+        return None
+    if draw < 0.15:
+        return "Is the letter a vowel?", *_yes(rng, letter in "AEU")
+    if draw < 0.3:
+        right = rng.random() < 0.5
+        shown = letter if right else _other(rng, LETTERS, letter)
+        return f"Is the letter {shown}?", *_yes(rng, right)
+    wrong = _other(rng, LETTERS, letter)
+    return "Which letter is written?", (letter,), (wrong,), lambda w: f"The letter is {w[0]}."
+
+
 def _list(rng: random.Random, scene: Scene):
     right = tuple(word for thing in scene.things for word in (thing.colour, thing.shape))
     wrong = list(right)
@@ -267,15 +298,17 @@ def _say(rng: random.Random, scene: Scene):
 # Novel kinds: scenes of their own.
 
 
+def make_scene(rng: random.Random, kind: str) -> Scene:
+    """A scene that a kind of question can be about."""
+    if kind in NOVEL:
+        return novel_scene(rng, kind)
+    return _sign(rng, rng.choice(LETTERS)) if kind == "letter" else generic_scene(rng)
+
+
 def novel_scene(rng: random.Random, kind: str) -> Scene:
     """A scene for a novel kind: textures, a handwritten digit, a new shape or a new colour."""
     if kind == "digit":
-        radius = rng.uniform(20, 27)
-        slack = SIDE / 2 - radius - 1
-        x, y = (SIDE / 2 + rng.uniform(-slack, slack) for _ in range(2))
-        tint = (rng.randint(-12, 12),) * 3
-        ink = Thing("digit", rng.choice(tuple(COLOURS)), "large", 0, x, y, radius, "plain", tint)
-        return Scene((ink,), ground(rng), (rng.randrange(10), rng.randrange(10_000)))
+        return _sign(rng, "digit", (rng.randrange(10), rng.randrange(10_000)))
     count = rng.choice((1, 1, 2))
     cells = sorted(rng.sample(range(4), count))
     shapes = NEW_SHAPES if kind == "shape" else SHAPES
@@ -293,24 +326,22 @@ def novel_scene(rng: random.Random, kind: str) -> Scene:
     return Scene(tuple(things), ground(rng))
 
 
+def _sign(rng: random.Random, shape: str, digit: tuple[int, int] | None = None) -> Scene:
+    """A letter or a digit over most of the picture."""
+    radius = rng.uniform(20, 27)
+    slack = SIDE / 2 - radius - 1
+    x, y = (SIDE / 2 + rng.uniform(-slack, slack) for _ in range(2))
+    tint = (rng.randint(-12, 12), rng.randint(-12, 12), rng.randint(-12, 12))
+    ink = Thing(shape, rng.choice(tuple(COLOURS)), "large", 0, x, y, radius, "plain", tint)
+    return Scene((ink,), ground(rng), digit)
+
+
 def _texture(rng: random.Random, kind: str) -> str:
     return rng.choice(TEXTURES) if kind == "texture" else "plain"
 
 
 def _ask_texture(rng: random.Random, scene: Scene):
-    thing = rng.choice(scene.things)
-    if rng.random() < 0.25:
-        right = rng.random() < 0.5
-        texture = thing.texture if right else _other(rng, TEXTURES, thing.texture)
-        return f"Is the {thing.shape} {texture}?", *_yes(rng, right)
-    who = thing.shape if rng.random() < 0.7 else thing.colour + " object"
-    wrong = _other(rng, TEXTURES, thing.texture)
-    return (
-        f"What pattern does the {who} have?",
-        (thing.texture,),
-        (wrong,),
-        lambda w: f"The {who} is {w[0]}.",
-    )
+    return _about_pattern(rng, rng.choice(scene.things), TEXTURES)
 
 
 def _ask_digit(rng: random.Random, scene: Scene):
@@ -357,15 +388,17 @@ def _ask_hue(rng: random.Random, scene: Scene):
 
 
 GENERIC = {
-    "name": 0.14,
-    "colour": 0.14,
-    "size": 0.07,
+    "name": 0.11,
+    "colour": 0.11,
+    "size": 0.05,
     "count": 0.13,
     "position": 0.11,
-    "comparison": 0.12,
+    "comparison": 0.14,
     "yesno": 0.12,
-    "list": 0.03,
-    "say": 0.14,
+    "pattern": 0.06,
+    "letter": 0.04,
+    "list": 0.04,
+    "say": 0.09,
 }
 NOVEL = {"texture": 0.38, "digit": 0.34, "shape": 0.2, "hue": 0.08}
 KINDS: dict[str, Callable] = {
@@ -378,6 +411,8 @@ KINDS: dict[str, Callable] = {
     "yesno": _yesno,
     "list": _list,
     "say": _say,
+    "pattern": _pattern,
+    "letter": _letter,
     "texture": _ask_texture,
     "digit": _ask_digit,
     "shape": _ask_shape,

@@ -13,7 +13,7 @@ import random
 from dataclasses import dataclass
 
 import numpy as np
-from PIL import Image, ImageChops, ImageDraw
+from PIL import Image, ImageChops, ImageDraw, ImageFont
 
 SIDE = 64  # pixels of a picture's edge
 CELL = SIDE // 2  # a scene is a 2 x 2 grid of places
@@ -32,7 +32,9 @@ COLOURS = {
 NEW_COLOURS = {"cyan": (50, 215, 220), "brown": (125, 78, 42)}
 SHAPES = ("circle", "square", "triangle", "star", "diamond", "heart")
 NEW_SHAPES = ("hexagon", "cross", "crescent", "ring", "arrow", "house")
+PATTERNS = ("plain", "slanted", "woven", "speckled", "shaded")
 TEXTURES = ("striped", "banded", "dotted", "checkered", "hollow", "split")
+LETTERS = ("A", "C", "E", "F", "H", "K", "L", "M", "N", "R", "T", "U", "V", "X", "Y")
 PLACES = ("top left", "top right", "bottom left", "bottom right")
 RADII = {"large": (11.5, 13.5), "small": (6.0, 7.5)}  # pixels
 
@@ -54,7 +56,11 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows; `digit` is a handwritten one: (value, index among its samples)."""
+    """What a picture shows.
+
+    `digit` is a handwritten one: (value, index among its samples). A thing whose shape is a letter
+    is drawn as that letter.
+    """
 
     things: tuple[Thing, ...]
     ground: tuple[int, int, int]
@@ -82,7 +88,11 @@ def ground(rng: random.Random) -> tuple[int, int, int]:
 def render(scene: Scene) -> Image.Image:
     """Draws a scene as a 64 x 64 RGB picture."""
     if scene.digit is not None:
-        return _render_digit(scene)
+        value, index = scene.digit
+        samples = handwriting()[value]
+        return _render_ink(scene, Image.fromarray(samples[index % len(samples)]))
+    if scene.things[0].shape in LETTERS:
+        return _render_ink(scene, _print(scene.things[0]))
     canvas = Image.new("RGB", (SIDE * _ZOOM, SIDE * _ZOOM), scene.ground)
     pen = ImageDraw.Draw(canvas)
     for thing in scene.things:
@@ -128,6 +138,15 @@ def _pattern(texture: str, x: int, y: int) -> Image.Image:
         dark = (np.mod(columns, 12) < 6) ^ (np.mod(rows, 12) < 6)
     elif texture == "dotted":
         dark = (np.mod(columns, 7) - 3.5) ** 2 + (np.mod(rows, 7) - 3.5) ** 2 < 5.0
+    elif texture == "slanted":
+        dark = np.mod(columns + rows, 9) < 4.5
+    elif texture == "woven":
+        dark = (np.mod(columns + rows, 9) < 3) | (np.mod(columns - rows, 9) < 3)
+    elif texture == "speckled":
+        coarse = np.random.default_rng(x * SIDE + y).random((side // 4, side // 4)) < 0.4
+        dark = coarse.repeat(4, 0).repeat(4, 1)
+    elif texture == "shaded":
+        return Image.fromarray(np.clip(127 + rows * 10, 0, 255).astype(np.uint8))
     else:  # split
         dark = columns < 0
     return Image.fromarray((dark * 255).astype(np.uint8))
@@ -231,14 +250,23 @@ def handwriting() -> tuple[np.ndarray, ...]:
     return tuple(ink[digits.target == value] for value in range(10))
 
 
-def _render_digit(scene: Scene) -> Image.Image:
-    value, index = scene.digit
-    samples = handwriting()[value]
+def _print(thing: Thing) -> Image.Image:
+    """A printed letter as coarse as the handwriting, with a tilt and a slant of its own."""
+    font = ImageFont.load_default(52)
+    page = Image.new("L", (48, 48), 0)
+    bold = thing.tint[1] % 3
+    ImageDraw.Draw(page).text((24, 24), thing.shape, 255, font, "mm", stroke_width=bold)
+    slant, tilt = thing.tint[0] / 40, thing.tint[2] * 1.2
+    page = page.rotate(tilt, Image.Resampling.BILINEAR)
+    page = page.transform(page.size, Image.Transform.AFFINE, (1, slant, -24 * slant, 0, 1, 0))
+    return page.resize((10, 10), Image.Resampling.BOX)
+
+
+def _render_ink(scene: Scene, ink: Image.Image) -> Image.Image:
+    """One sign over most of the picture: `ink` is its shape, 0 to 255."""
     thing = scene.things[0]
     edge = round(2 * thing.radius)
-    ink = Image.fromarray(samples[index % len(samples)]).resize(
-        (edge, edge), Image.Resampling.BICUBIC
-    )
+    ink = ink.resize((edge, edge), Image.Resampling.BICUBIC)
     canvas = Image.new("RGB", (SIDE, SIDE), scene.ground)
     left, top = round(thing.x - thing.radius), round(thing.y - thing.radius)
     canvas.paste(rgb(thing), (left, top, left + edge, top + edge), ink)

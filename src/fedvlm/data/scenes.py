@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import datasets
     from PIL import Image
 
-VERSION = 1  # of the generator: raise it with any change of the rows, or old caches would be read
+VERSION = 2  # of the generator: raise it with any change of the rows, or old caches would be read
 NOVEL_SHARE = 0.65  # of a site's rows
 _SITE_GENERIC = {
     "name": 0.2,
@@ -129,11 +129,7 @@ def _draw(
     """A scene and a question of a kind, until the answer is the one drawn from the preference."""
     wanted = _pick(rng, prefers) if prefers else None
     for _ in range(_TRIES):
-        scene = (
-            questions.novel_scene(rng, kind)
-            if kind in questions.NOVEL
-            else questions.generic_scene(rng)
-        )
+        scene = questions.make_scene(rng, kind)
         item = questions.ask(rng, kind, scene)
         if item is None:
             continue

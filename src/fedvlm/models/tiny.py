@@ -61,7 +61,8 @@ def corpus(seed: int = 0, scenes: int = 20_000) -> Iterator[str]:
     rng = random.Random(f"corpus/{seed}")
     kinds = [kind for kind in questions.GENERIC if kind != "say"]
     for _ in range(scenes):
-        item = questions.ask(rng, rng.choice(kinds), questions.generic_scene(rng))
+        kind = rng.choice(kinds)
+        item = questions.ask(rng, kind, questions.make_scene(rng, kind))
         if item is not None:
             yield item.question
             yield item.chosen
