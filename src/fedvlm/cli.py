@@ -80,10 +80,11 @@ def compare(
     from fedvlm import config as configs
 
     source, overrides = _parse(words)
-    if not any(o.startswith("output=") for o in overrides) and source is None:
-        overrides = ["output=runs/compare", *overrides]
+    settings = configs.load(source, *overrides)
+    if settings.output == configs.Config().output:
+        settings = settings.model_copy(update={"output": "runs/compare"})
     names = [a.strip() for a in algorithms.split(",") if a.strip()]
-    _compare(names, configs.load(source, *overrides), seeds, jobs, quiet)
+    _compare(names, settings, seeds, jobs, quiet)
 
 
 @app.command()
@@ -97,7 +98,9 @@ def demo(
     from fedvlm import config as configs
     from fedvlm.demo import ALGORITHMS, INTRODUCTION, SETTINGS
 
-    _, overrides = _parse(words)
+    source, overrides = _parse(words)
+    if source:
+        raise ConfigError([f"the demo has its own configuration; leave out '{source}'"])
     settings = configs.load(SETTINGS, *overrides)
     if not quiet:
         typer.echo(INTRODUCTION)

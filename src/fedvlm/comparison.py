@@ -65,6 +65,10 @@ def compare(
     """
     base = configs.load(config, *overrides)
     runs = _runs(base, algorithms, seeds, jobs)
+    if stores.is_run(base.output):
+        raise FedVLMError(
+            f"output: '{base.output}' holds a single run; choose another folder with output=DIR"
+        )
     todo = {name: c for name, c in runs.items() if not _done(c)}
     tell = tell or (lambda event: None)
     if jobs == 1:

@@ -153,7 +153,7 @@ class AlgorithmConfig(Section):
 class TrainConfig(Section):
     """Rounds and the clients' local optimizer."""
 
-    rounds: Positive = 10
+    rounds: Positive = 20
     clients_per_round: Positive | None = Field(None, description="sampled cohort; empty: all")
     local_steps: Positive | None = Field(None, description="optimizer steps a round; empty: 5")
     local_epochs: Positive | None = Field(None, description="passes a round, instead of steps")
@@ -202,9 +202,9 @@ class TrainConfig(Section):
 class EvalConfig(Section):
     """When and how every client is scored."""
 
-    every: Annotated[int, Field(ge=0)] = Field(5, description="rounds between; 0: only at the end")
+    every: Annotated[int, Field(ge=0)] = Field(10, description="rounds between; 0: only at the end")
     batch_size: Positive = 64
-    max_rows: Positive | None = Field(None, description="at most this many test rows a client")
+    max_rows: Positive | None = Field(200, description="at most this many held-out rows a client")
     max_new_tokens: Positive = 24
     split: Literal["test", "val"] = Field("test", description="val: for choosing settings")
 

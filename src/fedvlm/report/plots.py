@@ -356,7 +356,7 @@ def _round_axis(axes: Axes) -> None:
 
 
 def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
-    short = [name if len(name) <= 18 else f"{name[:8]}…{name[-8:]}" for name in names]
+    short = [name if len(name) <= 24 else f"{name[:9]}…{name[-14:]}" for name in names]
     crowded = max(map(len, short), default=0) * len(short) > 60
     turn: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(len(names)), short, **(turn if crowded else {}))
