@@ -328,8 +328,8 @@ def novel_scene(rng: random.Random, kind: str) -> Scene:
 
 def _sign(rng: random.Random, shape: str, digit: tuple[int, int] | None = None) -> Scene:
     """A letter or a digit over most of the picture."""
-    radius = rng.uniform(20, 27)
-    slack = SIDE / 2 - radius - 1
+    radius = rng.uniform(20, 27) if digit is None else rng.uniform(23, 25)
+    slack = SIDE / 2 - radius - 1 if digit is None else 2.5  # few digits are seen: keep them steady
     x, y = (SIDE / 2 + rng.uniform(-slack, slack) for _ in range(2))
     tint = (rng.randint(-12, 12), rng.randint(-12, 12), rng.randint(-12, 12))
     ink = Thing(shape, rng.choice(tuple(COLOURS)), "large", 0, x, y, radius, "plain", tint)
