@@ -213,7 +213,10 @@ class EngineConfig(Section):
     """How a cohort is trained."""
 
     name: Literal["reference"] = "reference"
-    threads: Positive | None = Field(None, description="torch threads; empty: torch's default")
+    threads: Positive | None = Field(
+        None,
+        description="torch threads; empty: 1 for models under 10 M parameters, else all cores",
+    )
 
 
 class Config(Section):

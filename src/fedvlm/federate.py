@@ -128,9 +128,11 @@ def prepare(config: Config) -> tuple[ReferenceEngine, Partition, stores.Store]:
     partition = make_partition(rows, config)
     _check_held_out(partition, config.eval.split)
     store = stores.Store(config.output, partition.clients)
-    if config.engine.threads:
-        torch.set_num_threads(config.engine.threads)
     loaded = load_model(config.model)
+    # A small model gains nothing from threads, and loses ten-fold where cores are busy already.
+    small = sum(p.numel() for p in loaded.model.parameters()) < 10_000_000
+    if config.engine.threads or small:
+        torch.set_num_threads(config.engine.threads or 1)
     model = attach(loaded.model, config.lora, config.seed)
     seq2seq = bool(model.config.is_encoder_decoder)
     collator = Collator(rows, loaded.processor, seq2seq=seq2seq, device=loaded.device)
