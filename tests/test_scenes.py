@@ -152,6 +152,13 @@ def test_label_skew_makes_few_answers_common_at_a_site():
     assert top_share("label") > 1.4 * top_share("iid")
 
 
+def test_label_skew_leaves_the_share_of_yes_and_no_alone():
+    def share(style: str) -> float:
+        return float(np.mean([a in ("yes", "no") for a in scenes(rows=60, style=style)["chosen"]]))
+
+    assert share("label") == pytest.approx(share("iid"), abs=0.04)
+
+
 @pytest.mark.parametrize("style", ["quantity", "mixed"])
 def test_quantity_skew_keeps_the_total_and_every_site(style):
     data = scenes(sites=5, rows=20, style=style)

@@ -311,7 +311,7 @@ def novel_scene(rng: random.Random, kind: str) -> Scene:
         return _sign(rng, "digit", (rng.randrange(10), rng.randrange(10_000)))
     count = rng.choice((1, 1, 2))
     cells = sorted(rng.sample(range(4), count))
-    shapes = NEW_SHAPES if kind == "shape" else SHAPES
+    shapes: Sequence[str] = NEW_SHAPES if kind == "shape" else SHAPES
     colours = tuple(NEW_COLOURS) if kind == "hue" else tuple(COLOURS)
     if kind == "texture":
         shapes = tuple(s for s in SHAPES if s not in ("star", "heart"))
@@ -345,6 +345,8 @@ def _ask_texture(rng: random.Random, scene: Scene):
 
 
 def _ask_digit(rng: random.Random, scene: Scene):
+    if scene.digit is None:
+        return None
     value, draw = scene.digit[0], rng.random()
     if draw < 0.15:
         return "Is the digit even?", *_yes(rng, value % 2 == 0)

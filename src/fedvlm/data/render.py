@@ -103,7 +103,8 @@ def render(scene: Scene) -> Image.Image:
 def rgb(thing: Thing) -> tuple[int, int, int]:
     """The colour a thing is painted in: its colour's value plus its tint."""
     value = COLOURS.get(thing.colour) or NEW_COLOURS[thing.colour]
-    return tuple(min(255, max(0, c + t)) for c, t in zip(value, thing.tint, strict=True))
+    red, green, blue = (min(255, max(0, value[i] + thing.tint[i])) for i in range(3))
+    return red, green, blue
 
 
 def _draw(

@@ -74,9 +74,8 @@ class Camera:
             values = values @ _hue_turn(self.hue)
         values = (values - 128) * self.contrast + 128
         if self.noise:
-            values = values + np.random.default_rng(rng.getrandbits(63)).normal(
-                0, self.noise, values.shape
-            )
+            grain = np.random.default_rng(rng.getrandbits(63)).normal(0, self.noise, values.shape)
+            values = values + grain.astype(np.float32)
         if self.invert:
             values = 255 - values
         return Image.fromarray(values.round().clip(0, 255).astype(np.uint8))

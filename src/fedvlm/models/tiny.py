@@ -138,12 +138,12 @@ def build_model(
     transformers' default of 0.02 is made for wide models: at this width training stays stuck with
     it.
     """
-    ids = tokenizer.convert_tokens_to_ids
+    ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     config = Idefics3Config(
-        image_token_id=ids(IMAGE),
+        image_token_id=ids[IMAGE],  # type: ignore[arg-type]
         scale_factor=SCALE,
         tie_word_embeddings=True,
-        pad_token_id=ids(PAD),
+        pad_token_id=ids[PAD],  # type: ignore[call-arg]
         vision_config={
             "hidden_size": width,
             "intermediate_size": 3 * width,
@@ -163,9 +163,9 @@ def build_model(
             "max_position_embeddings": MAX_LENGTH,
             "rms_norm_eps": 1e-5,
             "tie_word_embeddings": True,
-            "pad_token_id": ids(PAD),
+            "pad_token_id": ids[PAD],
             "bos_token_id": None,
-            "eos_token_id": ids(END),
+            "eos_token_id": ids[END],
         },
     )
     torch.manual_seed(seed)
@@ -178,7 +178,7 @@ def build_model(
             nn.init.normal_(module.weight, std=width**-0.5)
     model.tie_weights()
     settings = model.generation_config
-    settings.eos_token_id, settings.pad_token_id, settings.bos_token_id = ids(END), ids(PAD), None
+    settings.eos_token_id, settings.pad_token_id, settings.bos_token_id = ids[END], ids[PAD], None
     settings.do_sample, settings.max_new_tokens = False, 32
     return model
 
