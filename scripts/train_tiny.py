@@ -29,7 +29,7 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
-from fedvlm.data import questions, render
+from fedvlm.data import compose, questions, render
 from fedvlm.models import tiny
 from hints import Hints
 from muon import Muon
@@ -176,10 +176,10 @@ def sample(seed: int, step: int, pictures: int, per: int, easy: float = 0.0):
     rows = []
     for i in range(pictures):
         rng = random.Random(f"tiny/{seed}/{step}/{i}")
-        scene = questions.generic_scene(rng, 1 if rng.random() < 0.5 * easy else None)
+        scene = compose.generic_scene(rng, 1 if rng.random() < 0.5 * easy else None)
         choices = weights
         if rng.random() < LETTER_SHARE:
-            scene = questions.make_scene(rng, "letter")
+            scene = compose.make_scene(rng, "letter")
             choices = [{"letter": 0.7, "say": 0.3}.get(kind, 0.0) for kind in kinds]
         items = []
         while len(items) < per:

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import pytest
 
-from fedvlm.data import questions, render, sites, words
+from fedvlm.data import compose, questions, render, sites, words
 from fedvlm.data.scenes import generic, scenes
 
 COLUMNS = [
@@ -203,7 +203,7 @@ def test_generic_rows_are_of_the_kinds_asked_for():
 def test_answers_follow_from_the_scene():
     rng = random.Random(0)
     for _ in range(300):
-        scene = questions.generic_scene(rng)
+        scene = compose.generic_scene(rng)
         told = {kind: questions.ask(rng, kind, scene) for kind in ("count", "colour", "position")}
         assert questions.NUMBERS.index(told["count"].words[0]) <= len(scene.things)
         assert told["colour"].words[0] in {thing.colour for thing in scene.things}
@@ -217,7 +217,7 @@ def test_yes_and_no_are_about_equally_often_right():
         found = collections.Counter()
         for _ in range(2500):
             novel = kind in questions.NOVEL
-            scene = questions.novel_scene(rng, kind) if novel else questions.generic_scene(rng)
+            scene = compose.novel_scene(rng, kind) if novel else compose.generic_scene(rng)
             item = questions.ask(rng, kind, scene)
             found[item.words[0] if item else None] += 1
         assert found["yes"] / (found["yes"] + found["no"]) == pytest.approx(0.5, abs=0.07), kind

@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from fedvlm.data import questions, render
+from fedvlm.data import compose, questions, render
 from fedvlm.models import tiny
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -61,7 +61,7 @@ def held_out(count: int, seed: int = 991) -> list[tuple[Image.Image, questions.I
     """Generic scenes with one question each, from a seed that training never used."""
     rng, made = random.Random(f"test/{seed}"), []
     while len(made) < count:
-        scene = questions.generic_scene(rng)
+        scene = compose.generic_scene(rng)
         kinds, weights = tuple(questions.GENERIC), tuple(questions.GENERIC.values())
         item = questions.ask(rng, rng.choices(kinds, weights)[0], scene)
         if item is not None:

@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from fedvlm.data import words as lexicon
+from fedvlm.data.compose import other
 from fedvlm.data.render import (
     COLOURS,
     LETTERS,
@@ -21,12 +22,9 @@ from fedvlm.data.render import (
     PATTERNS,
     PLACES,
     SHAPES,
-    SIDE,
     TEXTURES,
     Scene,
     Thing,
-    ground,
-    place,
 )
 
 SENTENCE = " Answer in a sentence."
@@ -48,21 +46,6 @@ class Item:
     )
 
 
-def generic_scene(rng: random.Random, count: int | None = None) -> Scene:
-    """One to four things in different places, no two of the same shape and colour."""
-    count = count or rng.choices((1, 2, 3, 4), (25, 35, 25, 15))[0]
-    shapes = rng.sample(SHAPES, 2) if rng.random() < 0.5 else SHAPES
-    colours = rng.sample(tuple(COLOURS), 3) if rng.random() < 0.4 else tuple(COLOURS)
-    pairs = [(shape, colour) for shape in shapes for colour in colours]
-    cells = sorted(rng.sample(range(4), count))
-    things = []
-    for (shape, colour), cell in zip(rng.sample(pairs, count), cells, strict=True):
-        size = rng.choice(("large", "small"))
-        pattern = rng.choice(PATTERNS) if size == "large" and rng.random() < 0.4 else "plain"
-        things.append(place(rng, shape, colour, size, cell, pattern))
-    return Scene(tuple(things), ground(rng))
-
-
 def ask(rng: random.Random, kind: str, scene: Scene) -> Item | None:
     """A question of a kind about a scene, or None where the scene does not allow one."""
     made = KINDS[kind](rng, scene)
@@ -79,10 +62,6 @@ def join(kind: str, words: Sequence[str]) -> str:
     if kind == "list":
         return ", ".join(" ".join(words[i : i + 2]) for i in range(0, len(words), 2))
     return " ".join(words)
-
-
-def _other(rng: random.Random, options: Sequence[str], right: str) -> str:
-    return rng.choice([option for option in options if option != right])
 
 
 def _single(things: Sequence[Thing], field: str) -> list[Thing]:
@@ -115,7 +94,7 @@ def _name(rng: random.Random, scene: Scene):
     return (
         question,
         (thing.shape,),
-        (_other(rng, SHAPES, thing.shape),),
+        (other(rng, SHAPES, thing.shape),),
         lambda w: told.format(w[0]),
     )
 
@@ -128,7 +107,7 @@ def _colour(rng: random.Random, scene: Scene):
         who = thing.shape
     else:
         who = f"object in the {PLACES[thing.cell]}"
-    wrong = _other(rng, tuple(COLOURS), thing.colour)
+    wrong = other(rng, tuple(COLOURS), thing.colour)
     return (
         f"What colour is the {who}?",
         (thing.colour,),
@@ -175,7 +154,7 @@ def _position(rng: random.Random, scene: Scene):
         if thing in _single(scene.things, "shape") and rng.random() < 0.5
         else _the(thing)
     )
-    right, wrong = PLACES[thing.cell], _other(rng, PLACES, PLACES[thing.cell])
+    right, wrong = PLACES[thing.cell], other(rng, PLACES, PLACES[thing.cell])
     told = lambda w: f"The {who} is in the {' '.join(w)}."  # noqa: E731
     return f"Where is the {who}?", tuple(right.split()), tuple(wrong.split()), told
 
@@ -238,7 +217,7 @@ def _yesno(rng: random.Random, scene: Scene):
         if not single:
             return None
         thing = rng.choice(single)
-        colour = thing.colour if right else _other(rng, tuple(COLOURS), thing.colour)
+        colour = thing.colour if right else other(rng, tuple(COLOURS), thing.colour)
         return f"Is the {thing.shape} {colour}?", *_yes(rng, right)
     second = rng.choice([t for t in things if t is not thing])
     if thing.cell % 2 != second.cell % 2:
@@ -257,9 +236,9 @@ def _pattern(rng: random.Random, scene: Scene):
 def _about_pattern(rng: random.Random, thing: Thing, names: Sequence[str]):
     if rng.random() < 0.25:
         right = rng.random() < 0.5
-        texture = thing.texture if right else _other(rng, names, thing.texture)
+        texture = thing.texture if right else other(rng, names, thing.texture)
         return f"Is the {thing.shape} {texture}?", *_yes(rng, right)
-    wrong = _other(rng, names, thing.texture)
+    wrong = other(rng, names, thing.texture)
     question = f"What pattern does the {thing.shape} have?"
     return question, (thing.texture,), (wrong,), lambda w: f"The {thing.shape} is {w[0]}."
 
@@ -272,16 +251,16 @@ def _letter(rng: random.Random, scene: Scene):
         return "Is the letter a vowel?", *_yes(rng, letter in "AEU")
     if draw < 0.3:
         right = rng.random() < 0.5
-        shown = letter if right else _other(rng, LETTERS, letter)
+        shown = letter if right else other(rng, LETTERS, letter)
         return f"Is the letter {shown}?", *_yes(rng, right)
-    wrong = _other(rng, LETTERS, letter)
+    wrong = other(rng, LETTERS, letter)
     return "Which letter is written?", (letter,), (wrong,), lambda w: f"The letter is {w[0]}."
 
 
 def _list(rng: random.Random, scene: Scene):
     right = tuple(word for thing in scene.things for word in (thing.colour, thing.shape))
     wrong = list(right)
-    wrong[-1] = _other(rng, SHAPES, right[-1])
+    wrong[-1] = other(rng, SHAPES, right[-1])
     return "List the objects.", right, tuple(wrong), None
 
 
@@ -293,51 +272,6 @@ def _say(rng: random.Random, scene: Scene):
     end = rng.choice(("", "", ".", "!"))
     words[-1], wrong[-1] = words[-1] + end, wrong[-1] + end
     return f"Say: {' '.join(words)}", tuple(words), tuple(wrong), None
-
-
-# Novel kinds: scenes of their own.
-
-
-def make_scene(rng: random.Random, kind: str) -> Scene:
-    """A scene that a kind of question can be about."""
-    if kind in NOVEL:
-        return novel_scene(rng, kind)
-    return _sign(rng, rng.choice(LETTERS)) if kind == "letter" else generic_scene(rng)
-
-
-def novel_scene(rng: random.Random, kind: str) -> Scene:
-    """A scene for a novel kind: textures, a handwritten digit, a new shape or a new colour."""
-    if kind == "digit":
-        return _sign(rng, "digit", (rng.randrange(10), rng.randrange(10_000)))
-    count = rng.choice((1, 1, 2))
-    cells = sorted(rng.sample(range(4), count))
-    shapes: Sequence[str] = NEW_SHAPES if kind == "shape" else SHAPES
-    colours = tuple(NEW_COLOURS) if kind == "hue" else tuple(COLOURS)
-    if kind == "texture":
-        shapes = tuple(s for s in SHAPES if s not in ("star", "heart"))
-    new = place(
-        rng, rng.choice(shapes), rng.choice(colours), "large", cells[0], _texture(rng, kind)
-    )
-    things = [new]
-    for cell in cells[1:]:
-        shape, colour = _other(rng, SHAPES, new.shape), _other(rng, tuple(COLOURS), new.colour)
-        shape = shape if kind != "texture" else _other(rng, shapes, new.shape)
-        things.append(place(rng, shape, colour, "large", cell, _texture(rng, kind)))
-    return Scene(tuple(things), ground(rng))
-
-
-def _sign(rng: random.Random, shape: str, digit: tuple[int, int] | None = None) -> Scene:
-    """A letter or a digit over most of the picture."""
-    radius = rng.uniform(20, 27) if digit is None else rng.uniform(23, 25)
-    slack = SIDE / 2 - radius - 1 if digit is None else 2.5  # few digits are seen: keep them steady
-    x, y = (SIDE / 2 + rng.uniform(-slack, slack) for _ in range(2))
-    tint = (rng.randint(-12, 12), rng.randint(-12, 12), rng.randint(-12, 12))
-    ink = Thing(shape, rng.choice(tuple(COLOURS)), "large", 0, x, y, radius, "plain", tint)
-    return Scene((ink,), ground(rng), digit)
-
-
-def _texture(rng: random.Random, kind: str) -> str:
-    return rng.choice(TEXTURES) if kind == "texture" else "plain"
 
 
 def _ask_texture(rng: random.Random, scene: Scene):
@@ -356,7 +290,7 @@ def _ask_digit(rng: random.Random, scene: Scene):
     return (
         "Which digit is written?",
         (right,),
-        (_other(rng, NUMBERS, right),),
+        (other(rng, NUMBERS, right),),
         lambda w: f"The digit is {w[0]}.",
     )
 
@@ -373,14 +307,14 @@ def _ask_shape(rng: random.Random, scene: Scene):
     return (
         question,
         (thing.shape,),
-        (_other(rng, NEW_SHAPES, thing.shape),),
+        (other(rng, NEW_SHAPES, thing.shape),),
         lambda w: told.format(w[0]),
     )
 
 
 def _ask_hue(rng: random.Random, scene: Scene):
     thing = scene.things[0]
-    who, wrong = thing.shape, _other(rng, tuple(NEW_COLOURS), thing.colour)
+    who, wrong = thing.shape, other(rng, tuple(NEW_COLOURS), thing.colour)
     return (
         f"What colour is the {who}?",
         (thing.colour,),

@@ -23,7 +23,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from fedvlm.data import questions
+from fedvlm.data import compose, questions
 from fedvlm.data.render import Scene, render
 from fedvlm.data.sites import STYLES, Site, make_sites
 
@@ -133,7 +133,7 @@ def _draw(
     """
     wanted, made = None, None
     for _ in range(_TRIES):
-        scene = questions.make_scene(rng, kind)
+        scene = compose.make_scene(rng, kind)
         item = questions.ask(rng, kind, scene)
         if item is None:
             continue

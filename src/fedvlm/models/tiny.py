@@ -56,13 +56,13 @@ def corpus(seed: int = 0, scenes: int = 20_000) -> Iterator[str]:
     Questions, answers, lexicons and general words. The novel kinds are left out: what they are
     called is made of pieces that the model has been trained on.
     """
-    from fedvlm.data import questions, words
+    from fedvlm.data import compose, questions, words
 
     rng = random.Random(f"corpus/{seed}")
     kinds = [kind for kind in questions.GENERIC if kind != "say"]
     for _ in range(scenes):
         kind = rng.choice(kinds)
-        item = questions.ask(rng, kind, questions.make_scene(rng, kind))
+        item = questions.ask(rng, kind, compose.make_scene(rng, kind))
         if item is not None:
             yield item.question
             yield item.chosen
