@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-ALGORITHMS = ("plora", "lora", "fedsa", "local", "lora+ft")
+ALGORITHMS = ("plora", "lora", "local", "lora+ft")
 
 SETTINGS = {
     "output": "runs/demo",
-    "data": {"scenes": {"style": "mixed", "strength": 0.7, "sites": 8, "rows": 120}},
-    "train": {"rounds": 10, "local_steps": 5, "batch_size": 8},
-    "eval": {"every": 5},
+    "data": {"scenes": {"style": "mixed", "strength": 1.0, "sites": 8, "rows": 120}},
+    "algorithm": {"ft_steps": 12},
+    "train": {"rounds": 8, "local_steps": 5, "batch_size": 4, "lr": 5e-3},
+    "eval": {"every": 0, "max_rows": 20},
 }
 
 INTRODUCTION = """\
@@ -18,7 +19,6 @@ train LoRA adapters on top of it:
 
   plora    personalized LoRA (FedVLM): B is averaged over the sites, A stays at each site
   lora     standard federated LoRA: A and B are averaged, one model for all
-  fedsa    the mirror image of plora: A is averaged, B stays
   local    every site alone
   lora+ft  standard federated LoRA, then tuned at every site
 """

@@ -102,6 +102,7 @@ class Live(Progress):
 
     def round(self, line: dict[str, Any], seconds: float) -> None:
         done = min(line["round"], self.rounds)
+        self.bars.update(self.task, note="training")
         if line["round"] > self.rounds:
             self.bars.update(self.task, note="local tuning done")
         self.bars.update(self.task, completed=done)

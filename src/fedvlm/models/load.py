@@ -15,7 +15,7 @@ from fedvlm.config import ModelConfig
 from fedvlm.errors import FedVLMError
 
 ASSETS = Path(__file__).parents[1] / "assets"
-BUNDLED = {"tiny": ASSETS / "tiny", "tiny-florence2": ASSETS / "tiny-florence2"}
+BUNDLED = {"tiny": ASSETS / "tiny"}
 
 
 @dataclass(frozen=True)
@@ -53,7 +53,7 @@ def load_model(config: ModelConfig) -> Loaded:
 
 def locate(name: str) -> tuple[str, bool]:
     """Where a model's files are: (folder or hub name, whether it is local)."""
-    if name in BUNDLED and BUNDLED[name].is_dir():
+    if name in BUNDLED:
         return str(BUNDLED[name]), True
     if Path(name).is_dir():
         return name, True
