@@ -90,11 +90,10 @@ class Collator:
         )
         prompt = inputs.pop("input_ids")[0]
         inputs.pop("attention_mask", None)
-        if self.seq2seq:
-            ids = self.tokenizer(answer).input_ids
-        else:
-            # A space parts the answer from the template's last word where that has none of its own.
-            ids = self.tokenizer(answer, add_special_tokens=False).input_ids
+        # An encoder-decoder's answer is a text of its own and may begin as its tokenizer has texts
+        # begin. Not every tokenizer ends a text with eos; an answer always ends with one.
+        ids = self.tokenizer(answer, add_special_tokens=self.seq2seq).input_ids
+        if ids[-1:] != [self.tokenizer.eos_token_id]:
             ids = [*ids, self.tokenizer.eos_token_id]
         return Features(prompt, torch.tensor(ids), dict(inputs))
 
