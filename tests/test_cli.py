@@ -194,6 +194,11 @@ def test_the_public_names_are_these_and_all_load():
         _ = fedvlm.nothing
 
 
+@pytest.mark.parametrize("first", ["algorithms", "config", "comparison", "federate", "results"])
+def test_any_module_may_be_imported_first(first):
+    subprocess.run([sys.executable, "-c", f"import fedvlm.{first}"], check=True)
+
+
 def test_no_source_file_is_longer_than_400_lines():
     root = Path(__file__).parents[1]
     long = {

@@ -5,12 +5,15 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 from fedvlm.algorithms.base import Algorithm, Client, Phase, State
 from fedvlm.algorithms.sharing import sharing, tuned
-from fedvlm.config import AlgorithmConfig
 from fedvlm.errors import ConfigError
 from fedvlm.tree import module
+
+if TYPE_CHECKING:
+    from fedvlm.config import AlgorithmConfig
 
 __all__ = ["TABLE", "Algorithm", "Client", "Entry", "Phase", "State", "build", "check_share"]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -118,10 +119,10 @@ def save_adapter(model: Any, tree: Tree, folder: Path) -> None:
     from safetensors.torch import save_file
 
     folder.mkdir(parents=True, exist_ok=True)
-    config = model.peft_config["default"]
-    inference, config.inference_mode = config.inference_mode, True
+    config = copy.copy(model.peft_config["default"])
+    config.inference_mode = True
+    config.target_modules = sorted(config.target_modules)  # a set's order differs by process
     config.save_pretrained(str(folder))
-    config.inference_mode = inference
     save_file(tree, folder / "adapter_model.safetensors", metadata={"format": "pt"})
 
 

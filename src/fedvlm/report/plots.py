@@ -1,9 +1,7 @@
 """Plots of one run and of a comparison of algorithms, drawn from the lines of ``metrics.jsonl``.
 
-``figure_*`` return a :class:`matplotlib.figure.Figure`, ``plot_*`` save it as a PNG. Matplotlib is
-imported when a figure is drawn, and its global state (pyplot) is never touched. Scores are shares
-in [0, 1], shown as percentages. The colours are Okabe and Ito's, which colour-blind readers can
-tell apart; algorithms also differ in their markers.
+``figure_*`` return a matplotlib ``Figure``, ``plot_*`` save it as a PNG; pyplot's global state is
+never touched. The colours are Okabe and Ito's, which colour-blind readers can tell apart.
 """
 
 from __future__ import annotations
@@ -17,6 +15,7 @@ from fedvlm.errors import FedVLMError
 from fedvlm.report.series import (
     Line,
     Scores,
+    capital,
     client_names,
     curve,
     end_scores,
@@ -155,7 +154,7 @@ def _draw_clients(axes: Axes, ends: Mapping[str, Scores], name: str) -> None:
         at = [x + shift for x, client in enumerate(names) if client in scores]
         heights = [scores[client] for client in names if client in scores]
         axes.bar(at, heights, width, color=KINDS[kind], label=kind)
-    axes.set_title(f"{_capital(name)} of every client at the end")
+    axes.set_title(f"{capital(name)} of every client at the end")
     margin = 0.6 + max(0, 3 - len(names)) / 2
     axes.set_xlim(-margin, len(names) - 1 + margin)
     _name_ticks(axes, names)
@@ -173,7 +172,7 @@ def _draw_sorted(
         colour = styles[label]["color"]
         axes.plot(at, values, drawstyle="steps-mid", lw=1.8, color=colour, label=label)
     count = len(client_names(ends.values()))
-    axes.set_title(f"{_capital(name)} at the end, {count} clients sorted from worst to best")
+    axes.set_title(f"{capital(name)} at the end, {count} clients sorted from worst to best")
     axes.set_xlabel("share of clients at or below")
     axes.set_xlim(0, 1)
     axes.xaxis.set_major_formatter(_percent())
@@ -286,7 +285,7 @@ def _draw_heat_map(axes: Axes, per_client: Mapping[str, Scores], name: str) -> N
             if best and len(trained) > 1:
                 frame = Rectangle((column - 0.46, row - 0.43), 0.92, 0.86, fill=False, ec=colour)
                 axes.add_patch(frame)
-    axes.set_title(f"{_capital(name)} of every client at the end, in % (framed: the client's best)")
+    axes.set_title(f"{capital(name)} of every client at the end, in % (framed: the client's best)")
     axes.set_yticks(range(len(rows)), rows)
     axes.tick_params(length=0)
     axes.spines[:].set_visible(False)
@@ -321,10 +320,6 @@ def _style(index: int) -> dict[str, Any]:
     }
 
 
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]
-
-
 def _percent() -> Any:
     from matplotlib.ticker import PercentFormatter
 
@@ -352,11 +347,11 @@ def _round_axis(axes: Axes) -> None:
     axes.set_xlabel("round (0: untuned model)")
     axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     if not axes.lines:
-        axes.text(0.5, 0.5, "not evaluated", transform=axes.transAxes, ha="center", va="center")
+        axes.text(0.5, 0.5, "not evaluated", transform=axes.transAxes, ha="center")
 
 
 def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
-    short = [name if len(name) <= 24 else f"{name[:9]}…{name[-14:]}" for name in names]
+    short = [n if len(n) <= 24 else f"{n[:9]}…{n[-14:]}" for n in names]
     crowded = max(map(len, short), default=0) * len(short) > 60
     turn: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
     axes.set_xticks(range(len(names)), short, **(turn if crowded else {}))

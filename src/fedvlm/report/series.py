@@ -105,3 +105,7 @@ def _scores(line: Line, kind: str, metric: str) -> Scores:
     clients = (line.get("evaluation") or {}).get(kind) or {}
     found = {client: scores.get(metric) for client, scores in clients.items()}
     return {c: float(v) for c, v in found.items() if v is not None and not math.isnan(v)}
+
+
+def capital(text: str) -> str:
+    return text[:1].upper() + text[1:]
