@@ -20,13 +20,6 @@ if TYPE_CHECKING:
 
 METRICS = ("exact_match", "token_f1", "rouge_l", "loss")
 MODELS = ("untuned", "global_before", "global", "personal_before", "personal")
-LABELS = {
-    "untuned": "untuned",
-    "global_before": "global, before the last aggregation",
-    "global": "global",
-    "personal_before": "personal, before the last aggregation",
-    "personal": "personal",
-}
 
 
 @dataclass(frozen=True)
