@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import json
-import math
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -19,6 +18,7 @@ from fedvlm.algorithms import TABLE
 from fedvlm.config import Config
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.progress import Progress
+from fedvlm.report.series import mean, standard_error
 from fedvlm.results import Results
 
 BASELINES = ("lora", "lora+ft")
@@ -222,29 +222,17 @@ def _row(name: str, found: Sequence[Results]) -> dict[str, Any]:
     return {
         "algorithm": name,
         "seeds": len(found),
-        "exact_match": _mean(personal),
-        "standard_error": _standard_error(personal),
-        "worst10": _mean([r.summary("personal")["worst10"] for r in found]),
-        "spread": _mean([r.summary("personal")["std"] for r in found]),
-        "personal_before": _mean([r.summary("personal_before")["mean"] for r in found]),
-        "global": _mean([r.summary("global")["mean"] for r in found]),
-        "untuned": _mean([r.summary("untuned")["mean"] for r in found]),
-        "bytes_up": _mean([r.table["bytes"]["bytes_up"]["total"] for r in found]),
-        "bytes_down": _mean([r.table["bytes"]["bytes_down"]["total"] for r in found]),
-        "seconds": _mean([sum(line.get("seconds", 0.0) for line in t) for t in timing]),
+        "exact_match": mean(personal),
+        "standard_error": standard_error(personal) if len(found) > 1 else None,
+        "worst10": mean([r.summary("personal")["worst10"] for r in found]),
+        "spread": mean([r.summary("personal")["std"] for r in found]),
+        "personal_before": mean([r.summary("personal_before")["mean"] for r in found]),
+        "global": mean([r.summary("global")["mean"] for r in found]),
+        "untuned": mean([r.summary("untuned")["mean"] for r in found]),
+        "bytes_up": mean([r.table["bytes"]["bytes_up"]["total"] for r in found]),
+        "bytes_down": mean([r.table["bytes"]["bytes_down"]["total"] for r in found]),
+        "seconds": mean([sum(line.get("seconds", 0.0) for line in t) for t in timing]),
     }
-
-
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
-
-
-def _standard_error(values: Sequence[float]) -> float | None:
-    """Of the mean over seeds; unknown for one seed."""
-    n, mean = len(values), _mean(values)
-    if n < 2:
-        return None
-    return math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
 
 
 def _title(runs: dict[str, Config]) -> str:

@@ -7,10 +7,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from fedvlm.comparison import Event
 from fedvlm.config import Config
 from fedvlm.progress import describe
-
-Event = tuple[str, dict[str, Any], float]
 
 
 @contextlib.contextmanager
