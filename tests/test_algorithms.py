@@ -7,8 +7,8 @@ import torch
 
 from fedvlm.algorithms import TABLE, Client, build, check_share
 from fedvlm.algorithms.sharing import sharing
-from fedvlm.config import AlgorithmConfig
 from fedvlm.errors import ConfigError
+from fedvlm.sections import AlgorithmConfig
 from fedvlm.tree import Mean, digest, factor, module, split, step
 
 NAMES = [

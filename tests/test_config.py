@@ -2,8 +2,9 @@
 
 import pytest
 
-from fedvlm.config import Config, dump, load
+from fedvlm.config import dump, load
 from fedvlm.errors import ConfigError
+from fedvlm.sections import Config
 
 
 def problems(*overrides, source=None):

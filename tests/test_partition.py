@@ -14,10 +14,10 @@ import pytest
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fedvlm.config import Config, DataConfig, PartitionConfig
 from fedvlm.data.partition import SPLITS, Partition, Split, make_partition
 from fedvlm.data.skew import jensen_shannon
 from fedvlm.errors import DataError
+from fedvlm.sections import Config, DataConfig, PartitionConfig
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 DRAWN = ("iid", "dirichlet", "shards", "quantity")

@@ -14,9 +14,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from fedvlm.config import Columns, DataConfig
 from fedvlm.data.sources import load_rows, open_image
 from fedvlm.errors import DataError
+from fedvlm.sections import Columns, DataConfig
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"no sample data in {SHARED}")

@@ -18,7 +18,7 @@ _HOMES = {
     "compare": "fedvlm.comparison",
     "Results": "fedvlm.results",
     "Comparison": "fedvlm.comparison",
-    "Config": "fedvlm.config",
+    "Config": "fedvlm.sections",
     "load_config": "fedvlm.config",
     "Algorithm": "fedvlm.algorithms",
     "Client": "fedvlm.algorithms",
@@ -54,12 +54,12 @@ if TYPE_CHECKING:
     from fedvlm.algorithms import Algorithm, Client, Phase
     from fedvlm.algorithms.sharing import sharing, tuned
     from fedvlm.comparison import Comparison, compare
-    from fedvlm.config import Config
     from fedvlm.config import load as load_config
     from fedvlm.data.scenes import scenes
     from fedvlm.errors import ConfigError, DataError, FedVLMError
     from fedvlm.federate import resume, run
     from fedvlm.results import Results
+    from fedvlm.sections import Config
 
 
 def __getattr__(name: str) -> Any:

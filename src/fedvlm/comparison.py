@@ -15,11 +15,11 @@ from typing import Any
 from fedvlm import config as configs
 from fedvlm import store as stores
 from fedvlm.algorithms import TABLE
-from fedvlm.config import Config
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.progress import Progress
 from fedvlm.report.series import mean, standard_error
 from fedvlm.results import Results
+from fedvlm.sections import Config
 
 BASELINES = ("lora", "lora+ft")
 Event = tuple[str, dict[str, Any], float]

@@ -14,11 +14,11 @@ import numpy as np
 from fedvlm import config as configs
 from fedvlm import store as stores
 from fedvlm.algorithms import Algorithm, Client, State, build, check_share
-from fedvlm.config import Config
 from fedvlm.engines.base import Engine, Scores, Task
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.progress import Progress, Quiet
 from fedvlm.results import Results, write_results
+from fedvlm.sections import Config
 from fedvlm.seeds import derive
 from fedvlm.tree import Mean, Tree, nbytes
 

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from fedvlm.config import Config
 from fedvlm.metrics import summarize
+from fedvlm.sections import Config
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedvlm.config import Config
 from fedvlm.metrics import summarize
+from fedvlm.sections import Config
 from fedvlm.store import DONE, Store, write_text
 from fedvlm.tree import Tree
 

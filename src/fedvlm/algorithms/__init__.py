@@ -13,7 +13,7 @@ from fedvlm.errors import ConfigError
 from fedvlm.tree import module
 
 if TYPE_CHECKING:
-    from fedvlm.config import AlgorithmConfig
+    from fedvlm.sections import AlgorithmConfig
 
 __all__ = ["TABLE", "Algorithm", "Client", "Entry", "Phase", "State", "build", "check_share"]
 

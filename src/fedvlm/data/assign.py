@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from fedvlm.config import PartitionConfig
 from fedvlm.data.labels import codes_of
 from fedvlm.errors import DataError
+from fedvlm.sections import PartitionConfig
 
 logger = logging.getLogger("fedvlm")
 

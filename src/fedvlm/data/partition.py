@@ -16,11 +16,11 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from fedvlm.config import Config
 from fedvlm.data import assign
 from fedvlm.data.labels import binned_codes, codes_of, values_of
 from fedvlm.data.skew import Skew, measure
 from fedvlm.errors import DataError
+from fedvlm.sections import Config
 
 logger = logging.getLogger("fedvlm")
 

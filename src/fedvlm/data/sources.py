@@ -21,9 +21,9 @@ import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 
-from fedvlm.config import DataConfig
 from fedvlm.data.images import broken_images, open_image
 from fedvlm.errors import DataError
+from fedvlm.sections import DataConfig
 
 __all__ = ["load_rows", "open_image"]
 

@@ -11,7 +11,6 @@ import numpy as np
 import torch
 
 from fedvlm.algorithms import Algorithm, Phase
-from fedvlm.config import Config, TrainConfig
 from fedvlm.data.collate import Collator
 from fedvlm.data.partition import Partition
 from fedvlm.engines.base import Reply, Scores, Task
@@ -20,6 +19,7 @@ from fedvlm.metrics import score_texts
 from fedvlm.models import lora
 from fedvlm.models.generate import greedy
 from fedvlm.models.objectives import answer_nll, sft_loss
+from fedvlm.sections import Config, TrainConfig
 from fedvlm.seeds import derive
 from fedvlm.store import Store
 from fedvlm.tree import Tree, digest, factor

@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from fedvlm.config import ModelConfig
 from fedvlm.errors import FedVLMError
+from fedvlm.sections import ModelConfig
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = {"tiny": ASSETS / "tiny"}

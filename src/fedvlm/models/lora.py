@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedvlm.config import LoraConfig
 from fedvlm.errors import FedVLMError
+from fedvlm.sections import LoraConfig
 from fedvlm.seeds import derive
 from fedvlm.tree import Tree
 

@@ -8,8 +8,8 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from fedvlm.comparison import Event
-from fedvlm.config import Config
 from fedvlm.progress import describe
+from fedvlm.sections import Config
 
 
 @contextlib.contextmanager

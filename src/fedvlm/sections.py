@@ -1,0 +1,243 @@
+"""The sections of a run's configuration: frozen pydantic models, one tree.
+
+Every setting has its default and its range here; :mod:`fedvlm.config` reads and writes them.
+"""
+
+from __future__ import annotations
+
+import difflib
+import math
+import re
+from collections.abc import Iterable
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+
+Positive = Annotated[int, Field(ge=1)]
+Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
+Factors = Literal["A", "B", "AB", "none"]
+
+
+class Section(BaseModel):
+    """Base of every section: frozen, no unknown keys, no NaN or infinity."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+
+class Columns(Section):
+    """Which column of the data plays which part. Defaults are RLAIF-V's names."""
+
+    image: str = "image"
+    question: str = "question"
+    answer: str = "chosen"
+
+
+class ScenesConfig(Section):
+    """The bundled data set (used when ``data.path`` is not set)."""
+
+    style: Literal["iid", "label", "covariate", "concept", "quantity", "mixed"] = Field(
+        "mixed", description="how the sites differ"
+    )
+    strength: Fraction = Field(1.0, description="how much they differ, 0 to 1")
+    sites: Positive = Field(8, description="number of sites")
+    rows: Positive = Field(120, description="rows a site, on average")
+
+
+class DataConfig(Section):
+    """Where the rows come from and how each client's rows are split."""
+
+    path: str | None = Field(
+        None, description="parquet, JSONL, image folder, or a hub data set; empty: scenes"
+    )
+    split: str = Field("train", description="the split to read, where the source has several")
+    columns: Columns = Columns()
+    max_rows: Positive | None = Field(None, description="use a seeded sample of this many rows")
+    on_error: Literal["fail", "skip"] = Field("fail", description="what a corrupt row does")
+    val_fraction: Fraction = Field(0.1, description="share of a client's rows for validation")
+    test_fraction: Fraction = Field(0.25, description="share of a client's rows for the test")
+    scenes: ScenesConfig = ScenesConfig()
+
+
+class PartitionConfig(Section):
+    """How rows become clients."""
+
+    kind: Literal["auto", "iid", "dirichlet", "shards", "column", "quantity"] = Field(
+        "auto", description="auto: by site for scenes, iid for other data"
+    )
+    clients: Positive = Field(8, description="number of clients (kind=column: one per value)")
+    column: str | None = Field(
+        None, description="column: the clients; dirichlet, shards: the label"
+    )
+    alpha: Annotated[float, Field(gt=0)] = Field(0.3, description="Dirichlet concentration")
+    shards: Positive = Field(2, description="shards a client (kind=shards)")
+    exponent: Annotated[float, Field(ge=0)] = Field(1.2, description="power law (kind=quantity)")
+    min_rows: Positive = Field(10, description="fewest rows that a client may have")
+
+    @model_validator(mode="after")
+    def _column_is_named(self) -> PartitionConfig:
+        if self.kind == "column" and not self.column:
+            raise ValueError("kind=column needs partition.column, the column that names the client")
+        return self
+
+
+class ModelConfig(Section):
+    """The frozen vision-language model."""
+
+    name: str = Field("tiny", description="bundled 'tiny', a hub name, or a local folder")
+    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32")
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+
+
+class LoraConfig(Section):
+    """LoRA on the frozen model (Hu et al., arXiv 2106.09685), attached by PEFT."""
+
+    rank: Positive = 8
+    alpha: Annotated[float, Field(gt=0)] = 16.0
+    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rslora: bool = Field(False, description="scale by alpha/sqrt(rank), arXiv 2312.03732")
+    target: str = Field(
+        "all-linear",
+        description="language, vision, projector, vision+language, all-linear, "
+        "or a regular expression over module names",
+    )
+
+
+class AlgorithmConfig(Section):
+    """Which factors are shared, and how the server combines them."""
+
+    name: str = Field("plora", description="a name from the table; 'share' for an own map")
+    share: dict[str, Factors] | None = Field(
+        None, description="own map: module pattern -> factors that are aggregated (A, B, AB, none)"
+    )
+    server_lr: Annotated[float, Field(gt=0)] = Field(
+        1.0, description="step of the server towards the clients' mean"
+    )
+    ft_steps: Positive = Field(
+        20, description="steps of local tuning after the last round (lora+ft)"
+    )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _share_names_itself(cls, given: Any) -> Any:
+        if isinstance(given, dict) and given.get("share") is not None and "name" not in given:
+            return {**given, "name": "share"}
+        return given
+
+    @model_validator(mode="after")
+    def _is_in_the_table(self) -> AlgorithmConfig:
+        from fedvlm.algorithms import TABLE
+
+        if self.name not in TABLE:
+            raise ValueError(
+                f"algorithm.name '{self.name}' is unknown{_suggest(self.name, TABLE)}; "
+                f"there are {', '.join(TABLE)}"
+            )
+        if (self.share is not None) != (self.name == "share"):
+            raise ValueError(
+                "an own map needs both algorithm.name=share and algorithm.share "
+                f"(got name={self.name!r}, share={self.share!r})"
+            )
+        for pattern in self.share or {}:
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+        return self
+
+
+class TrainConfig(Section):
+    """Rounds and the clients' local optimizer."""
+
+    rounds: Positive = 20
+    clients_per_round: Positive | None = Field(None, description="sampled cohort; empty: all")
+    local_steps: Positive | None = Field(None, description="optimizer steps a round; empty: 5")
+    local_epochs: Positive | None = Field(None, description="passes a round, instead of steps")
+    batch_size: Positive = 8
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    lr_a: Annotated[float, Field(gt=0)] | None = Field(None, description="rate of A; empty: lr")
+    lr_b: Annotated[float, Field(gt=0)] | None = Field(None, description="rate of B; empty: lr")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="per client")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the learning rate, over the rounds"
+    )
+    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if self.local_steps is not None and self.local_epochs is not None:
+            raise ValueError(
+                "set local_steps or local_epochs, not both "
+                f"(got local_steps={self.local_steps}, local_epochs={self.local_epochs})"
+            )
+        return self
+
+    def steps(self, rows: int) -> int:
+        """Optimizer steps in one round of a client with ``rows`` training rows."""
+        if self.local_epochs is not None:
+            return self.local_epochs * math.ceil(rows / self.batch_size)
+        return self.local_steps or 5
+
+    def rate_scale(self, round_: int) -> float:
+        """Multiplier of the learning rates in round ``round_`` (1-based)."""
+        if round_ > self.rounds:  # local tuning after the last round
+            return 1.0
+        if round_ <= self.warmup_rounds:
+            return round_ / (self.warmup_rounds + 1)
+        done = (round_ - 1 - self.warmup_rounds) / max(1, self.rounds - self.warmup_rounds)
+        done = min(done, 1.0)
+        if self.schedule == "linear":
+            return 1.0 - done
+        if self.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * done))
+        return 1.0
+
+
+class EvalConfig(Section):
+    """When and how every client is scored."""
+
+    every: Annotated[int, Field(ge=0)] = Field(10, description="rounds between; 0: only at the end")
+    batch_size: Positive = 64
+    max_rows: Positive | None = Field(200, description="at most this many held-out rows a client")
+    max_new_tokens: Positive = 24
+    split: Literal["test", "val"] = Field("test", description="val: for choosing settings")
+
+
+class EngineConfig(Section):
+    """How a cohort is trained."""
+
+    name: Literal["reference"] = "reference"
+    threads: Positive | None = Field(
+        None,
+        description="torch threads; empty: 1 for models under 10 M parameters, else all cores",
+    )
+
+
+class Config(Section):
+    """A run, whole. ``fedvlm run --print-config`` prints it with the defaults."""
+
+    output: str = Field("runs/run", description="folder of this run")
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    partition: PartitionConfig = PartitionConfig()
+    lora: LoraConfig = LoraConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    train: TrainConfig = TrainConfig()
+    eval: EvalConfig = EvalConfig()
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _fractions_leave_rows(self) -> Config:
+        held_out = self.data.val_fraction + self.data.test_fraction
+        if held_out >= 1.0:
+            raise ValueError(
+                f"data.val_fraction + data.test_fraction is {held_out:g}: nothing is left to train"
+            )
+        return self
+
+
+def _suggest(word: str, words: Iterable[str]) -> str:
+    close = difflib.get_close_matches(word, list(words), n=1)
+    return f": did you mean '{close[0]}'?" if close else ""
