@@ -19,7 +19,7 @@ from fedvlm.config import load
 from fedvlm.engines.reference import batches
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.models import lora
-from fedvlm.models.objectives import sft_loss
+from fedvlm.models.objectives import sft_terms
 from fedvlm.progress import Progress
 from fedvlm.seeds import derive
 from fedvlm.tree import digest, factor
@@ -167,7 +167,7 @@ def test_one_client_and_one_round_equal_a_plain_training_loop(small):
     optimizer = torch.optim.AdamW(params.values(), lr=config.train.lr, weight_decay=0.0)
     rows = partition.splits["site-0"].train
     for batch in batches(rows, 4, 5, derive(0, 1, "site-0", 0, "batches")):
-        sft_loss(model, engine.collator.training(batch)).backward()
+        sft_terms(model, engine.collator.training(batch)).mean().backward()
         torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()

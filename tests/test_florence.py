@@ -1,6 +1,7 @@
 """The encoder-decoder path: a tiny random Florence-2, from a folder that transformers wrote."""
 
 import copy
+import dataclasses
 
 import peft
 import pytest
@@ -16,7 +17,7 @@ from fedvlm.federate import prepare
 from fedvlm.models import lora
 from fedvlm.models.generate import greedy
 from fedvlm.models.load import ASSETS, load_model
-from fedvlm.models.objectives import IGNORE, answer_nll, sft_loss
+from fedvlm.models.objectives import IGNORE, answer_nll, sft_terms
 from fedvlm.sections import LoraConfig, ModelConfig
 from test_models import ROWS
 
@@ -70,7 +71,7 @@ def model(loaded):
 
 @pytest.fixture(scope="module")
 def collator(loaded):
-    return Collator(ROWS, loaded.processor, seq2seq=True, device=torch.device("cpu"))
+    return Collator(ROWS, loaded)
 
 
 def test_the_labels_are_the_answer_and_its_end_and_the_input_is_the_prompt(collator):
@@ -89,7 +90,7 @@ def test_a_tokenizer_that_marks_begin_and_end_itself_gets_no_second_end(loaded, 
     processor.tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single="<|assistant|> $A <|end|>", special_tokens=[("<|assistant|>", 3), ("<|end|>", 1)]
     )
-    marked = Collator(ROWS, processor, seq2seq=True, device=torch.device("cpu")).training([1])
+    marked = Collator(ROWS, dataclasses.replace(loaded, processor=processor)).training([1])
     plain = collator.training([1])
     assert marked["labels"].tolist() == [[3, *plain["labels"][0].tolist()]]
     assert marked["input_ids"].tolist() == plain["input_ids"].tolist()
@@ -99,7 +100,9 @@ def test_a_tokenizer_that_marks_begin_and_end_itself_gets_no_second_end(loaded, 
 def test_the_loss_is_the_models_own_and_padding_changes_nothing(model, collator):
     batch = collator.training([0, 1])
     nll, tokens = answer_nll(model, batch)
-    assert sft_loss(model, batch).item() == pytest.approx(model(**batch).loss.item(), rel=1e-5)
+    assert sft_terms(model, batch).mean().item() == pytest.approx(
+        model(**batch).loss.item(), rel=1e-5
+    )
     assert tokens.tolist() == (batch["labels"] != IGNORE).sum(1).tolist()
     alone = [answer_nll(model, collator.training([i]))[0].item() for i in (0, 1)]
     assert nll.tolist() == pytest.approx(alone, rel=1e-4)
@@ -143,8 +146,8 @@ def test_a_run_ends_with_adapters_that_plain_peft_loads(folder, tmp_path):
         again = peft.PeftModel.from_pretrained(base, str(results.adapter(site))).eval()
         batch = engine.collator.training(partition.splits[site].test[:3])
         with torch.no_grad():
-            assert sft_loss(again, batch).item() == pytest.approx(loss, rel=1e-5)
+            assert sft_terms(again, batch).mean().item() == pytest.approx(loss, rel=1e-5)
             with again.disable_adapter():
-                untuned = sft_loss(again, batch).item()
+                untuned = sft_terms(again, batch).mean().item()
         assert untuned == pytest.approx(results.scores("untuned", "loss")[site], rel=1e-5)
         assert untuned != pytest.approx(loss, rel=1e-4)

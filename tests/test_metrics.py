@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fedvlm.metrics import exact_match, rouge_l, score_texts, summarize, token_f1
+from fedvlm.metrics import METRICS, bleu, exact_match, rouge_l, score_texts, summarize, token_f1
 
 
 @pytest.mark.parametrize(
@@ -93,18 +93,32 @@ def test_rouge_l_is_the_librarys_on_ascii(prediction, reference):
 @given(st.text(max_size=20), st.text(max_size=20))
 def test_scores_are_finite_symmetric_and_between_zero_and_one(one, other):
     (scores,) = score_texts([one], [other])
-    assert all(0.0 <= s <= 1.0 for s in scores.values())
-    assert score_texts([other], [one])[0] == pytest.approx(scores)
-    assert set(score_texts([one], [one])[0].values()) == {1.0}
+    shares = [name for name, metric in METRICS.items() if metric.share and name in scores]
+    assert all(0.0 <= scores[name] <= 1.0 for name in shares)
+    (back,), (same,) = score_texts([other], [one]), score_texts([one], [one])
+    for name in ("exact_match", "token_f1", "rouge_l"):
+        assert back[name] == pytest.approx(scores[name])
+    assert [same[name] for name in shares] == pytest.approx([1.0] * len(shares))
 
 
 def test_every_pair_gets_every_score_in_order():
     scores = score_texts(["Red.", "blue"], ["Red.", "Red."])
     assert scores == [
-        {"exact_match": 1.0, "token_f1": 1.0, "rouge_l": 1.0},
-        {"exact_match": 0.0, "token_f1": 0.0, "rouge_l": 0.0},
+        {"exact_match": 1.0, "token_f1": 1.0, "rouge_l": 1.0, "bleu": 1.0, "length": 1.0},
+        {"exact_match": 0.0, "token_f1": 0.0, "rouge_l": 0.0, "bleu": 0.0, "length": 1.0},
     ]
     assert score_texts([], []) == []
+
+
+def test_bleu_is_sacrebleus_of_the_sentence():
+    from sacrebleu import sentence_bleu
+
+    ours = bleu("a man rides a brown horse", "The man rides the brown horse on a beach.")
+    theirs = sentence_bleu(
+        "a man rides a brown horse", ["The man rides the brown horse on a beach."]
+    )
+    assert 0.05 < ours < 0.5
+    assert ours == pytest.approx(theirs.score / 100)
 
 
 def test_unequal_lengths_are_refused():
@@ -121,7 +135,11 @@ def test_the_summary_weighs_clients_equally():
 def test_worst10_is_the_mean_of_the_worst_tenth():
     twenty = {f"client-{i}": i / 20 for i in range(20)}
     assert summarize(twenty)["worst10"] == pytest.approx((0 + 1) / 2 / 20)
-    assert summarize(twenty, higher_is_better=False)["worst10"] == pytest.approx(18.5 / 20)
+    assert summarize(twenty, "lower")["worst10"] == pytest.approx(18.5 / 20)
+
+
+def test_where_nothing_is_better_there_is_no_worst_tenth():
+    assert summarize({"a": 1.0, "b": 3.0}, None) == {"mean": 2.0, "std": 1.0}
 
 
 def test_no_clients_is_an_error():

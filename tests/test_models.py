@@ -12,7 +12,7 @@ from fedvlm.errors import FedVLMError
 from fedvlm.models import lora
 from fedvlm.models.generate import greedy
 from fedvlm.models.load import load_model
-from fedvlm.models.objectives import IGNORE, answer_nll, sft_loss
+from fedvlm.models.objectives import IGNORE, answer_nll, sft_terms
 from fedvlm.sections import LoraConfig, ModelConfig
 from fedvlm.tree import digest, factor
 
@@ -38,7 +38,7 @@ def model(loaded):
 
 @pytest.fixture(scope="module")
 def collator(loaded):
-    return Collator(ROWS, loaded.processor, seq2seq=False, device=torch.device("cpu"))
+    return Collator(ROWS, loaded)
 
 
 def test_the_labels_cover_the_answer_and_its_end_and_nothing_else(collator):
@@ -57,7 +57,7 @@ def test_the_training_text_is_the_chat_templates_own(loaded, collator):
         {"role": "user", "content": [{"type": "image"}, {"type": "text", "text": "What?"}]},
         {"role": "assistant", "content": [{"type": "text", "text": "red"}]},
     ]
-    prompt = collator.prompt_text("What?")
+    prompt = collator.prompter.prompt_text("What?")
     whole = loaded.processor.apply_chat_template(turns)
     assert whole.startswith(prompt)
     assert whole[len(prompt) :].startswith("red")
@@ -68,7 +68,7 @@ def test_the_loss_is_the_models_own(loaded, collator):
     batch = collator.training([0, 1])
     with torch.no_grad():
         theirs = loaded.model(**batch).loss
-        ours = sft_loss(loaded.model, batch)
+        ours = sft_terms(loaded.model, batch).mean()
         nll, tokens = answer_nll(loaded.model, batch)
         alone = [answer_nll(loaded.model, collator.training([i]))[0].item() for i in (0, 1)]
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
@@ -108,8 +108,10 @@ def test_the_initial_adapter_is_a_function_of_the_seed_and_changes_nothing(model
     assert digest(first) != digest(other)
     batch = collator.training([0, 1])
     with torch.no_grad():
-        plain = sft_loss(model.eval(), batch)
-        assert sft_loss(adapted.eval(), batch).item() == pytest.approx(plain.item(), abs=1e-6)
+        plain = sft_terms(model.eval(), batch).mean()
+        assert sft_terms(adapted.eval(), batch).mean().item() == pytest.approx(
+            plain.item(), abs=1e-6
+        )
 
 
 def test_a_saved_adapter_loads_with_peft_alone(model, collator, tmp_path):
@@ -122,8 +124,8 @@ def test_a_saved_adapter_loads_with_peft_alone(model, collator, tmp_path):
     again = peft.PeftModel.from_pretrained(base, str(tmp_path))
     batch = collator.training([0, 1])
     with torch.no_grad():
-        ours = sft_loss(adapted.eval(), batch).item()
-        assert sft_loss(again.eval(), batch).item() == pytest.approx(ours, rel=1e-5)
+        ours = sft_terms(adapted.eval(), batch).mean().item()
+        assert sft_terms(again.eval(), batch).mean().item() == pytest.approx(ours, rel=1e-5)
     assert digest(lora.read(lora.handles(again))) == digest(tree)
 
 

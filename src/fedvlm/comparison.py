@@ -195,13 +195,13 @@ def _conclude(folder: Path, algorithms: Sequence[str], runs: dict[str, Config]) 
     for config in runs.values():
         results[config.algorithm.name].append(Results.read(config.output))
     rows = sorted(
-        (_row(name, found) for name, found in results.items()), key=lambda r: -r["exact_match"]
+        (_row(name, found) for name, found in results.items()), key=lambda r: -r["personal"]
     )
-    by_name = {row["algorithm"]: row["exact_match"] for row in rows}
+    by_name = {row["algorithm"]: row["personal"] for row in rows}
     for row in rows:
         for baseline in BASELINES:
             reference = by_name.get(baseline)
-            row[f"gain_over_{baseline}"] = row["exact_match"] / reference - 1 if reference else None
+            row[f"gain_over_{baseline}"] = row["personal"] / reference - 1 if reference else None
     lines = {
         name: [stores.read_lines(r.folder / "metrics.jsonl") for r in found]
         for name, found in results.items()
@@ -212,7 +212,7 @@ def _conclude(folder: Path, algorithms: Sequence[str], runs: dict[str, Config]) 
     writer.writerows(rows)
     stores.write_text(folder / "comparison.csv", out.getvalue())
     stores.write_text(folder / "comparison.json", json.dumps(rows, indent=2) + "\n")
-    plot_comparison(lines, folder / "comparison.png", _title(runs))
+    plot_comparison(lines, folder / "comparison.png", _title(runs), metric=rows[0]["metric"])
     return Comparison(folder, rows)
 
 
@@ -222,7 +222,8 @@ def _row(name: str, found: Sequence[Results]) -> dict[str, Any]:
     return {
         "algorithm": name,
         "seeds": len(found),
-        "exact_match": mean(personal),
+        "metric": found[0].metric,
+        "personal": mean(personal),
         "standard_error": standard_error(personal) if len(found) > 1 else None,
         "worst10": mean([r.summary("personal")["worst10"] for r in found]),
         "spread": mean([r.summary("personal")["std"] for r in found]),

@@ -17,7 +17,7 @@ from fedvlm.algorithms import Algorithm, Client, State, build, check_share
 from fedvlm.engines.base import Engine, Scores, Task
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.progress import Progress, Quiet
-from fedvlm.results import Results, write_results
+from fedvlm.results import Results, global_model, write_answers, write_results
 from fedvlm.sections import Config
 from fedvlm.seeds import derive
 from fedvlm.tree import Mean, Tree, nbytes
@@ -121,9 +121,11 @@ def prepare(config: Config) -> tuple[ReferenceEngine, Partition, stores.Store]:
     from fedvlm.data.partition import make_partition
     from fedvlm.data.sources import load_rows
     from fedvlm.engines.reference import ReferenceEngine
+    from fedvlm.models import objectives
     from fedvlm.models.load import load_model
-    from fedvlm.models.lora import attach
+    from fedvlm.models.lora import attach, drop_dead
 
+    objective = objectives.build(config.objective)
     rows = load_rows(config.data, config.seed)
     partition = make_partition(rows, config)
     _check_held_out(partition, config.eval.split)
@@ -134,8 +136,10 @@ def prepare(config: Config) -> tuple[ReferenceEngine, Partition, stores.Store]:
     if config.engine.threads or small:
         torch.set_num_threads(config.engine.threads or 1)
     model = attach(loaded.model, config.lora, config.seed)
-    seq2seq = bool(model.config.is_encoder_decoder)
-    collator = Collator(rows, loaded.processor, seq2seq=seq2seq, device=loaded.device)
+    limit = config.data.max_length
+    collator = Collator(rows, loaded, max_length=limit, pairs=objective.pairs)
+    probe = collator.training(partition.splits[partition.clients[0]].train[:1])
+    model = drop_dead(model, config.lora, config.seed, lambda m: objective.terms(m, probe).mean())
     engine = ReferenceEngine(model, collator, partition, config, store)
     check_share(config.algorithm, engine.adapter)
     # Two versions of every personal state, the server's state, and the exported adapters.
@@ -189,6 +193,8 @@ def _rounds(
     algorithm, clients = build(config.algorithm), partition.clients
     if store.finished() is None:
         untuned = _score_all(engine, algorithm, state, clients)
+        answers = engine.answers(_personal(engine, algorithm, state, clients))
+        write_answers(store.folder, "untuned", answers)
         line = {"round": 0, "evaluation": {"personal": untuned[0], "global": untuned[1]}}
         store.commit(0, state, line, {"round": 0})
         progress.round(line, 0.0)
@@ -251,16 +257,20 @@ def _score_all(
     personal: Sequence[str] | None = None,
 ) -> tuple[dict[str, Scores], dict[str, Scores]]:
     """Scores of personal models (of all clients unless named) and of the global model."""
-
-    def sent(client: str) -> Tree:
-        return algorithm.download(state, Client(client, 1.0))
-
-    shared = algorithm.start(engine.adapter, sent(clients[0]), {})
     own = clients if personal is None else personal
+    shared = global_model(engine, algorithm, state, clients[0])
     return (
-        engine.evaluate((c, engine.personal(algorithm, c, sent(c))) for c in own),
+        engine.evaluate(_personal(engine, algorithm, state, own)),
         engine.evaluate((c, shared) for c in clients),
     )
+
+
+def _personal(
+    engine: Engine, algorithm: Algorithm, state: State, clients: Sequence[str]
+) -> Iterator[tuple[str, Tree]]:
+    for client in clients:
+        down = algorithm.download(state, Client(client, 1.0))
+        yield client, engine.personal(algorithm, client, down)
 
 
 def _client(partition: Partition, name: str) -> Client:

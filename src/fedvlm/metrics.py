@@ -6,17 +6,45 @@ import string
 import unicodedata
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 
-METRICS = ("exact_match", "token_f1", "rouge_l")
 _ARTICLES = frozenset({"a", "an", "the"})
 
 
+@dataclass(frozen=True)
+class Metric:
+    """How a score reads.
+
+    Attributes:
+        head: its name in tables and figures.
+        better: which values are good ones; None where neither is.
+        share: whether it is a share in [0, 1], shown in per cent.
+    """
+
+    head: str
+    better: Literal["higher", "lower"] | None = "higher"
+    share: bool = True
+
+
+METRICS = {
+    "exact_match": Metric("exact match"),
+    "token_f1": Metric("token F1"),
+    "rouge_l": Metric("ROUGE-L"),
+    "bleu": Metric("BLEU"),
+    "length": Metric("words", better=None, share=False),
+    "reward_accuracy": Metric("reward accuracy"),
+    "reward_margin": Metric("reward margin", share=False),
+    "loss": Metric("loss", better="lower", share=False),
+}
+"""All scores, in the order of the tables. A run has those that its objective gives."""
+
+
 def score_texts(predictions: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
-    """Scores every prediction against its reference; every score is between 0 and 1.
+    """Scores every prediction against its reference; all but ``length`` are between 0 and 1.
 
     * ``exact_match``: the texts are equal, case and punctuation included, once white space is
       stripped and collapsed. Sites differ in such conventions, so they count.
@@ -25,12 +53,16 @@ def score_texts(predictions: Sequence[str], references: Sequence[str]) -> list[d
     * ``rouge_l``: F-measure of the longest common subsequence of words (Lin 2004), by the
       ``rouge-score`` library without stemming; words are runs of letters and digits of any script
       (the library's own tokenizer drops letters such as é).
+    * ``bleu``: BLEU of the single answer (Papineni et al. 2002), by the ``sacrebleu`` library with
+      its own tokenizer ``13a``, over the n-grams that a short answer has (``effective_order``).
+    * ``length``: the words of the prediction.
 
     Texts are compared in Unicode normal form C. Two texts without a single token score 1 against
-    each other in ``token_f1`` and ``rouge_l``; one without tokens scores 0 against any other.
+    each other in ``token_f1``, ``rouge_l`` and ``bleu``; one without tokens scores 0 against any
+    other.
 
     Returns:
-        One ``{"exact_match", "token_f1", "rouge_l"}`` for each pair, in order.
+        One ``{"exact_match", "token_f1", "rouge_l", "bleu", "length"}`` for each pair, in order.
     """
     if len(predictions) != len(references):
         raise ValueError(
@@ -42,6 +74,8 @@ def score_texts(predictions: Sequence[str], references: Sequence[str]) -> list[d
             "exact_match": exact_match(prediction, reference),
             "token_f1": token_f1(prediction, reference),
             "rouge_l": rouge_l(prediction, reference),
+            "bleu": bleu(prediction, reference),
+            "length": float(len(_words(prediction))),
         }
         for prediction, reference in zip(predictions, references, strict=True)
     ]
@@ -68,27 +102,54 @@ def rouge_l(prediction: str, reference: str) -> float:
     return float(_rouge().score(reference, prediction)["rougeL"].fmeasure)
 
 
-def summarize(values: Mapping[str, float], *, higher_is_better: bool = True) -> dict[str, float]:
+def bleu(prediction: str, reference: str) -> float:
+    """Sentence BLEU, between 0 and 1."""
+    if not _words(prediction) or not _words(reference):
+        return float(_words(prediction) == _words(reference))
+    prediction, reference = (unicodedata.normalize("NFC", t) for t in (prediction, reference))
+    return min(1.0, _bleu().sentence_score(prediction, [reference]).score / 100)
+
+
+def average(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
+    """Mean scores of some rows' answers; a loss counts by its ``weight``, as in training.
+
+    Args:
+        answers: as an engine gives them: scores under the names of ``METRICS``, and ``weight``.
+
+    Returns:
+        The means, and ``examples``, the number of answers.
+    """
+    names = [name for name in METRICS if name in answers[0] and name != "loss"]
+    means = {name: sum(a[name] for a in answers) / len(answers) for name in names}
+    weight = sum(a["weight"] for a in answers)
+    loss = sum(a["loss"] * a["weight"] for a in answers) / weight
+    return {**means, "loss": loss, "examples": len(answers)}
+
+
+def summarize(
+    values: Mapping[str, float], better: Literal["higher", "lower"] | None = "higher"
+) -> dict[str, float]:
     """Mean and spread of one score over the clients.
 
     Args:
         values: client -> its score.
-        higher_is_better: False for losses, where the worst clients have the highest values.
+        better: ``lower`` for losses, where the worst clients have the highest values; None where no
+            client is worse than another.
 
     Returns:
-        ``mean`` (unweighted: every client counts the same), ``std`` (of the population), and
-        ``worst10``: the mean of the worst tenth of the clients, rounded down but at least one.
+        ``mean`` (unweighted: every client counts the same), ``std`` (of the population), and,
+        unless ``better`` is None, ``worst10``: the mean of the worst tenth of the clients, rounded
+        down but at least one.
     """
     if not values:
         raise ValueError("there are no clients to summarize")
     scores = np.fromiter((float(v) for v in values.values()), dtype=np.float64, count=len(values))
-    worst_first = np.sort(scores if higher_is_better else -scores)
-    worst = float(worst_first[: max(1, len(scores) // 10)].mean())
-    return {
-        "mean": float(scores.mean()),
-        "std": float(scores.std()),
-        "worst10": worst if higher_is_better else -worst,
-    }
+    summary = {"mean": float(scores.mean()), "std": float(scores.std())}
+    if better is not None:
+        sign = 1.0 if better == "higher" else -1.0
+        worst_first = np.sort(sign * scores)
+        summary["worst10"] = sign * float(worst_first[: max(1, len(scores) // 10)].mean())
+    return summary
 
 
 def _collapse(text: str) -> str:
@@ -127,3 +188,10 @@ def _rouge() -> Any:
     from rouge_score.rouge_scorer import RougeScorer  # imports nltk: seconds
 
     return RougeScorer(["rougeL"], use_stemmer=False, tokenizer=_Tokenizer())
+
+
+@cache
+def _bleu() -> Any:
+    from sacrebleu.metrics import BLEU
+
+    return BLEU(effective_order=True)

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from fedvlm.metrics import summarize
+from fedvlm.metrics import METRICS, summarize
 from fedvlm.sections import Config
 
 if TYPE_CHECKING:
@@ -49,7 +49,7 @@ class Plain(Progress):
 
     @contextlib.contextmanager
     def started(self, config: Config) -> Iterator[None]:
-        self.rounds = config.train.rounds
+        self.config = config
         self._say(f"{config.algorithm.name} on {source(config)}, into {config.output}")
         yield
 
@@ -57,7 +57,7 @@ class Plain(Progress):
         self._say(skew(partition))
 
     def round(self, line: dict[str, Any], seconds: float) -> None:
-        self._say(describe(line, self.rounds) + (f"  {seconds:.1f} s" if seconds else ""))
+        self._say(describe(line, self.config) + (f"  {seconds:.1f} s" if seconds else ""))
 
 
 class Live(Progress):
@@ -87,10 +87,10 @@ class Live(Progress):
 
     @contextlib.contextmanager
     def started(self, config: Config) -> Iterator[None]:
-        self.rounds = config.train.rounds
+        self.config = config
         with self.bars:
             self.task = self.bars.add_task(
-                config.algorithm.name, total=self.rounds, note=f"loading {source(config)}"
+                config.algorithm.name, total=config.train.rounds, note=f"loading {source(config)}"
             )
             yield
 
@@ -101,13 +101,13 @@ class Live(Progress):
         self.bars.update(self.task, note=f"{client} loss {loss:.3f}")
 
     def round(self, line: dict[str, Any], seconds: float) -> None:
-        done = min(line["round"], self.rounds)
+        done = min(line["round"], self.config.train.rounds)
         self.bars.update(self.task, note="training")
-        if line["round"] > self.rounds:
+        if line["round"] > self.config.train.rounds:
             self.bars.update(self.task, note="local tuning done")
         self.bars.update(self.task, completed=done)
         if line["evaluation"]:
-            self.bars.console.print(describe(line, self.rounds))
+            self.bars.console.print(describe(line, self.config))
 
 
 def choose(quiet: bool = False) -> Progress:
@@ -131,8 +131,9 @@ def source(config: Config) -> str:
     return config.data.path or f"scenes ({scenes.style} {scenes.strength:g}, {scenes.sites} sites)"
 
 
-def describe(line: dict[str, Any], rounds: int) -> str:
+def describe(line: dict[str, Any], config: Config) -> str:
     """A metrics line as a person reads it."""
+    rounds, metric = config.train.rounds, config.metric
     number = line["round"]
     head = f"round {number:>3}/{rounds}" if number <= rounds else "local tuning "
     parts = []
@@ -141,7 +142,7 @@ def describe(line: dict[str, Any], rounds: int) -> str:
     if line["evaluation"]:
         for model in ("personal", "global"):
             scores = line["evaluation"][model]
-            mean = summarize({c: s["exact_match"] for c, s in scores.items()})["mean"]
+            mean = summarize({c: s[metric] for c, s in scores.items()})["mean"]
             parts.append(f"{model} {mean:.1%}")
-        parts[-1] += " exact match" if number else " exact match, before any training"
+        parts[-1] += f" {METRICS[metric].head}" + ("" if number else ", before any training")
     return f"{head}  " + ", ".join(parts)

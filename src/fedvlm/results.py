@@ -5,20 +5,22 @@ from __future__ import annotations
 import csv
 import io
 import json
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedvlm.metrics import summarize
+from fedvlm.algorithms import Algorithm, Client, State
+from fedvlm.engines.base import Answer, Engine
+from fedvlm.metrics import METRICS, average, summarize
 from fedvlm.sections import Config
-from fedvlm.store import DONE, Store, write_text
+from fedvlm.store import DONE, Store, read_lines, write_text
 from fedvlm.tree import Tree
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
     from fedvlm.engines.reference import ReferenceEngine
 
-METRICS = ("exact_match", "token_f1", "rouge_l", "loss")
 MODELS = ("untuned", "global_before", "global", "personal_before", "personal")
 
 
@@ -39,13 +41,29 @@ class Results:
         """The results of a finished run."""
         return cls(Path(folder), json.loads((Path(folder) / DONE).read_text(encoding="utf-8")))
 
-    def scores(self, model: str = "personal", metric: str = "exact_match") -> dict[str, float]:
-        """One number per client."""
+    @property
+    def metric(self) -> str:
+        """The metric that is shown first, ``eval.metric``."""
+        return self.table["metric"]
+
+    @property
+    def metrics(self) -> list[str]:
+        """All metrics of the run, the one that is shown first in front."""
+        found = self.table["models"]["personal"]["summary"]
+        return sorted((m for m in METRICS if m in found), key=lambda m: m != self.metric)
+
+    def scores(self, model: str = "personal", metric: str | None = None) -> dict[str, float]:
+        """One number per client; ``metric`` is ``eval.metric`` unless named."""
+        metric = metric or self.metric
         return {c: s[metric] for c, s in self.table["models"][model]["clients"].items()}
 
-    def summary(self, model: str = "personal", metric: str = "exact_match") -> dict[str, float]:
-        """``mean``, ``std`` and ``worst10`` over the clients."""
-        return self.table["models"][model]["summary"][metric]
+    def summary(self, model: str = "personal", metric: str | None = None) -> dict[str, float]:
+        """``mean``, ``std`` and, where some values are better, ``worst10`` over the clients."""
+        return self.table["models"][model]["summary"][metric or self.metric]
+
+    def answers(self, model: str = "personal") -> list[dict[str, Any]]:
+        """Every held-out row's answer and scores by ``untuned``, ``global`` or ``personal``."""
+        return read_lines(self.folder / "answers" / f"{model}.jsonl")
 
     def adapter(self, client: str | None = None) -> Path:
         """The PEFT folder of a client's adapter, or of the global one."""
@@ -57,28 +75,51 @@ def write_results(
     config: Config, partition: Partition, store: Store, engine: ReferenceEngine
 ) -> Results:
     """Writes adapters, the table as CSV and JSON, and the picture; ``table.json`` last."""
-    from fedvlm.algorithms import Client, build
+    from fedvlm.algorithms import build
     from fedvlm.models.lora import save_adapter
     from fedvlm.report.plots import plot_run
 
     lines = store.lines()
-    table = tabulate(config, lines, store)
     algorithm, state = build(config.algorithm), store.server()
-
-    def sent(client: str) -> Tree:
-        return algorithm.download(state, Client(client, 1.0))
-
-    first = partition.clients[0]
+    shared = global_model(engine, algorithm, state, partition.clients[0])
+    personal = {
+        c: engine.personal(algorithm, c, algorithm.download(state, Client(c, 1.0)))
+        for c in partition.clients
+    }
+    answers = {
+        "untuned": read_lines(store.folder / "answers" / "untuned.jsonl"),
+        "global": write_answers(
+            store.folder, "global", engine.answers((c, shared) for c in partition.clients)
+        ),
+        "personal": write_answers(store.folder, "personal", engine.answers(personal.items())),
+    }
+    table = tabulate(config, lines, store) | {"groups": _groups(config, answers)}
     folder = store.folder / "adapters"
-    save_adapter(engine.model, algorithm.start(engine.adapter, sent(first), {}), folder / "global")
+    save_adapter(engine.model, shared, folder / "global")
     for client, name in table["folders"].items():
-        tree = engine.personal(algorithm, client, sent(client))
-        save_adapter(engine.model, tree, folder / name)
+        save_adapter(engine.model, personal[client], folder / name)
     write_text(store.folder / "table.csv", as_csv(table))
+    if table["groups"]:
+        write_text(store.folder / "groups.csv", groups_csv(table))
     title = f"{config.algorithm.name}, {len(partition.clients)} clients"
-    plot_run(lines, store.folder / "curves.png", title)
+    plot_run(lines, store.folder / "curves.png", title, metric=config.metric)
     write_text(store.folder / DONE, json.dumps(table, indent=2) + "\n")
     return Results(store.folder, table)
+
+
+def global_model(engine: Engine, algorithm: Algorithm, state: State, client: str) -> Tree:
+    """What a client has that keeps nothing of its own: the shared factors on the common start."""
+    return algorithm.start(engine.adapter, algorithm.download(state, Client(client, 1.0)), {})
+
+
+def write_answers(
+    folder: Path, model: str, answers: Mapping[str, Sequence[Answer]]
+) -> list[dict[str, Any]]:
+    """Writes ``answers/MODEL.jsonl``, a line for each held-out row; returns the lines."""
+    lines = [{"client": client, **a} for client, found in answers.items() for a in found]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text(folder / "answers" / f"{model}.jsonl", text)
+    return lines
 
 
 def tabulate(config: Config, lines: list[dict[str, Any]], store: Store) -> dict[str, Any]:
@@ -92,6 +133,8 @@ def tabulate(config: Config, lines: list[dict[str, Any]], store: Store) -> dict[
     }
     return {
         "algorithm": config.algorithm.name,
+        "objective": config.objective.name,
+        "metric": config.metric,
         "seed": config.seed,
         "rounds": config.train.rounds,
         "split": config.eval.split,
@@ -107,19 +150,51 @@ def tabulate(config: Config, lines: list[dict[str, Any]], store: Store) -> dict[
 
 def as_csv(table: dict[str, Any]) -> str:
     """One row per client and model."""
+    rows = [
+        {"client": client, "model": model, **scores}
+        for model, scored in table["models"].items()
+        for client, scores in scored["clients"].items()
+    ]
+    return _csv(rows)
+
+
+def groups_csv(table: dict[str, Any]) -> str:
+    """One row per value of ``eval.group_by`` and model."""
+    column = table["groups"]["column"]
+    rows = [
+        {column: value, "model": model, **scores}
+        for model, scored in table["groups"]["models"].items()
+        for value, scores in scored.items()
+    ]
+    return _csv(rows)
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    names = [n for n in rows[0] if n not in METRICS and n != "examples"]
+    columns = [*names, *(m for m in METRICS if m in rows[0]), "examples"]
     out = io.StringIO()
-    writer = csv.writer(out, lineterminator="\n")
-    writer.writerow(["client", "model", *METRICS, "examples"])
-    for model, scored in table["models"].items():
-        for client, s in scored["clients"].items():
-            writer.writerow([client, model, *(s[m] for m in METRICS), s["examples"]])
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
     return out.getvalue()
 
 
+def _groups(config: Config, answers: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
+    """Scores by the value of ``eval.group_by``, over all clients' rows; None without a value."""
+    values = sorted({a["group"] for a in answers["personal"] if a["group"] is not None})
+    if not values:
+        return None
+    models = {
+        model: {value: average([a for a in found if a["group"] == value]) for value in values}
+        for model, found in answers.items()
+    }
+    return {"column": config.eval.group_by, "models": models}
+
+
 def _summary(clients: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    measured = next(iter(clients.values()))
     return {
-        metric: summarize(
-            {c: s[metric] for c, s in clients.items()}, higher_is_better=metric != "loss"
-        )
-        for metric in METRICS
+        name: summarize({c: s[name] for c, s in clients.items()}, metric.better)
+        for name, metric in METRICS.items()
+        if name in measured
     }

@@ -52,6 +52,9 @@ class DataConfig(Section):
     split: str = Field("train", description="the split to read, where the source has several")
     columns: Columns = Columns()
     max_rows: Positive | None = Field(None, description="use a seeded sample of this many rows")
+    max_length: Positive | None = Field(
+        None, description="most tokens of prompt and answer together; empty: what the model takes"
+    )
     on_error: Literal["fail", "skip"] = Field("fail", description="what a corrupt row does")
     val_fraction: Fraction = Field(0.1, description="share of a client's rows for validation")
     test_fraction: Fraction = Field(0.25, description="share of a client's rows for the test")
@@ -145,6 +148,30 @@ class AlgorithmConfig(Section):
         return self
 
 
+class ObjectiveConfig(Section):
+    """What is learnt: the answers themselves, or to prefer them to rejected ones."""
+
+    name: Literal["sft", "dpo"] = Field(
+        "sft", description="sft: cross-entropy on the answers; dpo: direct preference optimization"
+    )
+    loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="of dpo; ipo: arXiv 2310.12036")
+    beta: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="dpo: how strongly the reference, the model without adapter, holds"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="dpo, sigmoid: share of preferences taken to be the wrong way round"
+    )
+
+    @model_validator(mode="after")
+    def _smoothing_has_a_meaning(self) -> ObjectiveConfig:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing:g} has no meaning for loss=ipo: "
+                "set it to 0, or loss=sigmoid"
+            )
+        return self
+
+
 class TrainConfig(Section):
     """Rounds and the clients' local optimizer."""
 
@@ -202,6 +229,12 @@ class EvalConfig(Section):
     max_rows: Positive | None = Field(200, description="at most this many held-out rows a client")
     max_new_tokens: Positive = 24
     split: Literal["test", "val"] = Field("test", description="val: for choosing settings")
+    metric: Literal["exact_match", "token_f1", "rouge_l", "bleu", "reward_accuracy"] | None = Field(
+        None, description="shown first; empty: exact_match for sft, reward_accuracy for dpo"
+    )
+    group_by: str = Field(
+        "origin_dataset", description="column whose values get a table of scores of their own"
+    )
 
 
 class EngineConfig(Section):
@@ -224,6 +257,7 @@ class Config(Section):
     partition: PartitionConfig = PartitionConfig()
     lora: LoraConfig = LoraConfig()
     algorithm: AlgorithmConfig = AlgorithmConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
     eval: EvalConfig = EvalConfig()
     engine: EngineConfig = EngineConfig()
@@ -236,6 +270,21 @@ class Config(Section):
                 f"data.val_fraction + data.test_fraction is {held_out:g}: nothing is left to train"
             )
         return self
+
+    @model_validator(mode="after")
+    def _metric_is_measured(self) -> Config:
+        if self.eval.metric == "reward_accuracy" and self.objective.name != "dpo":
+            raise ValueError(
+                "eval.metric=reward_accuracy compares answers with rejected ones: it needs "
+                f"objective.name=dpo (got {self.objective.name})"
+            )
+        return self
+
+    @property
+    def metric(self) -> str:
+        """The metric that is shown first."""
+        chosen = {"sft": "exact_match", "dpo": "reward_accuracy"}[self.objective.name]
+        return self.eval.metric or chosen
 
 
 def _suggest(word: str, words: Iterable[str]) -> str:

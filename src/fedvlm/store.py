@@ -7,7 +7,7 @@ Layout::
     server/00007.safetensors                           the server's state after round 7
     clients/NAME/00006.safetensors                     what client NAME keeps, since round 6
     metrics.jsonl  timing.jsonl                        one line a round
-    adapters/  table.json  table.csv  curves.png       written at the end
+    answers/  adapters/  groups.csv  table.csv  curves.png  table.json     written at the end
 
 A round's files are written first, each by an atomic rename, and count only once ``checkpoint.json``
 names the round. A process killed at any moment leaves the last finished round whole; files of a

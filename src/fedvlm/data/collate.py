@@ -1,32 +1,20 @@
-"""From rows to batches: the processor's prompt, the answer's tokens, and labels on these alone."""
+"""From rows to batches: prompts and answers padded, labels on the answers' tokens alone."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedvlm.data.images import open_image
+from fedvlm.data.prompts import Features, Prompter
+from fedvlm.errors import DataError
+from fedvlm.models.load import Loaded
 from fedvlm.models.objectives import IGNORE
 
-CACHE_BYTES = 1 << 30
-
-
-@dataclass(frozen=True)
-class Features:
-    """One row, tokenized. ``extras`` are the other inputs, each with a leading axis of 1."""
-
-    prompt: Tensor  # [prompt tokens]
-    answer: Tensor  # [answer tokens], ends with eos
-    extras: dict[str, Tensor]
-
-    def nbytes(self) -> int:
-        return sum(
-            t.numel() * t.element_size() for t in (self.prompt, self.answer, *self.extras.values())
-        )
+CACHE_BYTES = 1 << 28
 
 
 class Collator:
@@ -34,81 +22,96 @@ class Collator:
 
     Decoder-only models get ``prompt + answer`` in one sequence, labels masked to the answer;
     encoder-decoder models get the prompt as input and the answer as labels. Rows are encoded once
-    and kept, up to 1 GiB.
+    and kept, up to 256 MiB.
+
+    Args:
+        rows: of :func:`fedvlm.data.sources.load_rows`.
+        loaded: the model and its processor.
+        max_length: most tokens of prompt and answer together; None: what the model takes.
+        pairs: whether training batches hold the rejected answers too.
     """
 
-    def __init__(self, rows: Any, processor: Any, *, seq2seq: bool, device: torch.device):
+    def __init__(
+        self, rows: Any, loaded: Loaded, *, max_length: int | None = None, pairs: bool = False
+    ):
         self.rows = rows
-        self.processor = processor
-        self.tokenizer = processor.tokenizer
-        self.seq2seq = seq2seq
-        self.device = device
+        self.prompter = Prompter(loaded, max_length)
+        self.tokenizer = self.prompter.tokenizer
+        self.seq2seq = self.prompter.seq2seq
+        self.device = loaded.device
+        self.dtype = loaded.model.dtype
+        self.roles = ("answer", "rejected") if pairs else ("answer",)
+        self._pad_id = _pad_id(self.tokenizer, self.prompter.end)
         self._kept: dict[int, Features] = {}
         self._room = CACHE_BYTES
 
     def features(self, index: int) -> Features:
-        """Row ``index``, encoded."""
+        """Row ``index``, encoded.
+
+        Raises:
+            DataError: naming the row.
+        """
         if index in self._kept:
             return self._kept[index]
         row = self.rows[int(index)]
-        encoded = self._encode(open_image(row["image"]), row["question"], row["answer"])
+        # Rows to predict for need no answer.
+        answers = [row[role] for role in self.roles if row.get(role) is not None]
+        try:
+            image = open_image(row["image"])
+            encoded = self.prompter.encode(image, row["question"], answers)
+        except DataError as error:
+            raise DataError(f"row {row.get('row', index)}: {error}") from error
         if encoded.nbytes() <= self._room:
             self._kept[index] = encoded
             self._room -= encoded.nbytes()
         return encoded
 
     def training(self, indices: Iterable[int]) -> dict[str, Tensor]:
-        """Inputs and ``labels`` ``[batch, tokens]``, right-padded."""
-        batch = [self.features(i) for i in indices]
+        """Inputs and ``labels`` ``[batch, tokens]``, right-padded.
+
+        With pairs, the batch is all rows with their answers, then all with their rejected ones.
+        """
+        found = [self.features(i) for i in indices]
+        batch = [(f, f.answers[n]) for n in range(len(self.roles)) for f in found]
         if self.seq2seq:
-            text = self._pad([f.prompt for f in batch], left=False)
-            labels = [f.answer for f in batch]
+            inputs = self._inputs([f for f, _ in batch], [[] for _ in batch], left=False)
+            labels = [answer for _, answer in batch]
         else:
-            text = self._pad([torch.cat((f.prompt, f.answer)) for f in batch], left=False)
-            masked = [torch.full_like(f.prompt, IGNORE) for f in batch]
-            labels = [torch.cat((m, f.answer)) for m, f in zip(masked, batch, strict=True)]
-        target = _stack(labels, IGNORE, left=False)
-        return self._to_device({**text, **self._extras(batch), "labels": target})
+            inputs = self._inputs([f for f, _ in batch], [[a] for _, a in batch], left=False)
+            labels = [torch.cat((torch.full_like(f.prompt, IGNORE), a)) for f, a in batch]
+        return self._to_device({**inputs, "labels": _stack(labels, IGNORE, left=False)})
 
     def prompts(self, indices: Iterable[int]) -> dict[str, Tensor]:
         """Inputs for generation, left-padded."""
-        batch = [self.features(i) for i in indices]
-        text = self._pad([f.prompt for f in batch], left=not self.seq2seq)
-        return self._to_device({**text, **self._extras(batch)})
+        found = [self.features(i) for i in indices]
+        return self._to_device(self._inputs(found, [[] for _ in found], left=not self.seq2seq))
 
-    def prompt_text(self, question: str) -> str:
-        """The question in the processor's chat template, or bare where it has none."""
-        if getattr(self.processor, "chat_template", None):
-            content = [{"type": "image"}, {"type": "text", "text": question}]
-            turn = [{"role": "user", "content": content}]
-            return self.processor.apply_chat_template(turn, add_generation_prompt=True)
-        return question
-
-    def _encode(self, image: Any, question: str, answer: str) -> Features:
-        inputs = self.processor(
-            text=[self.prompt_text(question)], images=[[image]], return_tensors="pt"
-        )
-        prompt = inputs.pop("input_ids")[0]
-        inputs.pop("attention_mask", None)
-        # An encoder-decoder's answer is a text of its own and may begin as its tokenizer has texts
-        # begin. Not every tokenizer ends a text with eos; an answer always ends with one.
-        ids = self.tokenizer(answer, add_special_tokens=self.seq2seq).input_ids
-        if ids[-1:] != [self.tokenizer.eos_token_id]:
-            ids = [*ids, self.tokenizer.eos_token_id]
-        return Features(prompt, torch.tensor(ids), dict(inputs))
-
-    def _pad(self, ids: Sequence[Tensor], *, left: bool) -> dict[str, Tensor]:
-        ones = [torch.ones_like(t) for t in ids]
-        return {
-            "input_ids": _stack(ids, self.tokenizer.pad_token_id, left=left),
-            "attention_mask": _stack(ones, 0, left=left),
+    def _inputs(
+        self, rows: Sequence[Features], answers: Sequence[list[Tensor]], *, left: bool
+    ) -> dict[str, Tensor]:
+        ids = [torch.cat((f.prompt, *a)) for f, a in zip(rows, answers, strict=True)]
+        inputs = {
+            "input_ids": _stack(ids, self._pad_id, left=left),
+            "attention_mask": _stack([torch.ones_like(t) for t in ids], 0, left=left),
         }
-
-    def _extras(self, batch: Sequence[Features]) -> dict[str, Tensor]:
-        return {k: torch.cat([f.extras[k] for f in batch]) for k in batch[0].extras}
+        for name in rows[0].aligned:
+            fill = self.prompter.answer_type(name)
+            values = [
+                torch.cat((f.aligned[name], *(torch.full_like(t, fill) for t in a)))
+                for f, a in zip(rows, answers, strict=True)
+            ]
+            inputs[name] = _stack(values, 0, left=left)
+        return inputs | {k: _join([f.extras[k] for f in rows]) for k in rows[0].extras}
 
     def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
-        return {k: v.to(self.device) for k, v in batch.items()}
+        return {
+            k: v.to(self.device, self.dtype if v.is_floating_point() else None)
+            for k, v in batch.items()
+        }
+
+
+def _pad_id(tokenizer: Any, end: int) -> int:
+    return end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
 
 
 def _stack(rows: Sequence[Tensor], value: int, *, left: bool) -> Tensor:
@@ -116,3 +119,14 @@ def _stack(rows: Sequence[Tensor], value: int, *, left: bool) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(
         list(rows), batch_first=True, padding_value=value, padding_side=side
     )
+
+
+def _join(rows: Sequence[Tensor]) -> Tensor:
+    """Along the first axis; images cut into different numbers of tiles are padded with zeros."""
+    shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in rows), strict=True)]
+    if any(list(t.shape[1:]) != shape for t in rows):
+        padded = [t.new_zeros((len(t), *shape)) for t in rows]
+        for whole, t in zip(padded, rows, strict=True):
+            whole[tuple(slice(n) for n in t.shape)] = t
+        rows = padded
+    return torch.cat(list(rows))

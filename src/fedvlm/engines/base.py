@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 from fedvlm.algorithms import Algorithm
 from fedvlm.tree import Tree
 
 Scores = dict[str, float]
+Answer = dict[str, Any]
+"""A model's answer to one held-out row: ``row`` (its number in the source), ``group`` (its value
+in the column ``eval.group_by``, or None), ``reference``, ``prediction``, its scores, and
+``weight``, by which its loss counts: answer tokens (SFT) or 1 (DPO)."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,7 @@ class Reply:
         client: its name.
         upload: what leaves it.
         weight: the number of its training examples.
-        loss: mean training loss over the round's steps, in nats a token.
+        loss: mean training loss over the round's steps: nats a token (SFT), the DPO loss a pair.
         end: its whole adapter after training; stays in process, for evaluation only.
     """
 
@@ -62,4 +66,8 @@ class Engine(Protocol):
 
     def evaluate(self, models: Iterable[tuple[str, Tree]]) -> dict[str, Scores]:
         """Scores of (client, adapter) pairs, each on the client's own held-out rows."""
+        ...
+
+    def answers(self, models: Iterable[tuple[str, Tree]]) -> dict[str, list[Answer]]:
+        """What :meth:`evaluate` averages: every held-out row's answer and its scores."""
         ...

@@ -13,12 +13,11 @@ import torch
 from fedvlm.algorithms import Algorithm, Phase
 from fedvlm.data.collate import Collator
 from fedvlm.data.partition import Partition
-from fedvlm.engines.base import Reply, Scores, Task
+from fedvlm.engines.base import Answer, Reply, Scores, Task
 from fedvlm.errors import FedVLMError
-from fedvlm.metrics import score_texts
-from fedvlm.models import lora
+from fedvlm.metrics import average, score_texts
+from fedvlm.models import lora, objectives
 from fedvlm.models.generate import greedy
-from fedvlm.models.objectives import answer_nll, sft_loss
 from fedvlm.sections import Config, TrainConfig
 from fedvlm.seeds import derive
 from fedvlm.store import Store
@@ -38,10 +37,11 @@ class ReferenceEngine:
         self.store = store
         self.params = lora.handles(model)
         self.adapter = lora.read(self.params)
-        self._scores: dict[tuple[str, str], Scores] = {}
+        self.objective = objectives.build(config.objective)
+        self._answers: dict[tuple[str, str], list[Answer]] = {}
 
     def train(self, algorithm: Algorithm, tasks: Sequence[Task]) -> Iterator[Reply]:
-        self._scores.clear()
+        self._answers.clear()
         for task in tasks:
             tree = self.personal(algorithm, task.client, task.down)
             end, loss = self._train(tree, algorithm.phases, task)
@@ -54,22 +54,25 @@ class ReferenceEngine:
         return algorithm.start(self.adapter, down, self.store.personal(client))
 
     def evaluate(self, models: Iterable[tuple[str, Tree]]) -> dict[str, Scores]:
+        return {client: average(found) for client, found in self.answers(models).items()}
+
+    def answers(self, models: Iterable[tuple[str, Tree]]) -> dict[str, list[Answer]]:
         """Neighbours with equal adapters share batches; within a round nothing is scored twice.
 
         What is remembered ends with the round: a resumed run scores exactly what an uninterrupted
         one does, in the same batches.
         """
-        scores: dict[str, Scores] = {}
+        answers: dict[str, list[Answer]] = {}
         labelled = ((digest(tree), client, tree) for client, tree in models)
         for key, group in itertools.groupby(labelled, key=lambda item: item[0]):
             _, clients, trees = zip(*group, strict=True)
-            fresh = [c for c in clients if (c, key) not in self._scores]
+            fresh = [c for c in clients if (c, key) not in self._answers]
             if fresh:
                 lora.write(self.params, trees[0])
-                found = self._score(fresh)
-                self._scores |= {(c, key): s for c, s in found.items()}
-            scores |= {c: self._scores[c, key] for c in clients}
-        return scores
+                found = self._answer(fresh)
+                self._answers |= {(c, key): a for c, a in found.items()}
+            answers |= {c: self._answers[c, key] for c in clients}
+        return answers
 
     def _train(self, tree: Tree, phases: Sequence[Phase], task: Task) -> tuple[Tree, float]:
         settings, rows = self.config.train, self.partition.splits[task.client].train
@@ -86,7 +89,7 @@ class ReferenceEngine:
             steps = phase.steps or settings.steps(len(rows))
             for batch in batches(rows, settings.batch_size, steps, derive(*seed, "batches")):
                 optimizer.zero_grad()
-                step_loss = sft_loss(self.model, self.collator.training(batch))
+                step_loss = self.objective.terms(self.model, self.collator.training(batch)).mean()
                 step_loss.backward()
                 if settings.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
@@ -101,37 +104,49 @@ class ReferenceEngine:
         return end, loss
 
     @torch.no_grad()
-    def _score(self, clients: Sequence[str]) -> dict[str, Scores]:
-        """Scores the model as it is on the held-out rows of some clients."""
-        self.model.eval()
+    def _answer(self, clients: Sequence[str]) -> dict[str, list[Answer]]:
+        """The model as it is, on the held-out rows of some clients."""
         settings = self.config.eval
         held_out = {
             c: getattr(self.partition.splits[c], settings.split)[: settings.max_rows]
             for c in clients
         }
         everyone = np.concatenate(list(held_out.values()))
-        nll: list[float] = []
-        tokens: list[int] = []
-        texts: list[str] = []
+        answers: list[Answer] = []
         for start in range(0, len(everyone), settings.batch_size):
-            batch = everyone[start : start + settings.batch_size]
-            losses, counts = answer_nll(self.model, self.collator.training(batch))
-            nll += losses.tolist()
-            tokens += counts.tolist()
-            prompts = self.collator.prompts(batch)
-            texts += greedy(self.model, prompts, self.collator.tokenizer, settings.max_new_tokens)
-        per_row = score_texts(texts, [self.collator.rows[int(i)]["answer"] for i in everyone])
-        scores, end = {}, 0
-        for client, rows in held_out.items():
-            own = slice(end, end := end + len(rows))
-            means = {k: _mean([s[k] for s in per_row[own]]) for k in per_row[0]}
-            loss = sum(nll[own]) / sum(tokens[own])
-            scores[client] = {"loss": loss, **means, "examples": len(rows)}
-        return scores
+            answers += self.answer_rows(everyone[start : start + settings.batch_size])
+        ends = np.cumsum([len(rows) for rows in held_out.values()])
+        return {
+            c: answers[end - len(held_out[c]) : end] for c, end in zip(held_out, ends, strict=True)
+        }
+
+    @torch.no_grad()
+    def answer_rows(self, indices: Sequence[int] | np.ndarray) -> list[Answer]:
+        """One batch: losses and decoded texts of the model as it is."""
+        self.model.eval()
+        settings = self.config.eval
+        terms = self.objective.terms(self.model, self.collator.training(indices))
+        prompts = self.collator.prompts(indices)
+        texts = greedy(self.model, prompts, self.collator.tokenizer, settings.max_new_tokens)
+        rows = [self.collator.rows[int(i)] for i in indices]
+        scores = score_texts(texts, [row["answer"] for row in rows])
+        losses = {"loss": terms.loss / terms.weight, **terms.metrics, "weight": terms.weight}
+        columns = {name: values.tolist() for name, values in losses.items()}
+        return [
+            {
+                "row": int(row.get("row", index)),
+                "group": _text(row.get(settings.group_by)),
+                "reference": row["answer"],
+                "prediction": texts[n],
+                **scores[n],
+                **{name: values[n] for name, values in columns.items()},
+            }
+            for n, (index, row) in enumerate(zip(indices, rows, strict=True))
+        ]
 
 
-def _mean(values: Sequence[float]) -> float:
-    return sum(values) / len(values)
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
 
 
 def batches(rows: np.ndarray, size: int, steps: int, seed: int) -> Iterator[np.ndarray]:

@@ -11,13 +11,16 @@ from torch import Tensor
 @torch.no_grad()
 def greedy(model: Any, batch: dict[str, Tensor], tokenizer: Any, max_new_tokens: int) -> list[str]:
     """Decodes a left-padded batch of prompts (see :meth:`Collator.prompts`) to texts, stripped."""
-    prompt = 0 if model.config.is_encoder_decoder else batch["input_ids"].shape[1]
+    pad = tokenizer.pad_token_id
     ids = model.generate(
         **batch,
         do_sample=False,
         num_beams=1,
         max_new_tokens=max_new_tokens,
-        pad_token_id=tokenizer.pad_token_id,
+        pad_token_id=tokenizer.eos_token_id if pad is None else pad,
     )
-    texts = tokenizer.batch_decode(ids[:, prompt:], skip_special_tokens=True)
+    prompt = batch["input_ids"]
+    if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
+        ids = ids[:, prompt.shape[1] :]  # a decoder-only model repeats the prompt
+    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
     return [t.strip() for t in texts]

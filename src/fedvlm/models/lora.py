@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
+import logging
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -14,12 +15,14 @@ from torch import Tensor, nn
 from fedvlm.errors import FedVLMError
 from fedvlm.sections import LoraConfig
 from fedvlm.seeds import derive
-from fedvlm.tree import Tree
+from fedvlm.tree import Tree, module
 
-VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual\.blocks|image_encoder)(\.|$)")
+logger = logging.getLogger("fedvlm")
+
+VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|image_encoder)(\.|$)")
 PROJECTOR = re.compile(
-    r"(^|\.)(multi_modal_projector|connector|visual\.merger|deepstack_merger_list"
-    r"|language_projection|image_projection|mm_projector)(\.|$)"
+    r"(^|\.)(multi_modal_projector|connector|visual\.merger|deepstack_merger_list|qformer"
+    r"|language_projection|image_projection|mm_projector|visual_projection)(\.|$)"
 )
 PRESETS = {
     "language": {"language"},
@@ -39,10 +42,55 @@ def attach(model: nn.Module, config: LoraConfig, seed: int) -> Any:
     Raises:
         FedVLMError: no module matches, or the rank is larger than an adapted layer.
     """
-    import peft
-
     modules = targets(model, config.target)
     _check_rank(model, modules, config.rank)
+    return _attach(model, config, seed, modules)
+
+
+def drop_dead(model: Any, config: LoraConfig, seed: int, loss: Callable[[Any], Tensor]) -> Any:
+    """Takes LoRA off the layers that get no gradient, and says which.
+
+    Some families have layers that the loss does not depend on: LLaVA reads its vision tower's last
+    layer but one, SigLIP's pooling head is unused. Their factors would be sent and never change.
+
+    Args:
+        model: what :func:`attach` returned; not to be used afterwards.
+        config: as for :func:`attach`.
+        seed: as for :func:`attach`.
+        loss: of the model on some batch.
+
+    Returns:
+        The model with LoRA on the layers that learn; ``model`` itself where all do.
+
+    Raises:
+        FedVLMError: no layer gets a gradient.
+    """
+    params = handles(model)
+    with torch.random.fork_rng():
+        loss(model.train()).backward()
+    dead = sorted({module(name) for name, p in params.items() if p.grad is None})
+    model.zero_grad()
+    if not dead:
+        return model
+    adapted = {module(name) for name in params}
+    kinds = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in dead}))
+    if len(dead) == len(adapted):
+        raise FedVLMError(
+            f"lora.target: '{config.target}' takes {len(dead)} layers, and the loss depends on "
+            f"none of them: {kinds}; choose others"
+        )
+    logger.warning(
+        "%d of %d adapted layers get no gradient, so LoRA is left off them: %s",
+        len(dead),
+        len(adapted),
+        kinds,
+    )
+    return _attach(model.unload(), config, seed, sorted(adapted - set(dead)))
+
+
+def _attach(model: nn.Module, config: LoraConfig, seed: int, modules: list[str]) -> Any:
+    import peft
+
     lora = peft.LoraConfig(
         r=config.rank,
         lora_alpha=config.alpha,  # type: ignore[arg-type]
@@ -133,7 +181,8 @@ def _linear_layers(model: Any) -> list[str]:
 
 
 def _check_rank(model: nn.Module, modules: Iterable[str], rank: int) -> None:
-    shapes = {n: tuple(model.get_parameter(f"{n}.weight").shape) for n in modules}
+    layers: dict[str, Any] = {n: model.get_submodule(n) for n in modules}
+    shapes = {n: (m.out_features, m.in_features) for n, m in layers.items()}
     name = min(shapes, key=lambda n: min(shapes[n]))
     (out, into), smallest = shapes[name], min(shapes[name])
     if rank > smallest:

@@ -1,17 +1,108 @@
-"""Losses per example. Supervised fine-tuning (SFT): cross-entropy on the answer's tokens only."""
+"""What is learnt, and its loss for every example.
+
+* Supervised fine-tuning (SFT): cross-entropy on the answer's tokens only.
+* Direct preference optimization (DPO, Rafailov et al., arXiv 2305.18290) on chosen and rejected
+  answers. The reference is the same model with its adapter off: no second model in memory. Losses:
+  ``sigmoid``, with label smoothing as in conservative DPO (Mitchell 2023), and ``ipo`` (Azar et
+  al., arXiv 2310.12036), whose log-ratios are means over the tokens, as its authors have it.
+"""
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+if TYPE_CHECKING:
+    from fedvlm.sections import ObjectiveConfig
+
 IGNORE = -100
+Batch = dict[str, Tensor]
 
 
-def answer_nll(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+@dataclass(frozen=True)
+class Terms:
+    """The loss of a batch, by example: ``loss.sum() / weight.sum()`` is what is minimised.
+
+    Attributes:
+        loss: summed over what an example is weighted by ``[examples]``.
+        weight: answer tokens (SFT) or 1 (DPO) ``[examples]``.
+        metrics: further scores ``[examples]``, such as the reward margin.
+    """
+
+    loss: Tensor
+    weight: Tensor
+    metrics: dict[str, Tensor]
+
+    def mean(self) -> Tensor:
+        """The batch's loss."""
+        return self.loss.sum() / self.weight.sum()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is learnt.
+
+    Attributes:
+        pairs: whether batches hold rejected answers too, see :meth:`Collator.training`.
+        terms: ``(peft model, batch) -> Terms``.
+    """
+
+    pairs: bool
+    terms: Callable[[Any, Batch], Terms]
+
+
+def build(config: ObjectiveConfig) -> Objective:
+    """The objective that a config names."""
+    return OBJECTIVES[config.name](config)
+
+
+def sft_terms(model: Any, batch: Batch) -> Terms:
+    """Negative log-likelihood of the answers, in nats a token."""
+    nll, tokens = answer_nll(model, batch)
+    return Terms(nll, tokens, {})
+
+
+def dpo_terms(model: Any, batch: Batch, *, kind: str, beta: float, smoothing: float) -> Terms:
+    """The DPO loss of every pair.
+
+    Args:
+        model: a ``PeftModel``.
+        batch: the chosen answers of all examples, then the rejected ones ``[2 * examples, ...]``.
+        kind: ``sigmoid`` or ``ipo``.
+        beta: inverse temperature of the reward ``beta * log(policy / reference)``; IPO's tau.
+        smoothing: probability that a preference is the wrong way round.
+    """
+    nll, tokens = answer_nll(model, batch)
+    with torch.no_grad(), model.disable_adapter():
+        reference, _ = answer_nll(model, batch)
+    chosen, rejected = (reference - nll).chunk(2)  # log(policy / reference) of the answers
+    if kind == "ipo":
+        chosen_tokens, rejected_tokens = tokens.chunk(2)
+        gap = chosen / chosen_tokens - rejected / rejected_tokens
+        loss = (gap - 1 / (2 * beta)) ** 2
+    else:
+        gap = beta * (chosen - rejected)
+        loss = -(1 - smoothing) * F.logsigmoid(gap) - smoothing * F.logsigmoid(-gap)
+    margin = (beta * (chosen - rejected)).detach()
+    metrics = {"reward_accuracy": (margin > 0).float(), "reward_margin": margin}
+    return Terms(loss, torch.ones_like(loss), metrics)
+
+
+OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
+    "sft": lambda c: Objective(False, sft_terms),
+    "dpo": lambda c: Objective(
+        True, partial(dpo_terms, kind=c.loss, beta=c.beta, smoothing=c.label_smoothing)
+    ),
+}
+
+
+def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     """Negative log-likelihood of the answers, in nats.
 
     Args:
@@ -26,7 +117,8 @@ def answer_nll(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     if model.config.is_encoder_decoder:
         logits = model(**inputs, labels=labels).logits
     else:
-        logits = model(**inputs).logits[:, :-1]
+        # Some models (GIT) put logits of image tokens, which are no input ids, before the text's.
+        logits = model(**inputs).logits[:, -labels.shape[1] : -1]
         labels = labels[:, 1:]
     scored = labels != IGNORE
     rows, columns = scored.nonzero(as_tuple=True)
@@ -35,9 +127,3 @@ def answer_nll(model: Any, batch: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     )
     nll = torch.zeros(len(labels), device=token_nll.device).index_add(0, rows, token_nll)
     return nll, scored.sum(1)
-
-
-def sft_loss(model: Any, batch: dict[str, Tensor]) -> Tensor:
-    """The mean over all answer tokens of the batch, as in transformers' own loss."""
-    nll, tokens = answer_nll(model, batch)
-    return nll.sum() / tokens.sum()

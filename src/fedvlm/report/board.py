@@ -26,7 +26,7 @@ def board(
         def line(event: Event) -> None:
             name, metrics, _ = event
             if metrics["evaluation"]:
-                print(f"{name}: {describe(metrics, rounds)}", flush=True)
+                print(f"{name}: {describe(metrics, config)}", flush=True)
 
         yield line
         return
@@ -58,7 +58,7 @@ def board(
             number = min(metrics["round"], rounds)
             bars.update(tasks[name], completed=number)
             if metrics["evaluation"]:
-                bars.update(tasks[name], note=describe(metrics, rounds))
+                bars.update(tasks[name], note=describe(metrics, config))
             bars.update(everything, advance=1, note="")
 
         yield update

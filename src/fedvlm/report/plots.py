@@ -62,7 +62,7 @@ def figure_run(lines: Sequence[Line], title: str, metric: str = "exact_match") -
     Args:
         lines: the run's metrics, one per round; round 0 is the untuned model.
         title: title of the figure.
-        metric: ``exact_match``, ``token_f1`` or ``rouge_l``.
+        metric: one that is a share, such as ``exact_match``.
     """
     figure = _figure(title, size=(11.0, 4.6))
     curves, clients = figure.subplots(1, 2, width_ratios=[1.0, 1.35])
@@ -89,7 +89,7 @@ def figure_comparison(
     Args:
         results: algorithm -> one list of metrics lines per seed.
         title: title of the figure.
-        metric: ``exact_match``, ``token_f1`` or ``rouge_l``.
+        metric: one that is a share, such as ``exact_match``.
     """
     name = metric_name(metric)
     ends = {a: [end_scores(lines, metric) for lines in runs] for a, runs in results.items()}

@@ -8,18 +8,18 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedvlm.errors import FedVLMError
+from fedvlm.metrics import METRICS
 
 Line = Mapping[str, Any]
 Scores = dict[str, float]  # client -> score
 
-METRICS = {"exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L"}
-
 
 def metric_name(metric: str) -> str:
     """How a metric is written in a figure; refuses one that is not a share in [0, 1]."""
-    if metric not in METRICS:
-        raise FedVLMError(f"no plot of the metric '{metric}': choose one of {', '.join(METRICS)}")
-    return METRICS[metric]
+    shares = [name for name, m in METRICS.items() if m.share]
+    if metric not in shares:
+        raise FedVLMError(f"no plot of the metric '{metric}': choose one of {', '.join(shares)}")
+    return METRICS[metric].head
 
 
 def curve(lines: Iterable[Line], kind: str, metric: str) -> dict[int, Scores]:

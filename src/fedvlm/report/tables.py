@@ -7,13 +7,11 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from fedvlm.results import METRICS
+from fedvlm.metrics import METRICS
 
 if TYPE_CHECKING:
     from fedvlm.comparison import Comparison
     from fedvlm.results import Results
-
-HEADS = {"exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L", "loss": "loss"}
 
 
 def print_run(results: Results) -> None:
@@ -24,30 +22,53 @@ def print_run(results: Results) -> None:
     out.add_column("rows", justify="right")
     for head in ("untuned", "global", "personal"):
         out.add_column(head, justify="right", style="bold" if head == "personal" else None)
-    for metric in METRICS[1:]:
-        out.add_column(HEADS[metric], justify="right")
+    first, *others = results.metrics
+    for metric in others:
+        out.add_column(METRICS[metric].head, justify="right")
     personal = models["personal"]["clients"]
     shown = list(personal) if len(personal) <= 20 else []
     for client in shown:
-        cells = [_percent(models[m]["clients"][client]["exact_match"]) for m in models_shown()]
-        more = [_number(metric, personal[client][metric]) for metric in METRICS[1:]]
+        cells = [_number(first, models[m]["clients"][client][first]) for m in models_shown()]
+        more = [_number(metric, personal[client][metric]) for metric in others]
         out.add_row(client, str(personal[client]["examples"]), *cells, *more)
     out.add_section()
     for key, head in (("mean", "mean"), ("std", "spread (std)"), ("worst10", "worst 10 %")):
-        cells = [_percent(results.summary(m)[key]) for m in models_shown()]
-        more = [_number(metric, results.summary("personal", metric)[key]) for metric in METRICS[1:]]
+        cells = [_number(first, results.summary(m)[key]) for m in models_shown()]
+        more = [_number(metric, results.summary("personal", metric).get(key)) for metric in others]
         out.add_row(head, "", *cells, *more)
     console = console_for_tables()
     console.print(out)
+    if table["groups"] and len(table["groups"]["models"]["personal"]) > 1:
+        console.print(_groups(results))
     before = results.summary("personal_before")["mean"]
     up, down = (table["bytes"][way]["per_client_round"] for way in ("bytes_up", "bytes_down"))
     console.print(
-        f"untuned, global, personal: exact match; the columns after them are the personal model's."
-        f"\npersonal before the last aggregation: {_percent(before)}"
+        f"untuned, global, personal: {METRICS[first].head}; the columns after them are the "
+        f"personal model's.\npersonal before the last aggregation: {_number(first, before)}"
         f"   ·   sent per client and round: {_size(up)} up, {_size(down)} down"
-        f"\neverything is in {results.folder}: table.csv, curves.png, adapters/",
+        f"\neverything is in {results.folder}: table.csv, curves.png, answers/, adapters/",
         highlight=False,
     )
+    if first == "exact_match" and not any(results.scores().values()):
+        console.print("no answer matches exactly; for long answers, set eval.metric=rouge_l")
+
+
+def _groups(results: Results) -> Table:
+    """Scores by the value of ``eval.group_by``; the twenty with most rows."""
+    groups, first = results.table["groups"], results.metric
+    rows = groups["models"]["personal"]
+    out = Table(title=f"{METRICS[first].head} by {groups['column']}, over all clients' rows")
+    out.add_column(groups["column"])
+    out.add_column("rows", justify="right")
+    for head in models_shown():
+        out.add_column(head, justify="right", style="bold" if head == "personal" else None)
+    often = sorted(rows, key=lambda value: -rows[value]["examples"])
+    for value in often[:20]:
+        cells = [_number(first, groups["models"][m][value][first]) for m in models_shown()]
+        out.add_row(value, str(rows[value]["examples"]), *cells)
+    if len(rows) > 20:
+        out.caption = f"and {len(rows) - 20} more in groups.csv"
+    return out
 
 
 def models_shown() -> tuple[str, ...]:
@@ -58,8 +79,10 @@ def models_shown() -> tuple[str, ...]:
 def print_comparison(comparison: Comparison) -> None:
     """One row per algorithm, best first."""
     rows = comparison.rows
-    seeds = rows[0]["seeds"]
-    title = f"exact match on every client's own test rows, {seeds} seed{'s' * (seeds > 1)}"
+    seeds, metric = rows[0]["seeds"], rows[0]["metric"]
+    title = (
+        f"{METRICS[metric].head} on every client's own test rows, {seeds} seed{'s' * (seeds > 1)}"
+    )
     out = Table(title=title)
     out.add_column("algorithm", style="bold")
     heads = ["personal model", "worst 10 %", "global model", "sent up", "time"]
@@ -68,7 +91,7 @@ def print_comparison(comparison: Comparison) -> None:
         out.add_column(head, justify="right")
     for row in rows:
         error = row["standard_error"]
-        mean = _percent(row["exact_match"]) + (f" ± {100 * error:.1f}" if error is not None else "")
+        mean = _percent(row["personal"]) + (f" ± {100 * error:.1f}" if error is not None else "")
         out.add_row(
             row["algorithm"],
             mean,
@@ -112,8 +135,12 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _number(metric: str, value: float) -> str:
-    return f"{value:.3f}" if metric == "loss" else _percent(value)
+def _number(metric: str, value: float | None) -> str:
+    if value is None:
+        return ""
+    if METRICS[metric].share:
+        return _percent(value)
+    return f"{value:.1f}" if metric == "length" else f"{value:.3f}"
 
 
 def _gain(value: float | None) -> str:
