@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from fedvlm.errors import FedVLMError
+from fedvlm.models.processors import load_processor
 from fedvlm.sections import ModelConfig
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -37,10 +38,10 @@ def load_model(config: ModelConfig) -> Loaded:
     device = pick_device(config.device)
     source, local = locate(config.name)
     quiet_transformers()
-    from transformers import AutoModelForImageTextToText, AutoProcessor
+    from transformers import AutoModelForImageTextToText
 
     try:
-        processor = AutoProcessor.from_pretrained(source, local_files_only=local)
+        processor = load_processor(source, local)
         model = AutoModelForImageTextToText.from_pretrained(
             source, dtype=getattr(torch, config.dtype), local_files_only=local
         )
