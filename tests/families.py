@@ -317,7 +317,7 @@ def _qwen3_vl(folder: Path) -> None:
     }  # fmt: skip
     names = hf.Qwen3VLProcessor, "Qwen3VLVideoProcessor"
     rope = MROPE | {"mrope_interleaved": True}
-    _qwen(folder, "qwen3_vl", *names, templates.QWEN3, sizes, rope, head_dim=8)
+    _qwen(folder, "qwen3_vl", *names, templates.QWEN3, sizes, rope, head_dim=8, num_hidden_layers=3)
 
 
 @family("internvl")

@@ -105,7 +105,7 @@ class Prompter:
         """The question as the model is asked it, the image's place included."""
         if self.has_template:
             return self._render(question)
-        image = getattr(self.processor, "image_token", None) or ""
+        image = str(getattr(self.processor, "image_token", None) or "")
         prompt, _ = PLAIN.get(self.family, ("{image}{}\n", "{}"))
         return prompt.replace("{image}", image).replace("{}", question)
 
