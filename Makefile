@@ -16,7 +16,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 PINS_HEADER := \# Every package of .[dev], as tested. Renewed by `make pins`.
-.PHONY: help demo test check bench pins clean
+.PHONY: help demo test check bench families pins clean
 .DELETE_ON_ERROR:
 
 help: ## print this list
@@ -48,6 +48,10 @@ bench: $(VENV)/.stamp-run ## run every benchmark briefly (QUICK= for the full le
 	  found=1; echo "== $$file"; $(BIN)/python "$$file" $(QUICK) || exit 1; \
 	done; \
 	[ $$found = 1 ] || echo "benchmarks/ holds no benchmark yet: nothing to run"
+
+families: export HF_HUB_OFFLINE = 1
+families: $(VENV)/.stamp-dev ## renew docs/families.md by testing every model family
+	$(BIN)/python -m pytest tests/test_families.py --families-table docs/families.md
 
 pins: ## renew constraints.txt from a fresh environment
 	rm -rf $(VENV)

@@ -8,6 +8,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
 
+from collections import defaultdict
 from pathlib import Path
 
 import pytest
@@ -41,3 +42,62 @@ def shared_data():
     if not SHARED.is_dir():
         pytest.skip(f"needs the real data in {SHARED}, which is not there")
     return SHARED
+
+
+# The table of model families: ``pytest tests/test_families.py --families-table FILE``.
+
+OUTCOMES: dict[str, dict[str, list[str]]] = defaultdict(lambda: defaultdict(list))
+CAPABILITIES = {
+    "test_load": "load",
+    "test_loss": "loss on the answer",
+    "test_generate": "generate",
+    "test_lora": "LoRA placements",
+    "test_sft_round": "SFT round",
+    "test_dpo_round": "DPO round",
+    "test_reload": "reload by PEFT",
+    "test_export": "export, merged too",
+}
+
+
+def pytest_addoption(parser):
+    parser.addoption("--families-table", help="write what test_families.py found as Markdown")
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_makereport(item, call):
+    report = yield
+    family = getattr(item, "callspec", None) and item.callspec.params.get("family")
+    if family and item.originalname in CAPABILITIES and (report.when == "call" or report.failed):
+        OUTCOMES[family][item.originalname].append(report.outcome)
+    return report
+
+
+def pytest_sessionfinish(session):
+    target = session.config.getoption("--families-table")
+    if target and OUTCOMES:
+        Path(target).write_text(families_table(), encoding="utf-8")
+
+
+def families_table() -> str:
+    """The outcomes so far: a family a row, a capability a column."""
+    from datetime import date
+    from importlib.metadata import version
+
+    names = [name for name in CAPABILITIES if any(name in found for found in OUTCOMES.values())]
+    rows = [
+        [family, *(_cell(found[name]) for name in names)]
+        for family, found in sorted(OUTCOMES.items())
+    ]
+    head = ["family", *(CAPABILITIES[name] for name in names)]
+    lines = [" | ".join(row) for row in (head, ["---"] * len(head), *rows)]
+    packages = ", ".join(f"{n} {version(n)}" for n in ("transformers", "peft", "torch"))
+    return (
+        "# Model families\n\nWritten by `make families`, which runs tests/test_families.py on a tiny "
+        f"model of every family, built from its real classes.\n{date.today()}, {packages}, CPU, "
+        "no torchvision.\n\n" + "\n".join(f"| {line} |" for line in lines) + "\n"
+    )
+
+
+def _cell(outcomes: list[str]) -> str:
+    passed = outcomes.count("passed")
+    return "yes" if passed == len(outcomes) > 0 else f"{passed} of {len(outcomes)} tests"
