@@ -89,6 +89,12 @@ class ModelConfig(Section):
     name: str = Field("tiny", description="bundled 'tiny', a hub name, or a local folder")
     dtype: Literal["float32", "bfloat16", "float16"] = Field("float32")
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="of the frozen weights, by bitsandbytes; 4bit: NF4, double"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, slower"
+    )
 
 
 class LoraConfig(Section):

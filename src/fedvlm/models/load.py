@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import logging
 import os
 import warnings
@@ -12,6 +13,7 @@ from typing import Any
 import torch
 
 from fedvlm.errors import FedVLMError
+from fedvlm.models.names import refuse_foreign_release, refuse_own_code
 from fedvlm.models.processors import load_processor
 from fedvlm.sections import ModelConfig
 
@@ -30,26 +32,129 @@ class Loaded:
 
 
 def load_model(config: ModelConfig) -> Loaded:
-    """Loads ``config.name`` with ``AutoModelForImageTextToText`` and ``AutoProcessor``.
+    """Loads ``config.name`` with ``AutoModelForImageTextToText`` and its processor.
 
     Raises:
-        FedVLMError: no such folder or hub model, the hub is out of reach, or no such device.
+        FedVLMError: no such folder or hub model, the hub is out of reach, a model that needs code
+            of its own or lacks weights, no such device, or a setting that cannot be had here.
     """
     device = pick_device(config.device)
     source, local = locate(config.name)
+    if local:
+        refuse_own_code(source)
+    quantized = quantization(config.quantization, device)
     quiet_transformers()
     from transformers import AutoModelForImageTextToText
 
     try:
         processor = load_processor(source, local)
-        model = AutoModelForImageTextToText.from_pretrained(
-            source, dtype=getattr(torch, config.dtype), local_files_only=local
+        loaded: Any = AutoModelForImageTextToText.from_pretrained(
+            source,
+            dtype=getattr(torch, config.dtype),
+            local_files_only=local,
+            trust_remote_code=False,
+            output_loading_info=True,
+            **quantized,
         )
-    except (OSError, ValueError, ImportError, KeyError) as error:
+    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
         raise FedVLMError(_why(config.name, local, error)) from error
+    model, report = loaded
+    _check_weights(config.name, model, report)
     model.requires_grad_(False)
-    model.to(device)  # type: ignore[arg-type]
+    if quantized:
+        from peft import prepare_model_for_kbit_training
+
+        # All that stays unquantized, norms among it, computes in float32.
+        model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    else:
+        model.to(device)
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
     return Loaded(model, processor, device, config.name)
+
+
+def quantization(kind: str, device: torch.device) -> dict[str, Any]:
+    """What ``from_pretrained`` is told for frozen weights of 8 or 4 bits; nothing for ``none``.
+
+    Raises:
+        FedVLMError: bitsandbytes is not installed, or cannot use the device.
+    """
+    if kind == "none":
+        return {}
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise FedVLMError(
+            f"model.quantization: '{kind}' needs bitsandbytes, which is not installed: "
+            "pip install 'fedvlm[quant]'"
+        )
+    if device.type not in ("cuda", "cpu"):
+        raise FedVLMError(
+            f"model.quantization: '{kind}' needs a CUDA device (or the CPU), and this run is on "
+            f"'{device}'; use model.quantization=none"
+        )
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells every cast
+    from transformers import BitsAndBytesConfig
+
+    if kind == "8bit":
+        settings = BitsAndBytesConfig(load_in_8bit=True)
+    else:
+        settings = BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.bfloat16,
+        )
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def checkpoint_activations(model: Any) -> None:
+    """Has a model recompute its activations in the backward pass, while it is in training mode.
+
+    Raises:
+        FedVLMError: the model's class does not support it.
+    """
+    if not getattr(model, "supports_gradient_checkpointing", False):
+        raise FedVLMError(
+            f"model.gradient_checkpointing: {type(model).__name__} does not support it; "
+            "use model.gradient_checkpointing=false and a smaller train.batch_size"
+        )
+    # transformers and PEFT call this so that inputs carry gradients, which only re-entrant
+    # checkpointing needs; in GIT, which adds to its embeddings in place, it is an error.
+    model.enable_input_require_grads = _nothing
+    for part in (model.config, model.config.get_text_config(decoder=True)):
+        if getattr(part, "use_cache", False):
+            part.use_cache = False  # in training; generation has a setting of its own
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # the name that 5.20 knows as well
+        model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def _nothing() -> None:
+    return None
+
+
+def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
+    """Refuses a model of which the checkpoint lacks weights: they would be random."""
+    whole = model.state_dict(keep_vars=True)
+    lacking = set(report["missing_keys"])
+    loaded = {t.data_ptr() for n, t in whole.items() if n not in lacking}
+    missing = sorted(
+        n for n in lacking
+        if n in dict(model.named_parameters(remove_duplicate=False))
+        and whole[n].data_ptr() not in loaded
+    )  # fmt: skip
+    if missing:
+        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
+        raise FedVLMError(
+            f"model.name: '{name}' lacks {len(missing)} weights of {type(model).__name__} "
+            f"({', '.join(missing[:3])}{more}), which would be random; it must hold the weights "
+            "in transformers' own format"
+        )
+    unexpected = sorted(report["unexpected_keys"])
+    if unexpected:
+        logging.getLogger("fedvlm").warning(
+            "%s: %d weights are not used by %s (%s, ...)",
+            name, len(unexpected), type(model).__name__, ", ".join(unexpected[:3]),
+        )  # fmt: skip
 
 
 def locate(name: str) -> tuple[str, bool]:
@@ -63,6 +168,7 @@ def locate(name: str) -> tuple[str, bool]:
             f"model.name: there is no model folder '{name}'; give a folder with config.json and "
             "weights, a hub name such as HuggingFaceTB/SmolVLM-256M-Instruct, or 'tiny'"
         )
+    refuse_foreign_release(name)
     return name, False
 
 
@@ -100,6 +206,8 @@ def quiet_transformers() -> None:
 
 def _why(name: str, local: bool, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
+    if "trust_remote_code" in str(error):
+        reason = "it is read by code of its own, which fedvlm does not run"
     if local:
         return (
             f"model.name: the folder '{name}' does not load as a vision-language model: {reason}; "

@@ -33,7 +33,9 @@ def load_processor(source: str, local: bool) -> Any:
 
     base = processor_class(source, local)
     if base is None or VIDEO not in base.get_attributes() or _can_read_videos(base):
-        return AutoProcessor.from_pretrained(source, local_files_only=local)
+        return AutoProcessor.from_pretrained(
+            source, local_files_only=local, trust_remote_code=False
+        )
     with num2words_or_none(base):
         processor = image_only(base).from_pretrained(source, local_files_only=local)
     processor._video_config = _video_config(source, local)

@@ -1,0 +1,69 @@
+"""Which checkpoint of a model transformers reads itself, where the first release runs own code."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+from fedvlm.errors import FedVLMError
+
+# The name of a release, and of the same weights in transformers' own layout.
+NATIVE = (
+    (r"microsoft/Florence-2-(base|large)(-ft)?", r"florence-community/Florence-2-\1\2"),
+    (r"liuhaotian/llava-v1\.5-(7b|13b)", r"llava-hf/llava-1.5-\1-hf"),
+    (r"liuhaotian/llava-v1\.6-(.+)", r"llava-hf/llava-v1.6-\1-hf"),
+    (r"lmms-lab/llava-onevision-(qwen2-.+)", r"llava-hf/llava-onevision-\1-hf"),
+    (r"OpenGVLab/InternVL(2_5|3)-(.+?)(?<!-hf)", r"OpenGVLab/InternVL\1-\2-hf"),
+    (r"OpenGVLab/InternVL3_5-(.+?)(?<!-hf)", r"OpenGVLab/InternVL3_5-\1-HF"),
+)
+
+
+def native_name(name: str) -> str | None:
+    """The checkpoint to use for ``name``, or None where ``name`` itself is the one.
+
+    >>> native_name("microsoft/Florence-2-base-ft")
+    'florence-community/Florence-2-base-ft'
+    """
+    for pattern, native in NATIVE:
+        found = re.fullmatch(pattern, name, flags=re.IGNORECASE)
+        if found:
+            return found.expand(native)
+    return None
+
+
+def refuse_foreign_release(name: str) -> None:
+    """Raises:
+    FedVLMError: the name of a release that only its own code reads; the message has the other.
+    """
+    native = native_name(name)
+    if native is not None:
+        raise FedVLMError(
+            f"model.name: '{name}' is read by code of its own, which fedvlm does not run; the same "
+            f"model in transformers' own format is '{native}'"
+        )
+
+
+def refuse_own_code(folder: str) -> None:
+    """Raises:
+    FedVLMError: the folder's configuration asks for code that came with the weights.
+    """
+    file = Path(folder) / "config.json"
+    try:
+        config = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return  # what is wrong with it, loading will say
+    if not isinstance(config, dict) or not config.get("auto_map"):
+        return
+    former = str(config.get("_name_or_path") or "")
+    native = native_name(former)
+    advice = (
+        f"use '{native}'"
+        if native
+        else "use the checkpoint in transformers' own format; many end in -hf (Florence-2: "
+        "florence-community/Florence-2-base)"
+    )
+    raise FedVLMError(
+        f"model.name: the model in '{folder}' is read by code of its own (auto_map in its "
+        f"config.json), which fedvlm does not run; {advice}"
+    )
