@@ -381,7 +381,7 @@ def test_rgba_statements_open_as_rgb():
 def test_reading_a_local_file_is_silent_and_works_offline(tmp_path):
     path = parquet(tmp_path / "a.parquet")
     code = (
-        "from fedvlm.config import DataConfig\nfrom fedvlm.data.sources import load_rows\n"
+        "from fedvlm.data.sources import load_rows\nfrom fedvlm.sections import DataConfig\n"
         f"print(len(load_rows(DataConfig(path={path!r}), 0)))"
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}

@@ -30,6 +30,7 @@ class Columns(Section):
     image: str = "image"
     question: str = "question"
     answer: str = "chosen"
+    rejected: str = Field("rejected", description="the worse answer, where training needs pairs")
 
 
 class ScenesConfig(Section):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 import os
+import pickle
 import tempfile
 import warnings
 from collections.abc import Iterator, Mapping
@@ -20,7 +21,8 @@ from PIL import Image, ImageOps
 
 from fedvlm.errors import DataError
 
-_CHUNK = 256
+_CHUNK = 16  # rows that a thread checks at a time
+_MAPPED = 512  # rows after which a memory-mapped file is mapped anew, to let go of its pages
 
 
 def open_image(value: Any) -> Image.Image:
@@ -62,8 +64,8 @@ def broken_images(rows: datasets.Dataset) -> dict[int, str]:
     embedded = True
     with warnings.catch_warnings(), ThreadPoolExecutor(_threads()) as pool:
         warnings.simplefilter("ignore")
-        chunks = _chunks(rows)
-        while window := list(islice(chunks, 4 * _threads())):  # bounds what is in memory
+        chunks = _chunks(rows.select_columns(["image"]).with_format("arrow"))
+        while window := list(islice(chunks, 2 * _threads())):  # bounds what is in memory
             for start, verdicts, all_bytes in pool.map(_check_chunk, window):
                 broken.update({start + i: reason for i, reason in verdicts})
                 embedded &= all_bytes
@@ -118,10 +120,11 @@ def _threads() -> int:
     return min(8, usable or 1)
 
 
-def _chunks(rows: datasets.Dataset) -> Iterator[tuple[int, pa.StructArray]]:
-    start = 0
-    for table in rows.select_columns(["image"]).with_format("arrow").iter(_CHUNK):
-        for chunk in table["image"].chunks:
+def _chunks(images: datasets.Dataset) -> Iterator[tuple[int, pa.StructArray]]:
+    for start in range(0, len(images), _CHUNK):
+        if start % _MAPPED == 0 and images.cache_files:
+            images = pickle.loads(pickle.dumps(images))  # its files are named, not copied
+        for chunk in images[start : start + _CHUNK]["image"].chunks:
             yield start, chunk
             start += len(chunk)
 

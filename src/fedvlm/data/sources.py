@@ -2,7 +2,8 @@
 
 A source is the bundled scenes, a parquet file, a folder of parquet shards, JSONL, JSON or CSV with
 image paths, an image folder with ``metadata.jsonl``, a data set saved by ``save_to_disk``, or a
-name on the Hugging Face hub. RLAIF-V's column names are the defaults.
+name on the Hugging Face hub; its rows have questions and answers, or hold conversations. RLAIF-V's
+column names are the defaults.
 """
 
 from __future__ import annotations
@@ -10,7 +11,7 @@ from __future__ import annotations
 import logging
 import re
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,9 @@ import numpy as np
 import pandas as pd
 import pyarrow.compute as pc
 
+from fedvlm.data.conversations import flatten
 from fedvlm.data.images import broken_images, open_image
+from fedvlm.data.parquet import load_dataset
 from fedvlm.errors import DataError
 from fedvlm.sections import DataConfig
 
@@ -35,18 +38,21 @@ _SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 _SPLITS = ("train", "test", "validation", "val", "valid", "dev")
 
 
-def load_rows(data: DataConfig, seed: int = 0) -> datasets.Dataset:
+def load_rows(data: DataConfig, seed: int = 0, pairs: bool = False) -> datasets.Dataset:
     """Reads the rows that ``data`` names and checks every one of them.
 
     Args:
         data: the ``data`` section of the configuration.
         seed: of the bundled scenes and of the sample that ``data.max_rows`` asks for.
+        pairs: every row needs a rejected answer too, as training on preferences (DPO) does.
 
     Returns:
         A data set, memory-mapped where the source is, with the columns ``image`` (encoded:
         ``{"bytes", "path"}``, see :func:`open_image`), ``question``, ``answer``, ``row`` (the row
-        number in the source) and every other scalar column of the source under its own name. A
-        source column that bears a canonical name and plays another part becomes ``source_<name>``.
+        number in the source) and every other scalar column of the source under its own name. With
+        ``pairs`` there is ``rejected`` as well. Conversations give a row for every answer, see
+        :mod:`fedvlm.data.conversations`; these share the conversation's number. A source column
+        that bears a canonical name and plays another part becomes ``source_<name>``.
 
     Raises:
         DataError: for a source that cannot be read, a missing or wrongly typed column, no rows,
@@ -56,9 +62,11 @@ def load_rows(data: DataConfig, seed: int = 0) -> datasets.Dataset:
         rows, root = _read(data, seed)
         if len(rows) == 0:
             raise DataError(f"{_name(data)} has no rows")
-        rows = _canonical(rows, data, root)
+        rows, numbers, problems = flatten(rows, data.columns)
+        roles = (*ROLES, "rejected") if pairs else ROLES
+        rows = _canonical(rows, data, root, roles, numbers)
         rows = _sample(rows, data.max_rows, seed)
-        return _without_bad_rows(rows, data)
+        return _without_bad_rows(rows, data, roles, problems)
 
 
 def _name(data: DataConfig) -> str:
@@ -125,7 +133,7 @@ def _read_files(files: list[Path], data: DataConfig) -> datasets.Dataset:
         return datasets.concatenate_datasets([_read_csv(file, data) for file in files])
     builder = "parquet" if suffix == ".parquet" else "json"
     names = [str(file) for file in files]
-    return datasets.load_dataset(builder, data_files={"train": names}, split="train")
+    return load_dataset("train", builder, data_files={"train": names})
 
 
 def _read_csv(file: Path, data: DataConfig) -> datasets.Dataset:
@@ -195,9 +203,9 @@ def _read_hub(data: DataConfig) -> datasets.Dataset:
     logger.info("reading '%s' from the Hugging Face hub", name)
     offline = datasets.config.HF_HUB_OFFLINE
     try:
-        # One quick question first: load_dataset spends half a minute on retries without a network.
+        # One quick question first: datasets spends half a minute on retries without a network.
         datasets.config.HF_HUB_OFFLINE = offline or not _hub_answers(name)
-        return datasets.load_dataset(name, split=data.split)
+        return load_dataset(data.split, name)
     except Exception as error:
         raise DataError(
             f"data.path '{name}' is neither a local file or folder nor readable as a data set on "
@@ -212,7 +220,7 @@ def _hub_answers(name: str) -> bool:
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=10)
     except huggingface_hub.errors.HfHubHTTPError:
-        return True  # an answer, if not a friendly one: load_dataset says what is wrong
+        return True  # an answer, if not a friendly one: datasets says what is wrong
     except Exception:
         return False
     return True
@@ -221,23 +229,29 @@ def _hub_answers(name: str) -> bool:
 # Columns: from the source's names and types to the canonical ones.
 
 
-def _canonical(rows: datasets.Dataset, data: DataConfig, root: Path) -> datasets.Dataset:
-    names = data.columns.model_dump()
+def _canonical(
+    rows: datasets.Dataset,
+    data: DataConfig,
+    root: Path,
+    roles: tuple[str, ...],
+    numbers: np.ndarray,
+) -> datasets.Dataset:
+    names = {role: getattr(data.columns, role) for role in roles}
     have = rows.column_names
     if names["image"] not in have and "file_name" in have:
         names["image"] = "file_name"
     _check_columns(rows, names, data)
     kept = [n for n in have if n in names.values() or _is_scalar(rows.features[n])]
     renamed = {source: role for role, source in names.items()}
-    renamed |= {n: f"source_{n}" for n in kept if n in (*ROLES, "row") and n not in names.values()}
+    renamed |= {n: f"source_{n}" for n in kept if n in (*roles, "row") and n not in names.values()}
     rows = rows.with_format(None).select_columns(kept)
     rows = rows.rename_columns({old: new for old, new in renamed.items() if old != new})
     for name, feature in list(rows.features.items()):
         if isinstance(feature, datasets.ClassLabel):
             rows = _replace(rows, name, [_label(feature, v) for v in rows[name]])
     rows = _encoded(rows, root)
-    rows = rows.add_column("row", np.arange(len(rows)))
-    first = [*ROLES, "row"]
+    rows = rows.add_column("row", numbers)
+    first = [*roles, "row"]
     return rows.select_columns(first + [n for n in rows.column_names if n not in first])
 
 
@@ -246,7 +260,7 @@ def _check_columns(rows: datasets.Dataset, names: dict[str, str], data: DataConf
     for role, name in names.items():
         if name not in rows.column_names:
             raise DataError(
-                f"{_name(data)} has no column '{name}' for the {role}; its columns are {have}. "
+                f"{_name(data)} has no column '{name}' for the {_said(role)}; its columns are {have}. "
                 f"Set data.columns.{role}=<one of them>"
             )
     if len(set(names.values())) < len(names):
@@ -257,14 +271,18 @@ def _check_columns(rows: datasets.Dataset, names: dict[str, str], data: DataConf
             f"the column '{names['image']}' holds {_type(image)}, not images (encoded bytes, or "
             f"paths); set data.columns.image to another of the columns {have}"
         )
-    for role in ("question", "answer"):
+    for role in list(names)[1:]:
         feature = rows.features[names[role]]
         if isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "") in _TEXT:
             continue
         raise DataError(
-            f"the column '{names[role]}' holds {_type(feature)}, and the {role} must be text; set "
+            f"the column '{names[role]}' holds {_type(feature)}, and the {_said(role)} must be text; set "
             f"data.columns.{role} to another of the columns {have}, or convert it to text"
         )
+
+
+def _said(role: str) -> str:
+    return "rejected answer" if role == "rejected" else role
 
 
 def _may_be_image(feature: Any) -> bool:
@@ -317,14 +335,18 @@ def _sample(rows: datasets.Dataset, limit: int | None, seed: int) -> datasets.Da
     return rows.select(np.sort(draw.choice(len(rows), limit, replace=False)))
 
 
-def _without_bad_rows(rows: datasets.Dataset, data: DataConfig) -> datasets.Dataset:
+def _without_bad_rows(
+    rows: datasets.Dataset, data: DataConfig, roles: tuple[str, ...], problems: Mapping[int, str]
+) -> datasets.Dataset:
+    """``problems`` are those found before, by the rows' numbers."""
     bad: dict[int, str] = {}
-    for role in ("question", "answer"):
-        bad.update(dict.fromkeys(_empty(rows, role), f"the {role} is empty"))
+    numbers = rows["row"][:]
+    for role in roles[1:]:
+        bad.update(dict.fromkeys(_empty(rows, role), f"the {_said(role)} is empty"))
     bad.update({at: f"corrupt image, {why}" for at, why in broken_images(rows).items()})
+    bad.update({at: problems[n] for at, n in enumerate(numbers) if n in problems})
     if not bad:
         return rows
-    numbers = rows["row"][:]
     where = sorted(bad)
     listed = "; ".join(f"row {numbers[at]}: {bad[at]}" for at in where[:5])
     listed += f"; and {len(bad) - 5} more" if len(bad) > 5 else ""

@@ -1,0 +1,171 @@
+"""Conversations about an image become rows of one question and one answer.
+
+Two forms are known: LLaVA's (``conversations``, a list of ``{"from", "value"}``) and the chat form
+(``messages``, a list of ``{"role", "content"}``, the content text or a list of parts). The image is
+in the column ``image``, or in ``images`` as a list of one.
+
+A conversation gives a row for every answer. The first question stands as it is; a later one comes
+after everything said before it::
+
+    User: What is this?
+    Assistant: A dog.
+    User: Which colour?
+
+A system turn stands before the first question, ``<image>`` is removed, and a question that nobody
+answers is left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+import datasets
+import numpy as np
+
+from fedvlm.sections import Columns
+
+_COLUMNS = ("conversations", "messages")
+_ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
+_ROLES |= {"model": "assistant", "system": "system"}
+_MARKER = "<image>"
+_BATCH = 64  # conversations at a time: images may be embedded
+
+
+def flatten(
+    rows: datasets.Dataset, columns: Columns
+) -> tuple[datasets.Dataset, np.ndarray, dict[int, str]]:
+    """Turns conversations into rows, where the columns of questions and answers are missing.
+
+    Rows of one conversation share an ``image_path`` (one is made up where there is none), which
+    keeps them together in a client's train, val or test.
+
+    Args:
+        rows: what the source holds.
+        columns: the names that image, question and answer get.
+
+    Returns:
+        The rows; for each the number of the source's row that it comes from; and, by this number,
+        what is wrong with the conversations that cannot be used (these give one empty row).
+    """
+    have = rows.column_names
+    column = next((name for name in _COLUMNS if name in have), None)
+    if column is None or columns.question in have or columns.answer in have:
+        return rows, np.arange(len(rows)), {}
+    image = next((name for name in (columns.image, "image", "images") if name in have), None)
+    if image is None:
+        return rows, np.arange(len(rows)), {}
+    rows = rows.with_format(None)
+    kind = rows.features[image]
+    inner = getattr(kind, "feature", kind)
+    if isinstance(inner, datasets.Image):
+        inner = datasets.Image(decode=False)
+        encoded = inner if kind is inner or not hasattr(kind, "feature") else datasets.List(inner)
+        rows = rows.cast_column(image, encoded)
+    text = datasets.Value("string")
+    kept = {n: f for n, f in rows.features.items() if n not in (column, image)}
+    made = {columns.image: inner, columns.question: text, columns.answer: text}
+    made |= {"_record": datasets.Value("int64"), "_problem": text}
+    if kept.get("image_path", text) == text:
+        made["image_path"] = text
+    flat = rows.map(
+        _rows_of,
+        batched=True,
+        with_indices=True,
+        batch_size=_BATCH,
+        writer_batch_size=_BATCH,
+        remove_columns=have,
+        features=datasets.Features(kept | made),
+        fn_kwargs={"column": column, "image": image, "names": columns.model_dump()},
+    )
+    numbers = np.asarray(flat["_record"][:], dtype=np.int64)
+    said = zip(numbers.tolist(), flat["_problem"][:], strict=True)
+    problems = {number: problem for number, problem in said if problem}
+    return flat.remove_columns(["_record", "_problem"]), numbers, problems
+
+
+def _rows_of(
+    batch: Mapping[str, Sequence[Any]],
+    indices: Sequence[int],
+    column: str,
+    image: str,
+    names: Mapping[str, str],
+) -> dict[str, list[Any]]:
+    """A batch of conversations -> its rows, by columns."""
+    kept = [name for name in batch if name not in (column, image)]
+    out: list[dict[str, Any]] = []
+    for at, number in enumerate(indices):
+        shown, problem = None, ""
+        pairs: list[tuple[str, str]] = []
+        try:
+            shown = _one_image(batch[image][at])
+            pairs = list(_pairs(batch[column][at]))
+        except ValueError as error:
+            shown, pairs, problem = None, [("", "")], str(error)
+        group = batch["image_path"][at] if "image_path" in batch else None
+        alone = shown if isinstance(shown, str) else f"conversation {number}"
+        for question, answer in pairs:
+            row = {name: batch[name][at] for name in kept}
+            row["image_path"] = alone if group is None or group == "" else group
+            row |= {names["image"]: shown, names["question"]: question, names["answer"]: answer}
+            out.append(row | {"_record": number, "_problem": problem})
+    return {name: [row[name] for row in out] for name in out[0]}
+
+
+def _one_image(value: Any) -> Any:
+    images = value if isinstance(value, list) else [value]
+    images = [each for each in images if each]
+    if not images:
+        raise ValueError("the conversation has no image")
+    if len(images) > 1:
+        raise ValueError(f"the conversation has {len(images)} images, and one can be used")
+    return images[0]
+
+
+def _pairs(turns: Any) -> Iterator[tuple[str, str]]:
+    """Question and answer, for every answer of a conversation."""
+    system: list[str] = []
+    before: list[str] = []
+    asked: list[str] = []
+    answered = False
+    for number, (role, text) in enumerate(_turns(turns)):
+        if role == "system":
+            system.append(text)
+        elif role == "user":
+            asked.append(text)
+        elif not asked:
+            raise ValueError(f"turn {number} of the conversation answers no question")
+        else:
+            question = "\n".join(asked)
+            said = [*before, f"User: {question}"] if before else [question]
+            yield "\n".join([*system, *said]), text
+            before += [f"User: {question}", f"Assistant: {text}"]
+            asked, answered = [], True
+    if not answered:
+        raise ValueError("the conversation has no answer")
+
+
+def _turns(turns: Any) -> Iterator[tuple[str, str]]:
+    """Role (user, assistant or system) and text of every turn, whatever the form."""
+    if isinstance(turns, Mapping):  # a list of structures is stored as a structure of lists
+        turns = [
+            dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)
+        ]
+    if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
+        raise ValueError(f"the conversation is no list of turns: {turns!r:.60}")
+    for number, turn in enumerate(turns):
+        named = turn.get("role") or turn.get("from")
+        if named not in _ROLES:
+            raise ValueError(
+                f"turn {number} of the conversation has the role {named!r}, and the roles are "
+                + ", ".join(_ROLES)
+            )
+        said = turn.get("content") if turn.get("content") is not None else turn.get("value")
+        yield _ROLES[named], _text(said)
+
+
+def _text(content: Any) -> str:
+    if isinstance(content, list):
+        parts = (part.get("text") if isinstance(part, Mapping) else part for part in content)
+        content = "\n".join(str(part) for part in parts if part)
+    return str(content or "").replace(_MARKER, "").strip()
