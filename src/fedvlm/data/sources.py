@@ -260,8 +260,8 @@ def _check_columns(rows: datasets.Dataset, names: dict[str, str], data: DataConf
     for role, name in names.items():
         if name not in rows.column_names:
             raise DataError(
-                f"{_name(data)} has no column '{name}' for the {_said(role)}; its columns are {have}. "
-                f"Set data.columns.{role}=<one of them>"
+                f"{_name(data)} has no column '{name}' for the {_said(role)}; "
+                f"its columns are {have}. Set data.columns.{role}=<one of them>"
             )
     if len(set(names.values())) < len(names):
         raise DataError(f"data.columns names one column for two parts: {names}")
@@ -276,8 +276,8 @@ def _check_columns(rows: datasets.Dataset, names: dict[str, str], data: DataConf
         if isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "") in _TEXT:
             continue
         raise DataError(
-            f"the column '{names[role]}' holds {_type(feature)}, and the {_said(role)} must be text; set "
-            f"data.columns.{role} to another of the columns {have}, or convert it to text"
+            f"the column '{names[role]}' holds {_type(feature)}, and the {_said(role)} must be "
+            f"text; set data.columns.{role} to another of the columns {have}, or convert it to text"
         )
 
 
