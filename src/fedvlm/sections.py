@@ -11,7 +11,7 @@ import re
 from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 Positive = Annotated[int, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
@@ -65,22 +65,54 @@ class DataConfig(Section):
 class PartitionConfig(Section):
     """How rows become clients."""
 
-    kind: Literal["auto", "iid", "dirichlet", "shards", "column", "quantity"] = Field(
+    kind: Literal["auto", "iid", "dirichlet", "shards", "column", "quantity", "explicit"] = Field(
         "auto", description="auto: by site for scenes, iid for other data"
     )
-    clients: Positive = Field(8, description="number of clients (kind=column: one per value)")
+    clients: Positive = Field(
+        8, description="number of clients (kind=column: one per value; explicit: one per list)"
+    )
     column: str | None = Field(
         None, description="column: the clients; dirichlet, shards: the label"
+    )
+    clusters: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="label by so many clusters of the answers, instead of column"
+    )
+    lists: dict[str, list[int]] | str | None = Field(
+        None, description="kind=explicit: client -> row numbers, or a JSON or YAML file of it"
     )
     alpha: Annotated[float, Field(gt=0)] = Field(0.3, description="Dirichlet concentration")
     shards: Positive = Field(2, description="shards a client (kind=shards)")
     exponent: Annotated[float, Field(ge=0)] = Field(1.2, description="power law (kind=quantity)")
     min_rows: Positive = Field(10, description="fewest rows that a client may have")
 
+    @field_validator("lists", mode="before")
+    @classmethod
+    def _rows_are_listed_once(cls, given: Any) -> Any:
+        from fedvlm.data.explicit import checked
+
+        return given if given is None or isinstance(given, str) else checked(given)
+
     @model_validator(mode="after")
-    def _column_is_named(self) -> PartitionConfig:
+    def _settings_agree(self) -> PartitionConfig:
+        wrong = []
         if self.kind == "column" and not self.column:
-            raise ValueError("kind=column needs partition.column, the column that names the client")
+            wrong.append("kind=column needs partition.column, the column that names the client")
+        if self.kind == "explicit" and not self.lists:
+            wrong.append("kind=explicit needs partition.lists, the row numbers of each client")
+        if self.lists is not None and self.kind != "explicit":
+            wrong.append(f"partition.lists needs kind=explicit (got kind={self.kind})")
+        if self.clusters and self.column:
+            wrong.append(
+                "set partition.column or partition.clusters, not both "
+                f"(got column={self.column}, clusters={self.clusters})"
+            )
+        elif self.clusters and self.kind in ("auto", "column"):
+            wrong.append(
+                "partition.clusters labels the rows of kind=dirichlet, shards, iid, quantity or "
+                f"explicit (got kind={self.kind})"
+            )
+        if wrong:
+            raise ValueError("; ".join(wrong))
         return self
 
 

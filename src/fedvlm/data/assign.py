@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import re
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
@@ -35,15 +36,21 @@ def by_column(values: np.ndarray, column: str, least: int) -> dict[str, np.ndarr
     order = np.argsort(codes, kind="stable")
     parts = np.split(order, np.cumsum(np.bincount(codes, minlength=len(names)))[:-1])
     found = sorted(zip(names, parts, strict=True), key=lambda pair: _natural(pair[0]))
-    small = [f"{name} ({len(part)})" for name, part in found if len(part) < least]
+    remedy = "merge these clients, or partition by another column"
+    check_sizes(dict(found), least, f"partition.column '{column}'", remedy)
+    return dict(found)
+
+
+def check_sizes(parts: Mapping[str, np.ndarray], least: int, source: str, remedy: str) -> None:
+    """Refuses clients with fewer than ``least`` rows, by their names."""
+    small = [f"{name} ({len(part)})" for name, part in parts.items() if len(part) < least]
     if small:
         more = f" and {len(small) - 5} more" if len(small) > 5 else ""
         raise DataError(
-            f"{len(small)} of {len(found)} clients of partition.column '{column}' have fewer than "
-            f"{least} rows: {', '.join(small[:5])}{more}; lower partition.min_rows (at least 2 "
-            "rows are needed), merge these clients, or partition by another column"
+            f"{len(small)} of {len(parts)} clients of {source} have fewer than {least} rows: "
+            f"{', '.join(small[:5])}{more}; lower partition.min_rows (at least 2 rows are needed), "
+            + remedy
         )
-    return dict(found)
 
 
 def _natural(name: str) -> tuple[list[Any], str]:

@@ -16,7 +16,8 @@ import datasets
 import numpy as np
 import pandas as pd
 
-from fedvlm.data import assign
+from fedvlm.data import assign, explicit
+from fedvlm.data.clusters import cluster_codes
 from fedvlm.data.labels import binned_codes, codes_of, values_of
 from fedvlm.data.skew import Skew, measure
 from fedvlm.errors import DataError
@@ -137,9 +138,10 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
     Hsu et al., arXiv 1909.06335; here in the form that has become usual, one draw over the clients
     for each label, so sizes differ too); ``shards``, rows sorted by label and dealt in shards
     (McMahan et al., arXiv 1602.05629); ``column``, a client for each value of a column;
-    ``quantity``, sizes by a power law; ``auto``, by the column ``site`` for the bundled scenes and
-    ``iid`` for other data. Labels are the answers, or ``partition.column``; numbers with many
-    values are put into ten bins of equal counts.
+    ``quantity``, sizes by a power law; ``explicit``, from ``partition.lists`` of row numbers;
+    ``auto``, by the column ``site`` for the bundled scenes and ``iid`` for other data. Labels are
+    the answers, ``partition.column`` (numbers with many values are put into ten bins of equal
+    counts), or ``partition.clusters`` of the answers.
 
     A client needs ``partition.min_rows`` rows, and at least two: one to train, one to test. Rows
     that share an image (``image_path``) stay together inside a client, and images are ranked alike
@@ -148,25 +150,34 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
     The result depends on the rows, the ``data``, ``partition`` sections and ``seed`` only.
 
     Raises:
-        DataError: for a column that is not there, too few rows, or clients that come out too small.
+        DataError: for a column that is not there, too few rows, clients that come out too small,
+            or lists that do not name every row.
     """
     settings = config.partition
     by_site = settings.kind == "auto" and config.data.path is None and "site" in rows.column_names
     kind = ("column" if by_site else "iid") if settings.kind == "auto" else settings.kind
     column = "site" if by_site else settings.column
     least = max(2, settings.min_rows)
+    label = _resolve(rows, column, config) if column and kind != "column" else "answer"
+    if settings.clusters:
+        label = "answer cluster"
+        seed = int(_rng(config.seed, "clusters").integers(2**31))
+        codes, names = cluster_codes(values_of(rows, "answer").tolist(), settings.clusters, seed)
+    else:
+        codes, names = binned_codes(values_of(rows, label))
     if kind == "column":
-        label = "answer"
         name = _resolve(rows, column or "", config)
         parts = assign.by_column(values_of(rows, name), name, least)
+    elif kind == "explicit":
+        parts = _listed(rows, config, least)
+    elif kind == "shards" and not settings.clusters:  # numbers are sorted as such, not by bins
+        parts = _assigned(codes_of(values_of(rows, label))[0], kind, config, least)
     else:
-        label = _resolve(rows, column, config) if column else "answer"
-        parts = _assigned(rows, kind, label, config, least)
+        parts = _assigned(codes, kind, config, least)
     groups = _groups(rows)
     rank = _rng(config.seed, "split").permutation(groups.max() + 1)
     splits = {name: _split(name, part, groups, rank, config) for name, part in parts.items()}
     _warn_of_shared_images(splits, groups)
-    codes, names = binned_codes(values_of(rows, label))
     skew = {name: measure(codes[part], codes, names) for name, part in parts.items()}
     return Partition(kind, label, tuple(parts), splits, skew)
 
@@ -194,10 +205,19 @@ def _resolve(rows: datasets.Dataset, column: str, config: Config) -> str:
     return column
 
 
-def _assigned(
-    rows: datasets.Dataset, kind: str, label: str, config: Config, least: int
-) -> dict[str, np.ndarray]:
-    settings, count = config.partition, len(rows)
+def _listed(rows: datasets.Dataset, config: Config, least: int) -> dict[str, np.ndarray]:
+    lists = config.partition.lists
+    lists = explicit.read(lists) if isinstance(lists, str) else lists or {}
+    known = "row" in rows.column_names
+    numbers = values_of(rows, "row") if known else np.arange(len(rows))
+    some_left_out = config.data.max_rows is not None or config.data.on_error == "skip"
+    parts = explicit.by_lists(numbers, lists, some_left_out)
+    assign.check_sizes(parts, least, "partition.lists", "or list more rows for these clients")
+    return parts
+
+
+def _assigned(codes: np.ndarray, kind: str, config: Config, least: int) -> dict[str, np.ndarray]:
+    settings, count = config.partition, len(codes)
     if settings.clients * least > count:
         raise DataError(
             f"partition.clients={settings.clients} with at least {least} rows each "
@@ -207,10 +227,8 @@ def _assigned(
         )
     rng = _rng(config.seed, kind)
     if kind == "dirichlet":
-        codes, _ = binned_codes(values_of(rows, label))
         parts = assign.dirichlet(codes, settings, least, rng)
     elif kind == "shards":
-        codes, _ = codes_of(values_of(rows, label))
         parts = assign.shards(codes, settings, least, rng)
     elif kind == "quantity":
         sizes = assign.power_law(count, settings, least)

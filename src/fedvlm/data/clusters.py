@@ -1,0 +1,66 @@
+"""Answers of free text as a few labels: clusters of what they talk about."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+
+import numpy as np
+
+from fedvlm.errors import DataError
+
+_WORDS = 20_000  # most frequent words that are looked at
+_NAMED = 3  # words in a cluster's name
+
+
+def cluster_codes(texts: Sequence[str], count: int, seed: int) -> tuple[np.ndarray, list[str]]:
+    """Labels every text by its cluster: k-means (Lloyd 1982) on TF-IDF weights of its words.
+
+    Args:
+        texts: the answers.
+        count: number of clusters; fewer come out where few texts share a word.
+        seed: of k-means.
+
+    Returns:
+        The texts' labels, and the labels' names: the words that set a cluster apart.
+
+    Raises:
+        DataError: for fewer different texts than clusters, or texts without words.
+    """
+    from sklearn.cluster import MiniBatchKMeans
+    from sklearn.exceptions import ConvergenceWarning
+    from sklearn.feature_extraction.text import TfidfVectorizer
+    from threadpoolctl import threadpool_limits
+
+    different = len(set(texts))
+    if different < count:
+        raise DataError(
+            f"partition.clusters={count}, and there are {different} different answers: lower it, "
+            "or leave it out and have every answer as a label"
+        )
+    words = TfidfVectorizer(sublinear_tf=True, max_features=_WORDS, token_pattern=r"(?u)\b\w+\b")
+    try:
+        weights = words.fit_transform(texts)
+    except ValueError as error:  # an empty vocabulary
+        raise DataError(f"partition.clusters: the answers hold no words ({error})") from error
+    means = MiniBatchKMeans(count, random_state=seed, n_init=3, batch_size=4096)
+    with warnings.catch_warnings(), threadpool_limits(1):  # sums depend on the number of threads
+        warnings.simplefilter("ignore", ConvergenceWarning)
+        found = means.fit_predict(weights)
+    used, codes = np.unique(found, return_inverse=True)
+    apart = means.cluster_centers_[used] - np.asarray(weights.mean(axis=0))
+    return codes, _names(apart, words.get_feature_names_out())
+
+
+def _names(apart: np.ndarray, words: np.ndarray) -> list[str]:
+    """A cluster's heaviest words; function words only where there are no others."""
+    from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
+
+    names: list[str] = []
+    for weights in apart:  # [words]
+        heavy = [words[i] for i in np.argsort(-weights, kind="stable")[:50] if weights[i] > 0]
+        telling = [word for word in heavy if word not in ENGLISH_STOP_WORDS] or heavy
+        name = ", ".join(telling[:_NAMED]) or "(other)"
+        again = sum(other.split(" #")[0] == name for other in names)
+        names.append(f"{name} #{again + 1}" if again else name)
+    return names

@@ -1,0 +1,89 @@
+"""Clients from lists of row numbers, inline in the configuration or in a file."""
+
+from __future__ import annotations
+
+import logging
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+
+from fedvlm.errors import DataError
+
+logger = logging.getLogger("fedvlm")
+
+_FORM = "a mapping of clients to row numbers, such as {north: [0, 1, 2], south: [3, 4, 5]}"
+
+
+def checked(given: Any) -> dict[str, list[int]]:
+    """The lists, when each row number in them is a whole number and occurs once.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    if not isinstance(given, Mapping) or not given:
+        raise ValueError(f"lists is {_FORM}; got {given!r:.60}")
+    lists: dict[str, list[int]] = {}
+    for client, rows in given.items():
+        if not isinstance(rows, list | tuple) or not rows:
+            raise ValueError(f"client '{client}' has {rows!r:.60}; lists is {_FORM}")
+        wrong = [row for row in rows if type(row) is not int or row < 0]
+        if wrong:
+            raise ValueError(f"client '{client}' lists {wrong[0]!r:.60}; row numbers are 0, 1, 2 …")
+        lists[str(client)] = list(rows)
+    counts = Counter(row for rows in lists.values() for row in rows)
+    twice = [row for row, count in counts.items() if count > 1]
+    if twice:
+        of = [client for client, rows in lists.items() if twice[0] in rows]
+        raise ValueError(
+            f"{len(twice)} rows are listed more than once, row {twice[0]} first (of "
+            f"{', '.join(of)}): a row belongs to one client"
+        )
+    return lists
+
+
+def read(path: str | Path) -> dict[str, list[int]]:
+    """The lists in a JSON or YAML file.
+
+    Raises:
+        DataError: the file cannot be read, or holds something else.
+    """
+    try:
+        return checked(yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8")))
+    except (OSError, yaml.YAMLError, ValueError) as error:
+        raise DataError(f"partition.lists '{path}' cannot be used: {error}") from None
+
+
+def by_lists(
+    numbers: np.ndarray, lists: Mapping[str, Sequence[int]], some_left_out: bool
+) -> dict[str, np.ndarray]:
+    """Each client's positions in ``numbers``.
+
+    Args:
+        numbers: the rows' numbers; those of one conversation share theirs.
+        lists: client -> row numbers, each once; see :func:`checked`.
+        some_left_out: the lists may name rows that were left out (``data.max_rows``, or corrupt
+            ones with ``data.on_error=skip``).
+
+    Raises:
+        DataError: for rows in no list, and for listed rows that are not there.
+    """
+    listed = np.concatenate([np.asarray(rows, dtype=np.int64) for rows in lists.values()])
+    absent = listed[~np.isin(listed, numbers)]
+    if len(absent) and not some_left_out:
+        raise DataError(
+            f"partition.lists names {len(absent)} rows that the data do not have, row {absent[0]} "
+            f"first: the data's rows are {numbers.min()} to {numbers.max()}"
+        )
+    missing = np.unique(numbers[~np.isin(numbers, listed)])
+    if len(missing):
+        raise DataError(
+            f"partition.lists leaves out {len(missing)} of {len(np.unique(numbers))} rows, row "
+            f"{missing[0]} first: give every row its client"
+        )
+    if len(absent):
+        logger.warning("partition.lists: %d listed rows were left out of the data", len(absent))
+    return {client: np.flatnonzero(np.isin(numbers, rows)) for client, rows in lists.items()}
