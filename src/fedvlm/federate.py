@@ -126,7 +126,7 @@ def prepare(config: Config) -> tuple[ReferenceEngine, Partition, stores.Store]:
     from fedvlm.models.lora import attach, drop_dead
 
     objective = objectives.build(config.objective)
-    rows = load_rows(config.data, config.seed)
+    rows = load_rows(config.data, config.seed, pairs=objective.pairs)
     partition = make_partition(rows, config)
     _check_held_out(partition, config.eval.split)
     store = stores.Store(config.output, partition.clients)

@@ -80,14 +80,19 @@ class Prompter:
         """One row: its picture, question and answers.
 
         Raises:
-            DataError: the prompt does not fit, or shows the model no image.
+            DataError: the prompt does not fit, shows the model no image, or is refused.
         """
         text = self.prompt_text(question)
         # A template that writes the begin token itself must not get a second one.
         begin = self.tokenizer.bos_token
         bare = self.has_template and begin and text.startswith(begin)
         options = {"add_special_tokens": False} if bare else {}
-        inputs = self.processor(text=[text], images=[[image]], return_tensors="pt", **options)
+        try:
+            inputs = self.processor(text=[text], images=[[image]], return_tensors="pt", **options)
+        except ValueError as error:  # an image token too many or too few
+            raise DataError(
+                f"the processor of '{self.loaded.name}' refuses {text!r:.200}: {error}"
+            ) from error
         inputs.pop("attention_mask", None)
         inputs.pop("labels", None)
         ids = inputs.pop("input_ids")[0]
