@@ -101,6 +101,28 @@ def test_a_processor_without_its_video_part_says_so_and_can_be_pickled():
     assert all(torch.equal(inputs[0][key], inputs[1][key]) for key in inputs[0])
 
 
+def test_a_processor_in_the_older_layout_of_files_loads_and_keeps_its_video_settings(tmp_path):
+    path = Path(shutil.copytree(folder("qwen2_vl"), tmp_path / "old"))
+    whole = json.loads((path / "processor_config.json").read_text("utf-8"))
+    (path / "processor_config.json").unlink()
+    pictures = {**whole["image_processor"], "processor_class": "Qwen2VLProcessor"}
+    pictures["image_processor_type"] = "Qwen2VLImageProcessor"
+    (path / "preprocessor_config.json").write_text(json.dumps(pictures), "utf-8")
+    video = {"video_processor_type": "Qwen2VLVideoProcessor", "fps": 3}
+    (path / "video_preprocessor_config.json").write_text(json.dumps(video), "utf-8")
+    template = path / "chat_template.jinja"
+    (path / "chat_template.json").write_text(json.dumps({"chat_template": template.read_text()}))
+    template.unlink()
+    processor = load_processor(str(path), True)
+    one, other = (
+        encode(p, "is it", RED) for p in (processor, load_processor(folder("qwen2_vl"), True))
+    )
+    assert all(torch.equal(one[key], other[key]) for key in other)
+    processor.save_pretrained(tmp_path / "new")
+    saved = json.loads((tmp_path / "new" / "processor_config.json").read_text("utf-8"))
+    assert saved["video_processor"]["fps"] == 3
+
+
 def test_smolvlm_needs_no_num2words_for_pictures(monkeypatch):
     smolvlm = sys.modules[hf.SmolVLMProcessor.__module__]
     monkeypatch.setattr(smolvlm, "num2words", None)

@@ -134,14 +134,10 @@ def _nothing() -> None:
 
 def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
     """Refuses a model of which the checkpoint lacks weights: they would be random."""
-    whole = model.state_dict(keep_vars=True)
     lacking = set(report["missing_keys"])
-    loaded = {t.data_ptr() for n, t in whole.items() if n not in lacking}
-    missing = sorted(
-        n for n in lacking
-        if n in dict(model.named_parameters(remove_duplicate=False))
-        and whole[n].data_ptr() not in loaded
-    )  # fmt: skip
+    weights = dict(model.named_parameters(remove_duplicate=False))
+    loaded = {w.data_ptr() for n, w in weights.items() if n not in lacking}
+    missing = sorted(n for n in lacking & set(weights) if weights[n].data_ptr() not in loaded)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise FedVLMError(
