@@ -130,7 +130,7 @@ def test_a_federated_run_learns_the_preferences(small):
     results = fedvlm.run(small)
     assert results.metric == "reward_accuracy"
     assert results.metrics[0] == "reward_accuracy"
-    assert results.summary("untuned")["mean"] == 0.0, "its own reference: no margin"
+    assert results.summary("untuned")["mean"] == 0.5, "its own reference: all pairs tie"
     assert results.summary("personal")["mean"] >= 0.75
     margins = results.scores("personal", "reward_margin")
     assert all(m > 0.1 for m in margins.values())

@@ -111,9 +111,11 @@ def test_load(family):
 @torch.no_grad()
 def test_loss(family):
     """Cross-entropy on the answer alone: the model's own, whatever the padding, and causal."""
-    model, batches = loaded(family).model.eval(), Collator(ROWS, loaded(family))
+    model, batches = loaded(family).model.train(), Collator(ROWS, loaded(family))
     batch = batches.training([0, 1])
-    ours, theirs = sft_terms(model, batch), model(**batch).loss
+    noisy, ours = sft_terms(model, batch), sft_terms(model.eval(), batch)
+    assert noisy.loss.tolist() == ours.loss.tolist(), "the frozen base has no dropout"
+    theirs = model(**batch).loss
     assert ours.mean().item() == pytest.approx(theirs.item(), rel=1e-5)
     alone = [answer_nll(model, batches.training([i]))[0].item() for i in (0, 1)]
     assert ours.loss.tolist() == pytest.approx(alone, rel=1e-4)

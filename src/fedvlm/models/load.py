@@ -44,12 +44,17 @@ def load_model(config: ModelConfig) -> Loaded:
         refuse_own_code(source)
     quantized = quantization(config.quantization, device)
     quiet_transformers()
-    from transformers import AutoModelForImageTextToText
+    from transformers import AutoConfig, AutoModelForImageTextToText
 
     try:
         processor = load_processor(source, local)
+        architecture = AutoConfig.from_pretrained(
+            source, local_files_only=local, trust_remote_code=False
+        )
+        without_dropout(architecture)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source,
+            config=architecture,
             dtype=getattr(torch, config.dtype),
             local_files_only=local,
             trust_remote_code=False,
@@ -71,6 +76,21 @@ def load_model(config: ModelConfig) -> Loaded:
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return Loaded(model, processor, device, config.name)
+
+
+def without_dropout(architecture: Any) -> None:
+    """Takes dropout and stochastic depth out of a model's configuration, in place.
+
+    The base is frozen: noise in it would only disturb what the adapter learns, DPO's reference
+    among it. ``lora.dropout`` is the adapter's own.
+    """
+    from transformers import PreTrainedConfig
+
+    for name, value in vars(architecture).items():
+        if isinstance(value, PreTrainedConfig):
+            without_dropout(value)
+        elif "drop" in name and isinstance(value, float):
+            setattr(architecture, name, 0.0)
 
 
 def quantization(kind: str, device: torch.device) -> dict[str, Any]:

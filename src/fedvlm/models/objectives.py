@@ -90,7 +90,8 @@ def dpo_terms(model: Any, batch: Batch, *, kind: str, beta: float, smoothing: fl
         gap = beta * (chosen - rejected)
         loss = -(1 - smoothing) * F.logsigmoid(gap) - smoothing * F.logsigmoid(-gap)
     margin = (beta * (chosen - rejected)).detach()
-    metrics = {"reward_accuracy": (margin > 0).float(), "reward_margin": margin}
+    right = (margin > 0).float() + 0.5 * (margin == 0).float()  # a tie, as before training: half
+    metrics = {"reward_accuracy": right, "reward_margin": margin}
     return Terms(loss, torch.ones_like(loss), metrics)
 
 

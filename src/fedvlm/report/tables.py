@@ -17,12 +17,15 @@ if TYPE_CHECKING:
 def print_run(results: Results) -> None:
     """Every client's scores, and their mean, spread and worst tenth."""
     table, models = results.table, results.table["models"]
-    out = Table(title=f"{table['algorithm']}, {table['rounds']} rounds, {table['split']} rows")
-    out.add_column("client")
+    title = f"{table['algorithm']}, {table['objective']}, {table['rounds']} rounds"
+    out = Table(title=f"{title}, {table['split']} rows")
+    out.add_column("client", no_wrap=True)
     out.add_column("rows", justify="right")
-    for head in ("untuned", "global", "personal"):
+    for head in models_shown():
         out.add_column(head, justify="right", style="bold" if head == "personal" else None)
     first, *others = results.metrics
+    if len(others) > 5:  # what fits beside each other; table.csv has them all
+        others = [m for m in others if m not in ("token_f1", "bleu")]
     for metric in others:
         out.add_column(METRICS[metric].head, justify="right")
     personal = models["personal"]["clients"]
