@@ -78,6 +78,7 @@ def test_the_output_folder_holds_what_the_readme_says(finished, name):
         "config.yaml",
         "environment.json",
         "partition.json",
+        "partition.png",
         "metrics.jsonl",
         "timing.jsonl",
         "table.json",

@@ -177,6 +177,11 @@ def _open(
                 stores.CONFIG: configs.dump(config),
             }
         )
+    picture = store.folder / "partition.png"
+    if not picture.exists():
+        from fedvlm.report.skewplot import plot_partition
+
+        plot_partition(partition, picture)
     if store.finished() is not None:
         return store.server()
     return build(config.algorithm).init(engine.adapter)

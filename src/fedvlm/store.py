@@ -3,6 +3,7 @@
 Layout::
 
     config.yaml  environment.json  partition.json      written once, before the first round
+    partition.png                                      the clients' sizes and labels
     checkpoint.json                                    {"round": n}: the last finished round
     server/00007.safetensors                           the server's state after round 7
     clients/NAME/00006.safetensors                     what client NAME keeps, since round 6

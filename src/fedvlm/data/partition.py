@@ -19,7 +19,7 @@ import pandas as pd
 from fedvlm.data import assign, explicit
 from fedvlm.data.clusters import cluster_codes
 from fedvlm.data.labels import binned_codes, codes_of, values_of
-from fedvlm.data.skew import Skew, measure
+from fedvlm.data.skew import Skew, frequent, measure
 from fedvlm.errors import DataError
 from fedvlm.sections import Config
 
@@ -55,6 +55,7 @@ class Partition:
         clients: the clients' names, in order.
         splits: client -> its rows.
         skew: client -> how its labels differ from all clients' together.
+        frequent: the labels that most rows have, at most twelve, each in at least two rows.
     """
 
     kind: str
@@ -62,6 +63,7 @@ class Partition:
     clients: tuple[str, ...]
     splits: dict[str, Split]
     skew: dict[str, Skew]
+    frequent: tuple[str, ...]
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Client -> its number of ``train``, ``val`` and ``test`` rows."""
@@ -100,6 +102,7 @@ class Partition:
         return {
             "kind": self.kind,
             "label": self.label,
+            "frequent": list(self.frequent),
             "clients": [
                 {
                     "client": client,
@@ -123,7 +126,8 @@ class Partition:
                 arrays = (np.asarray(entry[name], dtype=np.int64) for name in SPLITS)
                 splits[entry["client"]] = Split(*arrays)
                 skew[entry["client"]] = Skew.from_dict(entry)
-            return cls(tree["kind"], tree["label"], tuple(splits), splits, skew)
+            often = tuple(map(str, tree["frequent"]))
+            return cls(tree["kind"], tree["label"], tuple(splits), splits, skew, often)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
                 f"this is not a saved partition ({type(error).__name__}: {error}); make it anew "
@@ -178,8 +182,9 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
     rank = _rng(config.seed, "split").permutation(groups.max() + 1)
     splits = {name: _split(name, part, groups, rank, config) for name, part in parts.items()}
     _warn_of_shared_images(splits, groups)
-    skew = {name: measure(codes[part], codes, names) for name, part in parts.items()}
-    return Partition(kind, label, tuple(parts), splits, skew)
+    often = frequent(codes, len(names))
+    skew = {name: measure(codes[part], codes, names, often) for name, part in parts.items()}
+    return Partition(kind, label, tuple(parts), splits, skew, tuple(names[i] for i in often))
 
 
 def _rng(seed: int, purpose: str) -> np.random.Generator:

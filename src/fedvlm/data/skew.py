@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-_KEPT = 8  # most frequent labels that are kept
+_KEPT = 8  # most frequent labels that are kept of a client
+_FREQUENT = 12  # labels of which every client's count is kept
 
 
 @dataclass(frozen=True)
@@ -20,37 +21,56 @@ class Skew:
             labels from that of all rows (Lin 1991); 0 where they are alike.
         distinct: number of different labels that the client has.
         top: its most frequent labels and their counts, at most eight.
+        counts: how often it has each of the labels that are frequent overall
+            (:attr:`Partition.frequent`), in their order.
     """
 
     divergence: float
     distinct: int
     top: tuple[tuple[str, int], ...]
+    counts: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
         """For JSON."""
         top = [list(pair) for pair in self.top]
-        return {"divergence": self.divergence, "distinct": self.distinct, "top": top}
+        tree = {"divergence": self.divergence, "distinct": self.distinct, "top": top}
+        return {**tree, "counts": list(self.counts)}
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Skew:
         """What :meth:`to_dict` wrote."""
         top = tuple((str(text), int(count)) for text, count in tree["top"])
-        return cls(float(tree["divergence"]), int(tree["distinct"]), top)
+        counts = tuple(int(count) for count in tree["counts"])
+        return cls(float(tree["divergence"]), int(tree["distinct"]), top, counts)
 
 
-def measure(mine: np.ndarray, everyones: np.ndarray, names: list[str]) -> Skew:
+def frequent(everyones: np.ndarray, count: int) -> np.ndarray:
+    """Positions of the labels that most rows have, at most twelve, each in at least two rows.
+
+    Args:
+        everyones: the labels of all rows, as positions.
+        count: number of labels.
+    """
+    totals = np.bincount(everyones, minlength=count)
+    often = np.argsort(-totals, kind="stable")[:_FREQUENT]
+    return often[totals[often] > 1]
+
+
+def measure(mine: np.ndarray, everyones: np.ndarray, names: list[str], often: np.ndarray) -> Skew:
     """The skew of one client.
 
     Args:
         mine: the client's labels, as positions in ``names``.
         everyones: the labels of all rows.
         names: the labels' texts.
+        often: positions of the labels that are frequent overall.
     """
     counts = np.bincount(mine, minlength=len(names))
     totals = np.bincount(everyones, minlength=len(names))
-    often = np.argsort(-counts, kind="stable")[:_KEPT]
-    top = tuple((names[i], int(counts[i])) for i in often if counts[i])
-    return Skew(jensen_shannon(counts, totals), int((counts > 0).sum()), top)
+    mostly = np.argsort(-counts, kind="stable")[:_KEPT]
+    top = tuple((names[i], int(counts[i])) for i in mostly if counts[i])
+    divergence = jensen_shannon(counts, totals)
+    return Skew(divergence, int((counts > 0).sum()), top, tuple(counts[often].tolist()))
 
 
 def jensen_shannon(one: np.ndarray, other: np.ndarray) -> float:
