@@ -164,3 +164,15 @@ def test_records_with_an_image_stand_beside_records_without(tmp_path):
     records = [{"image": "a.png", "conversations": LLAVA}, {"conversations": LLAVA}]
     rows = load(written(tmp_path, records), on_error="skip")
     assert rows["row"][:] == [0, 0]
+
+
+def test_text_and_parts_and_paths_and_lists_may_be_mixed(tmp_path):
+    asked = [{"type": "image"}, {"type": "text", "text": "What is this?"}]
+    talk = [{"role": "user", "content": asked}, {"role": "assistant", "content": "A dog."}]
+    records = [{"image": "a.png", "messages": talk}, {"image": ["b.png"], "messages": CHAT}]
+    rows = load(written(tmp_path, records))
+    assert rows["question"][:2] == ["What is this?", "Be brief.\nWhat is this?"]
+    assert open_image(rows[1]["image"]).getpixel((0, 0)) == (0, 0, 255)
+    records[0]["image"] = 3
+    with pytest.raises(DataError, match=r"row 0: the conversation's image is 3, not bytes or a"):
+        load(written(tmp_path, records, "other.json"))

@@ -57,12 +57,14 @@ def flatten(
         return rows, np.arange(len(rows)), {}
     rows = rows.with_format(None)
     kind = rows.features[image]
-    inner = getattr(kind, "feature", kind)
+    several = isinstance(kind, datasets.List)
+    inner: Any = kind.feature if several else kind
+    text = datasets.Value("string")
     if isinstance(inner, datasets.Image):
         inner = datasets.Image(decode=False)
-        encoded = inner if kind is inner or not hasattr(kind, "feature") else datasets.List(inner)
-        rows = rows.cast_column(image, encoded)
-    text = datasets.Value("string")
+        rows = rows.cast_column(image, datasets.List(inner) if several else inner)
+    elif isinstance(inner, datasets.Json):  # paths here, lists of paths there
+        inner = text
     kept = {n: f for n, f in rows.features.items() if n not in (column, image)}
     made = {columns.image: inner, columns.question: text, columns.answer: text}
     made |= {"_record": datasets.Value("int64"), "_problem": text}
@@ -119,6 +121,8 @@ def _one_image(value: Any) -> Any:
         raise ValueError("the conversation has no image")
     if len(images) > 1:
         raise ValueError(f"the conversation has {len(images)} images, and one can be used")
+    if not isinstance(images[0], str | bytes | Mapping):
+        raise ValueError(f"the conversation's image is {images[0]!r:.60}, not bytes or a path")
     return images[0]
 
 

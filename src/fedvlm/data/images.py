@@ -22,6 +22,7 @@ from PIL import Image, ImageOps
 from fedvlm.errors import DataError
 
 _CHUNK = 16  # rows that a thread checks at a time
+_PACKED = 8_000_000  # bytes; a larger table holds its contents
 _MAPPED = 512  # rows after which a memory-mapped file is mapped anew, to let go of its pages
 
 
@@ -121,9 +122,12 @@ def _threads() -> int:
 
 
 def _chunks(images: datasets.Dataset) -> Iterator[tuple[int, pa.StructArray]]:
+    # Of a memory-mapped table the name is pickled, not the contents.
+    packed = pickle.dumps(images) if images.cache_files else b""
+    mapped = 0 < len(packed) < _PACKED
     for start in range(0, len(images), _CHUNK):
-        if start % _MAPPED == 0 and images.cache_files:
-            images = pickle.loads(pickle.dumps(images))  # its files are named, not copied
+        if mapped and start % _MAPPED == 0:
+            images = pickle.loads(packed)
         for chunk in images[start : start + _CHUNK]["image"].chunks:
             yield start, chunk
             start += len(chunk)
