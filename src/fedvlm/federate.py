@@ -223,14 +223,15 @@ def _round(
     mean = Mean()
     losses: dict[str, float] = {}
     up: dict[str, int] = {}
-    before: dict[str, Scores] = {}
+    ends: list[tuple[str, Tree]] = []
     for reply in engine.train(algorithm, tasks):
         if reply.upload:
             mean.add(reply.upload, reply.weight)
         losses[reply.client], up[reply.client] = reply.loss, payload(reply.upload)
         if round_.evaluate:
-            before |= engine.evaluate([(reply.client, reply.end)])
+            ends.append((reply.client, reply.end))
         progress.trained(reply.client, reply.loss)
+    before = engine.evaluate(ends)
     old, state = state, algorithm.update(state, mean.tree()) if mean.total else state
     line: dict[str, Any] = {
         "round": round_.number,

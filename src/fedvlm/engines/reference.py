@@ -25,7 +25,13 @@ from fedvlm.tree import Tree, digest, factor
 
 
 class ReferenceEngine:
-    """Trains and scores clients one at a time on one model in memory."""
+    """Trains and scores clients one at a time on one model in memory.
+
+    Attributes:
+        width: clients in a pass; the cohort engine has more than one.
+    """
+
+    width = 1
 
     def __init__(
         self, model: Any, collator: Collator, partition: Partition, config: Config, store: Store
@@ -42,13 +48,16 @@ class ReferenceEngine:
 
     def train(self, algorithm: Algorithm, tasks: Sequence[Task]) -> Iterator[Reply]:
         self._answers.clear()
-        for task in tasks:
-            tree = self.personal(algorithm, task.client, task.down)
-            end, loss = self._train(tree, algorithm.phases, task)
-            upload, mine = algorithm.finish(task.down, end)
-            self.store.keep(task.client, task.round, mine)
-            weight = len(self.partition.splits[task.client].train)
-            yield Reply(task.client, upload, weight, loss, end)
+        for start in range(0, len(tasks), self.width):
+            group = tasks[start : start + self.width]
+            trees = [self.personal(algorithm, task.client, task.down) for task in group]
+            ended = self._train(trees, algorithm.phases, group)
+            for task, (end, loss) in zip(group, ended, strict=True):
+                self._check_finite(task, end, loss)
+                upload, mine = algorithm.finish(task.down, end)
+                self.store.keep(task.client, task.round, mine)
+                weight = len(self.partition.splits[task.client].train)
+                yield Reply(task.client, upload, weight, loss, end)
 
     def personal(self, algorithm: Algorithm, client: str, down: Tree) -> Tree:
         return algorithm.start(self.adapter, down, self.store.personal(client))
@@ -62,19 +71,45 @@ class ReferenceEngine:
         What is remembered ends with the round: a resumed run scores exactly what an uninterrupted
         one does, in the same batches.
         """
-        answers: dict[str, list[Answer]] = {}
+        found: dict[str, list[Answer]] = {}
+        work: list[tuple[str, Tree, list[str]]] = []
         labelled = ((digest(tree), client, tree) for client, tree in models)
         for key, group in itertools.groupby(labelled, key=lambda item: item[0]):
             _, clients, trees = zip(*group, strict=True)
-            fresh = [c for c in clients if (c, key) not in self._answers]
-            if fresh:
-                lora.write(self.params, trees[0])
-                found = self._answer(fresh)
-                self._answers |= {(c, key): a for c, a in found.items()}
-            answers |= {c: self._answers[c, key] for c in clients}
-        return answers
+            found |= {c: [] for c in clients}  # the order that was asked for
+            known = {c: self._answers[c, key] for c in clients if (c, key) in self._answers}
+            found |= known
+            if fresh := [c for c in clients if c not in known]:
+                work.append((key, trees[0], fresh))
+            if len(work) == self.width:
+                found |= self._answer_new(work)
+                work = []
+        return found | self._answer_new(work)
 
-    def _train(self, tree: Tree, phases: Sequence[Phase], task: Task) -> tuple[Tree, float]:
+    def _answer_new(self, work: Sequence[tuple[str, Tree, list[str]]]) -> dict[str, list[Answer]]:
+        """Answers of some adapters, each on the held-out rows of its clients; remembered."""
+        held_out = [[self._held_out(c) for c in clients] for _, _, clients in work]
+        models = [
+            (tree, np.concatenate(rows)) for (_, tree, _), rows in zip(work, held_out, strict=True)
+        ]
+        found: dict[str, list[Answer]] = {}
+        for (key, _, clients), rows, answers in zip(
+            work, held_out, self._answer(models), strict=True
+        ):
+            rest = iter(answers)
+            for client, own in zip(clients, rows, strict=True):
+                found[client] = self._answers[client, key] = list(itertools.islice(rest, len(own)))
+        return found
+
+    def _held_out(self, client: str) -> np.ndarray:
+        settings = self.config.eval
+        return getattr(self.partition.splits[client], settings.split)[: settings.max_rows]
+
+    def _train(
+        self, trees: Sequence[Tree], phases: Sequence[Phase], tasks: Sequence[Task]
+    ) -> list[tuple[Tree, float]]:
+        """Trains the clients of a pass from their adapters; their ends and mean losses."""
+        (tree,), (task,) = trees, tasks
         settings, rows = self.config.train, self.partition.splits[task.client].train
         lora.write(self.params, tree)
         self.model.train()
@@ -95,30 +130,25 @@ class ReferenceEngine:
                     torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
                 optimizer.step()
                 losses.append(step_loss.detach())
-        loss, end = torch.stack(losses).mean().item(), lora.read(self.params)
+        return [(lora.read(self.params), torch.stack(losses).mean().item())]
+
+    def _check_finite(self, task: Task, end: Tree, loss: float) -> None:
         if not math.isfinite(loss) or not all(t.isfinite().all() for t in end.values()):
             raise FedVLMError(
                 f"client '{task.client}' diverged in round {task.round}: its loss is not finite; "
                 "lower train.lr, or set train.max_grad_norm"
             )
-        return end, loss
 
     @torch.no_grad()
-    def _answer(self, clients: Sequence[str]) -> dict[str, list[Answer]]:
-        """The model as it is, on the held-out rows of some clients."""
-        settings = self.config.eval
-        held_out = {
-            c: getattr(self.partition.splits[c], settings.split)[: settings.max_rows]
-            for c in clients
-        }
-        everyone = np.concatenate(list(held_out.values()))
-        answers: list[Answer] = []
-        for start in range(0, len(everyone), settings.batch_size):
-            answers += self.answer_rows(everyone[start : start + settings.batch_size])
-        ends = np.cumsum([len(rows) for rows in held_out.values()])
-        return {
-            c: answers[end - len(held_out[c]) : end] for c, end in zip(held_out, ends, strict=True)
-        }
+    def _answer(self, models: Sequence[tuple[Tree, np.ndarray]]) -> list[list[Answer]]:
+        """What each adapter answers to its rows."""
+        size = self.config.eval.batch_size
+        found = []
+        for tree, rows in models:
+            lora.write(self.params, tree)
+            batched = (rows[start : start + size] for start in range(0, len(rows), size))
+            found.append([answer for batch in batched for answer in self.answer_rows(batch)])
+        return found
 
     @torch.no_grad()
     def answer_rows(self, indices: Sequence[int] | np.ndarray) -> list[Answer]:
@@ -128,6 +158,11 @@ class ReferenceEngine:
         terms = self.objective.terms(self.model, self.collator.training(indices))
         prompts = self.collator.prompts(indices)
         texts = greedy(self.model, prompts, self.collator.tokenizer, settings.max_new_tokens)
+        return self._scored(indices, terms, texts)
+
+    def _scored(
+        self, indices: Sequence[int] | np.ndarray, terms: objectives.Terms, texts: list[str]
+    ) -> list[Answer]:
         rows = [self.collator.rows[int(i)] for i in indices]
         scores = score_texts(texts, [row["answer"] for row in rows])
         losses = {"loss": terms.loss / terms.weight, **terms.metrics, "weight": terms.weight}
@@ -135,7 +170,7 @@ class ReferenceEngine:
         return [
             {
                 "row": int(row.get("row", index)),
-                "group": _text(row.get(settings.group_by)),
+                "group": _text(row.get(self.config.eval.group_by)),
                 "reference": row["answer"],
                 "prediction": texts[n],
                 **scores[n],

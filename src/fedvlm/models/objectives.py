@@ -9,13 +9,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
@@ -79,7 +80,7 @@ def dpo_terms(model: Any, batch: Batch, *, kind: str, beta: float, smoothing: fl
         smoothing: probability that a preference is the wrong way round.
     """
     nll, tokens = answer_nll(model, batch)
-    with torch.no_grad(), model.disable_adapter():
+    with torch.no_grad(), adapter_off(model):
         reference, _ = answer_nll(model, batch)
     chosen, rejected = (reference - nll).chunk(2)  # log(policy / reference) of the answers
     if kind == "ipo":
@@ -93,6 +94,19 @@ def dpo_terms(model: Any, batch: Batch, *, kind: str, beta: float, smoothing: fl
     right = (margin > 0).float() + 0.5 * (margin == 0).float()  # a tie, as before training: half
     metrics = {"reward_accuracy": right, "reward_margin": margin}
     return Terms(loss, torch.ones_like(loss), metrics)
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """The model without its adapter. PEFT's ``disable_adapter`` also sets what is trained anew."""
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
