@@ -120,7 +120,7 @@ def prepare(config: Config) -> tuple[ReferenceEngine, Partition, stores.Store]:
     from fedvlm.data.collate import Collator
     from fedvlm.data.partition import make_partition
     from fedvlm.data.sources import load_rows
-    from fedvlm.engines.reference import ReferenceEngine
+    from fedvlm.engines import engine_class
     from fedvlm.models import objectives
     from fedvlm.models.load import load_model
     from fedvlm.models.lora import attach, drop_dead
@@ -140,7 +140,7 @@ def prepare(config: Config) -> tuple[ReferenceEngine, Partition, stores.Store]:
     collator = Collator(rows, loaded, max_length=limit, pairs=objective.pairs)
     probe = collator.training(partition.splits[partition.clients[0]].train[:1])
     model = drop_dead(model, config.lora, config.seed, lambda m: objective.terms(m, probe).mean())
-    engine = ReferenceEngine(model, collator, partition, config, store)
+    engine = engine_class(config.engine)(model, collator, partition, config, store)
     check_share(config.algorithm, engine.adapter)
     # Two versions of every personal state, the server's state, and the exported adapters.
     stores.check_room(config.output, nbytes([engine.adapter]) * (3 * len(partition.clients) + 4))

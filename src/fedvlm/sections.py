@@ -279,7 +279,10 @@ class EvalConfig(Section):
 class EngineConfig(Section):
     """How a cohort is trained."""
 
-    name: Literal["reference"] = "reference"
+    name: Literal["cohort", "reference"] = Field(
+        "reference", description="cohort: many clients in a pass; reference: one after another"
+    )
+    clients: Positive | None = Field(None, description="clients in a pass; empty: 16")
     threads: Positive | None = Field(
         None,
         description="torch threads; empty: 1 for models under 10 M parameters, else all cores",

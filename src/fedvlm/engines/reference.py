@@ -84,7 +84,7 @@ class ReferenceEngine:
             if len(work) == self.width:
                 found |= self._answer_new(work)
                 work = []
-        return found | self._answer_new(work)
+        return found | (self._answer_new(work) if work else {})
 
     def _answer_new(self, work: Sequence[tuple[str, Tree, list[str]]]) -> dict[str, list[Answer]]:
         """Answers of some adapters, each on the held-out rows of its clients; remembered."""

@@ -13,7 +13,8 @@ pack patches) are trained a client at a time, see :func:`uniform`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -25,10 +26,11 @@ from fedvlm.tree import Tree
 class StackedLora(nn.Module):
     """A frozen linear layer with LoRA factors of several clients."""
 
-    def __init__(self, base_layer: nn.Module, scaling: float, stack: Stack):
+    def __init__(self, base_layer: nn.Module, scaling: float, dropout: nn.Module, stack: Stack):
         super().__init__()
         self.base_layer = base_layer
         self.scaling = scaling
+        self.dropout = dropout
         self._disable_adapters = False
         self._stack = [stack]  # a list: the stack is no submodule
         self.a: Tensor
@@ -40,7 +42,7 @@ class StackedLora(nn.Module):
             return y
         stack = self._stack[0]
         a, b = stack.chosen(self.a), stack.chosen(self.b)
-        wide = x.to(a.dtype)
+        wide = self.dropout(x.to(a.dtype))
         if len(a) == 1:
             low = nn.functional.linear(nn.functional.linear(wide, a[0]), b[0])
             return (y + low * self.scaling).to(y.dtype)
@@ -55,17 +57,21 @@ class Stack:
     Attributes:
         params: PEFT's name of a factor -> the stacked parameter ``[clients, ...]``.
         copies: how often a batch repeats its blocks: 2 for pairs of answers, else 1.
+        uniform: whether every row of the batch adds as many entries to every layer.
     """
 
     def __init__(self, model: Any):
         self.model = model
         self.params: dict[str, nn.Parameter] = {}
         self.copies = 1
+        self.uniform = True
+        self._count = self._rows = 0  # active clients, and rows of each
         self._active: Tensor | None = None
         self.layers: dict[str, StackedLora] = {}
         for name, layer in list(model.named_modules()):
             if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
-                stacked = StackedLora(layer.base_layer, layer.scaling["default"], self)
+                of_layer = layer.scaling["default"], layer.lora_dropout["default"]
+                stacked = StackedLora(layer.base_layer, *of_layer, self)
                 parent, _, leaf = name.rpartition(".")
                 setattr(model.get_submodule(parent), leaf, stacked)
                 self.layers[name] = stacked
@@ -95,29 +101,47 @@ class Stack:
         """A copy of one client's adapter, on the CPU."""
         return {n: p[client].detach().to("cpu", copy=True) for n, p in self.params.items()}
 
-    def activate(self, clients: Sequence[int] | None = None) -> None:
-        """Says whose rows the next batches hold, in this order; None: everyone's."""
-        whole = clients is None or list(clients) == list(range(self.clients))
+    def activate(self, clients: Sequence[int], rows: int) -> None:
+        """Says whose rows the next batches hold, in this order, ``rows`` of each."""
+        self._count, self._rows = len(clients), rows
+        whole = list(clients) == list(range(self.clients))
         device = next(iter(self.params.values())).device
         self._active = None if whole else torch.tensor(clients, device=device)
+
+    @contextmanager
+    def repeated(self, copies: int) -> Iterator[None]:
+        """Batches that hold all blocks so many times, one time after the other."""
+        self.copies = copies
+        try:
+            yield
+        finally:
+            self.copies = 1
 
     def chosen(self, stacked: Tensor) -> Tensor:
         """The active clients' factors."""
         return stacked if self._active is None else stacked[self._active]
 
     def blocks(self, x: Tensor) -> Tensor:
-        """``[copies * clients * n, ..., in]`` -> ``[clients, copies * entries, in]``."""
-        count = self.clients if self._active is None else len(self._active)
-        if len(x) % (count * self.copies):
-            raise ValueError(f"{len(x)} rows are no {self.copies} x {count} equal blocks")
-        rows = x.reshape(self.copies, count, -1, x.shape[-1])
+        """``[copies * clients * n, ..., in]`` -> ``[clients, copies * entries, in]``.
+
+        Raises:
+            Ragged: the first axis is not the rows', and rows may differ in their entries to it.
+        """
+        rows = self.copies * self._count * self._rows
+        if len(x) != rows and (not self.uniform or len(x) % (self.copies * self._count)):
+            raise Ragged(f"{len(x)} entries of {rows} rows that differ in size")
+        split = x.reshape(self.copies, self._count, -1, x.shape[-1])
         if self.copies == 1:
-            return rows[0]
-        return rows.transpose(0, 1).reshape(count, -1, x.shape[-1])
+            return split[0]
+        return split.transpose(0, 1).reshape(self._count, -1, x.shape[-1])
 
     def unblocks(self, rows: Tensor, like: Tensor) -> Tensor:
         """The inverse of :meth:`blocks`, in the shape of ``like``."""
         if self.copies > 1:
-            count, _, width = rows.shape
-            rows = rows.view(count, self.copies, -1, width).transpose(0, 1)
+            split = rows.view(self._count, self.copies, -1, rows.shape[-1])
+            rows = split.transpose(0, 1)
         return rows.reshape(like.shape)
+
+
+class Ragged(ValueError):
+    """A layer's entries cannot be told apart by rows."""

@@ -1,0 +1,205 @@
+"""The cohort engine: many clients on one base in one pass, the same adapters as one after another.
+
+The clients' batches lie side by side, their factors are stacked (:mod:`fedvlm.models.cohort`), and
+one optimizer steps all of them. Batches, losses, clipping and schedules are each client's own, so
+the result is the reference engine's up to rounding. What cannot lie side by side exactly is trained
+a client at a time on the same stack: batches whose pictures take different numbers of patches, and
+anything with ``lora.dropout``, whose random stream is each client's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from fedvlm.algorithms import Phase
+from fedvlm.data.prompts import Features
+from fedvlm.engines.base import Answer, Task
+from fedvlm.engines.reference import ReferenceEngine, batches, make_optimizer
+from fedvlm.models.cohort import Ragged, Stack
+from fedvlm.models.generate import greedy
+from fedvlm.models.objectives import Batch, Terms
+from fedvlm.seeds import derive
+from fedvlm.tree import Tree
+
+
+class CohortEngine(ReferenceEngine):
+    """Trains and scores a whole pass of clients at once."""
+
+    def __init__(self, *args: Any):
+        super().__init__(*args)
+        self.stack = Stack(self.model)
+        self.device = self.collator.device
+        self.width = self.config.engine.clients or 16
+        self._packed = False  # whether a layer was met whose first axis is not the rows
+
+    def _train(
+        self, trees: Sequence[Tree], phases: Sequence[Phase], tasks: Sequence[Task]
+    ) -> list[tuple[Tree, float]]:
+        self.stack.load(trees, self.device)
+        self.model.train()
+        losses: list[list[Tensor]] = [[] for _ in tasks]
+        for number, phase in enumerate(phases):
+            self._phase(phase, number, tasks, losses)
+        means = [torch.stack(found).mean().item() for found in losses]
+        return [(self.stack.tree(k), mean) for k, mean in enumerate(means)]
+
+    def _phase(
+        self, phase: Phase, number: int, tasks: Sequence[Task], losses: list[list[Tensor]]
+    ) -> None:
+        settings, params = self.config.train, self.stack.params
+        trained = {n: p for n, p in params.items() if phase.trains(n)}
+        for name, p in params.items():
+            p.requires_grad_(name in trained)
+        optimizer = make_optimizer(trained, settings, settings.rate_scale(tasks[0].round))
+        seeds = [(self.config.seed, t.round, t.client, number) for t in tasks]
+        streams = Streams([derive(*seed, "dropout") for seed in seeds])
+        rows = [self.partition.splits[t.client].train for t in tasks]
+        steps = [phase.steps or settings.steps(len(r)) for r in rows]
+        drawn = [
+            batches(r, settings.batch_size, n, derive(*seed, "batches"))
+            for r, n, seed in zip(rows, steps, seeds, strict=True)
+        ]
+        for step in range(max(steps)):
+            active = [k for k in range(len(tasks)) if step < steps[k]]
+            done = [k for k in range(len(tasks)) if step >= steps[k]]
+            optimizer.zero_grad()
+            found = self._backward({k: next(drawn[k]) for k in active}, streams)
+            if settings.max_grad_norm:
+                clip(list(trained.values()), settings.max_grad_norm)
+            # A client that has done its steps stays where it is, whatever the optimizer remembers.
+            kept = {n: p.detach()[done].clone() for n, p in trained.items()} if done else {}
+            optimizer.step()
+            with torch.no_grad():
+                for name, ended in kept.items():
+                    trained[name][done] = ended
+            for k, loss in zip(active, found, strict=True):
+                losses[k].append(loss)
+
+    def _backward(self, drawn: Mapping[int, np.ndarray], streams: Streams) -> list[Tensor]:
+        """Gradients of the sum of the clients' mean losses; these losses."""
+        if self.config.lora.dropout or not self._side_by_side(drawn.values()):
+            return [self._backward_one(k, rows, streams) for k, rows in drawn.items()]
+        size = max(map(len, drawn.values()))
+        self.stack.activate(list(drawn), size)
+        try:
+            terms = self._terms(np.concatenate([filled(rows, size) for rows in drawn.values()]))
+        except Ragged:
+            self._packed = True
+            return self._backward(drawn, streams)
+        real = torch.tensor([[i < len(rows) for i in range(size)] for rows in drawn.values()])
+        mask = real.to(terms.loss.device)
+        loss = (terms.loss.view(mask.shape) * mask).sum(1)
+        means = loss / (terms.weight.view(mask.shape) * mask).sum(1)
+        means.sum().backward()
+        return list(means.detach())
+
+    def _backward_one(self, client: int, rows: np.ndarray, streams: Streams) -> Tensor:
+        self.stack.activate([client], len(rows))
+        with streams.of(client):
+            loss = self._terms(rows).mean()
+            loss.backward()
+        return loss.detach()
+
+    def _terms(self, rows: np.ndarray) -> Terms:
+        """The objective on rows in blocks of the active clients."""
+        batch: Batch = self.collator.training(rows)
+        with self.stack.repeated(2 if self.objective.pairs else 1):
+            return self.objective.terms(self.model, batch)
+
+    def _side_by_side(self, rows: Any) -> bool:
+        """Whether these batches may share a pass; asked of layers that pack, once one is known."""
+        same = uniform([self.collator.features(int(i)) for batch in rows for i in batch])
+        self.stack.uniform = same
+        return same or not self._packed
+
+    @torch.no_grad()
+    def _answer(self, models: Sequence[tuple[Tree, np.ndarray]]) -> list[list[Answer]]:
+        self.model.eval()
+        self.stack.load([tree for tree, _ in models], self.device)
+        found: list[list[Answer]] = [[] for _ in models]
+        left = {k: rows for k, (_, rows) in enumerate(models)}
+        while left := {k: rows for k, rows in left.items() if len(rows)}:
+            share = max(1, self.config.eval.batch_size // len(left))
+            drawn = {k: rows[:share] for k, rows in left.items()}
+            left = {k: rows[share:] for k, rows in left.items()}
+            for k, answers in self._answer_part(drawn).items():
+                found[k] += answers
+        return found
+
+    def _answer_part(self, drawn: Mapping[int, np.ndarray]) -> dict[int, list[Answer]]:
+        """Answers of the active clients to a block of rows each."""
+        if len(drawn) > 1 and not self._side_by_side(drawn.values()):
+            alone = (self._answer_part({k: rows}) for k, rows in drawn.items())
+            return {k: answers for part in alone for k, answers in part.items()}
+        size = max(map(len, drawn.values()))
+        rows = np.concatenate([filled(rows, size) for rows in drawn.values()])
+        self.stack.activate(list(drawn), size)
+        tokens = self.config.eval.max_new_tokens
+        try:
+            terms = self._terms(rows)
+            prompts = self.collator.prompts(rows)
+            texts = greedy(self.model, prompts, self.collator.tokenizer, tokens)
+        except Ragged:
+            self._packed = True
+            return self._answer_part(drawn)
+        answers = self._scored(rows, terms, texts)
+        return {k: answers[n * size :][: len(real)] for n, (k, real) in enumerate(drawn.items())}
+
+
+class Streams:
+    """A random stream a client, for dropout: states of the global generator, swapped in and out."""
+
+    def __init__(self, seeds: Sequence[int]):
+        self._seeds = list(seeds)
+        self._states: dict[int, tuple[Tensor, list[Tensor]]] = {}
+
+    @contextmanager
+    def of(self, client: int) -> Iterator[None]:
+        """The client's stream, from where it was left."""
+        cuda = torch.cuda.is_available()
+        with torch.random.fork_rng():
+            if client in self._states:
+                state, states = self._states[client]
+                torch.set_rng_state(state)
+                torch.cuda.set_rng_state_all(states)
+            else:
+                torch.manual_seed(self._seeds[client])
+            yield
+            states = torch.cuda.get_rng_state_all() if cuda else []
+            self._states[client] = torch.get_rng_state(), states
+
+
+def clip(stacked: Sequence[Tensor], limit: float) -> None:
+    """Scales every client's gradient to a norm of at most ``limit``, as ``clip_grad_norm_`` does.
+
+    Args:
+        stacked: parameters ``[clients, ...]``.
+        limit: largest norm.
+    """
+    grads = [p.grad for p in stacked if p.grad is not None]
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)  # [clients]
+    scale = (limit / (norms + 1e-6)).clamp(max=1.0)
+    for g in grads:
+        g.mul_(scale.view(-1, *[1] * (g.dim() - 1)))
+
+
+def filled(rows: np.ndarray, size: int) -> np.ndarray:
+    """``size`` rows: the last one is repeated where there are fewer."""
+    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows))])
+
+
+def uniform(rows: Sequence[Features]) -> bool:
+    """Whether the rows' pictures are of one shape: the same tensors, sizes and grids."""
+    first = rows[0].extras
+    return all(
+        other.extras[k].shape == v.shape
+        and (v.is_floating_point() or torch.equal(other.extras[k], v))
+        for other in rows[1:]
+        for k, v in first.items()
+    )
