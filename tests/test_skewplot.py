@@ -40,7 +40,7 @@ def test_the_heat_map_is_each_clients_shares():
     _, labels, _ = figure_partition(partition).axes
     assert names(labels) == ["no", "yes"]
     assert cells(labels).tolist() == [[0.25, 0.75], [1.0, 0.0]]
-    assert [text.get_text() for text in labels.texts] == ["25", "75", "100", "0"]
+    assert [text.get_text() for text in labels.texts] == ["25", "75", "100"]
 
 
 def test_rare_labels_are_counted_among_all_others():
@@ -56,6 +56,13 @@ def test_rare_labels_are_counted_among_all_others():
         mine = [answers[i] for i in (*split.train, *split.val, *split.test)]
         share = mine.count(partition.frequent[0]) / len(mine)
         assert cells(labels)[row, 0] == pytest.approx(share)
+
+
+def test_a_client_whose_labels_are_rare_elsewhere_is_shown_with_its_own():
+    common = [f"answer {i % 14}" for i in range(280)]
+    partition = by_site([*common, "oui", "oui", "non"], ["a", "b"] * 140 + ["c"] * 3)
+    assert "oui" in partition.frequent
+    assert len(partition.frequent) == 12
 
 
 def test_answers_that_never_repeat_have_no_heat_map():

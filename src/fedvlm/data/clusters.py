@@ -60,7 +60,7 @@ def _names(apart: np.ndarray, words: np.ndarray) -> list[str]:
     for weights in apart:  # [words]
         heavy = [words[i] for i in np.argsort(-weights, kind="stable")[:50] if weights[i] > 0]
         telling = [word for word in heavy if word not in ENGLISH_STOP_WORDS] or heavy
-        name = ", ".join(telling[:_NAMED]) or "(other)"
+        name = " / ".join(telling[:_NAMED]) or "(other)"
         again = sum(other.split(" #")[0] == name for other in names)
         names.append(f"{name} #{again + 1}" if again else name)
     return names

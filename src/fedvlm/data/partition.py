@@ -55,7 +55,8 @@ class Partition:
         clients: the clients' names, in order.
         splits: client -> its rows.
         skew: client -> how its labels differ from all clients' together.
-        frequent: the labels that most rows have, at most twelve, each in at least two rows.
+        frequent: at most twelve labels, those of most rows and those of the clients that have few
+            of these.
     """
 
     kind: str
@@ -182,7 +183,7 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
     rank = _rng(config.seed, "split").permutation(groups.max() + 1)
     splits = {name: _split(name, part, groups, rank, config) for name, part in parts.items()}
     _warn_of_shared_images(splits, groups)
-    often = frequent(codes, len(names))
+    often = frequent(codes, parts.values(), len(names))
     skew = {name: measure(codes[part], codes, names, often) for name, part in parts.items()}
     return Partition(kind, label, tuple(parts), splits, skew, tuple(names[i] for i in often))
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,6 +10,7 @@ import numpy as np
 
 _KEPT = 8  # most frequent labels that are kept of a client
 _FREQUENT = 12  # labels of which every client's count is kept
+_CANDIDATES = 1000  # most frequent labels that these are chosen from
 
 
 @dataclass(frozen=True)
@@ -21,8 +22,7 @@ class Skew:
             labels from that of all rows (Lin 1991); 0 where they are alike.
         distinct: number of different labels that the client has.
         top: its most frequent labels and their counts, at most eight.
-        counts: how often it has each of the labels that are frequent overall
-            (:attr:`Partition.frequent`), in their order.
+        counts: how often it has each of the labels in :attr:`Partition.frequent`, in their order.
     """
 
     divergence: float
@@ -44,16 +44,33 @@ class Skew:
         return cls(float(tree["divergence"]), int(tree["distinct"]), top, counts)
 
 
-def frequent(everyones: np.ndarray, count: int) -> np.ndarray:
-    """Positions of the labels that most rows have, at most twelve, each in at least two rows.
+def frequent(everyones: np.ndarray, parts: Collection[np.ndarray], count: int) -> np.ndarray:
+    """Positions of the labels that tell the clients apart, at most twelve, the most frequent first.
+
+    Half are those that most rows have; each other one is the most frequent label of the client of
+    which the fewest rows have one of the labels so far. Each is on at least two rows.
 
     Args:
         everyones: the labels of all rows, as positions.
+        parts: each client's rows.
         count: number of labels.
     """
     totals = np.bincount(everyones, minlength=count)
-    often = np.argsort(-totals, kind="stable")[:_FREQUENT]
-    return often[totals[often] > 1]
+    often = np.argsort(-totals, kind="stable")[:_CANDIDATES]
+    often = often[totals[often] > 1]
+    mine = [np.bincount(everyones[part], minlength=count)[often] / len(part) for part in parts]
+    left = np.stack(mine)  # [clients, labels], shares of the labels that are not chosen yet
+    covered = np.zeros(len(left))
+    chosen: list[int] = []
+    while len(chosen) < min(_FREQUENT, len(often)):
+        label = next(at for at in range(len(often)) if at not in chosen)
+        if len(chosen) >= _FREQUENT // 2:
+            unlike = left[covered.argmin()]
+            label = int(unlike.argmax()) if unlike.any() else label
+        chosen.append(label)
+        covered += left[:, label]
+        left[:, label] = 0
+    return often[sorted(chosen)]
 
 
 def measure(mine: np.ndarray, everyones: np.ndarray, names: list[str], often: np.ndarray) -> Skew:
@@ -63,7 +80,7 @@ def measure(mine: np.ndarray, everyones: np.ndarray, names: list[str], often: np
         mine: the client's labels, as positions in ``names``.
         everyones: the labels of all rows.
         names: the labels' texts.
-        often: positions of the labels that are frequent overall.
+        often: positions of the labels whose counts are kept, see :func:`frequent`.
     """
     counts = np.bincount(mine, minlength=len(names))
     totals = np.bincount(everyones, minlength=len(names))

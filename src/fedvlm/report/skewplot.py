@@ -37,9 +37,9 @@ def plot_partition(partition: Partition, path: str | Path) -> Path:
 def figure_partition(partition: Partition) -> Figure:
     """A row for each client: its rows by split, the shares of its labels, its divergence.
 
-    The labels are those that most rows have; the column "all others" holds the rest. Colours follow
-    the root of the share, from 0 to 100 % in every picture, so that rare labels are seen and
-    pictures compare. Of more than a hundred clients the first hundred are drawn.
+    The labels are :attr:`Partition.frequent`; the column "all others" holds the rest. Colours
+    follow the root of the share, from 0 to 100 % in every picture, so that rare labels are seen
+    and pictures compare. Of more than a hundred clients the first hundred are drawn.
 
     Args:
         partition: what :func:`fedvlm.data.partition.make_partition` made.
@@ -112,7 +112,7 @@ def _draw_labels(
         shares, names = shares[:, :-1], names[:-1]
     axes.imshow(shares, aspect="auto", cmap="cividis", norm=PowerNorm(0.5, 0.0, 1.0))
     if written:
-        for row, column in np.ndindex(shares.shape):
+        for row, column in np.argwhere(shares):
             colour = "white" if shares[row, column] <= 0.35 else "black"
             text = f"{100 * shares[row, column]:.0f}"
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
