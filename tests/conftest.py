@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -103,3 +104,41 @@ def families_table() -> str:
 def _cell(outcomes: list[str]) -> str:
     passed = outcomes.count("passed")
     return "yes" if passed == len(outcomes) > 0 else f"{passed} of {len(outcomes)} tests"
+
+@pytest.fixture(scope="session")
+def finished_run(tmp_path_factory):
+    """The folder of a finished pLoRA run of three sites; tests that write to it copy it first."""
+    from fedvlm import federate
+
+    folder = tmp_path_factory.mktemp("finished") / "run"
+    settings = {
+        "output": str(folder),
+        "data": {"scenes": {"style": "concept", "sites": 3, "rows": 24}},
+        "partition": {"min_rows": 4},
+        "train": {"rounds": 2, "local_steps": 3, "batch_size": 4},
+        "eval": {"every": 0, "max_rows": 4, "max_new_tokens": 6},
+        "lora": {"rank": 2, "alpha": 8},
+        "engine": {"threads": 1},
+    }
+    federate.run(settings)
+    return folder
+
+
+@pytest.fixture
+def own_run(finished_run, tmp_path):
+    """A copy of the finished run, to write to."""
+    return Path(shutil.copytree(finished_run, tmp_path / "run"))
+
+
+@pytest.fixture(scope="session")
+def new_rows(tmp_path_factory):
+    """A parquet of one site's rows that no run has seen, and a picture of them."""
+    import fedvlm
+    from fedvlm.data.images import open_image
+
+    folder = tmp_path_factory.mktemp("new")
+    rows = fedvlm.scenes(style="concept", sites=3, rows=24, seed=7)
+    table = rows.to_pandas()
+    table[table["site"] == "site-1"].to_parquet(folder / "site.parquet", index=False)
+    open_image(rows[0]["image"]).save(folder / "picture.png")
+    return folder

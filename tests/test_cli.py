@@ -52,7 +52,9 @@ def test_help_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", code], check=True)
 
 
-@pytest.mark.parametrize("command", ["run", "compare", "demo", "algorithms"])
+@pytest.mark.parametrize(
+    "command", ["run", "compare", "demo", "algorithms", "export", "predict", "evaluate"]
+)
 def test_every_command_has_help(command):
     result = CliRunner().invoke(app, [command, "--help"])
     assert result.exit_code == 0

@@ -16,6 +16,10 @@ _HOMES = {
     "run": "fedvlm.federate",
     "resume": "fedvlm.federate",
     "compare": "fedvlm.comparison",
+    "export": "fedvlm.after.export",
+    "predict": "fedvlm.after.predict",
+    "evaluate": "fedvlm.after.evaluate",
+    "open_run": "fedvlm.after.opened",
     "Results": "fedvlm.results",
     "Comparison": "fedvlm.comparison",
     "Config": "fedvlm.sections",
@@ -42,7 +46,11 @@ __all__ = [
     "Phase",
     "Results",
     "compare",
+    "evaluate",
+    "export",
     "load_config",
+    "open_run",
+    "predict",
     "resume",
     "run",
     "scenes",
@@ -51,6 +59,10 @@ __all__ = [
 ]
 
 if TYPE_CHECKING:
+    from fedvlm.after.evaluate import evaluate
+    from fedvlm.after.export import export
+    from fedvlm.after.opened import open_run
+    from fedvlm.after.predict import predict
     from fedvlm.algorithms import Algorithm, Client, Phase
     from fedvlm.algorithms.sharing import sharing, tuned
     from fedvlm.comparison import Comparison, compare

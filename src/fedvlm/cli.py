@@ -30,6 +30,28 @@ Words = Annotated[
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print only the final table")]
 
+RunFolder = Annotated[str, typer.Argument(metavar="DIR", help="the folder of a finished run")]
+ClientOption = Annotated[
+    list[str] | None,
+    typer.Option("--client", "-c", metavar="NAME", help="whose model; may be given again"),
+]
+GlobalOption = Annotated[bool, typer.Option("--global", help="the global model")]
+DataOption = Annotated[
+    str, typer.Option("--data", metavar="FILE", help="rows in the run's columns")
+]
+OutOption = Annotated[
+    str | None, typer.Option(metavar="FILE", help="write to .jsonl, .json, .csv or .parquet")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="a setting other than the run's, such as "
+        "model.device=cpu or data.columns.answer=label",
+    ),
+]
+
 
 @app.command()
 def run(
@@ -105,6 +127,94 @@ def demo(
     if not quiet:
         typer.echo(INTRODUCTION)
     _compare(list(ALGORITHMS), settings, seeds, jobs or min(4, os.cpu_count() or 1), quiet)
+
+
+@app.command()
+def export(
+    folder: RunFolder,
+    client: ClientOption = None,
+    global_: GlobalOption = False,
+    all_: Annotated[bool, typer.Option("--all", help="every client and the global model")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="a whole model, loadable without PEFT")
+    ] = False,
+    to: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="where; else DIR/export/NAME")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Export adapters, or whole models, that others load without fedvlm; with a model card."""
+    from fedvlm.after.export import export_many
+
+    named = tuple(client or ())
+    for path in export_many(
+        folder, *set_ or (), clients=named, global_=global_, every=all_, merge=merge, to=to
+    ):
+        typer.echo(path)
+
+
+@app.command()
+def predict(
+    folder: RunFolder,
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="an image, a folder of images, or a data file")
+    ],
+    question: Annotated[
+        str | None, typer.Argument(help="what to ask; a data file may bring its questions")
+    ] = None,
+    client: ClientOption = None,
+    global_: GlobalOption = False,
+    untuned: Annotated[bool, typer.Option("--untuned", help="the model before training")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="all of these, side by side")] = False,
+    out: OutOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Ask a run's models about images: several models side by side."""
+    from fedvlm.after.predict import predict_many
+    from fedvlm.report.aftertables import print_answers
+
+    answers = predict_many(
+        folder,
+        source,
+        question,
+        clients=client or (),
+        global_=global_,
+        untuned=untuned,
+        every=all_,
+        out=out,
+        overrides=set_ or (),
+    )
+    print_answers(answers, out)
+
+
+@app.command()
+def evaluate(
+    folder: RunFolder,
+    data: DataOption,
+    client: ClientOption = None,
+    global_: GlobalOption = False,
+    all_: Annotated[
+        bool, typer.Option("--all", help="all clients and the global model; the default")
+    ] = False,
+    max_rows: Annotated[int | None, typer.Option(help="a seeded sample of this many rows")] = None,
+    out: OutOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Score a run's models, and the untuned one, on new data."""
+    from fedvlm.after.evaluate import evaluate as score
+    from fedvlm.report.aftertables import print_evaluation
+
+    clients = None if all_ or not (client or global_) else client or []
+    found = score(
+        folder,
+        data,
+        *set_ or (),
+        clients=clients,
+        global_=global_ and clients is not None,
+        max_rows=max_rows,
+        out=out,
+    )
+    print_evaluation(found, out)
 
 
 @app.command()

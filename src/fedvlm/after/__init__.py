@@ -1,0 +1,1 @@
+"""What comes after training: exported adapters, answers, scores on new data, and new sites."""

@@ -1,0 +1,275 @@
+"""The model card of an export: what it is, how it was trained, what it scores, what left the site.
+
+A card is made of numbers that the run has already written. It holds no row of anyone's data.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import yaml
+
+from fedvlm.sections import Config
+from fedvlm.tree import Tree, factor, module
+
+if TYPE_CHECKING:
+    from fedvlm.after.opened import Opened
+
+HEADS = {"exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L"}
+STAGES = {
+    "untuned": "before training",
+    "global": "the global model",
+    "shared": "the shared model, as downloaded",
+    "alone": "trained alone, the same steps",
+    "personal_before": "personal, before the last aggregation",
+    "personal": "**personal**",
+}
+
+
+def front_matter(base: str, *, merged: bool) -> str:
+    """The YAML that the hub reads. The licence is left out: it is the publisher's to choose."""
+    head: dict[str, Any] = {"base_model": base}
+    head["base_model_relation"] = "finetune" if merged else "adapter"
+    head["library_name"] = "transformers" if merged else "peft"
+    head["pipeline_tag"] = "image-text-to-text"
+    tags = [] if merged else [f"base_model:adapter:{base}"]
+    head["tags"] = [*tags, "lora", "federated-learning", "vision-language", "fedvlm"]
+    local = Path(base).is_absolute()
+    note = "# base_model is a folder: put a hub name before you publish this card\n" * local
+    return f"---\n{note}{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
+
+
+def text(
+    title: str,
+    facts: Mapping[str, str],
+    scores: Mapping[str, Mapping[str, Mapping[str, float]]],
+    privacy: Sequence[str],
+    loading: str,
+    head: str,
+) -> str:
+    """A card from its parts; ``scores`` are table title -> stage -> metric -> number."""
+    parts = [f"{head}\n# {title}\n"]
+    parts.append(
+        "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in facts.items())])
+    )
+    parts.append("\n## Scores\n")
+    for name, stages in scores.items():
+        parts.append(f"{name}:\n\n{_scores(stages)}\n")
+    parts.append("## What left the site\n\n" + "\n".join(f"- {line}" for line in privacy) + "\n")
+    parts.append(f"## How to load it\n\n{loading}\n")
+    parts.append(
+        "## Licence\n\nNone is set here. It is for whoever publishes this to choose, within the "
+        "licences of the base model and of the data.\n"
+    )
+    return "\n".join(parts)
+
+
+def of_run(run: Opened, client: str | None, *, base: str, tree: Tree, loading: str, merged: bool):
+    """The card of a client's model of a run, or of the global model (None)."""
+    config, table = run.config, run.results.table
+    whose = "the global model" if client is None else f"the model of client `{client}`"
+    counts = run.partition.counts()
+    kept = [client] if client is not None else list(run.clients)
+    rows = {k: sum(counts[c][k] for c in kept) for k in ("train", "val", "test")}
+    facts = {
+        "base model": f"`{base}`",
+        **_training(config, tree),
+        "clients": str(len(run.clients)),
+        "partition": run.partition.kind,
+        "data": _source(config),
+        "rows" if client else "rows, all clients": _rows(rows),
+    }
+    split, models = table["split"], table["models"]
+    named = "all clients' mean" if client is None else "the mean of the other clients"
+    tables: dict[str, dict[str, dict[str, float]]] = {}
+    stages = ("untuned", "global") if client is None else tuple(s for s in STAGES if s in models)
+    if client is not None:
+        own = {stage: models[stage]["clients"][client] for stage in stages}
+        tables[f"On this client's own {split} rows"] = own
+    others = [c for c in run.clients if c != client]
+    if others:
+        means = {stage: _mean([models[stage]["clients"][c] for c in others]) for stage in stages}
+        tables[f"On their own {split} rows, {named}"] = means
+    title = f"LoRA by fedvlm: {whose}" if not merged else f"Fine-tuned by fedvlm: {whose}"
+    head = front_matter(base, merged=merged)
+    return text(title, facts, tables, _privacy(run, client), loading, head)
+
+
+def of_site(
+    run: Opened, told: Mapping[str, Any], *, base: str, tree: Tree, loading: str, merged: bool
+) -> str:
+    """The card of a site that joined after training; ``told`` is its ``scores.json``."""
+    facts = {
+        "base model": f"`{base}`",
+        **_training(run.config, tree),
+        "joined after training": f"{told['steps']} steps, on {told['trained']}",
+        "data": told["data"],
+        "rows": _rows(told["rows"]),
+    }
+    privacy = [
+        "Nothing. The site downloaded the shared factors, and trained and scored on its own.",
+        "This folder holds what was trained on the site's rows: publishing it publishes that.",
+    ]
+    scores = {f"On the site's own {told['split']} rows": told["scores"]}
+    title = ("Fine-tuned" if merged else "LoRA") + f" by fedvlm: site `{told['site']}`"
+    head = front_matter(base, merged=merged)
+    return text(title, facts, scores, privacy, loading, head)
+
+
+# -- how to load it
+
+
+def loading_adapter(base: str, bundled: bool) -> str:
+    """Code that needs PEFT and transformers only."""
+    notes = ["Put the path of this folder, or its name on the hub, for `ADAPTER`."]
+    if bundled:
+        notes.append(
+            "The base model is the one bundled with fedvlm; its folder on a machine is printed by "
+            "`python -c \"from fedvlm.models.load import locate; print(locate('tiny')[0])\"`."
+        )
+    elif Path(base).is_absolute():
+        notes.append("The base model is a folder of the machine that exported this.")
+    code = f"""\
+import sys
+
+import torch
+from peft import PeftModel
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+ADAPTER, PICTURE, QUESTION = sys.argv[1:4]
+BASE = {base!r}
+processor = AutoProcessor.from_pretrained(BASE)
+model = AutoModelForImageTextToText.from_pretrained(BASE, dtype=DTYPE)
+model = PeftModel.from_pretrained(model, ADAPTER).eval()
+"""
+    return " ".join(notes) + "\n\n```python\n" + code + _ASK + "```\n"
+
+
+def loading_merged() -> str:
+    """Code that needs transformers only."""
+    code = """\
+import sys
+
+import torch
+from PIL import Image
+from transformers import AutoModelForImageTextToText, AutoProcessor
+
+MODEL, PICTURE, QUESTION = sys.argv[1:4]
+processor = AutoProcessor.from_pretrained(MODEL)
+model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=DTYPE).eval()
+"""
+    note = "Put the path of this folder, or its name on the hub, for `MODEL`.\n\n```python\n"
+    return note + code + _ASK + "```\n"
+
+
+_ASK = """\
+prompt = QUESTION
+if processor.chat_template:
+    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
+    turn = [{"role": "user", "content": content}]
+    prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
+image = Image.open(PICTURE).convert("RGB")
+inputs = processor(text=[prompt], images=[[image]], return_tensors="pt").to(model.device)
+with torch.no_grad():
+    ids = model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
+start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
+print(processor.batch_decode(ids[:, start:], skip_special_tokens=True)[0].strip())
+"""
+
+
+def filled(loading: str, config: Config) -> str:
+    """The code with this run's precision and length of answers."""
+    return loading.replace("DTYPE", f"torch.{config.model.dtype}").replace(
+        "TOKENS", str(config.eval.max_new_tokens)
+    )
+
+
+# -- parts
+
+
+def _training(config: Config, tree: Tree) -> dict[str, str]:
+    from fedvlm import __version__
+    from fedvlm.algorithms import TABLE
+    from fedvlm.models.lora import part
+
+    modules = sorted({module(name) for name in tree})
+    kinds = [part(m) for m in modules]
+    where = ", ".join(f"{kinds.count(k)} {k}" for k in ("language", "projector", "vision"))
+    entry = TABLE[config.algorithm.name]
+    size = sum(t.numel() for t in tree.values())
+    return {
+        "trained by": f"fedvlm {__version__}, seed {config.seed}",
+        "algorithm": f"`{config.algorithm.name}`: {entry.source}",
+        "rounds": str(config.train.rounds),
+        "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, target "
+        f"`{config.lora.target}`{', rsLoRA' if config.lora.rslora else ''}",
+        "adapted layers": f"{len(modules)} ({where}), {size:,} parameters",
+    }
+
+
+def _source(config: Config) -> str:
+    path = config.data.path
+    if path is None:
+        return f"fedvlm's bundled scenes, style `{config.data.scenes.style}`"
+    return (
+        f"`{Path(path).name}`"
+        if Path(path).exists() or path.startswith(("/", "."))
+        else f"`{path}`"
+    )
+
+
+def _rows(counts: Mapping[str, int]) -> str:
+    return ", ".join(f"{n} {name}" for name, n in counts.items())
+
+
+def _privacy(run: Opened, client: str | None) -> list[str]:
+    from fedvlm.algorithms import TABLE
+
+    entry = TABLE[run.config.algorithm.name]
+    up = run.results.table["bytes"]["bytes_up"]["per_client_round"]
+    what = f"{entry.sends}: {run.config.algorithm.share}" * bool(run.config.algorithm.share)
+    lines = [
+        f"Sent to the server, each round: LoRA factors ({what or entry.sends}), {up:,.0f} bytes a "
+        "client on average, and the number of training rows, which weighs the mean."
+        if up
+        else "Sent to the server: nothing, every client trained alone.",
+        f"Kept by the clients: {entry.keeps}; and all images, questions and answers.",
+        "The run was a simulation in one process, which read the rows of all clients and scored "
+        "every client's models.",
+    ]
+    if client is not None:
+        lines.append(
+            "This folder holds the whole adapter, the factors that stayed with the client "
+            "included: publishing it publishes them."
+        )
+    lines.append(
+        "This card holds counts and scores, no row of data. LoRA factors can still reveal "
+        "something about the rows that they were trained on."
+    )
+    return lines
+
+
+def _scores(stages: Mapping[str, Mapping[str, float]]) -> str:
+    metrics = [m for m in next(iter(stages.values())) if m != "examples"]
+    shown = [HEADS.get(m, m.replace("_", " ")) for m in metrics]
+    lines = [f"| model | {' | '.join(shown)} |", "| --- |" + " --- |" * len(metrics)]
+    for stage, scores in stages.items():
+        numbers = " | ".join(_number(m, scores[m]) for m in metrics)
+        lines.append(f"| {STAGES.get(stage, stage)} | {numbers} |")
+    return "\n".join(lines)
+
+
+def _number(metric: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if metric in HEADS else f"{value:.3f}"
+
+
+def _mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
+    return {m: sum(s[m] for s in scores) / len(scores) for m in scores[0]}
+
+
+def factors(names: Sequence[str]) -> str:
+    """Which factors some names are: ``A``, ``B``, or ``A and B``."""
+    return " and ".join(sorted({factor(n) for n in names})) or "nothing"

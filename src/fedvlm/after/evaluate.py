@@ -1,0 +1,102 @@
+"""evaluate(): scores of a run's models on new data."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import numpy as np
+
+from fedvlm.after.inputs import check_out, write_table
+from fedvlm.after.opened import Opened, open_run
+from fedvlm.sections import Config
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """Scores on one set of rows.
+
+    Attributes:
+        data: where the rows are from.
+        rows: how many there are.
+        scores: model -> metric -> number.
+    """
+
+    data: str
+    rows: int
+    scores: dict[str, dict[str, float]]
+
+    def table(self) -> list[dict[str, Any]]:
+        """One dict a model, for files."""
+        return [{"model": m, **s, "data": self.data} for m, s in self.scores.items()]
+
+
+def evaluate(
+    folder: str | Path,
+    data: str | Path,
+    *overrides: str,
+    clients: Sequence[str] | None = None,
+    global_: bool = False,
+    untuned: bool = True,
+    max_rows: int | None = None,
+    out: str | Path | None = None,
+) -> Evaluation:
+    """Scores a finished run's models on new data, all on the same rows.
+
+    Args:
+        folder: the run's folder.
+        data: a file, folder or hub name, in the run's columns (``data.columns.answer=...`` maps
+            other ones).
+        *overrides: settings other than the run's, in the sections model, data, eval and engine.
+        clients: whose personal models; None is all clients' and the global one.
+        global_: with the global model.
+        untuned: with the model before training.
+        max_rows: score a seeded sample of this many rows; None is all.
+        out: also write the scores to this file (.json, .jsonl, .csv or .parquet).
+
+    Raises:
+        FedVLMError: no finished run, no such client, or data that cannot be used.
+    """
+    from fedvlm.data.sources import load_rows
+
+    run = open_run(folder, *overrides)
+    every = clients is None and not global_
+    names = tuple(clients or (run.clients if every else ()))
+    for name in names:
+        run.adapter_folder(name)
+    check_out(out)
+    config = on_new_data(run.config, data, max_rows)
+    rows = load_rows(config.data, config.seed)
+    models = run.chosen(names, global_=global_ or every, untuned=untuned, every=False)
+    found = Evaluation(str(data), len(rows), score(run, rows, config, models))
+    if out is not None:
+        write_table(found.table(), out)
+    return found
+
+
+def on_new_data(config: Config, data: str | Path, max_rows: int | None = None) -> Config:
+    """A run's settings for other rows: its limits on rows were for its own."""
+    path = {"path": str(data), "max_rows": max_rows}
+    return config.model_copy(
+        update={
+            "data": config.data.model_copy(update=path),
+            "eval": config.eval.model_copy(update={"max_rows": None}),
+        }
+    )
+
+
+def score(
+    run: Opened, rows: Any, config: Config, models: dict[str, Any]
+) -> dict[str, dict[str, float]]:
+    """Scores of some adapters, each on all rows."""
+    from fedvlm.data.partition import Split
+
+    nothing, everything = np.empty(0, np.int64), np.arange(len(rows))
+    split = Split(**{**dict.fromkeys(("train", "val", "test"), nothing), "test": everything})
+    settings = config.model_copy(update={"eval": config.eval.model_copy(update={"split": "test"})})
+    with TemporaryDirectory() as scratch:
+        engine = run.engine(rows, {"all": split}, settings, Path(scratch))
+        return {name: engine.evaluate([("all", tree)])["all"] for name, tree in models.items()}

@@ -1,0 +1,186 @@
+"""What is asked and what is answered: rows from images and files, and files of answers."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from fedvlm.data import sources
+from fedvlm.data.images import broken_images
+from fedvlm.errors import DataError, FedVLMError
+from fedvlm.sections import DataConfig
+
+NO_ANSWER = "-"  # where a row has none: nobody is scored on it
+IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+FORMATS = (".jsonl", ".json", ".csv", ".parquet")
+
+
+def rows_to_ask(data: DataConfig, source: Any, question: str | None) -> datasets.Dataset:
+    """The rows that a person means by an image, a folder or a file, and perhaps a question.
+
+    Args:
+        data: how to read a file of rows; its ``path`` is replaced.
+        source: an image (path, bytes or PIL), a folder of images, or any data source.
+        question: for all rows; a file of rows may bring its own.
+
+    Returns:
+        ``image``, ``question``, ``answer`` (a dash where there is none), and either ``name``, the
+        file of the image, or ``row``, its number in the file of rows.
+
+    Raises:
+        DataError: nothing readable is there, or there is no question.
+    """
+    path = Path(source).expanduser() if isinstance(source, str | Path) else None
+    if path is None:
+        return from_images([source], _needed(question, "the image"))
+    if path.is_file() and path.suffix.lower() in IMAGES:
+        return from_images([path], _needed(question, f"'{path}'"))
+    if path.is_dir():
+        images = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGES]
+        if images and (question is not None or not _has_rows(path)):
+            return from_images(images, _needed(question, f"the {len(images)} images in '{path}'"))
+    return _rows_of_file(data.model_copy(update={"path": str(source)}), question)
+
+
+def from_images(images: Sequence[Any], question: str) -> datasets.Dataset:
+    """Rows that put one question to every image.
+
+    Raises:
+        DataError: an image does not decode; the message names it.
+    """
+    if not question.strip():
+        raise DataError("the question is empty; ask something, such as 'What is in the picture?'")
+    names = [str(i) if isinstance(i, str | Path) else f"image {k}" for k, i in enumerate(images)]
+    rows = datasets.Dataset.from_dict(
+        {
+            "image": [_encoded(image) for image in images],
+            "question": [question] * len(images),
+            "answer": [NO_ANSWER] * len(images),
+            "name": names,
+        },
+        features=datasets.Features(
+            {
+                "image": datasets.Image(decode=False),
+                **dict.fromkeys(("question", "answer", "name"), datasets.Value("string")),
+            }
+        ),
+    )
+    broken = broken_images(rows)
+    if broken:
+        listed = "; ".join(f"'{names[i]}': {why}" for i, why in sorted(broken.items())[:5])
+        more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise DataError(f"{len(broken)} of {len(images)} images cannot be used: {listed}{more}")
+    return rows
+
+
+def _rows_of_file(data: DataConfig, question: str | None) -> datasets.Dataset:
+    """A data source's rows; a question of its own and an answer are optional."""
+    # The reader's own steps, with the columns that may be missing put in between.
+    with sources._quiet():
+        rows, root = sources._read(data, 0)
+        if len(rows) == 0:
+            raise DataError(f"data.path '{data.path}' has no rows")
+        if question is not None:
+            rows = _filled(rows, data.columns.question, question)
+        given = data.columns.answer in rows.column_names
+        answers = rows[data.columns.answer][:] if given else []
+        rows = _filled(rows, data.columns.answer, NO_ANSWER)
+        rows = sources._canonical(rows, data, root)
+        rows = sources._sample(rows, data.max_rows, 0)
+        rows = sources._without_bad_rows(rows, data)
+        rows = rows.select_columns(["image", "question", "answer", "row"])
+        if given:
+            kept = (answers[i] for i in rows["row"][:])
+            texts = [a if isinstance(a, str) and a.strip() else NO_ANSWER for a in kept]
+            rows = rows.remove_columns("answer").add_column("answer", texts)
+    return rows
+
+
+def _filled(rows: datasets.Dataset, column: str, value: str) -> datasets.Dataset:
+    if column in rows.column_names:
+        rows = rows.remove_columns(column)
+    return rows.add_column(column, [value] * len(rows))
+
+
+def _has_rows(folder: Path) -> bool:
+    names = ("metadata.jsonl", "metadata.csv", "dataset_dict.json", "state.json")
+    return any((folder / name).exists() for name in names) or any(folder.rglob("*.parquet"))
+
+
+def _needed(question: str | None, what: str) -> str:
+    if question is None:
+        raise DataError(f"there is no question for {what}; add it, such as 'What is this?'")
+    return question
+
+
+def _encoded(image: Any) -> dict[str, Any]:
+    if isinstance(image, str | Path):
+        return {"bytes": None, "path": str(Path(image).expanduser().absolute())}
+    if isinstance(image, bytes | bytearray):
+        return {"bytes": bytes(image), "path": None}
+    if not hasattr(image, "save"):
+        raise DataError(f"an image is a path, encoded bytes or a PIL image; got {image!r:.60}")
+    out = io.BytesIO()
+    image.save(out, format="PNG")
+    return {"bytes": out.getvalue(), "path": None}
+
+
+# -- files of answers and scores
+
+
+def check_out(out: str | Path | None) -> None:
+    """Refuses a file that could not be written, before any work is done.
+
+    Raises:
+        FedVLMError: the format is not known, or its place is a folder.
+    """
+    if out is None:
+        return
+    path = Path(out)
+    if path.suffix.lower() not in FORMATS:
+        raise FedVLMError(f"--out '{path}' must end in {', '.join(FORMATS)}")
+    if path.is_dir():
+        raise FedVLMError(f"--out '{path}' is a folder; give a file in it")
+
+
+def write_table(rows: list[dict[str, Any]], out: str | Path) -> Path:
+    """Writes rows as JSON lines, a JSON list, CSV or parquet, by the file's ending.
+
+    The file is whole or not there.
+
+    Raises:
+        FedVLMError: see :func:`check_out`.
+    """
+    check_out(out)
+    path = Path(out)
+    suffix = path.suffix.lower()
+    text = io.StringIO()
+    if suffix == ".parquet":
+        buffer = io.BytesIO()
+        datasets.Dataset.from_list(rows).to_pandas().to_parquet(buffer, index=False)
+        content = buffer.getvalue()
+    elif suffix == ".csv":
+        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(rows)
+        content = text.getvalue().encode()
+    elif suffix == ".jsonl":
+        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+        content = "".join(lines).encode()
+    else:
+        content = (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode()
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = path.with_name(path.name + ".tmp")
+        temporary.write_bytes(content)
+        os.replace(temporary, path)
+    except OSError as error:
+        raise FedVLMError(f"--out '{path}' cannot be written: {error.strerror}") from error
+    return path

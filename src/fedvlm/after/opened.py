@@ -1,0 +1,271 @@
+"""A finished run, opened to be used: its adapters by name, and its base model, loaded once."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedvlm import config as configs
+from fedvlm import store as stores
+from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.results import Results
+from fedvlm.sections import Config
+from fedvlm.tree import Tree
+
+if TYPE_CHECKING:
+    import datasets
+    from torch import Tensor
+
+    from fedvlm.data.partition import Partition, Split
+    from fedvlm.engines.reference import ReferenceEngine
+    from fedvlm.models.load import Loaded
+
+GLOBAL, UNTUNED = "global", "untuned"
+ONBOARDED = "onboarded"
+SETTABLE = ("model", "data", "train", "eval", "engine")
+
+
+def open_run(folder: str | Path, *overrides: str) -> Opened:
+    """Opens a finished run; its base model is loaded with the first question.
+
+    Args:
+        folder: the run's folder, ``output`` when it was trained.
+        *overrides: settings other than the run's, such as ``"model.device=cpu"``, in the sections
+            model, data, train, eval and engine.
+
+    Raises:
+        FedVLMError: the folder holds no run, or an unfinished one.
+        ConfigError: an override is wrong.
+    """
+    path = Path(folder)
+    if not stores.is_run(path):
+        raise FedVLMError(_no_run(path))
+    if not stores.is_done(path):
+        raise FedVLMError(
+            f"'{path}' holds an unfinished run; finish it first: fedvlm run --resume {path}"
+        )
+    fixed = [o for o in overrides if o.partition("=")[0].split(".")[0].strip() not in SETTABLE]
+    if fixed:
+        raise ConfigError(
+            [f"'{o}' cannot change after training; what can: {', '.join(SETTABLE)}" for o in fixed]
+        )
+    return Opened(path, configs.load(path / stores.CONFIG, *overrides))
+
+
+class Opened:
+    """A finished run.
+
+    Attributes:
+        folder: where it is.
+        config: its settings, with the overrides it was opened with.
+        results: its scores.
+        clients: the names of its clients, in order.
+    """
+
+    def __init__(self, folder: Path, config: Config):
+        self.folder = folder
+        self.config = config
+        self.results = Results.read(folder)
+        self.clients: tuple[str, ...] = tuple(self.results.table["folders"])
+
+    @cached_property
+    def onboarded(self) -> dict[str, Path]:
+        """The sites that joined after training, and their folders."""
+        found = sorted((self.folder / ONBOARDED).glob("*/scores.json"))
+        return {json.loads(p.read_text(encoding="utf-8"))["site"]: p.parent for p in found}
+
+    @cached_property
+    def partition(self) -> Partition:
+        """Which row of the run's data went where."""
+        from fedvlm.data.partition import Partition
+
+        text = (self.folder / "partition.json").read_text(encoding="utf-8")
+        return Partition.from_dict(json.loads(text))
+
+    # -- models by name
+
+    def adapter_folder(self, client: str | None) -> Path:
+        """The PEFT folder of a client's model, of an onboarded site's, or of the global one (None).
+
+        Raises:
+            FedVLMError: there is no such client; the message names the nearest.
+        """
+        if client is None:
+            return self.results.adapter()
+        if client in self.clients:
+            return self.results.adapter(client)
+        if client in self.onboarded:
+            return self.onboarded[client]
+        names = [*self.clients, *self.onboarded]
+        close = difflib.get_close_matches(client, names, n=1)
+        hint = f"; did you mean '{close[0]}'?" if close else "."
+        shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
+        raise FedVLMError(f"'{self.folder}' has no client '{client}'{hint} There are {shown}")
+
+    def chosen(
+        self, clients: Iterable[str] = (), *, global_: bool, untuned: bool, every: bool
+    ) -> dict[str, Tree]:
+        """The adapters of the chosen models, by the name that heads their column.
+
+        Args:
+            clients: names of clients and onboarded sites.
+            global_: with the global model.
+            untuned: with the base model as it was before training.
+            every: all clients, the global and the untuned model, whatever else is chosen.
+        """
+        names = list(dict.fromkeys(clients))
+        if every:
+            names += [c for c in (*self.clients, *self.onboarded) if c not in names]
+        folders = {label(name): self.adapter_folder(name) for name in names}
+        if global_ or every:
+            folders[GLOBAL] = self.adapter_folder(None)
+        trees = {
+            name: stores.load_tree(folder / "adapter_model.safetensors")
+            for name, folder in folders.items()
+        }
+        return {**trees, UNTUNED: self.initial} if untuned or every else trees
+
+    @property
+    def initial(self) -> Tree:
+        """The common initial adapter, which changes nothing."""
+        return self._attached[1]
+
+    # -- the base model
+
+    @cached_property
+    def base(self) -> Loaded:
+        """The base model with its processor; its weights are frozen, its LoRA is written to."""
+        import torch
+
+        from fedvlm.models.load import load_model
+
+        loaded = load_model(self.config.model)
+        small = sum(p.numel() for p in loaded.model.parameters()) < 10_000_000
+        if self.config.engine.threads or small:  # as in a run: small models lose by threads
+            torch.set_num_threads(self.config.engine.threads or 1)
+        return loaded
+
+    @cached_property
+    def _attached(self) -> tuple[Any, Tree]:
+        from fedvlm.models import lora
+
+        model = lora.attach(self.base.model, self.config.lora, self.config.seed)
+        return model, lora.read(lora.handles(model))
+
+    def write(self, tree: Tree) -> Any:
+        """Puts an adapter into the model; returns the PEFT model, ready to answer.
+
+        Raises:
+            FedVLMError: the adapter was made for other layers.
+        """
+        from fedvlm.models import lora
+
+        model = self._attached[0]
+        params = lora.handles(model)
+        odd = sorted(params.keys() ^ tree.keys())
+        if odd:
+            raise FedVLMError(
+                f"the adapters in '{self.folder}' do not fit the model '{self.config.model.name}': "
+                f"{len(odd)} factors differ, {odd[0]} first; use the model and the version of "
+                "transformers that the run was made with (environment.json)"
+            )
+        lora.write(params, tree)
+        return model.eval()
+
+    def engine(
+        self, rows: Any, splits: Mapping[str, Split], config: Config, folder: Path
+    ) -> ReferenceEngine:
+        """An engine for other rows than the run's: the one place that makes one.
+
+        Args:
+            rows: with ``image``, ``question`` and ``answer``.
+            splits: client -> its positions in ``rows``.
+            config: the settings to train and score with.
+            folder: where the engine may keep personal states; never the run's own.
+        """
+        from fedvlm.data.partition import Partition
+        from fedvlm.engines.reference import ReferenceEngine
+
+        model = self.write(self.initial)  # an engine takes what it finds as the initial adapter
+        names = tuple(splits)
+        partition = Partition("iid", "answer", names, dict(splits), {})
+        store = stores.Store(folder, names)
+        return ReferenceEngine(model, self._collator(rows), partition, config, store)
+
+    def _collator(self, rows: Any) -> Any:
+        from fedvlm.data.collate import Collator
+
+        seq2seq = bool(self.base.model.config.is_encoder_decoder)
+        return Collator(rows, self.base.processor, seq2seq=seq2seq, device=self.base.device)
+
+    # -- what it is opened for
+
+    def answers(self, rows: datasets.Dataset, models: Mapping[str, Tree]) -> dict[str, list[str]]:
+        """Every model's answer to every row, the rows encoded once."""
+        from fedvlm.models.generate import greedy
+
+        collator, settings = self._collator(rows), self.config.eval
+        found: dict[str, list[str]] = {}
+        for name, tree in models.items():
+            model, texts = self.write(tree), []
+            for start in range(0, len(rows), settings.batch_size):
+                batch = range(start, min(start + settings.batch_size, len(rows)))
+                prompts = collator.prompts(batch)
+                texts += greedy(model, prompts, collator.tokenizer, settings.max_new_tokens)
+            found[name] = texts
+        return found
+
+    def probe(self, tree: Tree | None) -> Tensor:
+        """Logits of one fixed row, noise with a question, on the CPU; None: without an adapter."""
+        import numpy as np
+        import torch
+        from PIL import Image
+
+        from fedvlm.after.inputs import from_images
+
+        noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+        rows = from_images([Image.fromarray(noise)], "What is in the picture?")
+        model = self.base.model.eval() if tree is None else self.write(tree)
+        with torch.no_grad():
+            return model(**self._collator(rows).training([0])).logits.float().cpu()
+
+    def predict(self, image: Any, question: str, *, client: str | None = None) -> str:
+        """One model's answer to a question about an image; see :func:`fedvlm.predict`."""
+        from fedvlm.after.inputs import from_images
+
+        models = self.chosen([] if client is None else [client], **_only(client))
+        (texts,) = self.answers(from_images([image], question), models).values()
+        return texts[0]
+
+
+def label(client: str) -> str:
+    """The name of a client's column: its own, unless the global or the untuned model has it."""
+    return f"client {client}" if client in (GLOBAL, UNTUNED) else client
+
+
+def none_chosen(run: Opened) -> FedVLMError:
+    """The error for a command that needs to know which model."""
+    return FedVLMError(
+        f"choose a model: --client NAME ({_some(run.clients)}), --global, --untuned, or --all"
+    )
+
+
+def _only(client: str | None) -> dict[str, bool]:
+    return {"global_": client is None, "untuned": False, "every": False}
+
+
+def _some(names: Sequence[str], most: int = 3) -> str:
+    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
+
+
+def _no_run(path: Path) -> str:
+    if not path.exists():
+        return f"there is no folder '{path}'; give the folder of a run, its 'output'"
+    inside = sorted(p.parent for p in path.glob(f"*/{stores.CONFIG}"))
+    if inside:
+        return f"'{path}' holds {len(inside)} runs; choose one, such as '{inside[0]}'"
+    return f"'{path}' holds no run; give the folder of one, or make one: fedvlm run output={path}"

@@ -1,0 +1,63 @@
+"""The tables of the commands that come after training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from fedvlm.report.tables import HEADS, console_for_tables
+
+if TYPE_CHECKING:
+    from fedvlm.after.evaluate import Evaluation
+    from fedvlm.after.predict import Answers
+
+MOST_ROWS = 40
+
+
+def print_answers(answers: Answers, out: str | Path | None) -> None:
+    """One answer alone as plain text; else a row a question and a column a model."""
+    if out is not None:
+        print(f"{len(answers.rows)} rows, {len(answers.models)} models: {out}")
+        return
+    if len(answers.rows) == 1 and len(answers.models) == 1:
+        print(answers.rows[0][answers.models[0]])
+        return
+    shown = Table()
+    for name in answers.rows[0]:
+        shown.add_column(name, style="bold" if name in answers.models else None, overflow="fold")
+    for row in answers.rows[:MOST_ROWS]:
+        cells = {**row, "image": Path(row["image"]).name} if "image" in row else row
+        shown.add_row(*(escape(str(cell)) for cell in cells.values()))
+    console = console_for_tables()
+    console.print(shown)
+    if len(answers.rows) > MOST_ROWS:
+        left = len(answers.rows) - MOST_ROWS
+        console.print(f"and {left} more rows; --out answers.jsonl writes all", highlight=False)
+
+
+def print_evaluation(found: Evaluation, out: str | Path | None) -> None:
+    """A row a model, a column a metric."""
+    console = console_for_tables()
+    console.print(_scores(f"{found.rows} rows of {found.data}", found.scores))
+    if out is not None:
+        console.print(f"written to {out}", highlight=False)
+
+
+def _scores(title: str, scores: Mapping[str, Mapping[str, float]]) -> Table:
+    metrics = [m for m in next(iter(scores.values())) if m != "examples"]
+    metrics.sort(key=lambda m: m == "loss")  # last, as in a run's table
+    shown = Table(title=title)
+    shown.add_column("model", style="bold")
+    for metric in metrics:
+        shown.add_column(HEADS.get(metric, metric.replace("_", " ")), justify="right")
+    for name, numbers in scores.items():
+        shown.add_row(name, *(_number(m, numbers[m]) for m in metrics))
+    return shown
+
+
+def _number(metric: str, value: float) -> str:
+    return f"{100 * value:.1f} %" if metric in HEADS and metric != "loss" else f"{value:.3f}"
