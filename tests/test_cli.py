@@ -53,7 +53,7 @@ def test_help_imports_nothing_heavy():
 
 
 @pytest.mark.parametrize(
-    "command", ["run", "compare", "demo", "algorithms", "export", "predict", "evaluate"]
+    "command", ["run", "compare", "demo", "algorithms", "export", "predict", "evaluate", "onboard"]
 )
 def test_every_command_has_help(command):
     result = CliRunner().invoke(app, [command, "--help"])

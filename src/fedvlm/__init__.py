@@ -19,6 +19,7 @@ _HOMES = {
     "export": "fedvlm.after.export",
     "predict": "fedvlm.after.predict",
     "evaluate": "fedvlm.after.evaluate",
+    "onboard": "fedvlm.after.onboard",
     "open_run": "fedvlm.after.opened",
     "Results": "fedvlm.results",
     "Comparison": "fedvlm.comparison",
@@ -49,6 +50,7 @@ __all__ = [
     "evaluate",
     "export",
     "load_config",
+    "onboard",
     "open_run",
     "predict",
     "resume",
@@ -61,6 +63,7 @@ __all__ = [
 if TYPE_CHECKING:
     from fedvlm.after.evaluate import evaluate
     from fedvlm.after.export import export
+    from fedvlm.after.onboard import onboard
     from fedvlm.after.opened import open_run
     from fedvlm.after.predict import predict
     from fedvlm.algorithms import Algorithm, Client, Phase

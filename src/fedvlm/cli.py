@@ -218,6 +218,25 @@ def evaluate(
 
 
 @app.command()
+def onboard(
+    folder: RunFolder,
+    data: DataOption,
+    name: Annotated[str | None, typer.Option(help="of the site; else the data's name")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="local steps; else as many as the run's clients took, at most 100"),
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate; else the run's")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Give a site that joins after training its own model, in a few local steps."""
+    from fedvlm.after.onboard import onboard as join
+    from fedvlm.report.aftertables import print_onboarded
+
+    print_onboarded(join(folder, data, *set_ or (), name=name, steps=steps, lr=lr))
+
+
+@app.command()
 def algorithms() -> None:
     """List the algorithms: what each sends, what stays at the client, and its paper."""
     from fedvlm.report.tables import print_algorithms

@@ -13,9 +13,16 @@ from fedvlm.report.tables import HEADS, console_for_tables
 
 if TYPE_CHECKING:
     from fedvlm.after.evaluate import Evaluation
+    from fedvlm.after.onboard import Onboarded
     from fedvlm.after.predict import Answers
 
 MOST_ROWS = 40
+SITE_MODELS = {
+    "untuned": "before training",
+    "shared": "shared model, as downloaded",
+    "alone": "trained alone, the same steps",
+    "personal": "personal",
+}
 
 
 def print_answers(answers: Answers, out: str | Path | None) -> None:
@@ -45,6 +52,23 @@ def print_evaluation(found: Evaluation, out: str | Path | None) -> None:
     console.print(_scores(f"{found.rows} rows of {found.data}", found.scores))
     if out is not None:
         console.print(f"written to {out}", highlight=False)
+
+
+def print_onboarded(site: Onboarded) -> None:
+    """A row for every way to have a model, the personal one last."""
+    table = site.table
+    count = site.scores["personal"]["examples"]
+    title = f"site {table['site']}, {count:g} {table['split']} rows"
+    named = {SITE_MODELS[m]: s for m, s in site.scores.items()}
+    console = console_for_tables()
+    console.print(_scores(title, named))
+    console.print(
+        f"trained: {table['trained']}; {table['steps']} steps on {table['rows']['train']} rows\n"
+        f"everything is in {site.folder}: the adapter, personal.safetensors, scores.json, "
+        "README.md",
+        highlight=False,
+        markup=False,
+    )
 
 
 def _scores(title: str, scores: Mapping[str, Mapping[str, float]]) -> Table:

@@ -1,0 +1,198 @@
+"""onboard(): a site that joins after training gets a personal model in a few local steps."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from fedvlm import config as configs
+from fedvlm import store as stores
+from fedvlm.after import card, export
+from fedvlm.after.evaluate import on_new_data
+from fedvlm.after.opened import ONBOARDED, Opened, open_run
+from fedvlm.algorithms import Algorithm, Client, Phase, build
+from fedvlm.engines.base import Task
+from fedvlm.errors import DataError, FedVLMError
+from fedvlm.sections import Config
+from fedvlm.tree import Tree
+
+MOST_STEPS = 100
+
+
+@dataclass(frozen=True)
+class Onboarded:
+    """A site that joined a finished run.
+
+    Attributes:
+        folder: its adapter, its personal factors, its scores and a card.
+        table: the content of ``scores.json``.
+    """
+
+    folder: Path
+    table: dict[str, Any]
+
+    @property
+    def scores(self) -> dict[str, dict[str, float]]:
+        """``untuned``, ``shared``, ``alone`` and ``personal`` -> metric -> number."""
+        return self.table["scores"]
+
+
+def onboard(
+    folder: str | Path,
+    data: str | Path,
+    *overrides: str,
+    name: str | None = None,
+    steps: int | None = None,
+    lr: float | None = None,
+) -> Onboarded:
+    """Gives a new site its own model, from what a finished run shares and the site's own rows.
+
+    The site downloads what the server sends a client, tunes only what the run's algorithm keeps
+    personal (everything, where nothing is), and is scored on rows held out as in the run. The run's
+    own files are not changed; the site's are in ``FOLDER/onboarded/NAME``, and its name works as a
+    client's from then on.
+
+    Args:
+        folder: the run's folder.
+        data: the site's rows, in the run's columns.
+        *overrides: settings other than the run's, in the sections model, data, train, eval, engine.
+        name: of the site; None is the name of the data.
+        steps: optimizer steps; None is as many as a client with as many rows took in all rounds,
+            at most 100.
+        lr: learning rate of all factors; None is the run's.
+
+    Raises:
+        FedVLMError: no finished run, a name that is taken, or rows that cannot be used.
+    """
+    run = open_run(folder, *overrides)
+    site = name if name is not None else Path(data).stem
+    target = _target(run, site)
+    config = _settings(run.config, data, lr)
+    rows, split = _rows(config, site)
+    count = steps if steps is not None else _steps(config, len(split.train))
+    if count < 1:
+        raise FedVLMError(f"--steps {count}: give at least one")
+    state = stores.Store(run.folder, run.clients).server()
+    algorithm = build(config.algorithm)
+    down = algorithm.download(state, Client(site, float(len(split.train))))
+    last = algorithm.final or algorithm
+    shared = last.start(run.initial, down, {})
+    personal = _personal(last, down, shared)
+    with TemporaryDirectory() as scratch:
+        engine = run.engine(rows, {site: split}, config, Path(scratch))
+        tuned = _train(engine, _tuning(shared, personal, count), site, config)
+        alone = _train(engine, _tuning(run.initial, set(run.initial), count), site, config)
+        models = {"untuned": run.initial, "shared": shared, "alone": alone, "personal": tuned}
+        scores = {m: engine.evaluate([(site, tree)])[site] for m, tree in models.items()}
+    kept = last.finish(down, tuned)[1]
+    all_ = "" if kept else ", since the algorithm keeps nothing personal"
+    table = {
+        "site": site,
+        "data": f"`{Path(data).name}`",
+        "rows": {k: len(getattr(split, k)) for k in ("train", "val", "test")},
+        "split": config.eval.split,
+        "steps": count,
+        "trained": f"{card.factors(sorted(personal))} ({len(personal)} tensors{all_})",
+        "algorithm": config.algorithm.name,
+        "scores": scores,
+    }
+    _write(run, target, table, tuned, {n: tuned[n] for n in personal})
+    return Onboarded(target, table)
+
+
+def _settings(config: Config, data: str | Path, lr: float | None) -> Config:
+    """The run's settings for one site's rows, with its limits on held-out rows as they were."""
+    settings = on_new_data(config, data).model_copy(update={"eval": config.eval})
+    least: dict[str, Any] = {"kind": "iid", "clients": 1, "min_rows": 2}
+    tree = settings.model_dump()
+    tree["partition"] |= least
+    if lr is not None:
+        tree["train"] |= {"lr": lr, "lr_a": None, "lr_b": None}
+    return configs.load(tree)
+
+
+def _rows(config: Config, site: str) -> tuple[Any, Any]:
+    """The site's rows, and its split, made as a run makes it."""
+    from fedvlm.data.partition import make_partition
+    from fedvlm.data.sources import load_rows
+
+    rows = load_rows(config.data, config.seed)
+    (split,) = make_partition(rows, config).splits.values()
+    if not len(getattr(split, config.eval.split)):
+        raise DataError(
+            f"site '{site}' has {len(rows)} rows and none in '{config.eval.split}', on which the "
+            "run scores; give it more rows, or set eval.split=test"
+        )
+    return rows, split
+
+
+def _steps(config: Config, rows: int) -> int:
+    return min(MOST_STEPS, config.train.rounds * config.train.steps(rows))
+
+
+def _personal(algorithm: Algorithm, down: Tree, shared: Tree) -> set[str]:
+    """What the algorithm keeps at a client; all factors, if it keeps nothing."""
+    kept = algorithm.finish(down, dict(shared))[1]
+    return set(kept) & set(shared) or set(shared)
+
+
+def _tuning(start: Tree, trained: set[str], steps: int) -> Algorithm:
+    """Local steps from ``start`` on some factors; nothing is sent."""
+    return Algorithm(
+        init=lambda adapter: {},
+        download=lambda state, client: {},
+        start=lambda adapter, down, mine: dict(start),
+        phases=(Phase(lambda name: name in trained, steps=steps),),
+        finish=lambda down, end: ({}, {}),
+        update=lambda state, mean: state,
+    )
+
+
+def _train(engine: Any, algorithm: Algorithm, site: str, config: Config) -> Tree:
+    # The round after the last one: the schedule of the learning rate is over.
+    (reply,) = engine.train(algorithm, [Task(site, config.train.rounds + 1, {})])
+    return reply.end
+
+
+def _target(run: Opened, site: str) -> Path:
+    if not re.search(r"\w", site):
+        raise FedVLMError(f"'{site}' is no name for a site; give one with --name NAME")
+    if site in run.clients:
+        raise FedVLMError(
+            f"'{site}' is a client of the run in '{run.folder}'; give the new site another name "
+            "with --name NAME"
+        )
+    folder = run.folder / ONBOARDED / stores.slugs([site])[site]
+    if folder.exists():
+        raise FedVLMError(
+            f"the site '{site}' has been onboarded: '{folder}' exists; remove it to do it again, "
+            "or give another name with --name NAME"
+        )
+    return folder
+
+
+def _write(
+    run: Opened, target: Path, table: Mapping[str, Any], adapter: Tree, personal: Tree
+) -> None:
+    from fedvlm.models.load import BUNDLED
+    from fedvlm.models.lora import save_adapter
+
+    name = run.config.model.name
+    base = export.base_name(name)
+    with export.new_folder(target) as scratch:
+        plain = scratch / "plain"
+        save_adapter(run.write(adapter), adapter, plain)
+        export.write_adapter(plain, base, scratch)
+        for path in plain.iterdir():
+            path.unlink()
+        plain.rmdir()
+        stores.save_tree(scratch / "personal.safetensors", personal)
+        stores.write_text(scratch / "scores.json", json.dumps(table, indent=2) + "\n")
+        loading = card.filled(card.loading_adapter(base, name in BUNDLED), run.config)
+        text = card.of_site(run, table, base=base, tree=adapter, loading=loading, merged=False)
+        stores.write_text(scratch / "README.md", text)

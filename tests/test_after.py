@@ -1,0 +1,87 @@
+"""What every command after training refuses, and how it says so."""
+
+import pytest
+
+import fedvlm
+from fedvlm.after.opened import open_run
+from fedvlm.errors import FedVLMError
+from fedvlm.store import load_tree
+from test_cli import call
+from test_federate import Stop
+from test_florence import folder as florence  # noqa: F401 - a fixture
+
+COMMANDS = {
+    "export": ("--global",),
+    "predict": ("picture.png", "What?", "--global"),
+    "evaluate": ("--data", "x.parquet"),
+    "onboard": ("--data", "x.parquet"),
+}
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_unfinished_run_says_how_to_go_on(command, small, capsys, monkeypatch):
+    from fedvlm import federate
+
+    with pytest.raises(KeyboardInterrupt):
+        federate.run(small, progress=Stop(1))
+    words = (command, small["output"], *COMMANDS[command])
+    code, text, errors = call(capsys, monkeypatch, *words)
+    assert (code, text) == (2, "")
+    assert f"fedvlm run --resume {small['output']}" in errors
+    assert "Traceback" not in errors
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_a_folder_without_a_run_is_refused(command, tmp_path, finished_run, capsys, monkeypatch):
+    for folder, said in (
+        (tmp_path / "no", "there is no folder"),
+        (tmp_path, "holds no run"),
+        (finished_run.parent, f"choose one, such as '{finished_run}'"),
+    ):
+        words = (command, str(folder), *COMMANDS[command])
+        code, _, errors = call(capsys, monkeypatch, *words)
+        assert code == 2
+        assert said in errors
+
+
+def test_what_was_trained_cannot_be_set_otherwise(finished_run):
+    with pytest.raises(FedVLMError, match=r"lora\.rank=3.* cannot change after training"):
+        open_run(finished_run, "lora.rank=3")
+    with pytest.raises(FedVLMError, match=r"did you mean 'model\.device'"):
+        open_run(finished_run, "model.devise=cpu")
+
+
+def test_adapters_of_another_model_are_refused(finished_run, florence):  # noqa: F811
+    run = open_run(finished_run, f"model.name={florence}")
+    tree = load_tree(run.adapter_folder(None) / "adapter_model.safetensors")
+    with pytest.raises(FedVLMError, match="do not fit the model"):
+        run.write(tree)
+
+
+def test_a_client_that_is_not_there_is_refused_with_the_nearest_name(
+    finished_run, new_rows, capsys, monkeypatch
+):
+    data = ("--data", str(new_rows / "site.parquet"))
+    for words in (
+        ("export", str(finished_run), "-c", "sit-1"),
+        ("predict", str(finished_run), str(new_rows / "picture.png"), "What?", "-c", "sit-1"),
+        ("evaluate", str(finished_run), *data, "-c", "sit-1"),
+    ):
+        code, _, errors = call(capsys, monkeypatch, *words)
+        assert code == 2
+        assert "has no client 'sit-1'; did you mean 'site-1'?" in errors
+
+
+def test_help_and_the_public_names_come_without_heavy_imports():
+    import subprocess
+    import sys
+
+    code = (
+        "import sys, fedvlm; from fedvlm.cli import app\n"
+        "from typer.testing import CliRunner\n"
+        "for name in ('export', 'predict', 'evaluate', 'onboard'):\n"
+        "    assert CliRunner().invoke(app, [name, '--help']).exit_code == 0\n"
+        "assert not {'torch', 'transformers', 'datasets', 'peft'} & set(sys.modules)\n"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+    assert {"export", "predict", "evaluate", "onboard", "open_run"} <= set(fedvlm.__all__)
