@@ -51,6 +51,12 @@ def test_what_was_trained_cannot_be_set_otherwise(finished_run):
         open_run(finished_run, "model.devise=cpu")
 
 
+def test_an_adapter_that_is_gone_is_named(own_run):
+    (own_run / "adapters" / "global" / "adapter_model.safetensors").unlink()
+    with pytest.raises(FedVLMError, match=r"lost a file: .*global/adapter_model"):
+        fedvlm.export(own_run)
+
+
 def test_adapters_of_another_model_are_refused(finished_run, florence):  # noqa: F811
     run = open_run(finished_run, f"model.name={florence}")
     tree = load_tree(run.adapter_folder(None) / "adapter_model.safetensors")

@@ -146,6 +146,16 @@ def test_the_command_prints_the_comparison_and_refuses_names_that_are_taken(
     assert "--steps 0" in errors
 
 
+def test_the_rows_need_no_column_that_the_run_was_partitioned_by(own_run, new_rows, tmp_path):
+    config = own_run / "config.yaml"
+    text = config.read_text().replace("kind: auto", "kind: column")
+    config.write_text(text.replace("column: null", "column: site"))
+    frame = pd.read_parquet(new_rows / "site.parquet").drop(columns=["site"])
+    frame.to_parquet(tmp_path / "bare.parquet", index=False)
+    site = fedvlm.onboard(own_run, tmp_path / "bare.parquet", steps=1)
+    assert site.table["site"] == "bare"
+
+
 def test_a_site_that_diverges_leaves_nothing(own_run, new_rows):
     words = ("train.optimizer=sgd", "train.max_grad_norm=null")
     with pytest.raises(FedVLMError, match="diverged"):

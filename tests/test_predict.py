@@ -139,7 +139,9 @@ def test_what_cannot_be_asked_says_what_to_do(finished_run, pictures, new_rows, 
     with pytest.raises(FedVLMError, match=r"'answers\.txt' must end in \.jsonl"):
         predict_many(finished_run, picture, QUESTION, global_=True, out="answers.txt")
     (pictures / "b.jpg").write_bytes(b"broken")
-    with pytest.raises(DataError, match=r"1 of 3 images cannot be used: '.*b\.jpg': not an image"):
+    with pytest.raises(
+        DataError, match=r"1 of 3 images cannot be used: '.*b\.jpg': the image does not decode"
+    ):
         predict_many(finished_run, pictures, QUESTION, global_=True)
 
 

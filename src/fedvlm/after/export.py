@@ -11,14 +11,13 @@ from typing import Any
 
 from fedvlm import store as stores
 from fedvlm.after import card
-from fedvlm.after.opened import GLOBAL, Opened, label, open_run
+from fedvlm.after.opened import GLOBAL, WEIGHTS, Opened, label, open_run
 from fedvlm.errors import FedVLMError
 from fedvlm.tree import Tree
 
 # Largest difference of logits that merging may make, as a share of the largest logit. Measured:
 # 1e-6 in float32; half precision rounds the merged weights once more.
 TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
-WEIGHTS = "adapter_model.safetensors"
 
 
 def export(

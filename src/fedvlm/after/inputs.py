@@ -13,7 +13,7 @@ from typing import Any
 import datasets
 
 from fedvlm.data import sources
-from fedvlm.data.images import broken_images
+from fedvlm.data.images import open_image
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.sections import DataConfig
 
@@ -58,7 +58,14 @@ def from_images(images: Sequence[Any], question: str) -> datasets.Dataset:
     if not question.strip():
         raise DataError("the question is empty; ask something, such as 'What is in the picture?'")
     names = [str(i) if isinstance(i, str | Path) else f"image {k}" for k, i in enumerate(images)]
-    rows = datasets.Dataset.from_dict(
+    broken = [
+        f"'{name}': {why}" for name, why in zip(names, map(_broken, images), strict=True) if why
+    ]
+    if broken:
+        listed = "; ".join(broken[:5])
+        more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
+        raise DataError(f"{len(broken)} of {len(images)} images cannot be used: {listed}{more}")
+    return datasets.Dataset.from_dict(
         {
             "image": [_encoded(image) for image in images],
             "question": [question] * len(images),
@@ -72,12 +79,6 @@ def from_images(images: Sequence[Any], question: str) -> datasets.Dataset:
             }
         ),
     )
-    broken = broken_images(rows)
-    if broken:
-        listed = "; ".join(f"'{names[i]}': {why}" for i, why in sorted(broken.items())[:5])
-        more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise DataError(f"{len(broken)} of {len(images)} images cannot be used: {listed}{more}")
-    return rows
 
 
 def _rows_of_file(data: DataConfig, question: str | None) -> datasets.Dataset:
@@ -118,6 +119,15 @@ def _needed(question: str | None, what: str) -> str:
     if question is None:
         raise DataError(f"there is no question for {what}; add it, such as 'What is this?'")
     return question
+
+
+def _broken(image: Any) -> str:
+    """Why an image does not decode; empty when it does."""
+    try:
+        open_image(image)
+    except DataError as error:
+        return str(error)
+    return ""
 
 
 def _encoded(image: Any) -> dict[str, Any]:

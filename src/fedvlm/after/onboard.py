@@ -108,7 +108,7 @@ def onboard(
 def _settings(config: Config, data: str | Path, lr: float | None) -> Config:
     """The run's settings for one site's rows, with its limits on held-out rows as they were."""
     settings = on_new_data(config, data).model_copy(update={"eval": config.eval})
-    least: dict[str, Any] = {"kind": "iid", "clients": 1, "min_rows": 2}
+    least: dict[str, Any] = {"kind": "iid", "column": None, "clients": 1, "min_rows": 2}
     tree = settings.model_dump()
     tree["partition"] |= least
     if lr is not None:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fedvlm.engines.reference import ReferenceEngine
     from fedvlm.models.load import Loaded
 
+WEIGHTS = "adapter_model.safetensors"
 GLOBAL, UNTUNED = "global", "untuned"
 ONBOARDED = "onboarded"
 SETTABLE = ("model", "data", "train", "eval", "engine")
@@ -94,14 +95,17 @@ class Opened:
         Raises:
             FedVLMError: there is no such client; the message names the nearest.
         """
-        if client is None:
-            return self.results.adapter()
-        if client in self.clients:
-            return self.results.adapter(client)
-        if client in self.onboarded:
-            return self.onboarded[client]
+        found = None
+        if client is None or client in self.clients:
+            found = self.results.adapter(client)
+        elif client in self.onboarded:
+            found = self.onboarded[client]
+        if found is not None:
+            if not (found / WEIGHTS).exists():
+                raise FedVLMError(f"the run has lost a file: there is no '{found / WEIGHTS}'")
+            return found
         names = [*self.clients, *self.onboarded]
-        close = difflib.get_close_matches(client, names, n=1)
+        close = difflib.get_close_matches(str(client), names, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else "."
         shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
         raise FedVLMError(f"'{self.folder}' has no client '{client}'{hint} There are {shown}")
@@ -123,10 +127,7 @@ class Opened:
         folders = {label(name): self.adapter_folder(name) for name in names}
         if global_ or every:
             folders[GLOBAL] = self.adapter_folder(None)
-        trees = {
-            name: stores.load_tree(folder / "adapter_model.safetensors")
-            for name, folder in folders.items()
-        }
+        trees = {name: stores.load_tree(folder / WEIGHTS) for name, folder in folders.items()}
         return {**trees, UNTUNED: self.initial} if untuned or every else trees
 
     @property
