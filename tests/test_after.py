@@ -91,3 +91,20 @@ def test_help_and_the_public_names_come_without_heavy_imports():
     )
     subprocess.run([sys.executable, "-c", code], check=True)
     assert {"export", "predict", "evaluate", "onboard", "open_run"} <= set(fedvlm.__all__)
+
+
+def test_the_commands_in_the_document_exist_with_their_options():
+    import typer
+
+    from fedvlm.cli import app
+    from test_readme import ROOT, commands, parse
+
+    blocks = parse((ROOT / "docs" / "serving.md").read_text(encoding="utf-8"))
+    assert all(block.language for block in blocks)
+    lines = [c for b in blocks if b.language == "bash" for c in commands(b)]
+    ours = [line.split() for line in lines if line.startswith("fedvlm ")]
+    assert {words[1] for words in ours} == {"export", "predict", "evaluate", "onboard"}
+    known = typer.main.get_command(app).commands
+    for words in ours:
+        options = {o for p in known[words[1]].params for o in p.opts}
+        assert {w for w in words if w.startswith("--")} <= options, words

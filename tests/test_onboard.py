@@ -100,6 +100,16 @@ def test_its_name_works_as_a_clients_from_then_on(joined, new_rows, tmp_path):
     assert "site-0" not in text
 
 
+def test_what_a_killed_process_left_is_no_site(joined, tmp_path):
+    folder, site, _ = joined
+    left = site.folder.with_name(".other.tmp")
+    left.mkdir()
+    (left / "scores.json").write_text('{"site": "other"}')
+    assert list(open_run(folder).onboarded) == ["new site"]
+    (left / "scores.json").unlink()
+    left.rmdir()
+
+
 def test_peft_loads_its_folder(joined):
     folder, site, _ = joined
     base = load_model(open_run(folder).config.model).model

@@ -172,7 +172,8 @@ if processor.chat_template:
     turn = [{"role": "user", "content": content}]
     prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
 image = Image.open(PICTURE).convert("RGB")
-inputs = processor(text=[prompt], images=[[image]], return_tensors="pt").to(model.device)
+inputs = processor(text=[prompt], images=[[image]], return_tensors="pt")
+inputs = inputs.to(model.device, DTYPE)  # the picture; the tokens stay integers
 with torch.no_grad():
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
 start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]

@@ -64,7 +64,7 @@ def evaluate(
 
     run = open_run(folder, *overrides)
     every = clients is None and not global_
-    names = tuple(clients or (run.clients if every else ()))
+    names = tuple(clients or ((*run.clients, *run.onboarded) if every else ()))
     for name in names:
         run.adapter_folder(name)
     check_out(out)

@@ -76,7 +76,7 @@ class Opened:
     @cached_property
     def onboarded(self) -> dict[str, Path]:
         """The sites that joined after training, and their folders."""
-        found = sorted((self.folder / ONBOARDED).glob("*/scores.json"))
+        found = sorted((self.folder / ONBOARDED).glob("[!.]*/scores.json"))  # .NAME.tmp: unfinished
         return {json.loads(p.read_text(encoding="utf-8"))["site"]: p.parent for p in found}
 
     @cached_property
