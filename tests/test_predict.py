@@ -43,6 +43,17 @@ def test_one_picture_and_one_model_print_the_answer_alone(
     assert text.strip() == fedvlm.predict(finished_run, picture, QUESTION, client="site-1")
 
 
+def test_many_answers_are_a_table_with_the_common_question_on_top(
+    finished_run, pictures, capsys, monkeypatch
+):
+    words = ("predict", str(finished_run), str(pictures), "What is in [it]?", "--all")
+    code, text, errors = call(capsys, monkeypatch, *words)
+    assert (code, errors) == (0, "")
+    assert text.count("What is in [it]?") == 1
+    for said in ("a.png", "b.jpg", "c.webp", "site-0", "site-2", "global", "untuned"):
+        assert said in text
+
+
 def test_a_picture_is_a_path_or_bytes_or_an_image(finished_run, new_rows):
     run, path = open_run(finished_run), new_rows / "picture.png"
     given = (path, str(path), path.read_bytes(), Image.open(path))

@@ -33,12 +33,15 @@ def print_answers(answers: Answers, out: str | Path | None) -> None:
     if len(answers.rows) == 1 and len(answers.models) == 1:
         print(answers.rows[0][answers.models[0]])
         return
-    shown = Table()
-    for name in answers.rows[0]:
+    questions = {row["question"] for row in answers.rows}
+    alone = questions.pop() if len(questions) == 1 else None  # then it is the title
+    shown = Table(title=alone and escape(alone))
+    heads = [name for name in answers.rows[0] if alone is None or name != "question"]
+    for name in heads:
         shown.add_column(name, style="bold" if name in answers.models else None, overflow="fold")
     for row in answers.rows[:MOST_ROWS]:
         cells = {**row, "image": Path(row["image"]).name} if "image" in row else row
-        shown.add_row(*(escape(str(cell)) for cell in cells.values()))
+        shown.add_row(*(escape(str(cells[name])) for name in heads))
     console = console_for_tables()
     console.print(shown)
     if len(answers.rows) > MOST_ROWS:
