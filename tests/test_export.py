@@ -118,6 +118,15 @@ def test_an_adapter_folder_is_what_servers_take(exports):
     assert base == BUNDLED["tiny"].resolve()
 
 
+def test_transformers_loads_base_and_adapter_at_once(exports):
+    import transformers as hf
+
+    model = hf.AutoModelForImageTextToText.from_pretrained(exports["adapter"])
+    saved = load_tree(exports["adapter"] / export.WEIGHTS)
+    names = [n for n, _ in model.named_parameters() if "lora_" in n]
+    assert len(names) == len(saved)
+
+
 def test_a_merged_model_keeps_its_tied_weights_and_its_processor(exports):
     import transformers as hf
 
