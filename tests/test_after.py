@@ -58,10 +58,33 @@ def test_an_adapter_that_is_gone_is_named(own_run):
 
 
 def test_adapters_of_another_model_are_refused(finished_run, florence):  # noqa: F811
-    run = open_run(finished_run, f"model.name={florence}")
-    tree = load_tree(run.adapter_folder(None) / "adapter_model.safetensors")
     with pytest.raises(FedVLMError, match="do not fit the model"):
-        run.write(tree)
+        open_run(finished_run, f"model.name={florence}").probe({})
+    run = open_run(finished_run)
+    tree = load_tree(run.adapter_folder(None) / "adapter_model.safetensors")
+    for wrong in ({}, {name: tensor[:1] for name, tensor in tree.items()}):
+        with pytest.raises(FedVLMError, match="do not fit the model"):
+            run.write(wrong)
+
+
+def test_the_model_gets_lora_where_the_run_had_it_and_the_same_start(finished_run):
+    from fedvlm.federate import prepare
+    from fedvlm.tree import digest
+
+    run = open_run(finished_run)
+    engine, _, _ = prepare(run.config)
+    assert digest(run.initial) == digest(engine.adapter)
+
+
+def test_layers_that_the_run_left_out_stay_without_lora(own_run):
+    from safetensors.torch import save_file
+
+    path = own_run / "adapters" / "global" / "adapter_model.safetensors"
+    whole = load_tree(path)
+    save_file({n: t for n, t in whole.items() if "vision" not in n}, path)
+    run = open_run(own_run)
+    assert 0 < len(run.initial) < len(whole)
+    assert not [n for n in run.initial if "vision" in n]
 
 
 def test_a_client_that_is_not_there_is_refused_with_the_nearest_name(

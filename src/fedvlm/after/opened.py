@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -14,7 +15,7 @@ from fedvlm import store as stores
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.results import Results
 from fedvlm.sections import Config
-from fedvlm.tree import Tree
+from fedvlm.tree import Tree, module
 
 if TYPE_CHECKING:
     import datasets
@@ -152,9 +153,16 @@ class Opened:
 
     @cached_property
     def _attached(self) -> tuple[Any, Tree]:
+        """The model with LoRA where the run had it, and the initial adapter."""
         from fedvlm.models import lora
 
-        model = lora.attach(self.base.model, self.config.lora, self.config.seed)
+        saved = stores.load_tree(self.adapter_folder(None) / WEIGHTS)
+        modules = {module(name) for name in saved}
+        self._check_fit(modules - {name for name, _ in self.base.model.named_modules()})
+        # Exactly these layers: a run may leave out some that lora.target takes.
+        exact = f"^({'|'.join(map(re.escape, sorted(modules)))})$"
+        config = self.config.lora.model_copy(update={"target": exact})
+        model = lora.attach(self.base.model, config, self.config.seed)
         return model, lora.read(lora.handles(model))
 
     def write(self, tree: Tree) -> Any:
@@ -167,15 +175,19 @@ class Opened:
 
         model = self._attached[0]
         params = lora.handles(model)
-        odd = sorted(params.keys() ^ tree.keys())
-        if odd:
-            raise FedVLMError(
-                f"the adapters in '{self.folder}' do not fit the model '{self.config.model.name}': "
-                f"{len(odd)} factors differ, {odd[0]} first; use the model and the version of "
-                "transformers that the run was made with (environment.json)"
-            )
+        odd = params.keys() ^ tree.keys()
+        self._check_fit(odd or {n for n, p in params.items() if p.shape != tree[n].shape})
         lora.write(params, tree)
         return model.eval()
+
+    def _check_fit(self, odd: Iterable[str]) -> None:
+        names = sorted(odd)
+        if names:
+            raise FedVLMError(
+                f"the adapters in '{self.folder}' do not fit the model '{self.config.model.name}': "
+                f"{len(names)} layers or factors differ, {names[0]} first; use the model and the "
+                "version of transformers that the run was made with (environment.json)"
+            )
 
     def engine(
         self, rows: Any, splits: Mapping[str, Split], config: Config, folder: Path
