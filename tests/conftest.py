@@ -105,6 +105,7 @@ def _cell(outcomes: list[str]) -> str:
     passed = outcomes.count("passed")
     return "yes" if passed == len(outcomes) > 0 else f"{passed} of {len(outcomes)} tests"
 
+
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
     """The folder of a finished pLoRA run of three sites; tests that write to it copy it first."""

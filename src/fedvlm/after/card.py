@@ -11,13 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from fedvlm.metrics import METRICS
+from fedvlm.report.tables import number
 from fedvlm.sections import Config
 from fedvlm.tree import Tree, factor, module
 
 if TYPE_CHECKING:
     from fedvlm.after.opened import Opened
 
-HEADS = {"exact_match": "exact match", "token_f1": "token F1", "rouge_l": "ROUGE-L"}
 STAGES = {
     "untuned": "before training",
     "global": "the global model",
@@ -204,6 +205,7 @@ def _training(config: Config, tree: Tree) -> dict[str, str]:
     return {
         "trained by": f"fedvlm {__version__}, seed {config.seed}",
         "algorithm": f"`{config.algorithm.name}`: {entry.source}",
+        "objective": config.objective.name,
         "rounds": str(config.train.rounds),
         "LoRA": f"rank {config.lora.rank}, alpha {config.lora.alpha:g}, target "
         f"`{config.lora.target}`{', rsLoRA' if config.lora.rslora else ''}",
@@ -254,17 +256,14 @@ def _privacy(run: Opened, client: str | None) -> list[str]:
 
 
 def _scores(stages: Mapping[str, Mapping[str, float]]) -> str:
-    metrics = [m for m in next(iter(stages.values())) if m != "examples"]
-    shown = [HEADS.get(m, m.replace("_", " ")) for m in metrics]
+    measured = next(iter(stages.values()))
+    metrics = [m for m in METRICS if m in measured]
+    shown = [METRICS[m].head for m in metrics]
     lines = [f"| model | {' | '.join(shown)} |", "| --- |" + " --- |" * len(metrics)]
     for stage, scores in stages.items():
-        numbers = " | ".join(_number(m, scores[m]) for m in metrics)
+        numbers = " | ".join(number(m, scores[m]) for m in metrics)
         lines.append(f"| {STAGES.get(stage, stage)} | {numbers} |")
     return "\n".join(lines)
-
-
-def _number(metric: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if metric in HEADS else f"{value:.3f}"
 
 
 def _mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:

@@ -12,12 +12,10 @@ from typing import Any
 
 import datasets
 
-from fedvlm.data import sources
-from fedvlm.data.images import open_image
+from fedvlm.data.sources import load_rows, open_image
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.sections import DataConfig
 
-NO_ANSWER = "-"  # where a row has none: nobody is scored on it
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 
@@ -31,8 +29,8 @@ def rows_to_ask(data: DataConfig, source: Any, question: str | None) -> datasets
         question: for all rows; a file of rows may bring its own.
 
     Returns:
-        ``image``, ``question``, ``answer`` (a dash where there is none), and either ``name``, the
-        file of the image, or ``row``, its number in the file of rows.
+        ``image``, ``question``, ``answer`` where the source has that column, and either ``name``,
+        the file of the image, or ``row``, its number in the file of rows.
 
     Raises:
         DataError: nothing readable is there, or there is no question.
@@ -46,7 +44,11 @@ def rows_to_ask(data: DataConfig, source: Any, question: str | None) -> datasets
         images = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGES]
         if images and (question is not None or not _has_rows(path)):
             return from_images(images, _needed(question, f"the {len(images)} images in '{path}'"))
-    return _rows_of_file(data.model_copy(update={"path": str(source)}), question)
+    rows = load_rows(
+        data.model_copy(update={"path": str(source)}), answers=False, question=question
+    )
+    kept = [c for c in ("image", "question", "answer", "row") if c in rows.column_names]
+    return rows.select_columns(kept)
 
 
 def from_images(images: Sequence[Any], question: str) -> datasets.Dataset:
@@ -69,45 +71,15 @@ def from_images(images: Sequence[Any], question: str) -> datasets.Dataset:
         {
             "image": [_encoded(image) for image in images],
             "question": [question] * len(images),
-            "answer": [NO_ANSWER] * len(images),
             "name": names,
         },
         features=datasets.Features(
             {
                 "image": datasets.Image(decode=False),
-                **dict.fromkeys(("question", "answer", "name"), datasets.Value("string")),
+                **dict.fromkeys(("question", "name"), datasets.Value("string")),
             }
         ),
     )
-
-
-def _rows_of_file(data: DataConfig, question: str | None) -> datasets.Dataset:
-    """A data source's rows; a question of its own and an answer are optional."""
-    # The reader's own steps, with the columns that may be missing put in between.
-    with sources._quiet():
-        rows, root = sources._read(data, 0)
-        if len(rows) == 0:
-            raise DataError(f"data.path '{data.path}' has no rows")
-        if question is not None:
-            rows = _filled(rows, data.columns.question, question)
-        given = data.columns.answer in rows.column_names
-        answers = rows[data.columns.answer][:] if given else []
-        rows = _filled(rows, data.columns.answer, NO_ANSWER)
-        rows = sources._canonical(rows, data, root)
-        rows = sources._sample(rows, data.max_rows, 0)
-        rows = sources._without_bad_rows(rows, data)
-        rows = rows.select_columns(["image", "question", "answer", "row"])
-        if given:
-            kept = (answers[i] for i in rows["row"][:])
-            texts = [a if isinstance(a, str) and a.strip() else NO_ANSWER for a in kept]
-            rows = rows.remove_columns("answer").add_column("answer", texts)
-    return rows
-
-
-def _filled(rows: datasets.Dataset, column: str, value: str) -> datasets.Dataset:
-    if column in rows.column_names:
-        rows = rows.remove_columns(column)
-    return rows.add_column(column, [value] * len(rows))
 
 
 def _has_rows(folder: Path) -> bool:

@@ -73,7 +73,7 @@ def onboard(
     site = name if name is not None else Path(data).stem
     target = _target(run, site)
     config = _settings(run.config, data, lr)
-    rows, split = _rows(config, site)
+    rows, split = _rows(run, config, site)
     count = steps if steps is not None else _steps(config, len(split.train))
     if count < 1:
         raise FedVLMError(f"--steps {count}: give at least one")
@@ -116,12 +116,12 @@ def _settings(config: Config, data: str | Path, lr: float | None) -> Config:
     return configs.load(tree)
 
 
-def _rows(config: Config, site: str) -> tuple[Any, Any]:
+def _rows(run: Opened, config: Config, site: str) -> tuple[Any, Any]:
     """The site's rows, and its split, made as a run makes it."""
     from fedvlm.data.partition import make_partition
     from fedvlm.data.sources import load_rows
 
-    rows = load_rows(config.data, config.seed)
+    rows = load_rows(config.data, config.seed, pairs=run.pairs)
     (split,) = make_partition(rows, config).splits.values()
     if not len(getattr(split, config.eval.split)):
         raise DataError(

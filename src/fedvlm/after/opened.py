@@ -201,19 +201,26 @@ class Opened:
             folder: where the engine may keep personal states; never the run's own.
         """
         from fedvlm.data.partition import Partition
-        from fedvlm.engines.reference import ReferenceEngine
+        from fedvlm.engines.reference import ReferenceEngine  # its PEFT layers stay in place
 
         model = self.write(self.initial)  # an engine takes what it finds as the initial adapter
         names = tuple(splits)
-        partition = Partition("iid", "answer", names, dict(splits), {})
+        partition = Partition("iid", "answer", names, dict(splits), {}, ())
         store = stores.Store(folder, names)
         return ReferenceEngine(model, self._collator(rows), partition, config, store)
 
     def _collator(self, rows: Any) -> Any:
         from fedvlm.data.collate import Collator
 
-        seq2seq = bool(self.base.model.config.is_encoder_decoder)
-        return Collator(rows, self.base.processor, seq2seq=seq2seq, device=self.base.device)
+        limit, pairs = self.config.data.max_length, self.pairs and "rejected" in rows.column_names
+        return Collator(rows, self.base, max_length=limit, pairs=pairs)
+
+    @property
+    def pairs(self) -> bool:
+        """Whether the run learnt preferences, so that new rows need rejected answers too."""
+        from fedvlm.models import objectives
+
+        return objectives.build(self.config.objective).pairs
 
     # -- what it is opened for
 
@@ -242,6 +249,7 @@ class Opened:
 
         noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
         rows = from_images([Image.fromarray(noise)], "What is in the picture?")
+        rows = rows.add_column("answer", ["a lamp"])
         model = self.base.model.eval() if tree is None else self.write(tree)
         with torch.no_grad():
             return model(**self._collator(rows).training([0])).logits.float().cpu()

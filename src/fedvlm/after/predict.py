@@ -94,11 +94,11 @@ def predict_many(
     columns: dict[str, list[Any]] = {
         **{head: rows[column][:] for head, column in which.items()},
         "question": rows["question"][:],
-        "answer": ["" if a == inputs.NO_ANSWER else a for a in rows["answer"][:]],
-        **texts,
     }
-    if not any(columns["answer"]):
-        del columns["answer"]
+    given = rows["answer"][:] if "answer" in rows.column_names else []
+    if any(answer and answer.strip() for answer in given):
+        columns["answer"] = [(answer or "").strip() for answer in given]
+    columns |= texts
     table = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     answers = Answers(tuple(texts), table)
     if out is not None:

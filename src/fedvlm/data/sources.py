@@ -38,13 +38,22 @@ _SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
 _SPLITS = ("train", "test", "validation", "val", "valid", "dev")
 
 
-def load_rows(data: DataConfig, seed: int = 0, pairs: bool = False) -> datasets.Dataset:
+def load_rows(
+    data: DataConfig,
+    seed: int = 0,
+    *,
+    pairs: bool = False,
+    answers: bool = True,
+    question: str | None = None,
+) -> datasets.Dataset:
     """Reads the rows that ``data`` names and checks every one of them.
 
     Args:
         data: the ``data`` section of the configuration.
         seed: of the bundled scenes and of the sample that ``data.max_rows`` asks for.
         pairs: every row needs a rejected answer too, as training on preferences (DPO) does.
+        answers: every row needs an answer; without, they may be empty, or the column missing.
+        question: is asked of every row, whatever the source says.
 
     Returns:
         A data set, memory-mapped where the source is, with the columns ``image`` (encoded:
@@ -63,10 +72,17 @@ def load_rows(data: DataConfig, seed: int = 0, pairs: bool = False) -> datasets.
         if len(rows) == 0:
             raise DataError(f"{_name(data)} has no rows")
         rows, numbers, problems = flatten(rows, data.columns)
-        roles = (*ROLES, "rejected") if pairs else ROLES
+        if question is not None:
+            rows = _replace(rows, data.columns.question, [question] * len(rows))
+        needed = {*ROLES[:2], *["answer"] * answers, *["rejected"] * pairs}
+        roles = tuple(
+            role
+            for role in (*ROLES, "rejected")
+            if role in needed or (role == "answer" and data.columns.answer in rows.column_names)
+        )
         rows = _canonical(rows, data, root, roles, numbers)
         rows = _sample(rows, data.max_rows, seed)
-        return _without_bad_rows(rows, data, roles, problems)
+        return _without_bad_rows(rows, data, needed, problems)
 
 
 def _name(data: DataConfig) -> str:
@@ -310,7 +326,9 @@ def _label(feature: datasets.ClassLabel, value: int | None) -> str | None:
 
 
 def _replace(rows: datasets.Dataset, name: str, values: Any) -> datasets.Dataset:
-    return rows.remove_columns(name).add_column(name, values)
+    if name in rows.column_names:
+        rows = rows.remove_columns(name)
+    return rows.add_column(name, values)
 
 
 def _encoded(rows: datasets.Dataset, root: Path) -> datasets.Dataset:
@@ -336,12 +354,12 @@ def _sample(rows: datasets.Dataset, limit: int | None, seed: int) -> datasets.Da
 
 
 def _without_bad_rows(
-    rows: datasets.Dataset, data: DataConfig, roles: tuple[str, ...], problems: Mapping[int, str]
+    rows: datasets.Dataset, data: DataConfig, needed: set[str], problems: Mapping[int, str]
 ) -> datasets.Dataset:
     """``problems`` are those found before, by the rows' numbers."""
     bad: dict[int, str] = {}
     numbers = rows["row"][:]
-    for role in roles[1:]:
+    for role in sorted(needed - {"image"}):
         bad.update(dict.fromkeys(_empty(rows, role), f"the {_said(role)} is empty"))
     bad.update({at: f"corrupt image, {why}" for at, why in broken_images(rows).items()})
     bad.update({at: problems[n] for at, n in enumerate(numbers) if n in problems})

@@ -9,7 +9,8 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from fedvlm.report.tables import HEADS, console_for_tables
+from fedvlm.metrics import METRICS
+from fedvlm.report.tables import console_for_tables, number
 
 if TYPE_CHECKING:
     from fedvlm.after.evaluate import Evaluation
@@ -75,16 +76,12 @@ def print_onboarded(site: Onboarded) -> None:
 
 
 def _scores(title: str, scores: Mapping[str, Mapping[str, float]]) -> Table:
-    metrics = [m for m in next(iter(scores.values())) if m != "examples"]
-    metrics.sort(key=lambda m: m == "loss")  # last, as in a run's table
+    measured = next(iter(scores.values()))
+    metrics = [m for m in METRICS if m in measured]
     shown = Table(title=title)
     shown.add_column("model", style="bold")
     for metric in metrics:
-        shown.add_column(HEADS.get(metric, metric.replace("_", " ")), justify="right")
+        shown.add_column(METRICS[metric].head, justify="right")
     for name, numbers in scores.items():
-        shown.add_row(name, *(_number(m, numbers[m]) for m in metrics))
+        shown.add_row(name, *(number(m, numbers[m]) for m in metrics))
     return shown
-
-
-def _number(metric: str, value: float) -> str:
-    return f"{100 * value:.1f} %" if metric in HEADS and metric != "loss" else f"{value:.3f}"

@@ -31,13 +31,13 @@ def print_run(results: Results) -> None:
     personal = models["personal"]["clients"]
     shown = list(personal) if len(personal) <= 20 else []
     for client in shown:
-        cells = [_number(first, models[m]["clients"][client][first]) for m in models_shown()]
-        more = [_number(metric, personal[client][metric]) for metric in others]
+        cells = [number(first, models[m]["clients"][client][first]) for m in models_shown()]
+        more = [number(metric, personal[client][metric]) for metric in others]
         out.add_row(client, str(personal[client]["examples"]), *cells, *more)
     out.add_section()
     for key, head in (("mean", "mean"), ("std", "spread (std)"), ("worst10", "worst 10 %")):
-        cells = [_number(first, results.summary(m)[key]) for m in models_shown()]
-        more = [_number(metric, results.summary("personal", metric).get(key)) for metric in others]
+        cells = [number(first, results.summary(m)[key]) for m in models_shown()]
+        more = [number(metric, results.summary("personal", metric).get(key)) for metric in others]
         out.add_row(head, "", *cells, *more)
     console = console_for_tables()
     console.print(out)
@@ -47,7 +47,7 @@ def print_run(results: Results) -> None:
     up, down = (table["bytes"][way]["per_client_round"] for way in ("bytes_up", "bytes_down"))
     console.print(
         f"untuned, global, personal: {METRICS[first].head}; the columns after them are the "
-        f"personal model's.\npersonal before the last aggregation: {_number(first, before)}"
+        f"personal model's.\npersonal before the last aggregation: {number(first, before)}"
         f"   ·   sent per client and round: {_size(up)} up, {_size(down)} down"
         f"\neverything is in {results.folder}: table.csv, curves.png, answers/, adapters/",
         highlight=False,
@@ -67,7 +67,7 @@ def _groups(results: Results) -> Table:
         out.add_column(head, justify="right", style="bold" if head == "personal" else None)
     often = sorted(rows, key=lambda value: -rows[value]["examples"])
     for value in often[:20]:
-        cells = [_number(first, groups["models"][m][value][first]) for m in models_shown()]
+        cells = [number(first, groups["models"][m][value][first]) for m in models_shown()]
         out.add_row(value, str(rows[value]["examples"]), *cells)
     if len(rows) > 20:
         out.caption = f"and {len(rows) - 20} more in groups.csv"
@@ -138,7 +138,8 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f} %"
 
 
-def _number(metric: str, value: float | None) -> str:
+def number(metric: str, value: float | None) -> str:
+    """A score as tables show it; empty for None."""
     if value is None:
         return ""
     if METRICS[metric].share:
