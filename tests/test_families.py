@@ -221,3 +221,22 @@ def test_reload(family):
         terms = sft_terms(model, batches.training(rows))
     found = (terms.loss / terms.weight).tolist()
     assert found == pytest.approx([a["loss"] for a in answers], rel=1e-4)
+
+
+def test_export(family):
+    """The merged model is whole: transformers alone loads it, and it answers as the run did."""
+    results = ran(family)
+    adapter = fedvlm.export(results.folder, client="site-1")
+    assert {p.name for p in adapter.iterdir()} == {
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+    }
+    merged = fedvlm.export(results.folder, client="site-1", merge=True)
+    model = hf.AutoModelForImageTextToText.from_pretrained(merged).eval()
+    config = fedvlm.load_config(results.folder / "config.yaml")
+    answers = [a for a in results.answers() if a["client"] == "site-1"]
+    rows = [a["row"] for a in answers]
+    batches = Collator(load_rows(config.data), load_model(ModelConfig(name=str(merged))))
+    texts = greedy(model, batches.prompts(rows), batches.tokenizer, 4)
+    assert texts == [a["prediction"] for a in answers]

@@ -36,6 +36,11 @@ class StackedLora(nn.Module):
         self.a: Tensor
         self.b: Tensor
 
+    @property
+    def weight(self) -> Tensor:
+        """The frozen one, whose type some models ask for."""
+        return self.base_layer.weight  # type: ignore[return-value]
+
     def forward(self, x: Tensor) -> Tensor:  # [blocks of rows..., in] -> [..., out]
         y = self.base_layer(x)
         if self._disable_adapters:
