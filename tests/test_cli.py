@@ -119,8 +119,14 @@ def test_ctrl_c_leaves_a_run_that_goes_on_and_says_how(tmp_path):
     words = ["run", f"output={out}", *SMALL, "train.rounds=500", "eval.every=0"]
     command = [sys.executable, "-m", "fedvlm", *words]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    # A shell that runs the tests in the background has Ctrl-C ignored by all that it starts.
     process = subprocess.Popen(
-        command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command,
+        env=environment,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     )
     while "round   2" not in process.stdout.readline():
         assert process.poll() is None

@@ -7,11 +7,19 @@ rate: three more padding tokens move the reference engine itself by 7e-5 at a ra
 
 from __future__ import annotations
 
+import json
+
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import families
 import fedvlm
+from fedvlm.engines.cohort import uniform
+from fedvlm.federate import prepare
+from fedvlm.models.cohort import Ragged
+from fedvlm.models.frozen import nbytes
 from fedvlm.store import load_tree, read_lines
 
 TOLERANCE = 1e-4
@@ -119,3 +127,90 @@ def test_clients_do_not_touch_each_other(small, tmp_path):
     for name, tree in adapters(wide).items():
         other = adapters(narrow)[name]
         assert all(torch.allclose(t, other[n], atol=TOLERANCE) for n, t in tree.items())
+
+
+SGD = {"rounds": 2, "local_steps": 2, "batch_size": 2, "optimizer": "sgd", "lr": 0.5}
+
+
+@pytest.fixture(scope="module")
+def sized(tmp_path_factory):
+    """Rows whose pictures are of different shapes, so that models tile them differently."""
+    folder = tmp_path_factory.mktemp("sized")
+    random, lines = np.random.default_rng(0), []
+    for number in range(18):
+        width, height = [(64, 64), (40, 120), (150, 50)][number % 3]
+        pixels = random.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+        row = {"file_name": f"{number}.png", "question": f"What is in {number}?", "chosen": "noise"}
+        lines.append(json.dumps(row | {"site": f"site-{number // 6}"}))
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    return folder
+
+
+@pytest.mark.parametrize("family", ["qwen2_vl", "qwen3_vl", "llava_next", "internvl", "idefics3"])
+def test_pictures_of_different_sizes_train_the_same_adapters(small, tmp_path, sized, family):
+    small |= {
+        "model": {"name": families.folder(family), "device": "cpu"},
+        "data": {"path": str(sized)},
+        "partition": {"kind": "column", "column": "site", "min_rows": 4},
+        "train": SGD,
+    }
+    assert_same(*both(tmp_path, small), tolerance=1e-5)
+
+
+def test_a_layer_that_packs_is_never_cut_at_the_wrong_place(small, tmp_path, sized):
+    small |= {
+        "model": {"name": families.folder("qwen2_vl"), "device": "cpu"},
+        "data": {"path": str(sized)},
+        "partition": {"kind": "column", "column": "site", "min_rows": 4},
+    }
+    engine, _, _ = prepare(fedvlm.load_config(small, f"output={tmp_path / 'other'}"))
+    rows = [0, 1, 2]
+    engine.stack.load([engine.adapter] * 3, engine.device)
+    engine.stack.activate([0, 1, 2], 1)
+    engine.stack.uniform = uniform([engine.collator.features(i) for i in rows])
+    assert not engine.stack.uniform
+    with pytest.raises(Ragged, match="rows that differ in size"):
+        engine._terms(np.array(rows))
+
+
+@pytest.mark.parametrize("family", families.FAMILIES)
+def test_kept_image_features_change_nothing(small, tmp_path, family):
+    small["model"] = {"name": families.folder(family), "device": "cpu"}
+    small["data"]["scenes"] |= {"rows": 10}
+    small["lora"] |= {"target": "language"}
+    small["train"] = SGD
+    engine, _, _ = prepare(fedvlm.load_config(small, f"output={tmp_path / 'other'}"))
+    assert (engine._images is None) == (family == "git"), "GIT has no image features of its own"
+    assert_same(*both(tmp_path, small), tolerance=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("override", "kept"),
+    [("lora.target=language", True), ("engine.cache=0", False), ("lora.target=projector", False)],
+)
+def test_features_are_kept_only_where_lora_does_not_change_them(small, override, kept):
+    small["lora"] |= {"target": "language"}
+    engine, partition, _ = prepare(fedvlm.load_config(small, override))
+    assert (engine._images is not None) == kept
+    if kept:
+        calls = []
+        tower = engine.model.get_submodule("base_model.model.model.vision_model")
+        tower.register_forward_hook(lambda *_: calls.append(1))
+        rows = partition.splits["site-0"].train[:4]
+        engine.stack.activate([0], 4)
+        first = engine._terms(rows).loss
+        assert len(calls) == 3, "the first row was looked at when the engine was made"
+        assert engine._terms(rows).loss.tolist() == first.tolist()
+        assert len(calls) == 3
+
+
+def test_rows_beyond_the_budget_are_computed_and_not_kept(small):
+    small["lora"] |= {"target": "language"}
+    engine, partition, _ = prepare(fedvlm.load_config(small))
+    one = nbytes(engine._images.of(0))
+    engine._images._room, engine._images._kept = 3, {}
+    for row in partition.splits["site-0"].train:
+        engine._images.of(int(row))
+    assert one > 0
+    assert set(engine._images._kept) == {r for r in partition.splits["site-0"].train if r < 3}

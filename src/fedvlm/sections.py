@@ -280,9 +280,12 @@ class EngineConfig(Section):
     """How a cohort is trained."""
 
     name: Literal["cohort", "reference"] = Field(
-        "reference", description="cohort: many clients in a pass; reference: one after another"
+        "cohort", description="cohort: many clients in a pass; reference: one after another"
     )
     clients: Positive | None = Field(None, description="clients in a pass; empty: 16")
+    cache: Annotated[int, Field(ge=0)] = Field(
+        1024, description="MiB for image features that LoRA does not change; 0: none are kept"
+    )
     threads: Positive | None = Field(
         None,
         description="torch threads; empty: 1 for models under 10 M parameters, else all cores",

@@ -41,6 +41,7 @@ class Store:
     def __init__(self, folder: str | Path, clients: Iterable[str]):
         self.folder = Path(folder)
         self.slugs = slugs(clients)
+        self._kept: set[Path] = set()  # folders of clients that were written to since the commit
 
     # -- once a run
 
@@ -85,6 +86,8 @@ class Store:
             for path in self.folder.glob(pattern):
                 if int(path.stem) > last:
                     path.unlink()
+                else:
+                    self._kept.add(path.parent)  # an older version may have been left, too
         for path in self.folder.glob("**/*.tmp"):
             path.unlink()
         for name in ("metrics.jsonl", "timing.jsonl"):
@@ -101,6 +104,7 @@ class Store:
         if mine:
             folder = self.folder / "clients" / self.slugs[client]
             save_tree(folder / f"{round_:05d}.safetensors", mine)
+            self._kept.add(folder)
 
     def server(self) -> Tree:
         """The server's state after the last finished round."""
@@ -114,9 +118,10 @@ class Store:
         append_line(self.folder / "metrics.jsonl", line)
         append_line(self.folder / "timing.jsonl", timing)
         write_text(self.folder / "checkpoint.json", json.dumps({"round": round_}) + "\n")
-        for folder in (self.folder / "server", *(self.folder / "clients").glob("*")):
+        for folder in (self.folder / "server", *self._kept):
             for old in self._versions(folder)[:-1]:
                 old.unlink()
+        self._kept.clear()
 
     def lines(self) -> list[dict[str, Any]]:
         """The metrics so far, a dict a round."""

@@ -86,6 +86,10 @@ class Collator:
         found = [self.features(i) for i in indices]
         return self._to_device(self._inputs(found, [[] for _ in found], left=not self.seq2seq))
 
+    def picture(self, index: int) -> dict[str, Tensor]:
+        """One row's inputs other than the text: pixels, and what describes them."""
+        return self._to_device(self.features(index).extras)
+
     def _inputs(
         self, rows: Sequence[Features], answers: Sequence[list[Tensor]], *, left: bool
     ) -> dict[str, Tensor]:

@@ -9,8 +9,8 @@ anything with ``lora.dropout``, whose random stream is each client's own.
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,7 @@ from fedvlm.data.prompts import Features
 from fedvlm.engines.base import Answer, Task
 from fedvlm.engines.reference import ReferenceEngine, batches, make_optimizer
 from fedvlm.models.cohort import Ragged, Stack
+from fedvlm.models.frozen import ImageFeatures
 from fedvlm.models.generate import greedy
 from fedvlm.models.objectives import Batch, Terms
 from fedvlm.seeds import derive
@@ -37,6 +38,7 @@ class CohortEngine(ReferenceEngine):
         self.device = self.collator.device
         self.width = self.config.engine.clients or 16
         self._packed = False  # whether a layer was met whose first axis is not the rows
+        self._images = self._frozen_images()
 
     def _train(
         self, trees: Sequence[Tree], phases: Sequence[Phase], tasks: Sequence[Task]
@@ -106,10 +108,25 @@ class CohortEngine(ReferenceEngine):
             loss.backward()
         return loss.detach()
 
+    def _frozen_images(self) -> ImageFeatures | None:
+        """The pictures' features, where LoRA does not change them."""
+        budget = self.config.engine.cache * 2**20
+        images = ImageFeatures(self.model, self.collator.picture, budget)
+        self.stack.load([self.adapter], self.device)
+        self.stack.activate([0], 1)
+        first = int(next(iter(self.partition.splits.values())).train[0])
+        return images if budget and images.usable(first) else None
+
+    def _known(self, rows: np.ndarray, copies: int) -> contextlib.AbstractContextManager[None]:
+        if self._images is None:
+            return contextlib.nullcontext()
+        return self._images.given(list(rows) * copies)
+
     def _terms(self, rows: np.ndarray) -> Terms:
         """The objective on rows in blocks of the active clients."""
         batch: Batch = self.collator.training(rows)
-        with self.stack.repeated(2 if self.objective.pairs else 1):
+        copies = 2 if self.objective.pairs else 1
+        with self.stack.repeated(copies), self._known(rows, copies):
             return self.objective.terms(self.model, batch)
 
     def _side_by_side(self, rows: Any) -> bool:
@@ -144,7 +161,8 @@ class CohortEngine(ReferenceEngine):
         try:
             terms = self._terms(rows)
             prompts = self.collator.prompts(rows)
-            texts = greedy(self.model, prompts, self.collator.tokenizer, tokens)
+            with self._known(rows, 1):
+                texts = greedy(self.model, prompts, self.collator.tokenizer, tokens)
         except Ragged:
             self._packed = True
             return self._answer_part(drawn)
@@ -159,7 +177,7 @@ class Streams:
         self._seeds = list(seeds)
         self._states: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
-    @contextmanager
+    @contextlib.contextmanager
     def of(self, client: int) -> Iterator[None]:
         """The client's stream, from where it was left."""
         cuda = torch.cuda.is_available()
