@@ -129,7 +129,7 @@ def test_clients_do_not_touch_each_other(small, tmp_path):
         assert all(torch.allclose(t, other[n], atol=TOLERANCE) for n, t in tree.items())
 
 
-SGD = {"rounds": 2, "local_steps": 2, "batch_size": 2, "optimizer": "sgd", "lr": 0.5}
+SGD = {"rounds": 2, "local_steps": 2, "batch_size": 2, "optimizer": "sgd", "lr": 0.1}
 
 
 @pytest.fixture(scope="module")

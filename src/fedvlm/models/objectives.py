@@ -9,6 +9,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -132,9 +133,14 @@ def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     if model.config.is_encoder_decoder:
         logits = model(**inputs, labels=labels).logits
     else:
+        # Logits of the prompt are not needed: with a large vocabulary they take most of the memory.
+        first = int((labels != IGNORE).any(0).nonzero()[0])
+        labels = labels[:, first:]
+        if _takes_logits_to_keep(model):
+            keep: Any = labels.shape[1] + 1
+            inputs["logits_to_keep"] = keep
         # Some models (GIT) put logits of image tokens, which are no input ids, before the text's.
-        logits = model(**inputs).logits[:, -labels.shape[1] : -1]
-        labels = labels[:, 1:]
+        logits = model(**inputs).logits[:, -labels.shape[1] - 1 : -1]
     scored = labels != IGNORE
     rows, columns = scored.nonzero(as_tuple=True)
     token_nll = F.cross_entropy(
@@ -142,3 +148,8 @@ def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     )
     nll = torch.zeros(len(labels), device=token_nll.device).index_add(0, rows, token_nll)
     return nll, scored.sum(1)
+
+
+def _takes_logits_to_keep(model: Any) -> bool:
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    return "logits_to_keep" in inspect.signature(base.forward).parameters
