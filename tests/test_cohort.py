@@ -25,6 +25,15 @@ from fedvlm.store import load_tree, read_lines
 TOLERANCE = 1e-4
 
 
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """Two hundred figures are not what is tested here."""
+    from fedvlm.report import plots, skewplot
+
+    monkeypatch.setattr(plots, "plot_run", lambda *args, **options: None)
+    monkeypatch.setattr(skewplot, "plot_partition", lambda *args, **options: None)
+
+
 def both(tmp_path, settings, *overrides):
     """The same run by both engines."""
     return [
@@ -129,7 +138,7 @@ def test_clients_do_not_touch_each_other(small, tmp_path):
         assert all(torch.allclose(t, other[n], atol=TOLERANCE) for n, t in tree.items())
 
 
-SGD = {"rounds": 2, "local_steps": 2, "batch_size": 2, "optimizer": "sgd", "lr": 0.1}
+SGD = {"rounds": 1, "local_steps": 2, "batch_size": 2, "optimizer": "sgd", "lr": 0.1}
 
 
 @pytest.fixture(scope="module")
