@@ -115,14 +115,12 @@ def prepare(config: Config) -> tuple[ReferenceEngine, Partition, stores.Store]:
     Raises:
         FedVLMError: it cannot; see :func:`run`.
     """
-    import torch
-
     from fedvlm.data.collate import Collator
     from fedvlm.data.partition import make_partition
     from fedvlm.data.sources import load_rows
     from fedvlm.engines import engine_class
     from fedvlm.models import objectives
-    from fedvlm.models.load import load_model
+    from fedvlm.models.load import load_model, set_threads
     from fedvlm.models.lora import attach, drop_dead
 
     objective = objectives.build(config.objective)
@@ -131,10 +129,7 @@ def prepare(config: Config) -> tuple[ReferenceEngine, Partition, stores.Store]:
     _check_held_out(partition, config.eval.split)
     store = stores.Store(config.output, partition.clients)
     loaded = load_model(config.model)
-    # A small model gains nothing from threads, and loses ten-fold where cores are busy already.
-    small = sum(p.numel() for p in loaded.model.parameters()) < 10_000_000
-    if config.engine.threads or small:
-        torch.set_num_threads(config.engine.threads or 1)
+    set_threads(loaded.model, config.engine.threads)
     model = attach(loaded.model, config.lora, config.seed)
     limit = config.data.max_length
     collator = Collator(rows, loaded, max_length=limit, pairs=objective.pairs)

@@ -141,14 +141,10 @@ class Opened:
     @cached_property
     def base(self) -> Loaded:
         """The base model with its processor; its weights are frozen, its LoRA is written to."""
-        import torch
-
-        from fedvlm.models.load import load_model
+        from fedvlm.models.load import load_model, set_threads
 
         loaded = load_model(self.config.model)
-        small = sum(p.numel() for p in loaded.model.parameters()) < 10_000_000
-        if self.config.engine.threads or small:  # as in a run: small models lose by threads
-            torch.set_num_threads(self.config.engine.threads or 1)
+        set_threads(loaded.model, self.config.engine.threads)
         return loaded
 
     @cached_property

@@ -78,6 +78,15 @@ def load_model(config: ModelConfig) -> Loaded:
     return Loaded(model, processor, device, config.name)
 
 
+def set_threads(model: Any, threads: int | None) -> None:
+    """Sets torch's threads; None is 1 for a model under 10 M parameters, and else all cores.
+
+    A small model gains little from threads, and loses ten-fold where cores are busy already.
+    """
+    if threads or sum(p.numel() for p in model.parameters()) < 10_000_000:
+        torch.set_num_threads(threads or 1)
+
+
 def without_dropout(architecture: Any) -> None:
     """Takes dropout and stochastic depth out of a model's configuration, in place.
 
