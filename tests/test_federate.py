@@ -158,12 +158,14 @@ def test_personal_adapters_combine_the_shared_with_the_own(finished):
         assert digest(whole) == digest({**state, **own})
 
 
-def test_one_client_and_one_round_equal_a_plain_training_loop(small):
+@pytest.mark.parametrize("name", ["reference", "cohort"])
+def test_one_client_and_one_round_equal_a_plain_training_loop(small, name):
     small["data"]["scenes"]["sites"] = 1
-    small["train"] |= {"rounds": 1, "local_steps": 5, "max_grad_norm": 1.0}
-    config = load(small, "algorithm.name=lora")
+    small["train"] |= {"rounds": 1, "local_steps": 5, "max_grad_norm": 1.0, "lr": 1e-3}
+    config = load(small, "algorithm.name=lora", f"engine.name={name}")
     results = federate.run(config)
-    engine, partition, _ = federate.prepare(load(config, "output=elsewhere"))
+    plain = load(config, "output=elsewhere", "engine.name=reference")  # its layers are PEFT's own
+    engine, partition, _ = federate.prepare(plain)
     model, params = engine.model.train(), lora.handles(engine.model)
     optimizer = torch.optim.AdamW(params.values(), lr=config.train.lr, weight_decay=0.0)
     rows = partition.splits["site-0"].train
