@@ -17,7 +17,7 @@ from fedvlm.algorithms import Algorithm, Client, State, build, check_share
 from fedvlm.engines.base import Engine, Scores, Task
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.progress import Progress, Quiet
-from fedvlm.results import Results, global_model, write_answers, write_results
+from fedvlm.results import Results, global_model, personal_models, write_answers, write_results
 from fedvlm.sections import Config
 from fedvlm.seeds import derive
 from fedvlm.tree import Mean, Tree, nbytes
@@ -193,7 +193,7 @@ def _rounds(
     algorithm, clients = build(config.algorithm), partition.clients
     if store.finished() is None:
         untuned = _score_all(engine, algorithm, state, clients)
-        answers = engine.answers(_personal(engine, algorithm, state, clients))
+        answers = engine.answers(personal_models(engine, algorithm, state, clients))
         write_answers(store.folder, "untuned", answers)
         line = {"round": 0, "evaluation": {"personal": untuned[0], "global": untuned[1]}}
         store.commit(0, state, line, {"round": 0})
@@ -261,17 +261,9 @@ def _score_all(
     own = clients if personal is None else personal
     shared = global_model(engine, algorithm, state, clients[0])
     return (
-        engine.evaluate(_personal(engine, algorithm, state, own)),
+        engine.evaluate(personal_models(engine, algorithm, state, own)),
         engine.evaluate((c, shared) for c in clients),
     )
-
-
-def _personal(
-    engine: Engine, algorithm: Algorithm, state: State, clients: Sequence[str]
-) -> Iterator[tuple[str, Tree]]:
-    for client in clients:
-        down = algorithm.download(state, Client(client, 1.0))
-        yield client, engine.personal(algorithm, client, down)
 
 
 def _client(partition: Partition, name: str) -> Client:

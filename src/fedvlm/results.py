@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -82,10 +82,7 @@ def write_results(
     lines = store.lines()
     algorithm, state = build(config.algorithm), store.server()
     shared = global_model(engine, algorithm, state, partition.clients[0])
-    personal = {
-        c: engine.personal(algorithm, c, algorithm.download(state, Client(c, 1.0)))
-        for c in partition.clients
-    }
+    personal = dict(personal_models(engine, algorithm, state, partition.clients))
     answers = {
         "untuned": read_lines(store.folder / "answers" / "untuned.jsonl"),
         "global": write_answers(
@@ -110,6 +107,15 @@ def write_results(
 def global_model(engine: Engine, algorithm: Algorithm, state: State, client: str) -> Tree:
     """What a client has that keeps nothing of its own: the shared factors on the common start."""
     return algorithm.start(engine.adapter, algorithm.download(state, Client(client, 1.0)), {})
+
+
+def personal_models(
+    engine: Engine, algorithm: Algorithm, state: State, clients: Sequence[str]
+) -> Iterator[tuple[str, Tree]]:
+    """What each client has: the shared factors and those it keeps; one at a time."""
+    for client in clients:
+        down = algorithm.download(state, Client(client, 1.0))
+        yield client, engine.personal(algorithm, client, down)
 
 
 def write_answers(

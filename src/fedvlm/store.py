@@ -210,14 +210,14 @@ def slugs(clients: Iterable[str]) -> dict[str, str]:
 
 def write_text(path: Path, text: str) -> None:
     """Writes a file whole or not at all."""
-    _atomic(path, text.encode())
+    write_bytes(path, text.encode())
 
 
 def save_tree(path: Path, tree: Tree) -> None:
     """Writes tensors whole or not at all."""
     from safetensors.torch import save
 
-    _atomic(path, save({n: t.contiguous() for n, t in tree.items()}))
+    write_bytes(path, save({n: t.contiguous() for n, t in tree.items()}))
 
 
 def load_tree(path: Path) -> Tree:
@@ -243,7 +243,8 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def _atomic(path: Path, data: bytes) -> None:
+def write_bytes(path: Path, data: bytes) -> None:
+    """Writes a file whole or not at all."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as f:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import io
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import datasets
 from fedvlm.data.sources import load_rows, open_image
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.sections import DataConfig
+from fedvlm.store import write_bytes
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
@@ -159,10 +159,7 @@ def write_table(rows: list[dict[str, Any]], out: str | Path) -> Path:
     else:
         content = (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode()
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.write_bytes(content)
-        os.replace(temporary, path)
+        write_bytes(path, content)
     except OSError as error:
         raise FedVLMError(f"--out '{path}' cannot be written: {error.strerror}") from error
     return path

@@ -8,7 +8,7 @@ with the token that ends a turn, so that training and decoding see the same toke
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -212,6 +212,6 @@ def _ends(model: Any, tokenizer: Any) -> tuple[set[int], int]:
 
 def _limit(config: Any, tokenizer: Any) -> int | None:
     """Most tokens that the model's positions and its tokenizer allow; None where unlimited."""
-    text: Mapping[str, Any] | Any = config.get_text_config()
+    text = config.get_text_config()
     limits = [getattr(text, "max_position_embeddings", None), tokenizer.model_max_length]
     return min((int(n) for n in limits if n and n < 1_000_000), default=None)

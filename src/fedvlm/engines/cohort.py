@@ -23,8 +23,7 @@ from fedvlm.engines.base import Answer, Task
 from fedvlm.engines.reference import ReferenceEngine, batches, make_optimizer
 from fedvlm.models.cohort import Ragged, Stack
 from fedvlm.models.frozen import ImageFeatures
-from fedvlm.models.generate import greedy
-from fedvlm.models.objectives import Batch, Terms
+from fedvlm.models.objectives import Terms
 from fedvlm.seeds import derive
 from fedvlm.tree import Tree
 
@@ -124,10 +123,13 @@ class CohortEngine(ReferenceEngine):
 
     def _terms(self, rows: np.ndarray) -> Terms:
         """The objective on rows in blocks of the active clients."""
-        batch: Batch = self.collator.training(rows)
         copies = 2 if self.objective.pairs else 1
         with self.stack.repeated(copies), self._known(rows, copies):
-            return self.objective.terms(self.model, batch)
+            return super()._terms(rows)
+
+    def _texts(self, rows: np.ndarray) -> list[str]:
+        with self._known(rows, 1):
+            return super()._texts(rows)
 
     def _side_by_side(self, rows: Any) -> bool:
         """Whether these batches may share a pass; asked of layers that pack, once one is known."""
@@ -157,16 +159,11 @@ class CohortEngine(ReferenceEngine):
         size = max(map(len, drawn.values()))
         rows = np.concatenate([filled(rows, size) for rows in drawn.values()])
         self.stack.activate(list(drawn), size)
-        tokens = self.config.eval.max_new_tokens
         try:
-            terms = self._terms(rows)
-            prompts = self.collator.prompts(rows)
-            with self._known(rows, 1):
-                texts = greedy(self.model, prompts, self.collator.tokenizer, tokens)
+            answers = self._answer_rows(rows)
         except Ragged:
             self._packed = True
             return self._answer_part(drawn)
-        answers = self._scored(rows, terms, texts)
         return {k: answers[n * size :][: len(real)] for n, (k, real) in enumerate(drawn.items())}
 
 

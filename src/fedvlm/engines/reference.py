@@ -124,7 +124,7 @@ class ReferenceEngine:
             steps = phase.steps or settings.steps(len(rows))
             for batch in batches(rows, settings.batch_size, steps, derive(*seed, "batches")):
                 optimizer.zero_grad()
-                step_loss = self.objective.terms(self.model, self.collator.training(batch)).mean()
+                step_loss = self._terms(batch).mean()
                 step_loss.backward()
                 if settings.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
@@ -142,27 +142,27 @@ class ReferenceEngine:
     @torch.no_grad()
     def _answer(self, models: Sequence[tuple[Tree, np.ndarray]]) -> list[list[Answer]]:
         """What each adapter answers to its rows."""
+        self.model.eval()
         size = self.config.eval.batch_size
         found = []
         for tree, rows in models:
             lora.write(self.params, tree)
             batched = (rows[start : start + size] for start in range(0, len(rows), size))
-            found.append([answer for batch in batched for answer in self.answer_rows(batch)])
+            found.append([answer for batch in batched for answer in self._answer_rows(batch)])
         return found
 
-    @torch.no_grad()
-    def answer_rows(self, indices: Sequence[int] | np.ndarray) -> list[Answer]:
-        """One batch: losses and decoded texts of the model as it is."""
-        self.model.eval()
-        settings = self.config.eval
-        terms = self.objective.terms(self.model, self.collator.training(indices))
-        prompts = self.collator.prompts(indices)
-        texts = greedy(self.model, prompts, self.collator.tokenizer, settings.max_new_tokens)
-        return self._scored(indices, terms, texts)
+    def _terms(self, rows: np.ndarray) -> objectives.Terms:
+        """The objective of the model as it is."""
+        return self.objective.terms(self.model, self.collator.training(rows))
 
-    def _scored(
-        self, indices: Sequence[int] | np.ndarray, terms: objectives.Terms, texts: list[str]
-    ) -> list[Answer]:
+    def _texts(self, rows: np.ndarray) -> list[str]:
+        """The decoded answers of the model as it is."""
+        tokens = self.config.eval.max_new_tokens
+        return greedy(self.model, self.collator.prompts(rows), self.collator.tokenizer, tokens)
+
+    def _answer_rows(self, indices: np.ndarray) -> list[Answer]:
+        """One batch: losses, texts and their scores."""
+        terms, texts = self._terms(indices), self._texts(indices)
         rows = [self.collator.rows[int(i)] for i in indices]
         scores = score_texts(texts, [row["answer"] for row in rows])
         losses = {"loss": terms.loss / terms.weight, **terms.metrics, "weight": terms.weight}

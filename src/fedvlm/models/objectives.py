@@ -13,7 +13,7 @@ import inspect
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -136,7 +136,9 @@ def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         # Logits of the prompt are not needed: with a large vocabulary they take most of the memory.
         first = int((labels != IGNORE).any(0).nonzero()[0])
         labels = labels[:, first:]
-        if _takes_logits_to_keep(model):
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        kind: Any = type(base)
+        if _takes_logits_to_keep(kind):
             keep: Any = labels.shape[1] + 1
             inputs["logits_to_keep"] = keep
         # Some models (GIT) put logits of image tokens, which are no input ids, before the text's.
@@ -150,6 +152,6 @@ def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     return nll, scored.sum(1)
 
 
-def _takes_logits_to_keep(model: Any) -> bool:
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return "logits_to_keep" in inspect.signature(base.forward).parameters
+@cache
+def _takes_logits_to_keep(kind: type) -> bool:
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]
