@@ -99,9 +99,8 @@ def test_only_what_is_shared_reaches_the_server(finished, name):
     state = store.load_tree(next((folder / "server").glob("*.safetensors")))
     assert "".join(sorted({factor(n) for n in state})) == sends[name]
     keeps = {"plora": "A", "lora": "", "fedsa": "B", "ffa": "", "local": "AB", "lora+ft": "AB"}
-    kept = [store.load_tree(p) for p in (folder / "clients").glob("*/*.safetensors")]
-    assert "".join(sorted({factor(n) for tree in kept for n in tree})) == keeps[name]
-    assert len(kept) == (3 if keeps[name] else 0)
+    kept = store.Store(folder).personal(["site-0", "site-1", "site-2"])
+    assert ["".join(sorted({factor(n) for n in tree})) for tree in kept] == [keeps[name]] * 3
 
 
 def test_all_algorithms_start_from_the_same_clients_and_the_same_model(finished):
@@ -154,7 +153,7 @@ def test_personal_adapters_combine_the_shared_with_the_own(finished):
     for site in ("site-0", "site-1"):
         file = finished["plora"].adapter(site) / "adapter_model.safetensors"
         whole = store.load_tree(file)
-        own = store.load_tree(folder / "clients" / site / "00002.safetensors")
+        (own,) = store.Store(folder).personal([site])
         assert digest(whole) == digest({**state, **own})
 
 
@@ -213,7 +212,9 @@ def test_a_sampled_cohort_leaves_the_others_alone(small):
     results = federate.run(small, "train.clients_per_round=1", "train.rounds=2")
     lines = results.folder / "metrics.jsonl"
     seen = {c for line in store.read_lines(lines)[1:] for c in line["cohort"]}
-    assert {p.name for p in (results.folder / "clients").iterdir()} == seen
+    sites = ["site-0", "site-1", "site-2"]
+    kept = dict(zip(sites, store.Store(results.folder).personal(sites), strict=True))
+    assert {site for site, tree in kept.items() if tree} == seen
     assert set(results.scores()) == {"site-0", "site-1", "site-2"}, "all clients are scored"
 
 

@@ -41,7 +41,7 @@ def adapter(folder):
 
 def test_only_what_is_personal_is_trained(joined):
     folder, site, _ = joined
-    shared = Store(folder, ["site-0", "site-1", "site-2"]).server()
+    shared = Store(folder).server()
     tree = adapter(site.folder)
     assert {factor(n) for n in shared} == {"B"}
     assert digest({n: tree[n] for n in shared}) == digest(shared), "B is the server's"

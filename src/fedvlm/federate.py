@@ -127,7 +127,7 @@ def prepare(config: Config) -> tuple[ReferenceEngine, Partition, stores.Store]:
     rows = load_rows(config.data, config.seed, pairs=objective.pairs)
     partition = make_partition(rows, config)
     _check_held_out(partition, config.eval.split)
-    store = stores.Store(config.output, partition.clients)
+    store = stores.Store(config.output)
     loaded = load_model(config.model)
     set_threads(loaded.model, config.engine.threads)
     model = attach(loaded.model, config.lora, config.seed)

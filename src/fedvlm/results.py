@@ -14,7 +14,7 @@ from fedvlm.algorithms import Algorithm, Client, State
 from fedvlm.engines.base import Answer, Engine
 from fedvlm.metrics import METRICS, average, summarize
 from fedvlm.sections import Config
-from fedvlm.store import DONE, Store, read_lines, write_text
+from fedvlm.store import DONE, Store, read_lines, slugs, write_text
 from fedvlm.tree import Tree
 
 if TYPE_CHECKING:
@@ -90,7 +90,7 @@ def write_results(
         ),
         "personal": write_answers(store.folder, "personal", engine.answers(personal.items())),
     }
-    table = tabulate(config, lines, store) | {"groups": _groups(config, answers)}
+    table = tabulate(config, lines, partition.clients) | {"groups": _groups(config, answers)}
     folder = store.folder / "adapters"
     save_adapter(engine.model, shared, folder / "global")
     for client, name in table["folders"].items():
@@ -112,10 +112,11 @@ def global_model(engine: Engine, algorithm: Algorithm, state: State, client: str
 def personal_models(
     engine: Engine, algorithm: Algorithm, state: State, clients: Sequence[str]
 ) -> Iterator[tuple[str, Tree]]:
-    """What each client has: the shared factors and those it keeps; one at a time."""
-    for client in clients:
-        down = algorithm.download(state, Client(client, 1.0))
-        yield client, engine.personal(algorithm, client, down)
+    """What each client has: the shared factors and those it keeps; one pass at a time."""
+    for start in range(0, len(clients), engine.width):
+        group = clients[start : start + engine.width]
+        downs = {c: algorithm.download(state, Client(c, 1.0)) for c in group}
+        yield from zip(group, engine.personal(algorithm, downs), strict=True)
 
 
 def write_answers(
@@ -128,7 +129,7 @@ def write_answers(
     return lines
 
 
-def tabulate(config: Config, lines: list[dict[str, Any]], store: Store) -> dict[str, Any]:
+def tabulate(config: Config, lines: list[dict[str, Any]], clients: Sequence[str]) -> dict[str, Any]:
     """The final table from the metrics lines."""
     last = lines[-1]["evaluation"]
     models = {"untuned": lines[0]["evaluation"]["personal"], **last}
@@ -150,7 +151,7 @@ def tabulate(config: Config, lines: list[dict[str, Any]], store: Store) -> dict[
         "bytes": {
             way: {"per_client_round": sum(n) / len(n), "total": sum(n)} for way, n in sent.items()
         },
-        "folders": {c: f"client-{slug}" for c, slug in store.slugs.items()},
+        "folders": {c: f"client-{slug}" for c, slug in slugs(clients).items()},
     }
 
 

@@ -6,13 +6,14 @@ Layout::
     partition.png                                      the clients' sizes and labels
     checkpoint.json                                    {"round": n}: the last finished round
     server/00007.safetensors                           the server's state after round 7
-    clients/NAME/00006.safetensors                     what client NAME keeps, since round 6
+    personal/00007-00016.safetensors                   what a pass of clients keeps, since round 7
     metrics.jsonl  timing.jsonl                        one line a round
     answers/  adapters/  groups.csv  table.csv  curves.png  table.json     written at the end
 
 A round's files are written first, each by an atomic rename, and count only once ``checkpoint.json``
-names the round. A process killed at any moment leaves the last finished round whole; files of a
-later round are removed on resume.
+names the round, which is after the disk holds them. A process killed at any moment leaves the last
+finished round whole; files of a later round are removed on resume. The packs in ``personal`` are
+described in :mod:`fedvlm.packs`.
 """
 
 from __future__ import annotations
@@ -24,11 +25,13 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fedvlm.errors import FedVLMError
+from fedvlm.packs import Packs, sync
 from fedvlm.tree import Tree
 
 CONFIG = "config.yaml"
@@ -38,10 +41,12 @@ DONE = "table.json"
 class Store:
     """One run's folder; hold it by :meth:`locked` while writing."""
 
-    def __init__(self, folder: str | Path, clients: Iterable[str]):
+    def __init__(self, folder: str | Path):
         self.folder = Path(folder)
-        self.slugs = slugs(clients)
-        self._kept: set[Path] = set()  # folders of clients that were written to since the commit
+
+    @cached_property
+    def _packs(self) -> Packs:
+        return Packs(self.folder / "personal", self._last)
 
     # -- once a run
 
@@ -49,6 +54,7 @@ class Store:
         """Writes the files that describe the run; ``config.yaml`` last, it marks a run."""
         for name, text in sorted(files.items(), key=lambda item: item[0] == CONFIG):
             write_text(self.folder / name, text)
+        sync(self.folder.absolute().parent)
 
     @contextlib.contextmanager
     def locked(self) -> Iterator[None]:
@@ -78,33 +84,45 @@ class Store:
         path = self.folder / "checkpoint.json"
         return json.loads(path.read_text())["round"] if path.exists() else None
 
+    @property
+    def _last(self) -> int:
+        done = self.finished()
+        return -1 if done is None else done
+
     def rewind(self) -> None:
         """Removes what a killed process left of a round that did not finish."""
-        done = self.finished()
-        last = -1 if done is None else done
-        for pattern in ("server/*.safetensors", "clients/*/*.safetensors"):
-            for path in self.folder.glob(pattern):
-                if int(path.stem) > last:
-                    path.unlink()
-                else:
-                    self._kept.add(path.parent)  # an older version may have been left, too
+        last = self._last
+        for path in self._states():
+            if int(path.stem) > last:
+                path.unlink()
         for path in self.folder.glob("**/*.tmp"):
             path.unlink()
+        self._packs = Packs.rewound(self.folder / "personal", last)
         for name in ("metrics.jsonl", "timing.jsonl"):
             lines = [line for line in read_lines(self.folder / name) if line["round"] <= last]
             write_text(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
 
-    def personal(self, client: str) -> Tree:
-        """What a client keeps; empty before its first round."""
-        versions = self._versions(self.folder / "clients" / self.slugs[client])
-        return load_tree(versions[-1]) if versions else {}
+    def personal(self, clients: Sequence[str]) -> list[Tree]:
+        """What each client keeps; empty before its first round. A file is opened once a call."""
+        return self._packs.read(clients)
 
-    def keep(self, client: str, round_: int, mine: Tree) -> None:
-        """Saves what a client keeps from ``round_`` on; nothing where it keeps nothing."""
-        if mine:
-            folder = self.folder / "clients" / self.slugs[client]
-            save_tree(folder / f"{round_:05d}.safetensors", mine)
-            self._kept.add(folder)
+    def keep(self, round_: int, position: int, kept: Mapping[str, Tree]) -> None:
+        """Saves what the clients of a pass keep from ``round_`` on, as one file.
+
+        Args:
+            round_: the round.
+            position: of the pass's first client in the round's cohort.
+            kept: client -> what it keeps; nothing is written of one that keeps nothing.
+        """
+        self._packs.write(round_, position, kept)
+
+    def refresh(self, round_: int) -> None:
+        """Takes notice of what other processes wrote in ``round_``; only headers are read.
+
+        The process that commits a round has to call it before, the others after the commit: then
+        old packs may have been merged into new ones.
+        """
+        self._packs.refresh(round_)
 
     def server(self) -> Tree:
         """The server's state after the last finished round."""
@@ -114,21 +132,21 @@ class Store:
         self, round_: int, state: Tree, line: dict[str, Any], timing: dict[str, Any]
     ) -> None:
         """Finishes a round: its state and its lines, then the checkpoint, then the clean-up."""
+        self._packs.settle(round_)
         save_tree(self.folder / "server" / f"{round_:05d}.safetensors", state)
         append_line(self.folder / "metrics.jsonl", line)
         append_line(self.folder / "timing.jsonl", timing)
         write_text(self.folder / "checkpoint.json", json.dumps({"round": round_}) + "\n")
-        for folder in (self.folder / "server", *self._kept):
-            for old in self._versions(folder)[:-1]:
-                old.unlink()
-        self._kept.clear()
+        for old in self._states()[:-1]:
+            old.unlink()
+        self._packs.sweep()
+
+    def _states(self) -> list[Path]:
+        return sorted((self.folder / "server").glob("*.safetensors"))
 
     def lines(self) -> list[dict[str, Any]]:
         """The metrics so far, a dict a round."""
         return read_lines(self.folder / "metrics.jsonl")
-
-    def _versions(self, folder: Path) -> list[Path]:
-        return sorted(folder.glob("*.safetensors"))
 
 
 def is_run(folder: str | Path) -> bool:
@@ -198,14 +216,17 @@ def writable(folder: Path) -> Iterator[None]:
 
 def slugs(clients: Iterable[str]) -> dict[str, str]:
     """A distinct folder name for every client, readable and safe."""
-    taken: dict[str, str] = {}
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    tried: dict[str, int] = {}  # how often a name was asked for
     for client in clients:
-        base = re.sub(r"[^\w.-]+", "-", client).strip(".-")[:80] or "client"
-        name, n = base, 2
-        while name in taken.values():
-            name, n = f"{base}-{n}", n + 1
-        taken[client] = name
-    return taken
+        name = base = re.sub(r"[^\w.-]+", "-", client).strip(".-")[:80] or "client"
+        while name in taken:
+            tried[base] = tried.get(base, 1) + 1
+            name = f"{base}-{tried[base]}"
+        taken.add(name)
+        found[client] = name
+    return found
 
 
 def write_text(path: Path, text: str) -> None:
@@ -252,3 +273,4 @@ def write_bytes(path: Path, data: bytes) -> None:
         f.flush()
         os.fsync(f.fileno())
     os.replace(temporary, path)
+    sync(path.parent)

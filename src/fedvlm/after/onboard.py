@@ -77,7 +77,7 @@ def onboard(
     count = steps if steps is not None else _steps(config, len(split.train))
     if count < 1:
         raise FedVLMError(f"--steps {count}: give at least one")
-    state = stores.Store(run.folder, run.clients).server()
+    state = stores.Store(run.folder).server()
     algorithm = build(config.algorithm)
     down = algorithm.download(state, Client(site, float(len(split.train))))
     last = algorithm.final or algorithm

@@ -202,7 +202,7 @@ class Opened:
         model = self.write(self.initial)  # an engine takes what it finds as the initial adapter
         names = tuple(splits)
         partition = Partition("iid", "answer", names, dict(splits), {}, ())
-        store = stores.Store(folder, names)
+        store = stores.Store(folder)
         return ReferenceEngine(model, self._collator(rows), partition, config, store)
 
     def _collator(self, rows: Any) -> Any:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -55,13 +55,15 @@ class Engine(Protocol):
 
     adapter: Tree
     """The common initial adapter."""
+    width: int
+    """Clients in a pass."""
 
     def train(self, algorithm: Algorithm, tasks: Sequence[Task]) -> Iterator[Reply]:
         """Runs ``start -> phases -> finish`` for each task and keeps what is personal."""
         ...
 
-    def personal(self, algorithm: Algorithm, client: str, down: Tree) -> Tree:
-        """The adapter that a client would use now, given what it was sent."""
+    def personal(self, algorithm: Algorithm, downs: Mapping[str, Tree]) -> list[Tree]:
+        """The adapters that clients would use now, given what each was sent."""
         ...
 
     def evaluate(self, models: Iterable[tuple[str, Tree]]) -> dict[str, Scores]:

@@ -50,17 +50,21 @@ class ReferenceEngine:
         self._answers.clear()
         for start in range(0, len(tasks), self.width):
             group = tasks[start : start + self.width]
-            trees = [self.personal(algorithm, task.client, task.down) for task in group]
+            trees = self.personal(algorithm, {task.client: task.down for task in group})
             ended = self._train(trees, algorithm.phases, group)
+            replies, kept = [], {}
             for task, (end, loss) in zip(group, ended, strict=True):
                 self._check_finite(task, end, loss)
-                upload, mine = algorithm.finish(task.down, end)
-                self.store.keep(task.client, task.round, mine)
+                upload, kept[task.client] = algorithm.finish(task.down, end)
                 weight = len(self.partition.splits[task.client].train)
-                yield Reply(task.client, upload, weight, loss, end)
+                replies.append(Reply(task.client, upload, weight, loss, end))
+            self.store.keep(group[0].round, start, kept)
+            yield from replies
 
-    def personal(self, algorithm: Algorithm, client: str, down: Tree) -> Tree:
-        return algorithm.start(self.adapter, down, self.store.personal(client))
+    def personal(self, algorithm: Algorithm, downs: Mapping[str, Tree]) -> list[Tree]:
+        kept = self.store.personal(list(downs))
+        pairs = zip(downs.values(), kept, strict=True)
+        return [algorithm.start(self.adapter, down, mine) for down, mine in pairs]
 
     def evaluate(self, models: Iterable[tuple[str, Tree]]) -> dict[str, Scores]:
         return {client: average(found) for client, found in self.answers(models).items()}

@@ -1,0 +1,224 @@
+"""Personal states in packs: read back, merged, and whole after a kill at any moment."""
+
+import random
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+import torch
+
+from fedvlm.store import Store
+
+CLIENTS = [f"client-{k}" for k in range(40)]
+
+
+def tree(value, rank=2):
+    return {"a": torch.full((rank, 3), float(value)), "b": torch.full((4,), -float(value))}
+
+
+def finish(store, round_):
+    store.commit(round_, {"x": torch.zeros(1)}, {"round": round_}, {"round": round_})
+
+
+def packs(store):
+    return sorted(p.name for p in (store.folder / "personal").iterdir())
+
+
+def values(store, clients=CLIENTS):
+    """What each client keeps, as one number."""
+    trees = store.personal(clients)
+    for found in trees:
+        assert not found or torch.equal(found["b"], -found["a"][0, 0].expand(4))
+    return [found["a"].unique().item() if found else None for found in trees]
+
+
+def rounds(store, numbers, passes=2, width=4):
+    """Rounds on seeded random cohorts: the state of a client is ``round + position / 100``."""
+    expected = {}
+    for number in numbers:
+        cohort = random.Random(number).sample(CLIENTS, passes * width)
+        for start in range(0, len(cohort), width):
+            group = cohort[start : start + width]
+            kept = {c: tree(number + n / 100) for n, c in enumerate(group, start=start)}
+            store.keep(number, start, kept)
+        expected |= {c: pytest.approx(number + n / 100) for n, c in enumerate(cohort)}
+        finish(store, number)
+    return expected
+
+
+def test_a_pass_is_one_file_of_stacked_states(tmp_path):
+    from safetensors.torch import load_file
+
+    store = Store(tmp_path)
+    store.keep(1, 0, {"c": tree(1), "d": tree(2)})
+    store.keep(1, 2, {"e": tree(3), "nothing": {}})
+    finish(store, 1)
+    assert packs(store) == ["00001-00000.safetensors", "00001-00002.safetensors"]
+    stacked = load_file(tmp_path / "personal" / "00001-00000.safetensors")
+    assert stacked["a"].shape == (2, 2, 3)
+    assert values(store, ["e", "c", "nothing", "stranger", "d"]) == [3, 1, None, None, 2]
+
+
+def test_clients_with_other_shapes_lie_in_packs_of_their_own(tmp_path):
+    store = Store(tmp_path)
+    store.keep(3, 8, {"c": tree(1), "d": tree(2, rank=5), "e": tree(3), "f": tree(4, rank=5)})
+    finish(store, 3)
+    assert packs(store) == ["00003-00008.safetensors", "00003-00009.safetensors"]
+    assert values(store, ["c", "d", "e", "f"]) == [1, 2, 3, 4]
+    assert Store(tmp_path).personal(["f"])[0]["a"].shape == (5, 3)
+
+
+def test_packs_in_which_no_client_has_its_state_are_removed(tmp_path):
+    store = Store(tmp_path)
+    store.keep(1, 0, {"idle": tree(1)})
+    finish(store, 1)
+    for number in (2, 3):
+        store.keep(number, 0, {"c": tree(number), "d": tree(number)})
+        assert (tmp_path / "personal" / "00002-00000.safetensors").exists(), "until the commit"
+        finish(store, number)
+    assert packs(store) == ["00001-00000.safetensors", "00003-00000.safetensors"]
+    assert values(store, ["idle", "c", "d"]) == [1, 3, 3]
+
+
+def test_the_disk_holds_at_most_twice_what_is_live_and_nothing_is_lost(tmp_path):
+    store = Store(tmp_path)
+    expected, merged = {}, set()
+    for number in range(1, 61):
+        expected |= rounds(store, [number])
+        sizes = {p: p.stat().st_size for p in (tmp_path / "personal").iterdir()}
+        one = (tmp_path / "personal" / f"{number:05d}-00000.safetensors").stat().st_size / 4
+        assert sum(sizes.values()) < 2.5 * one * len(expected), f"round {number}"
+        merged |= {p.name for p in sizes if "merged" in p.name}
+        assert dict(zip(CLIENTS, values(store), strict=True)) == {
+            c: expected.get(c) for c in CLIENTS
+        }
+    assert merged
+    assert values(Store(tmp_path)) == values(store), "the headers say the same"
+
+
+def test_merging_copies_no_more_than_was_written(tmp_path, monkeypatch):
+    from fedvlm.packs import Packs
+
+    written, plain = [], Packs._write
+
+    def counted(self, name, kept):
+        written.append((name, len(kept)))
+        plain(self, name, kept)
+
+    monkeypatch.setattr(Packs, "_write", counted)
+    rounds(Store(tmp_path), range(1, 61))
+    copies = [n for name, n in written if "merged" in name]
+    assert 0 < sum(copies) <= 60 * 8
+    assert max(copies) <= 2 * 8, "never all at once"
+
+
+@pytest.mark.parametrize("last", [7, 23])
+def test_a_resumed_store_ends_with_the_same_files(tmp_path, last):
+    whole, cut = Store(tmp_path / "whole"), Store(tmp_path / "cut")
+    rounds(whole, range(1, 31))
+    rounds(cut, range(1, last + 1))
+    cut.keep(last + 1, 0, {c: tree(99) for c in CLIENTS[:3]})  # and killed
+    cut = Store(tmp_path / "cut")
+    cut.rewind()
+    rounds(cut, range(last + 1, 31))
+
+    def files(store):
+        return {p.name: p.read_bytes() for p in (store.folder / "personal").iterdir()}
+
+    assert files(cut) == files(whole)
+
+
+def test_packs_that_a_killed_process_could_not_remove_are_removed(tmp_path, monkeypatch):
+    from fedvlm.packs import Packs
+
+    store = Store(tmp_path)
+    rounds(store, range(1, 30))
+    before = packs(store)
+    monkeypatch.setattr(Packs, "sweep", lambda self: None)
+    rounds(store, [30])
+    monkeypatch.undo()
+    assert set(before) < set(packs(store))
+    again = Store(tmp_path)
+    again.rewind()
+    assert len(packs(again)) < len(packs(store)) + len(before)
+    assert values(again) == values(store)
+    other = Store(tmp_path / "other")
+    rounds(other, range(1, 31))
+    assert packs(again) == packs(other)
+
+
+def test_another_process_sees_a_round_once_it_is_told(tmp_path):
+    server, other = Store(tmp_path), Store(tmp_path)
+    assert values(other, CLIENTS[:2]) == [None, None]
+    server.keep(1, 0, {CLIENTS[0]: tree(1)})
+    other.keep(1, 1, {CLIENTS[1]: tree(2)})
+    server.refresh(1)
+    finish(server, 1)
+    other.refresh(1)
+    assert values(server, CLIENTS[:2]) == values(other, CLIENTS[:2]) == [1, 2]
+    merged = set()
+    for number in range(2, 40):
+        rounds(server, [number])
+        other.refresh(number)
+        assert values(other) == values(server)
+        merged |= {name for name in packs(server) if "merged" in name}
+    assert merged, "and where the old packs went"
+
+
+def test_what_is_not_committed_does_not_count(tmp_path):
+    store = Store(tmp_path)
+    rounds(store, [1])
+    before = values(store)
+    store.keep(2, 0, {c: tree(9) for c in CLIENTS})
+    assert values(store) == [9] * len(CLIENTS), "but the round that goes on sees it"
+    assert values(Store(tmp_path)) == before
+
+
+WRITER = """
+import random, sys, torch
+from fedvlm.store import Store
+store = Store(sys.argv[1])
+with store.locked():
+    store.create({"config.yaml": "{}"})
+    store.rewind()
+    first = -1 if store.finished() is None else store.finished()
+    print("ready", flush=True)
+    for r in range(first + 1, 100000):
+        cohort = random.Random(r).sample(range(24), 8)
+        for start in (0, 4):
+            group = cohort[start : start + 4]
+            store.keep(r, start, {f"c{k}": {"x": torch.full((20000,), float(r))} for k in group})
+        store.commit(r, {"x": torch.full((9,), float(r))}, {"round": r}, {"round": r})
+"""
+
+
+def test_kill_in_the_middle_of_a_pack_loses_nothing_that_is_committed(tmp_path):
+    folder = tmp_path / "run"
+    draw = random.Random(0)
+    torn = last = 0
+    for _ in range(4):
+        command = [sys.executable, "-c", WRITER, str(folder)]
+        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+        assert process.stdout.readline() == "ready\n"
+        time.sleep(0.2 + draw.random() * 0.2)
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+        store = Store(folder)
+        with store.locked():
+            done = store.finished()
+            left = {p.name: p for p in (folder / "personal").iterdir()}
+            torn += any(n.endswith(".tmp") or int(n[:5]) > done for n in left)
+            store.rewind()
+            expected = {}
+            for r in range(done + 1):
+                expected |= dict.fromkeys(random.Random(r).sample(range(24), 8), float(r))
+            found = store.personal([f"c{k}" for k in expected])
+            assert [set(t["x"].tolist()) for t in found] == [{v} for v in expected.values()]
+            assert set(store.server()["x"].tolist()) == {float(done)}
+            assert [entry["round"] for entry in store.lines()] == list(range(done + 1))
+            assert not list(folder.rglob("*.tmp"))
+        assert done > last
+        last = done
+    assert torn, "no kill hit a round that was being written"
