@@ -15,7 +15,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from fedvlm.data.partition import SPLITS, Partition, Split, make_partition
-from fedvlm.data.skew import jensen_shannon
+from fedvlm.data.skew import measure
 from fedvlm.errors import DataError
 from fedvlm.sections import Config, DataConfig, PartitionConfig
 
@@ -277,12 +277,33 @@ def test_test_images_that_others_train_on_are_reported(caplog):
 # Skew
 
 
-def test_jensen_shannon_matches_hand_computed_values():
-    assert jensen_shannon(np.array([2, 2]), np.array([5, 5])) == 0.0
-    assert jensen_shannon(np.array([3, 0]), np.array([0, 7])) == 1.0
+def test_divergences_match_hand_computed_values():
+    labels = np.array([0, 0, 0, 0, 1, 1, 1, 1])
+    apart = [np.array([0, 1, 2, 3]), np.array([4, 5, 6, 7])]
+    found = list(measure(labels, apart, ["a", "b"], np.array([1])))
     # p = (1, 0), q = (1/2, 1/2), m = (3/4, 1/4): (log2(4/3) + log2(2/3)/2 + log2(2)/2) / 2
     expected = (np.log2(4 / 3) + 0.5 * np.log2(2 / 3) + 0.5) / 2
-    assert jensen_shannon(np.array([4, 0]), np.array([4, 4])) == pytest.approx(expected)
+    assert [skew.divergence for skew in found] == pytest.approx([expected, expected])
+    assert [skew.counts for skew in found] == [(0,), (4,)]
+    alike = [np.array([0, 1, 4, 5]), np.array([2, 3, 6, 7])]
+    found = list(measure(labels, alike, ["a", "b"], np.array([0])))
+    assert [skew.divergence for skew in found] == [0.0, 0.0]
+    assert [skew.top for skew in found] == [(("a", 2), ("b", 2))] * 2
+
+
+def test_many_clients_do_not_take_many_times_as_long_each():
+    def seconds(clients):
+        rows = table(4 * clients, labels=20)
+        began = time.perf_counter()
+        partition = make_partition(rows, config(kind="iid", clients=clients, min_rows=2))
+        text = partition.table(most=20)
+        took = time.perf_counter() - began
+        assert len(text.splitlines()) == 23
+        assert f"and {clients - 20} more" in text
+        return took / clients
+
+    seconds(100)
+    assert min(seconds(8000) for _ in range(2)) < 4 * min(seconds(800) for _ in range(3))
 
 
 def test_the_table_shows_counts_divergence_and_frequent_answers():

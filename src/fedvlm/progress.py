@@ -118,11 +118,8 @@ def choose(quiet: bool = False) -> Progress:
 
 
 def skew(partition: Partition) -> str:
-    """How the clients differ; the sum alone where they are many."""
-    lines = partition.table().splitlines()
-    if len(partition.clients) > 20:
-        return f"{len(partition.clients)} clients, {lines[-1]}"
-    return "\n".join(lines)
+    """How the clients differ; the first twenty, where they are more."""
+    return partition.table(most=20)
 
 
 def source(config: Config) -> str:

@@ -33,8 +33,7 @@ def by_column(values: np.ndarray, column: str, least: int) -> dict[str, np.ndarr
             f"row {missing.argmax()}): give every row its client"
         )
     codes, names = codes_of(values)
-    order = np.argsort(codes, kind="stable")
-    parts = np.split(order, np.cumsum(np.bincount(codes, minlength=len(names)))[:-1])
+    parts = by_owner(codes, len(names))
     found = sorted(zip(names, parts, strict=True), key=lambda pair: _natural(pair[0]))
     remedy = "merge these clients, or partition by another column"
     check_sizes(dict(found), least, f"partition.column '{column}'", remedy)
@@ -90,7 +89,13 @@ def dirichlet(
     shuffled = rng.permutation(len(codes))
     by_label = shuffled[np.argsort(codes[shuffled], kind="stable")]
     owner = np.repeat(np.tile(np.arange(clients), len(totals)), np.diff(cuts, axis=1).ravel())
-    return [by_label[owner == k] for k in range(clients)]
+    return [by_label[part] for part in by_owner(owner, clients)]
+
+
+def by_owner(owners: np.ndarray, clients: int) -> list[np.ndarray]:
+    """Each client's positions, in order, from the clients of all positions."""
+    order = np.argsort(owners, kind="stable")
+    return np.split(order, np.cumsum(np.bincount(owners, minlength=clients))[:-1])
 
 
 def _cuts(totals: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
@@ -131,12 +136,10 @@ def power_law(count: int, settings: PartitionConfig, least: int) -> np.ndarray:
     """Sizes proportional to rank^-exponent, raised to ``least`` where they would be smaller."""
     weights = np.arange(1, settings.clients + 1, dtype=np.float64) ** -settings.exponent
     sizes = np.full(settings.clients, float(least))
-    for free in range(settings.clients, 0, -1):  # ranks from `free` on get `least`
-        rest = count - least * (settings.clients - free)
-        share = rest * weights[:free] / weights[:free].sum()
-        if share[-1] >= least or free == 1:
-            sizes[:free] = share
-            break
+    rest = count - least * np.arange(settings.clients - 1, -1, -1)  # for the first 1, 2, ... ranks
+    enough = np.flatnonzero(rest * weights / np.cumsum(weights) >= least)
+    free = int(enough[-1]) + 1 if len(enough) else 1  # ranks from `free` on get `least`
+    sizes[:free] = rest[free - 1] * weights[:free] / weights[:free].sum()
     whole = np.floor(sizes).astype(np.int64)
     largest = np.argsort(-(sizes - whole), kind="stable")
     whole[largest[: count - whole.sum()]] += 1

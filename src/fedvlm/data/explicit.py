@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import yaml
 
+from fedvlm.data.assign import by_owner
 from fedvlm.errors import DataError
 
 logger = logging.getLogger("fedvlm")
@@ -86,4 +87,8 @@ def by_lists(
         )
     if len(absent):
         logger.warning("partition.lists: %d listed rows were left out of the data", len(absent))
-    return {client: np.flatnonzero(np.isin(numbers, rows)) for client, rows in lists.items()}
+    sizes = [len(rows) for rows in lists.values()]
+    order = np.argsort(listed)
+    owners = np.repeat(np.arange(len(sizes)), sizes)[order]
+    found = owners[np.searchsorted(listed[order], numbers)]
+    return dict(zip(lists, by_owner(found, len(sizes)), strict=True))

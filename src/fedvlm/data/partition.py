@@ -28,7 +28,7 @@ logger = logging.getLogger("fedvlm")
 SPLITS = ("train", "val", "test")
 
 
-@dataclass(frozen=True, eq=False)
+@dataclass(frozen=True, eq=False, slots=True)
 class Split:
     """One client's rows: int64 positions in the data set, each array in a seeded random order."""
 
@@ -77,17 +77,26 @@ class Partition:
         """Unweighted mean over the clients of :attr:`Skew.divergence`."""
         return float(np.mean([skew.divergence for skew in self.skew.values()]))
 
-    def table(self, top: int = 3) -> str:
-        """The skew as plain text: a client a line, with its ``top`` most frequent labels."""
-        head = ["client", *SPLITS, "divergence", f"most frequent {self.label}"]
-        lines = [head]
-        for client, counts in self.counts().items():
-            skew = self.skew[client]
-            size = len(self.splits[client])
-            often = ", ".join(f"{_short(t)} {100 * n / size:.0f} %" for t, n in skew.top[:top])
-            numbers = [str(counts[name]) for name in SPLITS]
+    def table(self, top: int = 3, most: int | None = None) -> str:
+        """The skew as plain text: a client a line, with its ``top`` most frequent labels.
+
+        Args:
+            top: labels of a client.
+            most: clients that get a line; None is all.
+        """
+        shown = self.clients[:most]
+        lines = [["client", *SPLITS, "divergence", f"most frequent {self.label}"]]
+        for client in shown:
+            split, skew = self.splits[client], self.skew[client]
+            often = ", ".join(
+                f"{_short(t)} {100 * n / len(split):.0f} %" for t, n in skew.top[:top]
+            )
+            numbers = [str(len(getattr(split, name))) for name in SPLITS]
             lines.append([client, *numbers, f"{skew.divergence:.3f}", often])
-        totals = [str(sum(c[name] for c in self.counts().values())) for name in SPLITS]
+        if left := len(self.clients) - len(shown):
+            lines.append([f"and {left} more", *[""] * 5])
+        splits = self.splits.values()
+        totals = [str(sum(len(getattr(s, name)) for s in splits)) for name in SPLITS]
         lines.append(["all", *totals, f"{self.mean_divergence():.3f}", "(mean divergence)"])
         widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
         return "\n".join(
@@ -183,8 +192,8 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
     rank = _rng(config.seed, "split").permutation(groups.max() + 1)
     splits = {name: _split(name, part, groups, rank, config) for name, part in parts.items()}
     _warn_of_shared_images(splits, groups)
-    often = frequent(codes, parts.values(), len(names))
-    skew = {name: measure(codes[part], codes, names, often) for name, part in parts.items()}
+    often = frequent(codes, list(parts.values()), len(names))
+    skew = dict(zip(parts, measure(codes, list(parts.values()), names, often), strict=True))
     return Partition(kind, label, tuple(parts), splits, skew, tuple(names[i] for i in often))
 
 
@@ -263,20 +272,24 @@ def _split(
 ) -> Split:
     order = part[np.argsort(rank[groups[part]], kind="stable")]
     starts = np.flatnonzero(np.diff(groups[order])) + 1
-    blocks = np.split(order, starts)
-    if len(blocks) < 2:
+    if not len(starts):
         raise DataError(
             f"client '{client}' has {len(part)} rows of a single image (column image_path), so "
             "there is nothing to test on that it does not train on: give it more images, or use "
             "another partition.kind or a larger partition.min_rows"
         )
     held = min(len(part) - 1, max(1, round(len(part) * config.data.test_fraction)))
+    wanted = round(len(part) * config.data.val_fraction)
+    if len(starts) == len(part) - 1:  # every row alone
+        last = held + min(len(part) - held - 1, wanted)
+        return Split(order[last:], order[held:last], order[:held])
+    blocks = np.split(order, starts)
     test, rest = _take(blocks, held)
     if not test:
         at = min(range(len(blocks)), key=lambda i: len(blocks[i]))
         test, rest = [blocks[at]], blocks[:at] + blocks[at + 1 :]
     left = sum(map(len, rest))
-    val, train = _take(rest, min(left - 1, round(len(part) * config.data.val_fraction)))
+    val, train = _take(rest, min(left - 1, wanted))
     return Split(_joined(train), _joined(val), _joined(test))
 
 

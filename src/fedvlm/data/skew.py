@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import numpy as np
@@ -13,7 +14,7 @@ _FREQUENT = 12  # labels of which every client's count is kept
 _CANDIDATES = 1000  # most frequent labels that these are chosen from
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Skew:
     """One client's labels (answers, or the column that the partition is by).
 
@@ -44,7 +45,7 @@ class Skew:
         return cls(float(tree["divergence"]), int(tree["distinct"]), top, counts)
 
 
-def frequent(everyones: np.ndarray, parts: Collection[np.ndarray], count: int) -> np.ndarray:
+def frequent(everyones: np.ndarray, parts: Sequence[np.ndarray], count: int) -> np.ndarray:
     """Positions of the labels that tell the clients apart, at most twelve, the most frequent first.
 
     Half are those that most rows have; each other one is the most frequent label of the client of
@@ -58,46 +59,75 @@ def frequent(everyones: np.ndarray, parts: Collection[np.ndarray], count: int) -
     totals = np.bincount(everyones, minlength=count)
     often = np.argsort(-totals, kind="stable")[:_CANDIDATES]
     often = often[totals[often] > 1]
-    mine = [np.bincount(everyones[part], minlength=count)[often] / len(part) for part in parts]
-    left = np.stack(mine)  # [clients, labels], shares of the labels that are not chosen yet
-    covered = np.zeros(len(left))
+    sizes = np.array([len(part) for part in parts])
+    labels, ends = everyones[np.concatenate(parts)], np.cumsum(sizes)
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    covered = np.zeros(len(sizes))  # share of each client's rows with a chosen label
     chosen: list[int] = []
     while len(chosen) < min(_FREQUENT, len(often)):
         label = next(at for at in range(len(often)) if at not in chosen)
         if len(chosen) >= _FREQUENT // 2:
-            unlike = left[covered.argmin()]
+            least = covered.argmin()
+            mine = labels[ends[least] - sizes[least] : ends[least]]
+            unlike = np.bincount(mine, minlength=count)[often]
+            unlike[chosen] = 0
             label = int(unlike.argmax()) if unlike.any() else label
         chosen.append(label)
-        covered += left[:, label]
-        left[:, label] = 0
+        covered += np.bincount(owners[labels == often[label]], minlength=len(sizes)) / sizes
     return often[sorted(chosen)]
 
 
-def measure(mine: np.ndarray, everyones: np.ndarray, names: list[str], often: np.ndarray) -> Skew:
-    """The skew of one client.
+def measure(
+    everyones: np.ndarray, parts: Sequence[np.ndarray], names: list[str], often: np.ndarray
+) -> Iterator[Skew]:
+    """The skew of each client.
 
     Args:
-        mine: the client's labels, as positions in ``names``.
-        everyones: the labels of all rows.
+        everyones: the labels of all rows, as positions in ``names``.
+        parts: each client's rows.
         names: the labels' texts.
         often: positions of the labels whose counts are kept, see :func:`frequent`.
     """
-    counts = np.bincount(mine, minlength=len(names))
-    totals = np.bincount(everyones, minlength=len(names))
-    mostly = np.argsort(-counts, kind="stable")[:_KEPT]
-    top = tuple((names[i], int(counts[i])) for i in mostly if counts[i])
-    divergence = jensen_shannon(counts, totals)
-    return Skew(divergence, int((counts > 0).sum()), top, tuple(counts[often].tolist()))
+    sizes = np.array([len(part) for part in parts])
+    owners = np.repeat(np.arange(len(sizes)), sizes)
+    pairs = owners * len(names) + everyones[np.concatenate(parts)]
+    pairs, counts = np.unique(pairs, return_counts=True)
+    owners, labels = np.divmod(pairs, len(names))  # who has how many of what
+    divergences = _divergences(owners, counts, np.bincount(everyones)[labels], sizes)
+    places = np.full(len(names), -1)
+    places[often] = np.arange(len(often))
+    told = np.zeros((len(sizes), len(often)), np.int64)  # [clients, frequent labels]
+    some = places[labels] >= 0
+    told[owners[some], places[labels[some]]] = counts[some]
+    order = np.lexsort((labels, -counts, owners))
+    ends = np.cumsum(np.bincount(owners, minlength=len(sizes)))
+    for client, (start, end) in enumerate(pairwise([0, *ends.tolist()])):
+        mostly = order[start : min(end, start + _KEPT)]
+        top = zip(labels[mostly].tolist(), counts[mostly].tolist(), strict=True)
+        yield Skew(
+            float(divergences[client]),
+            end - start,
+            tuple((names[label], count) for label, count in top),
+            tuple(told[client].tolist()),
+        )
 
 
-def jensen_shannon(one: np.ndarray, other: np.ndarray) -> float:
-    """Jensen-Shannon divergence in bits of two distributions, given as counts."""
-    p, q = one / one.sum(), other / other.sum()
+def _divergences(
+    owners: np.ndarray, mine: np.ndarray, everyones: np.ndarray, sizes: np.ndarray
+) -> np.ndarray:
+    """Jensen-Shannon divergences in bits of the clients' labels from all clients' together.
+
+    Args:
+        owners: clients, one for each label that a client has.
+        mine: how many rows with that label the client has.
+        everyones: how many all have.
+        sizes: the clients' numbers of rows.
+    """
+    total = sizes.sum()
+    p, q = mine / sizes[owners], everyones / total
     middle = (p + q) / 2
-    return float(np.clip((_relative(p, middle) + _relative(q, middle)) / 2, 0.0, 1.0))
-
-
-def _relative(p: np.ndarray, q: np.ndarray) -> float:
-    """Kullback-Leibler divergence in bits; 0 log 0 is 0."""
-    some = p > 0
-    return float(np.sum(p[some] * np.log2(p[some] / q[some])))
+    bits = p * np.log2(p / middle) + q * np.log2(q / middle)
+    known = np.bincount(owners, everyones, len(sizes))
+    # Of labels that a client has not, the middle is half of q: one bit each.
+    found = np.bincount(owners, bits, len(sizes)) + (total - known) / total
+    return np.clip(found / 2, 0.0, 1.0)
