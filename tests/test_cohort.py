@@ -7,7 +7,9 @@ rate: three more padding tokens move the reference engine itself by 7e-5 at a ra
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 
 import numpy as np
 import pytest
@@ -17,9 +19,11 @@ from PIL import Image
 import families
 import fedvlm
 from fedvlm.engines.cohort import uniform
+from fedvlm.engines.memory import kept_for_backward
 from fedvlm.federate import prepare
 from fedvlm.models.cohort import Ragged
-from fedvlm.models.frozen import nbytes
+from fedvlm.models.frozen import ImageFeatures
+from fedvlm.models.spool import ALIGN, Spool, leaves, nbytes
 from fedvlm.store import load_tree, read_lines
 
 TOLERANCE = 1e-4
@@ -92,6 +96,13 @@ SETTINGS = {
     "sampled cohort": ["train.clients_per_round=2"],
     "rslora on language": ["lora.rslora=true", "lora.target=language"],
     "checkpointing": ["model.gradient_checkpointing=true"],
+    "checkpointing of preferences": [
+        "model.gradient_checkpointing=true",
+        "objective.name=dpo",
+    ],
+    "micro-batches": ["train.batch_size=5", "engine.micro_batch=2"],
+    "micro-batches of preferences": ["objective.name=dpo", "engine.micro_batch=3"],
+    "micro-batches with dropout": ["lora.dropout=0.2", "engine.micro_batch=3"],
 }
 
 
@@ -175,10 +186,9 @@ def test_a_layer_that_packs_is_never_cut_at_the_wrong_place(small, tmp_path, siz
     }
     engine, _, _ = prepare(fedvlm.load_config(small, f"output={tmp_path / 'other'}"))
     rows = [0, 1, 2]
+    assert not uniform([engine.collator.features(i) for i in rows])
     engine.stack.load([engine.adapter] * 3, engine.device)
-    engine.stack.activate([0, 1, 2], 1)
-    engine.stack.uniform = uniform([engine.collator.features(i) for i in rows])
-    assert not engine.stack.uniform
+    engine.stack.activate([0, 1, 2])
     with pytest.raises(Ragged, match="rows that differ in size"):
         engine._terms(np.array(rows))
 
@@ -206,20 +216,57 @@ def test_features_are_kept_only_where_lora_does_not_change_them(small, override,
         calls = []
         tower = engine.model.get_submodule("base_model.model.model.vision_model")
         tower.register_forward_hook(lambda *_: calls.append(1))
-        rows = partition.splits["site-0"].train[:4]
-        engine.stack.activate([0], 4)
+        rows = partition.splits["site-1"].train[:4]
+        engine.stack.activate([0])
         first = engine._terms(rows).loss
-        assert len(calls) == 3, "the first row was looked at when the engine was made"
+        assert len(calls) == 4
         assert engine._terms(rows).loss.tolist() == first.tolist()
-        assert len(calls) == 3
+        assert len(calls) == 4
 
 
-def test_rows_beyond_the_budget_are_computed_and_not_kept(small):
+def test_rows_beyond_the_memory_are_kept_on_disk_and_beyond_that_computed(small, tmp_path):
     small["lora"] |= {"target": "language"}
-    engine, partition, _ = prepare(fedvlm.load_config(small))
-    one = nbytes(engine._images.of(0))
-    engine._images._room, engine._images._kept = 3, {}
-    for row in partition.splits["site-0"].train:
-        engine._images.of(int(row))
-    assert one > 0
-    assert set(engine._images._kept) == {r for r in partition.splits["site-0"].train if r < 3}
+    engine, partition, _ = prepare(fedvlm.load_config(small, f"output={tmp_path / 'run'}"))
+    rows = [int(row) for row in partition.splits["site-0"].train[:6]]
+    expected = [leaves(engine._images.of(row)) for row in rows]
+    one = nbytes(expected[0])
+    spool = Spool(tmp_path / "not-yet", budget=3 * (one + ALIGN * len(expected[0])))
+    images = ImageFeatures(engine.model, engine.collator.picture, 2 * one, spool)
+    for _ in range(2):
+        for row, values in zip(rows, expected, strict=True):
+            assert all(map(torch.equal, leaves(images.of(row)), values))
+    assert list(images._kept) == rows[:2]
+    assert list(images._places) == rows[2:5]
+    assert list(tmp_path.iterdir()) == [], "the file has no name"
+
+
+def test_a_disk_that_is_full_costs_time_and_nothing_else(tmp_path, monkeypatch):
+    def refuse(*args):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    spool = Spool(tmp_path, budget=10**6)
+    kept = spool.put({"a": [torch.arange(5.0).bfloat16(), torch.empty(0, 3)]})
+    monkeypatch.setattr(os, "pwrite", refuse)
+    assert spool.put({"a": torch.ones(3)}) is None
+    whole, empty = spool.get(kept)["a"]
+    assert torch.equal(whole, torch.arange(5.0).bfloat16())
+    assert empty.shape == (0, 3)
+
+
+def test_a_budget_of_memory_decides_how_many_clients_share_a_pass(small, tmp_path):
+    def width(*overrides):
+        config = fedvlm.load_config(small, f"output={tmp_path / 'run'}", *overrides)
+        return prepare(config)[0].width
+
+    assert width() == 16
+    assert width("engine.memory=1") == 1
+    few, fewer = (width("engine.memory=120", f"train.batch_size={n}") for n in (2, 8))
+    assert 16 > few > fewer > 1
+    assert width("engine.memory=120", "train.batch_size=8", "engine.micro_batch=2") == few
+    assert width("engine.memory=120", "engine.clients=5") == 5
+
+
+def test_what_is_kept_for_the_backward_pass_is_counted_once():
+    layer = torch.nn.Linear(8, 4)
+    x = torch.ones(10, 8)
+    assert kept_for_backward(layer, lambda: layer(x).exp() * 2) == (10 * 8 + 10 * 4) * 4

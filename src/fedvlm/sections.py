@@ -282,9 +282,20 @@ class EngineConfig(Section):
     name: Literal["cohort", "reference"] = Field(
         "cohort", description="cohort: many clients in a pass; reference: one after another"
     )
-    clients: Positive | None = Field(None, description="clients in a pass; empty: 16")
+    memory: Positive | Literal["auto"] = Field(
+        "auto",
+        description="MiB for the clients of a pass, from which follows how many there are; "
+        "auto: half of the machine's, or four fifths of the GPU's",
+    )
+    clients: Positive | None = Field(None, description="clients in a pass, instead of memory")
+    micro_batch: Positive | None = Field(
+        None, description="rows of a client that pass at a time; empty: the whole batch"
+    )
     cache: Annotated[int, Field(ge=0)] = Field(
         1024, description="MiB for image features that LoRA does not change; 0: none are kept"
+    )
+    cache_disk: Annotated[int, Field(ge=0)] = Field(
+        8192, description="MiB on disk for those that do not fit in cache"
     )
     threads: Positive | None = Field(
         None,

@@ -20,10 +20,12 @@ from torch import Tensor
 from fedvlm.algorithms import Phase
 from fedvlm.data.prompts import Features
 from fedvlm.engines.base import Answer, Task
-from fedvlm.engines.reference import ReferenceEngine, batches, make_optimizer
+from fedvlm.engines.memory import clients_in_a_pass, kept_for_backward
+from fedvlm.engines.reference import ReferenceEngine, batches, make_optimizer, pieces
 from fedvlm.models.cohort import Ragged, Stack
 from fedvlm.models.frozen import ImageFeatures
 from fedvlm.models.objectives import Terms
+from fedvlm.models.spool import Spool
 from fedvlm.seeds import derive
 from fedvlm.tree import Tree
 
@@ -35,9 +37,9 @@ class CohortEngine(ReferenceEngine):
         super().__init__(*args)
         self.stack = Stack(self.model)
         self.device = self.collator.device
-        self.width = self.config.engine.clients or 16
         self._packed = False  # whether a layer was met whose first axis is not the rows
         self._images = self._frozen_images()
+        self.width = self.config.engine.clients or self._fitting()
 
     def _train(
         self, trees: Sequence[Tree], phases: Sequence[Phase], tasks: Sequence[Task]
@@ -48,7 +50,7 @@ class CohortEngine(ReferenceEngine):
         for number, phase in enumerate(phases):
             self._phase(phase, number, tasks, losses)
         means = [torch.stack(found).mean().item() for found in losses]
-        return [(self.stack.tree(k), mean) for k, mean in enumerate(means)]
+        return list(zip(self.stack.trees(), means, strict=True))
 
     def _phase(
         self, phase: Phase, number: int, tasks: Sequence[Task], losses: list[list[Tensor]]
@@ -84,37 +86,70 @@ class CohortEngine(ReferenceEngine):
 
     def _backward(self, drawn: Mapping[int, np.ndarray], streams: Streams) -> list[Tensor]:
         """Gradients of the sum of the clients' mean losses; these losses."""
-        if self.config.lora.dropout or not self._side_by_side(drawn.values()):
-            return [self._backward_one(k, rows, streams) for k, rows in drawn.items()]
+        weights = {k: self._weight(rows) for k, rows in drawn.items()}
+        parted = {k: pieces(rows, self.config.engine.micro_batch) for k, rows in drawn.items()}
+        losses: dict[int, Tensor] = {}
+        for n in range(max(map(len, parted.values()))):
+            part = {k: parts[n] for k, parts in parted.items() if n < len(parts)}
+            for k, loss in self._backward_part(part, weights, streams).items():
+                losses[k] = losses[k] + loss if k in losses else loss
+        return list(losses.values())
+
+    def _backward_part(
+        self, drawn: Mapping[int, np.ndarray], weights: Mapping[int, int], streams: Streams
+    ) -> dict[int, Tensor]:
+        """The same for a micro-batch of each client; the losses' parts."""
+        if self.config.lora.dropout or not self._side_by_side(drawn):
+            return {
+                k: self._backward_one(k, rows, weights[k], streams) for k, rows in drawn.items()
+            }
         size = max(map(len, drawn.values()))
-        self.stack.activate(list(drawn), size)
+        self.stack.activate(list(drawn))
         try:
             terms = self._terms(np.concatenate([filled(rows, size) for rows in drawn.values()]))
         except Ragged:
             self._packed = True
-            return self._backward(drawn, streams)
+            return self._backward_part(drawn, weights, streams)
         real = torch.tensor([[i < len(rows) for i in range(size)] for rows in drawn.values()])
-        mask = real.to(terms.loss.device)
-        loss = (terms.loss.view(mask.shape) * mask).sum(1)
-        means = loss / (terms.weight.view(mask.shape) * mask).sum(1)
+        loss = (terms.loss.view(real.shape) * real.to(self.device)).sum(1)
+        means = loss / torch.tensor([weights[k] for k in drawn], device=self.device)
         means.sum().backward()
-        return list(means.detach())
+        return dict(zip(drawn, means.detach(), strict=True))
 
-    def _backward_one(self, client: int, rows: np.ndarray, streams: Streams) -> Tensor:
-        self.stack.activate([client], len(rows))
+    def _backward_one(self, client: int, rows: np.ndarray, weight: int, streams: Streams) -> Tensor:
+        self.stack.activate([client])
         with streams.of(client):
-            loss = self._terms(rows).mean()
-            loss.backward()
-        return loss.detach()
+            return self._backward_rows(rows, weight)
 
     def _frozen_images(self) -> ImageFeatures | None:
         """The pictures' features, where LoRA does not change them."""
-        budget = self.config.engine.cache * 2**20
-        images = ImageFeatures(self.model, self.collator.picture, budget)
+        settings = self.config.engine
+        if not settings.cache:
+            return None
+        spool = Spool(self.store.folder, settings.cache_disk * 2**20)
+        images = ImageFeatures(self.model, self.collator.picture, settings.cache * 2**20, spool)
         self.stack.load([self.adapter], self.device)
-        self.stack.activate([0], 1)
+        self.stack.activate([0])
         first = int(next(iter(self.partition.splits.values())).train[0])
-        return images if budget and images.usable(first) else None
+        return images if images.usable(first) else None
+
+    def _fitting(self) -> int:
+        """How many clients fit into a pass, from what the first one's batch keeps."""
+        size = self.config.engine.micro_batch or self.config.train.batch_size
+        rows = next(iter(self.partition.splits.values())).train[:size]
+        self.stack.load([self.adapter] * 2, self.device)  # two: one alone goes another way
+        for p in self.stack.params.values():
+            p.requires_grad_(True)
+        self.stack.activate([0, 1])
+        twice = np.concatenate([filled(rows, size)] * 2)
+        self.model.train()
+        try:
+            activations = kept_for_backward(self.model, lambda: self._terms(twice).loss) // 2
+        except Ragged:
+            self.stack.activate([0])
+            activations = kept_for_backward(self.model, lambda: self._terms(rows).loss)
+        memory = self.config.engine.memory
+        return clients_in_a_pass(memory, self.model, self.adapter, activations)
 
     def _known(self, rows: np.ndarray, copies: int) -> contextlib.AbstractContextManager[None]:
         if self._images is None:
@@ -124,18 +159,25 @@ class CohortEngine(ReferenceEngine):
     def _terms(self, rows: np.ndarray) -> Terms:
         """The objective on rows in blocks of the active clients."""
         copies = 2 if self.objective.pairs else 1
-        with self.stack.repeated(copies), self._known(rows, copies):
+        self._batch(rows, copies)
+        with self._known(rows, copies):
             return super()._terms(rows)
 
     def _texts(self, rows: np.ndarray) -> list[str]:
+        self._batch(rows, copies=1)
         with self._known(rows, 1):
             return super()._texts(rows)
 
-    def _side_by_side(self, rows: Any) -> bool:
-        """Whether these batches may share a pass; asked of layers that pack, once one is known."""
-        same = uniform([self.collator.features(int(i)) for batch in rows for i in batch])
-        self.stack.uniform = same
-        return same or not self._packed
+    def _batch(self, rows: np.ndarray, copies: int) -> None:
+        self.stack.batch(len(rows), copies, lambda: self._uniform(rows))
+
+    def _uniform(self, rows: np.ndarray) -> bool:
+        """Whether the rows' pictures are of one shape."""
+        return uniform([self.collator.features(int(i)) for i in rows])
+
+    def _side_by_side(self, drawn: Mapping[int, np.ndarray]) -> bool:
+        """Whether these batches may share a pass; asked once a layer is known that packs."""
+        return not self._packed or self._uniform(np.concatenate(list(drawn.values())))
 
     @torch.no_grad()
     def _answer(self, models: Sequence[tuple[Tree, np.ndarray]]) -> list[list[Answer]]:
@@ -153,12 +195,12 @@ class CohortEngine(ReferenceEngine):
 
     def _answer_part(self, drawn: Mapping[int, np.ndarray]) -> dict[int, list[Answer]]:
         """Answers of the active clients to a block of rows each."""
-        if len(drawn) > 1 and not self._side_by_side(drawn.values()):
+        if len(drawn) > 1 and not self._side_by_side(drawn):
             alone = (self._answer_part({k: rows}) for k, rows in drawn.items())
             return {k: answers for part in alone for k, answers in part.items()}
         size = max(map(len, drawn.values()))
         rows = np.concatenate([filled(rows, size) for rows in drawn.values()])
-        self.stack.activate(list(drawn), size)
+        self.stack.activate(list(drawn))
         try:
             answers = self._answer_rows(rows)
         except Ragged:

@@ -128,16 +128,32 @@ class ReferenceEngine:
             steps = phase.steps or settings.steps(len(rows))
             for batch in batches(rows, settings.batch_size, steps, derive(*seed, "batches")):
                 optimizer.zero_grad()
-                step_loss = self._terms(batch).mean()
-                step_loss.backward()
+                weight, parts = self._weight(batch), pieces(batch, self.config.engine.micro_batch)
+                step_loss = sum(self._backward_rows(part, weight) for part in parts)
                 if settings.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
                 optimizer.step()
-                losses.append(step_loss.detach())
+                losses.append(torch.as_tensor(step_loss))
         return [(lora.read(self.params), torch.stack(losses).mean().item())]
 
+    def _backward_rows(self, rows: np.ndarray, weight: int) -> torch.Tensor:
+        """Gradients of some of a batch's rows; their part of its mean loss.
+
+        Args:
+            rows: all of the batch, or a micro-batch.
+            weight: of the whole batch.
+        """
+        loss = self._terms(rows).loss.sum() / weight
+        loss.backward()
+        return loss.detach()
+
+    def _weight(self, rows: np.ndarray) -> int:
+        """By what the rows' summed losses are divided."""
+        return sum(self.objective.weight(self.collator.features(int(i))) for i in rows)
+
     def _check_finite(self, task: Task, end: Tree, loss: float) -> None:
-        if not math.isfinite(loss) or not all(t.isfinite().all() for t in end.values()):
+        # A sum is finite where all its terms are, and many times faster than asking each.
+        if not math.isfinite(loss + sum(t.sum().item() for t in end.values())):
             raise FedVLMError(
                 f"client '{task.client}' diverged in round {task.round}: its loss is not finite; "
                 "lower train.lr, or set train.max_grad_norm"
@@ -147,11 +163,10 @@ class ReferenceEngine:
     def _answer(self, models: Sequence[tuple[Tree, np.ndarray]]) -> list[list[Answer]]:
         """What each adapter answers to its rows."""
         self.model.eval()
-        size = self.config.eval.batch_size
         found = []
         for tree, rows in models:
             lora.write(self.params, tree)
-            batched = (rows[start : start + size] for start in range(0, len(rows), size))
+            batched = pieces(rows, self.config.eval.batch_size)
             found.append([answer for batch in batched for answer in self._answer_rows(batch)])
         return found
 
@@ -182,6 +197,12 @@ class ReferenceEngine:
             }
             for n, (index, row) in enumerate(zip(indices, rows, strict=True))
         ]
+
+
+def pieces(rows: np.ndarray, size: int | None) -> list[np.ndarray]:
+    """The rows in order, ``size`` at a time; None: all at once."""
+    size = size or len(rows)
+    return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
 def _text(value: Any) -> str | None:

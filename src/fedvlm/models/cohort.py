@@ -8,13 +8,13 @@ elementwise optimizer train every client as if it were alone.
 The rows of a batch lie in blocks of equal size, a block a client. A layer finds them again by
 dividing its first axis, which holds wherever every row contributes as many entries to it: tokens,
 patches or windows. Batches for which that is not so (pictures of different sizes in models that
-pack patches) are trained a client at a time, see :func:`uniform`.
+pack patches) are trained a client at a time, see :meth:`Stack.batch`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+import functools
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -86,15 +86,14 @@ class Stack:
     Attributes:
         params: PEFT's name of a factor -> the stacked parameter ``[clients, ...]``.
         copies: how often a batch repeats its blocks: 2 for pairs of answers, else 1.
-        uniform: whether every row of the batch adds as many entries to every layer.
     """
 
     def __init__(self, model: Any):
         self.model = model
         self.params: dict[str, nn.Parameter] = {}
         self.copies = 1
-        self.uniform = True
-        self._count = self._rows = 0  # active clients, and rows of each
+        self._count = self._rows = 0  # active clients, and the rows of all of them
+        self._uniform = functools.cache(lambda: True)
         self._active: Tensor | None = None
         self.layers: dict[str, StackedLora] = {}
         for name, layer in list(model.named_modules()):
@@ -126,25 +125,28 @@ class Stack:
         """How many adapters are loaded."""
         return len(next(iter(self.params.values()))) if self.params else 0
 
-    def tree(self, client: int) -> Tree:
-        """A copy of one client's adapter, on the CPU."""
-        return {n: p[client].detach().to("cpu", copy=True) for n, p in self.params.items()}
+    def trees(self) -> list[Tree]:
+        """Copies of the clients' adapters, on the CPU: views of one copy of the stack."""
+        copies = {n: p.detach().to("cpu", copy=True) for n, p in self.params.items()}
+        return [{n: t[k] for n, t in copies.items()} for k in range(self.clients)]
 
-    def activate(self, clients: Sequence[int], rows: int) -> None:
-        """Says whose rows the next batches hold, in this order, ``rows`` of each."""
-        self._count, self._rows = len(clients), rows
+    def activate(self, clients: Sequence[int]) -> None:
+        """Says whose rows the next batches hold, in this order, as many of each."""
+        self._count = len(clients)
         whole = list(clients) == list(range(self.clients))
         device = next(iter(self.params.values())).device
         self._active = None if whole else torch.tensor(clients, device=device)
 
-    @contextmanager
-    def repeated(self, copies: int) -> Iterator[None]:
-        """Batches that hold all blocks so many times, one time after the other."""
-        self.copies = copies
-        try:
-            yield
-        finally:
-            self.copies = 1
+    def batch(self, rows: int, copies: int, uniform: Callable[[], bool]) -> None:
+        """Says what the next batch holds; it counts until the next, so also in a backward pass.
+
+        Args:
+            rows: of all active clients together.
+            copies: how many times it holds all blocks, one time after the other.
+            uniform: asked whether every row adds as many entries to every layer, where a layer's
+                first axis is not the rows.
+        """
+        self._rows, self.copies, self._uniform = rows, copies, functools.cache(uniform)
 
     def chosen(self, stacked: Tensor) -> Tensor:
         """The active clients' factors."""
@@ -156,8 +158,8 @@ class Stack:
         Raises:
             Ragged: the first axis is not the rows', and rows may differ in their entries to it.
         """
-        rows = self.copies * self._count * self._rows
-        if len(x) != rows and (not self.uniform or len(x) % (self.copies * self._count)):
+        rows = self.copies * self._rows
+        if len(x) != rows and (len(x) % (self.copies * self._count) or not self._uniform()):
             raise Ragged(f"{len(x)} entries of {rows} rows that differ in size")
         split = x.reshape(self.copies, self._count, -1, x.shape[-1])
         if self.copies == 1:

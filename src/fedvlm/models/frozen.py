@@ -2,8 +2,9 @@
 
 Where LoRA is in the language model only, what the vision tower and the projector make of a picture
 never changes. ``get_image_features``, which the models' own forward and generation call, is
-replaced by one that hands out what is kept. A row's features are always computed alone, so that
-they are the same whatever batch asks for them first, also after a run was resumed.
+replaced by one that hands out what is kept: in memory up to a budget, then on disk. A row's
+features are always computed alone, so that they are the same whatever batch asks for them first,
+also after a run was resumed.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ import torch
 from torch import Tensor
 
 from fedvlm.models.cohort import StackedLora
+from fedvlm.models.spool import Spool, each, nbytes
 
 FIELDS = ("pooler_output", "deepstack_features")  # what the models' forward reads
 
@@ -28,15 +30,23 @@ class ImageFeatures:
     Args:
         model: whose LoRA layers are stacked.
         inputs: a row's inputs other than the text ``{name: [1 or patches, ...]}``, on the device.
-        budget: bytes that may be kept; rows beyond it are computed every time.
+        budget: bytes that may be kept in memory.
+        spool: takes what goes beyond; rows that do not fit there are computed every time.
     """
 
-    def __init__(self, model: Any, inputs: Callable[[int], dict[str, Tensor]], budget: int):
+    def __init__(
+        self,
+        model: Any,
+        inputs: Callable[[int], dict[str, Tensor]],
+        budget: int,
+        spool: Spool | None = None,
+    ):
         self._owner = image_side(model)
         self._inputs = inputs
-        self._budget = budget
+        self._room = budget
+        self._spool = spool
         self._kept: dict[int, dict[str, Any]] = {}
-        self._room: int | None = None  # rows that fit, known after the first
+        self._places: dict[int, Any] = {}  # of the rows on disk
         self._rows: list[int] = []
         if self._owner is not None:
             self._compute = self._owner.get_image_features
@@ -77,18 +87,22 @@ class ImageFeatures:
         """One row's features by field; empty where the model's output is of an unknown form."""
         if row in self._kept:
             return self._kept[row]
+        inputs = self._inputs(row)
+        if row in self._places and self._spool is not None:
+            device = next(iter(inputs.values())).device
+            return each(self._spool.get(self._places[row]), lambda t: t.to(device))
         assert self._owner is not None
         training = self._owner.training
         self._owner.eval()
-        inputs = self._inputs(row)
         out = self._compute(**{n: inputs[n] for n in self._takes if n in inputs})
         self._owner.train(training)
         self._kind = type(out)
         found = {f: out[f] for f in FIELDS if isinstance(out, dict) and out.get(f) is not None}
-        if self._room is None:
-            self._room = self._budget // max(1, nbytes(found))
-        if row < self._room:  # by number, not by who comes first: a resumed run keeps the same
+        if nbytes(found) <= self._room:
+            self._room -= nbytes(found)
             self._kept[row] = found
+        elif self._spool and (places := self._spool.put(found)) is not None:
+            self._places[row] = places
         return found
 
     def _hand_out(self) -> Any:
@@ -112,10 +126,3 @@ def image_side(model: Any) -> Any:
     """The innermost module that computes image features; None where the model has none."""
     owners = [m for m in model.modules() if hasattr(type(m), "get_image_features")]
     return owners[-1] if owners else None
-
-
-def nbytes(found: Any) -> int:
-    """Bytes of one row's features, however they are nested."""
-    if isinstance(found, Tensor):
-        return found.numel() * found.element_size()
-    return sum(nbytes(v) for v in (found.values() if isinstance(found, dict) else found))

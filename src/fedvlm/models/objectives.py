@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 if TYPE_CHECKING:
+    from fedvlm.data.prompts import Features
     from fedvlm.sections import ObjectiveConfig
 
 IGNORE = -100
@@ -53,10 +54,13 @@ class Objective:
     Attributes:
         pairs: whether batches hold rejected answers too, see :meth:`Collator.training`.
         terms: ``(peft model, batch) -> Terms``.
+        weight: ``(features of a row) -> its weight`` in a batch's mean, the one that ``terms``
+            gives it: known before the model has seen it, so that a batch may come in parts.
     """
 
     pairs: bool
     terms: Callable[[Any, Batch], Terms]
+    weight: Callable[[Features], int]
 
 
 def build(config: ObjectiveConfig) -> Objective:
@@ -111,9 +115,11 @@ def adapter_off(model: nn.Module) -> Iterator[None]:
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
-    "sft": lambda c: Objective(False, sft_terms),
+    "sft": lambda c: Objective(False, sft_terms, lambda row: len(row.answers[0])),
     "dpo": lambda c: Objective(
-        True, partial(dpo_terms, kind=c.loss, beta=c.beta, smoothing=c.label_smoothing)
+        True,
+        partial(dpo_terms, kind=c.loss, beta=c.beta, smoothing=c.label_smoothing),
+        lambda row: 1,
     ),
 }
 
