@@ -1,0 +1,317 @@
+"""One federated job through fedvlm and through its peers, round by round by turns in one run.
+
+    python benchmarks/peers.py [--quick] [--batch 1,8] [--peers flower,pfl] [--venv DIR]
+
+The job: LoRA with FedAvg on the bundled tiny model, 10 clients with the bundled scenes, all clients
+in every round, AdamW, clipped gradients. Every side has the same model, the same initial adapter
+and the same collated batches, and after every round its aggregated adapter is compared with ours:
+the first round's may differ by 1e-4 at most. The sides:
+
+- fedvlm: a round as `fedvlm run` does it, its checkpoint included, evaluation left out
+- trainer: for every client a Hugging Face `Trainer`, and PEFT's state dicts in and out
+- pfl: pfl-research's simulated FedAvg
+- flower: Flower's simulation on Ray, its FedAvg, a ClientApp in the way of FlowerTune (`Trainer`,
+  PEFT's state dicts), an actor a core; the model stays in the actor
+- flower-plain: the same with a bare PyTorch loop instead of the `Trainer`
+- flower-reload: the same as flower, but the model is loaded for every message, as in the template
+
+Flower and pfl-research are installed into an environment of their own, at the first run. The first
+round is not counted. The last line is `RATIO <number> <what>`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import json
+import os
+import signal
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+import venv
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+from _common import best_threads, environment, paired, ratio, seconds
+
+HERE = Path(__file__).resolve().parent
+VENV = Path("~/.cache/fedvlm-bench/peers").expanduser()
+PEERS = {
+    "trainer": ["_peer_trainer.py", "trainer"],
+    "pfl": ["_peer_pfl.py"],
+    "flower": ["_peer_flower.py", "trainer"],
+    "flower-plain": ["_peer_flower.py", "plain"],
+    "flower-reload": ["_peer_flower.py", "trainer", "reload"],
+}
+QUIET = {  # without these, Flower and Ray ask the network
+    "FLWR_TELEMETRY_ENABLED": "0",
+    "FLWR_DISABLE_UPDATE_CHECK": "1",
+    "FLWR_DISABLE_RUNTIME_DEPENDENCY_INSTALLATION": "1",
+    "RAY_USAGE_STATS_ENABLED": "0",
+    "HF_HUB_DISABLE_TELEMETRY": "1",
+    "TOKENIZERS_PARALLELISM": "false",
+}
+CLIENTS, LIMIT, SAME = 10, 600, 1e-4  # LIMIT: seconds until a side is given up
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="batch 1, 2 steps, three peers")
+    parser.add_argument("--batch", default="1,8", help="batch sizes (default: %(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="of a client in a round")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds after the first")
+    parser.add_argument("--peers", help=f"of {', '.join(PEERS)} (default: all)")
+    parser.add_argument("--venv", type=Path, default=VENV, help="the peers' environment")
+    options = parser.parse_args()
+    if options.quick:
+        options.batch, options.steps = "1", 2
+        options.peers = options.peers or "trainer,pfl,flower"
+    names = options.peers.split(",") if options.peers else list(PEERS)
+    if unknown := set(names) - set(PEERS):
+        parser.error(f"no such peer: {', '.join(sorted(unknown))}")
+    python = install(options.venv) if set(names) - {"trainer"} else Path(sys.executable)
+    print(environment())
+    for batch in map(int, options.batch.split(",")):
+        found = compare(names, python, batch, options.steps, options.repeats)
+    first = next((n for n in ("flower", *names) if n in found))
+    print(
+        f"RATIO {found[first]:.2f} {first} / fedvlm, wall time of a round of {CLIENTS} clients, "
+        f"{options.steps} steps of batch {batch}, tiny"
+    )
+
+
+def install(folder: Path) -> Path:
+    """The Python of the peers' environment, which is made or completed where needed."""
+    ours = [f"{name}=={version(name).split('+')[0]}" for name in ("torch", "transformers", "peft")]
+    # Flower 1.42.0 needs a newer certifi than some indexes have.
+    wanted = [*ours, "accelerate", "flwr[simulation]==1.41.0", "pfl==0.6.0"]
+    python, done = folder / "bin" / "python", folder / "installed.txt"
+    if done.exists() and done.read_text().split() == wanted:
+        return python
+    print(f"installing {', '.join(wanted[3:])} into {folder}, once", flush=True)
+    venv.create(folder, with_pip=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    subprocess.run([*pip, wanted[0]], check=True)  # alone at first: a range lets pip choose others
+    for package in wanted[1:]:
+        subprocess.run([*pip, *ours, package], check=True)
+    done.write_text("\n".join(wanted) + "\n")
+    return python
+
+
+def compare(
+    names: list[str], python: Path, batch: int, steps: int, repeats: int
+) -> dict[str, float]:
+    """Prints a table of all sides; returns how many times our time each peer takes."""
+    with tempfile.TemporaryDirectory(prefix="fedvlm-peers-") as folder:
+        ours = Ours(Path(folder), batch, steps, 1 + repeats)
+        print(
+            f"\nbatch {batch}, {steps} steps, {CLIENTS} clients, {ours.elements} numbers in an "
+            f"adapter, {ours.threads} thread(s) for fedvlm; medians of {repeats} rounds"
+        )
+        peers: dict[str, Peer] = {}
+        try:
+            for name in names:
+                peers[name] = Peer(name, python, Path(folder))
+            sides = {"fedvlm": ours.round, **{name: peer.round for name, peer in peers.items()}}
+            taken = paired(sides, 1 + repeats)
+            differences = {n: [ours.difference(n, r) for r in range(repeats + 1)] for n in names}
+        finally:
+            for peer in peers.values():
+                peer.stop()
+    head = ("side", "startup s", "first round s", "round s", "x fedvlm", "range", "difference")
+    print(("{:<14}" + "{:>15}" * 6).format(*head))
+    found = {}
+    for name, times in taken.items():
+        startup = ours.startup if name == "fedvlm" else peers[name].startup
+        row = [name, f"{startup:.1f}", f"{times[0]:.2f}", f"{statistics.median(times[1:]):.3f}"]
+        if name != "fedvlm":
+            found[name], low, high = ratio(times[1:], taken["fedvlm"][1:])
+            row += [f"{found[name]:.2f}", f"{low:.2f} to {high:.2f}", f"{differences[name][0]:.1e}"]
+        print(("{:<14}" + "{:>15}" * (len(row) - 1)).format(*row), flush=True)
+    worst = max(d[0] for d in differences.values())
+    last = max(d[-1] for d in differences.values())
+    print(f"adapters: largest difference {worst:.1e} after one round, {last:.1e} after the last")
+    if worst > SAME:
+        sys.exit(f"the sides did not do the same job: their adapters differ by {worst:.1e}")
+    return found
+
+
+class Ours:
+    """fedvlm's side, in this process; writes the job for the others."""
+
+    def __init__(self, folder: Path, batch: int, steps: int, rounds: int):
+        import fedvlm
+        from fedvlm import federate
+
+        began = time.perf_counter()
+        self.config = fedvlm.load_config(
+            {
+                "output": str(folder / "run"),
+                "data": {"scenes": {"sites": CLIENTS}},
+                "algorithm": {"name": "lora"},
+                "train": {"rounds": rounds, "batch_size": batch, "local_steps": steps},
+                "eval": {"every": 0},
+            }
+        )
+        self.folder, self.number = folder, 0
+        self.engine, self.partition, self.store = federate.prepare(self.config)
+        self.algorithm = fedvlm.algorithms.build(self.config.algorithm)
+        self.state = self.algorithm.init(self.engine.adapter)
+        self.startup = time.perf_counter() - began
+        self.elements = sum(t.numel() for t in self.state.values())
+        self.states: list[Any] = []
+        self._write_job(batch, steps, rounds)
+        self.threads = best_threads(self._train)
+
+    def _write_job(self, batch: int, steps: int, rounds: int) -> None:
+        import torch
+        from fedvlm.engines.reference import batches
+        from fedvlm.models.load import load_model
+        from fedvlm.seeds import derive
+        from safetensors.torch import save_file
+
+        loaded = load_model(self.config.model)
+        loaded.model.save_pretrained(self.folder / "model")
+        loaded.processor.save_pretrained(self.folder / "model")
+        save_file(dict(self.engine.adapter), self.folder / "adapter.safetensors")
+        for number, client in enumerate(self.partition.clients):
+            rows = self.partition.splits[client].train
+            drawn: list[list[Any]] = []
+            for round_ in range(1, rounds + 1):
+                seed = derive(self.config.seed, round_, client, 0, "batches")
+                indices = batches(rows, batch, steps, seed)
+                drawn.append([self.engine.collator.training(i) for i in indices])
+            torch.save(drawn, self.folder / f"batches-{number}.pt")
+        train, lora = self.config.train, self.config.lora
+        modules = sorted({fedvlm_module(name) for name in self.engine.adapter})
+        job = {
+            "weights": [len(self.partition.splits[c].train) for c in self.partition.clients],
+            "rounds": rounds,
+            "steps": steps,
+            "lr": train.lr,
+            "weight_decay": train.weight_decay,
+            "max_grad_norm": train.max_grad_norm,
+            "lora": {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": modules},
+        }
+        (self.folder / "job.json").write_text(json.dumps(job))
+
+    def _plan(self, number: int) -> Any:
+        from fedvlm.federate import Round
+
+        return Round(number, tuple(self.partition.clients), self.algorithm, evaluate=False)
+
+    def _train(self) -> None:
+        from fedvlm import federate
+        from fedvlm.progress import Quiet
+
+        plan = self._plan(self.number + 1)
+        self.result = federate._round(plan, self.engine, self.partition, self.state, Quiet())
+
+    def round(self) -> float:
+        """One round, as :func:`fedvlm.federate.run` does it."""
+        return seconds(self._round)
+
+    def _round(self) -> None:
+        self._train()
+        self.number += 1
+        self.state, line = self.result
+        self.store.commit(self.number, self.state, line, {"round": self.number})
+        self.states.append(self.state)
+
+    def difference(self, peer: str, number: int) -> float:
+        """The largest difference of a peer's aggregated adapter from ours, after a round."""
+        from safetensors.torch import load_file
+
+        theirs, ours = (
+            load_file(self.folder / f"{peer}-{number + 1}.safetensors"),
+            self.states[number],
+        )
+        # pfl-research's tensors have the parameters' own names where PEFT's have none.
+        if theirs.keys() != ours.keys():
+            sys.exit(f"{peer} has other tensors: {sorted(theirs.keys() ^ ours.keys())[:3]}")
+        return max((theirs[n] - t).abs().max().item() for n, t in ours.items())
+
+
+def fedvlm_module(name: str) -> str:
+    from fedvlm.tree import module
+
+    return module(name)
+
+
+class Peer:
+    """A peer's process, which does a round when it is told to."""
+
+    def __init__(self, name: str, python: Path, folder: Path):
+        script, *rest = PEERS[name]
+        run = Path(sys.executable) if name == "trainer" else python
+        command = [str(run), str(HERE / script), str(folder), name, *rest]
+        places = {"PYTHONPATH": str(HERE), "RAY_TMPDIR": tempfile.gettempdir()}
+        self._log = open(folder / f"{name}.log", "w+")  # noqa: SIM115
+        began = time.perf_counter()
+        self._process = subprocess.Popen(
+            command,
+            env={**os.environ, **QUIET, **places},
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=self._log,
+            text=True,
+            start_new_session=True,
+        )
+        self._name = name
+        self._heard()
+        self.startup = time.perf_counter() - began
+
+    def round(self) -> float:
+        """One round; its wall time as measured inside of the process."""
+        assert self._process.stdin is not None
+        self._process.stdin.write("round\n")
+        self._process.stdin.flush()
+        return float(self._heard())
+
+    def _heard(self) -> str:
+        """What it says next; all else that it prints is for its log."""
+        assert self._process.stdout is not None
+        timer = threading.Timer(LIMIT, self._end, [signal.SIGTERM])
+        timer.start()
+        others: collections.deque[str] = collections.deque(maxlen=20)
+        try:
+            for line in self._process.stdout:
+                if line.startswith("@ "):
+                    return line[2:].strip()
+                others.append(line)
+        finally:
+            timer.cancel()
+        self._log.seek(0)
+        tail = "".join([*others, *self._log.readlines()[-20:]])
+        sys.exit(f"{self._name} ended, or said nothing for {LIMIT} s:\n{tail}")
+
+    def stop(self) -> None:
+        """Waits until it has ended by itself, which it does after the last round."""
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        for again in (signal.SIGTERM, signal.SIGKILL, None):
+            try:
+                self._process.wait(timeout=20)
+                break
+            except subprocess.TimeoutExpired:
+                if again:
+                    self._end(again)
+        self._log.close()
+
+    def _end(self, how: signal.Signals) -> None:
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, how)
+
+
+if __name__ == "__main__":
+    main()
