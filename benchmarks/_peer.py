@@ -60,9 +60,7 @@ class Job:
         return model.train()
 
     def optimizer(self, parameters: Any) -> torch.optim.Optimizer:
-        return torch.optim.AdamW(
-            parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True
-        )
+        return torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay, fused=True)
 
 
 def read(model: Any) -> Tree:

@@ -59,14 +59,15 @@ QUIET = {  # without these, Flower and Ray ask the network
     "HF_HUB_DISABLE_TELEMETRY": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
-CLIENTS, LIMIT, SAME = 10, 600, 1e-4  # LIMIT: seconds until a side is given up
+CLIENTS, ROWS = 10, 40
+LIMIT, SAME = 600, 1e-4  # seconds until a side is given up; the first round's tolerance
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--quick", action="store_true", help="batch 1, 2 steps, three peers")
+    parser.add_argument("--quick", action="store_true", help="batch 1, 2 steps, two peers")
     parser.add_argument("--batch", default="1,8", help="batch sizes (default: %(default)s)")
     parser.add_argument("--steps", type=int, default=5, help="of a client in a round")
     parser.add_argument("--repeats", type=int, default=5, help="rounds after the first")
@@ -75,7 +76,7 @@ def main() -> None:
     options = parser.parse_args()
     if options.quick:
         options.batch, options.steps = "1", 2
-        options.peers = options.peers or "trainer,pfl,flower"
+        options.peers = options.peers or "pfl,flower-plain"
     names = options.peers.split(",") if options.peers else list(PEERS)
     if unknown := set(names) - set(PEERS):
         parser.error(f"no such peer: {', '.join(sorted(unknown))}")
@@ -83,7 +84,7 @@ def main() -> None:
     print(environment())
     for batch in map(int, options.batch.split(",")):
         found = compare(names, python, batch, options.steps, options.repeats)
-    first = next((n for n in ("flower", *names) if n in found))
+    first = next(n for n in ("flower", "flower-plain", *names) if n in found)
     print(
         f"RATIO {found[first]:.2f} {first} / fedvlm, wall time of a round of {CLIENTS} clients, "
         f"{options.steps} steps of batch {batch}, tiny"
@@ -99,7 +100,7 @@ def install(folder: Path) -> Path:
     if done.exists() and done.read_text().split() == wanted:
         return python
     print(f"installing {', '.join(wanted[3:])} into {folder}, once", flush=True)
-    venv.create(folder, with_pip=True)
+    venv.create(folder, with_pip=True, symlinks=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
     subprocess.run([*pip, wanted[0]], check=True)  # alone at first: a range lets pip choose others
     for package in wanted[1:]:
@@ -157,7 +158,7 @@ class Ours:
         self.config = fedvlm.load_config(
             {
                 "output": str(folder / "run"),
-                "data": {"scenes": {"sites": CLIENTS}},
+                "data": {"scenes": {"sites": CLIENTS, "rows": ROWS}},
                 "algorithm": {"name": "lora"},
                 "train": {"rounds": rounds, "batch_size": batch, "local_steps": steps},
                 "eval": {"every": 0},
@@ -178,6 +179,7 @@ class Ours:
         from fedvlm.engines.reference import batches
         from fedvlm.models.load import load_model
         from fedvlm.seeds import derive
+        from fedvlm.tree import module
         from safetensors.torch import save_file
 
         loaded = load_model(self.config.model)
@@ -193,7 +195,7 @@ class Ours:
                 drawn.append([self.engine.collator.training(i) for i in indices])
             torch.save(drawn, self.folder / f"batches-{number}.pt")
         train, lora = self.config.train, self.config.lora
-        modules = sorted({fedvlm_module(name) for name in self.engine.adapter})
+        modules = sorted({module(name) for name in self.engine.adapter})
         job = {
             "weights": [len(self.partition.splits[c].train) for c in self.partition.clients],
             "rounds": rounds,
@@ -232,20 +234,11 @@ class Ours:
         """The largest difference of a peer's aggregated adapter from ours, after a round."""
         from safetensors.torch import load_file
 
-        theirs, ours = (
-            load_file(self.folder / f"{peer}-{number + 1}.safetensors"),
-            self.states[number],
-        )
-        # pfl-research's tensors have the parameters' own names where PEFT's have none.
+        theirs = load_file(self.folder / f"{peer}-{number + 1}.safetensors")
+        ours = self.states[number]
         if theirs.keys() != ours.keys():
             sys.exit(f"{peer} has other tensors: {sorted(theirs.keys() ^ ours.keys())[:3]}")
         return max((theirs[n] - t).abs().max().item() for n, t in ours.items())
-
-
-def fedvlm_module(name: str) -> str:
-    from fedvlm.tree import module
-
-    return module(name)
 
 
 class Peer:
