@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, pairs, and a line that says where and of what they were run."""
+"""What the benchmarks share: clocks, pairs, and a line that says where they were run."""
 
 from __future__ import annotations
 

@@ -14,12 +14,13 @@ import sys
 from typing import Any
 
 import torch
-from _peer import LOOPS, Job, Pace, read, write
 from flwr.app import ArrayRecord, Context, Message, MetricRecord, RecordDict
 from flwr.clientapp import ClientApp
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import FedAvg
 from flwr.simulation import run_simulation
+
+from _peer import LOOPS, Job, Pace, read, write
 
 
 @functools.cache

@@ -11,7 +11,6 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from _peer import Job, Pace, best_threads
 from peft import get_peft_model_state_dict
 from pfl.aggregate.simulate import SimulatedBackend
 from pfl.aggregate.weighting import WeightByDatapoints
@@ -24,6 +23,8 @@ from pfl.data.sampling import get_user_sampler
 from pfl.hyperparam import NNTrainHyperParams
 from pfl.metrics import Metrics, Weighted
 from pfl.model.pytorch import PyTorchModel
+
+from _peer import Job, Pace, best_threads
 
 
 class Collated(Dataset):
@@ -63,7 +64,7 @@ def main() -> None:
     job = Job(folder)
     peft = job.model()
     best_threads(job, peft)
-    # As its own benchmark of language models wraps them: a loss, and metrics (used in round 1 only).
+    # As its own benchmark of language models wraps them; metrics are asked for in round 1 only.
     peft.loss = types.MethodType(lambda self, **batch: self(**batch).loss, peft)
     peft.metrics = types.MethodType(
         lambda self, **batch: {"loss": Weighted.from_unweighted(self(**batch).loss.item())}, peft

@@ -1,106 +1,158 @@
 """Speed of the cohort engine against the reference: a round's training, side by side in one run.
 
-    python benchmarks/engine.py [--quick]
+    python benchmarks/engine.py [--quick] [--model tiny,mid] [--target language] [--profile]
 
 Both engines train the same clients on the same batches from the same adapters, by turns; each at
-the thread setting that is best for it. Printed are medians of the repeats and their ratio; the
-last line is `RATIO <number> <what>`.
+the thread setting that is best for it. A third column is the floor: the same rows through the
+frozen model without adapters, forward and back to its inputs. Printed are medians of the repeats
+and the ratios of the pairs; the last line is `RATIO <number> <what>`.
+
+Models: `tiny` is the bundled one with the bundled scenes. `mid` has the shape of Florence-2-base
+(231 M parameters, random weights) and made-up rows of 32 tokens in and out. Its pictures have 192
+pixels a side instead of 768, 37 image tokens instead of 577: a picture of full size takes one of
+our cores about a minute a step. With `language` the pictures are looked at once and then kept.
 """
 
 from __future__ import annotations
 
 import argparse
 import os
-import statistics
 import tempfile
-import time
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 
+import _shapes
+import _sides
 import fedvlm
-from fedvlm.algorithms import Client, build
-from fedvlm.engines.base import Task
+from _common import Work, best_threads, environment, paired, ratio, seconds
+from _profile import profile, show
 from fedvlm.federate import prepare
+from fedvlm.models.load import load_model
 
-ROWS = 24  # a client's; all are encoded before the clock starts
+ROWS = 24  # a client's, of scenes; all are encoded before the clock starts
+MID = 192  # pixels
+ENGINES = ("reference", "cohort")
 
 
-def prepared(engine: str, clients: int, batch: int, steps: int, target: str):
-    """An engine and one round's work for it."""
+@dataclass(frozen=True)
+class Case:
+    """A setting that is measured."""
+
+    model: str
+    target: str
+    clients: int
+    batch: int
+    steps: int
+
+
+FULL = {
+    ("tiny", "all-linear"): [(4, 4, 3), (10, 1, 3), (10, 4, 3), (10, 8, 3), (32, 1, 3)],
+    ("tiny", "language"): [(4, 4, 3), (10, 1, 3), (10, 4, 3), (10, 8, 3), (32, 1, 3)],
+    ("mid", "all-linear"): [(4, 1, 1)],
+    ("mid", "language"): [(4, 1, 1), (4, 4, 1), (10, 1, 1), (10, 4, 1)],
+}
+
+
+def sides(case: Case) -> dict[str, Work]:
+    """One round of each engine, and the floor's work for it."""
+    found: dict[str, Work] = {}
+    for name in ENGINES:
+        engine, partition = tiny(name, case) if case.model == "tiny" else mid(name, case)
+        found[name] = _sides.training(engine, partition.clients)
+        engine.collator.training([i for s in partition.splits.values() for i in s.train])
+    bare = load_model(engine.config.model).model if case.model == "tiny" else mid_model()
+    return found | {"floor": _sides.floor(bare, engine, partition)}
+
+
+def tiny(name: str, case: Case) -> tuple[Any, Any]:
     config = fedvlm.load_config(
         {
             "output": tempfile.mkdtemp() + "/run",
-            "data": {"scenes": {"sites": clients, "rows": ROWS, "style": "concept"}},
+            "data": {"scenes": {"sites": case.clients, "rows": ROWS, "style": "concept"}},
             "partition": {"min_rows": 4},
-            "lora": {"target": target},
-            "train": {"batch_size": batch, "local_steps": steps},
-            "engine": {"name": engine, "clients": clients if engine == "cohort" else None},
+            "lora": {"target": case.target},
+            "train": {"batch_size": case.batch, "local_steps": case.steps},
+            "engine": {"name": name, "clients": case.clients if name == "cohort" else None},
         }
     )
-    made, partition, _ = prepare(config)
-    algorithm = build(config.algorithm)
-    state = algorithm.init(made.adapter)
-    tasks = [Task(c, 1, algorithm.download(state, Client(c, 1.0))) for c in partition.clients]
-    made.collator.training([i for s in partition.splits.values() for i in s.train])
-    return lambda: list(made.train(algorithm, tasks))
+    engine, partition, _ = prepare(config)
+    return engine, partition
 
 
-def seconds(work) -> float:
-    began = time.perf_counter()
-    work()
-    return time.perf_counter() - began
+def mid_model() -> Any:
+    return _shapes.build(_shapes.florence("base", MID), torch.device("cpu"), torch.float32)
 
 
-def best_threads(work, most: int) -> int:
-    """The number of threads with which it is fastest."""
-    found = {}
-    for threads in range(1, most + 1):
-        torch.set_num_threads(threads)
-        work()
-        found[threads] = seconds(work)
-    return min(found, key=lambda n: found[n])
+def mid(name: str, case: Case) -> tuple[Any, Any]:
+    shape = _shapes.florence("base", MID)
+    settings = case.clients, case.batch, case.steps, case.target
+    return _shapes.engine(name, mid_model(), shape, *settings)
 
 
-def compare(clients: int, batch: int, steps: int, target: str, repeats: int) -> float:
-    sides = {e: prepared(e, clients, batch, steps, target) for e in ("reference", "cohort")}
-    threads = {e: best_threads(work, min(2, os.cpu_count() or 1)) for e, work in sides.items()}
-    taken: dict[str, list[float]] = {e: [] for e in sides}
-    for _ in range(repeats):
-        for engine, work in sides.items():
-            torch.set_num_threads(threads[engine])
-            taken[engine].append(seconds(work))
-    per = {e: 1000 * statistics.median(t) / (clients * steps) for e, t in taken.items()}
-    ratio = per["reference"] / per["cohort"]
-    pairs = [r / c for r, c in zip(taken["reference"], taken["cohort"], strict=True)]
+def compare(case: Case, repeats: int, profiled: bool) -> float:
+    """Prints a row of the table; returns how much faster the cohort engine is."""
+    works = sides(case)
+    threads = {name: best_threads(work) for name, work in works.items()}
+
+    def turn(name: str) -> float:
+        torch.set_num_threads(threads[name])
+        return seconds(works[name])
+
+    taken = paired({name: lambda name=name: turn(name) for name in works}, repeats)
+    faster, low, high = ratio(taken["reference"], taken["cohort"])
+    above, _, _ = ratio(taken["cohort"], taken["floor"])
+    steps = case.clients * case.steps
+    at = "/".join(str(threads[name]) for name in works)
+    per = {name: 1000 * median(times) / steps for name, times in taken.items()}
     print(
-        f"{target:>10}  {clients:>3} clients  batch {batch}  "
-        f"reference {per['reference']:7.1f} ms  cohort {per['cohort']:7.1f} ms a client step  "
-        f"threads {threads['reference']}/{threads['cohort']}  "
-        f"ratio {ratio:.2f}  ({min(pairs):.2f} to {max(pairs):.2f})",
+        f"{case.model:<5}{case.target:>11}{case.clients:>8}{case.batch:>6}"
+        f"{per['reference']:>11.1f}{per['cohort']:>9.1f}{per['floor']:>9.1f}"
+        f"{at:>9}{faster:>7.2f}{f'{low:.2f} to {high:.2f}':>14}{above:>9.2f}",
         flush=True,
     )
-    return ratio
+    if profiled:
+        torch.set_num_threads(threads["cohort"])
+        show(f"cohort, {case}", profile(works["cohort"], rank=8))
+    return faster
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--quick", action="store_true", help="one setting, under a minute")
-    parser.add_argument("--target", default="all-linear,language")
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="one setting of tiny")
+    parser.add_argument("--model", default="tiny,mid", help="default: %(default)s")
+    parser.add_argument("--target", default="all-linear,language", help="default: %(default)s")
+    parser.add_argument("--clients", type=int, help="only settings with so many")
+    parser.add_argument("--batch", type=int, help="only settings with this size")
+    parser.add_argument("--profile", action="store_true", help="where the cohort's time goes")
     options = parser.parse_args()
-    repeats, steps = (3, 2) if options.quick else (5, 3)
-    cases = [(10, 4)] if options.quick else [(4, 4), (10, 1), (10, 4), (10, 8), (32, 1)]
-    targets = ["all-linear"] if options.quick else options.target.split(",")
-    found = {(t, n, b): compare(n, b, steps, t, repeats) for t in targets for n, b in cases}
-    (target, clients, batch), ratio = max(found.items(), key=lambda item: item[1])
-    if (targets[0], 10, 8) in found:
-        target, clients, batch = targets[0], 10, 8
-        ratio = found[target, clients, batch]
+    cases = [
+        Case(model, target, *rest)
+        for (model, target), settings in FULL.items()
+        for rest in settings
+        if model in options.model.split(",") and target in options.target.split(",")
+        if options.clients in (None, rest[0]) and options.batch in (None, rest[1])
+    ]
+    if options.quick:
+        cases = [Case("tiny", "all-linear", 10, 4, 2)]
+    if not cases:
+        parser.error("no setting is left")
+    print(environment())
+    print("milliseconds a client's step; ratio: reference / cohort; x floor: cohort / floor")
+    head = f"{'model':<5}{'LoRA':>11}{'clients':>8}{'batch':>6}{'reference':>11}{'cohort':>9}"
+    print(f"{head}{'floor':>9}{'threads':>9}{'ratio':>7}{'range':>14}{'x floor':>9}")
+    found = {case: compare(case, 5, options.profile) for case in cases}
+    named = next((c for c in cases if (c.clients, c.batch) == (10, 8)), cases[-1])
     print(
-        f"RATIO {ratio:.2f} cohort engine over reference, tiny, {target}, "
-        f"{clients} clients, batch {batch}"
+        f"RATIO {found[named]:.2f} cohort engine over reference, {named.model}, {named.target}, "
+        f"{named.clients} clients, batch {named.batch}"
     )
 
 

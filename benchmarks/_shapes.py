@@ -1,0 +1,181 @@
+"""Models of released shapes with random weights, and made-up data for them; nothing is downloaded.
+
+Speed does not depend on the values of weights, so a model is its configuration. The rows are made
+of random tokens and pixels, all of one size.
+"""
+
+from __future__ import annotations
+
+import tempfile
+from dataclasses import dataclass
+from types import SimpleNamespace
+from typing import Any
+
+import numpy as np
+import torch
+import transformers as hf
+
+import fedvlm
+from fedvlm.data.collate import Collator
+from fedvlm.data.partition import Split
+from fedvlm.data.prompts import Features
+from fedvlm.engines import engine_class
+from fedvlm.engines.reference import ReferenceEngine
+from fedvlm.models.load import without_dropout
+from fedvlm.models.lora import attach, drop_dead
+from fedvlm.store import Store
+
+ROWS, PICTURES = 64, 8  # a client's rows, and different pictures among them
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model, and the rows it is given.
+
+    Attributes:
+        config: of transformers.
+        side: width and height of a picture, in pixels.
+        image_tokens: of a picture, at this side.
+        question: tokens of text before the answer.
+        answer: tokens that are learnt.
+    """
+
+    config: Any
+    side: int
+    image_tokens: int
+    question: int = 32
+    answer: int = 32
+
+
+def florence(size: str, side: int = 768) -> Shape:
+    """Florence-2 (arXiv 2311.06242), `base` or `large`: DaViT and BART.
+
+    A picture becomes one token for 32 x 32 pixels and one for their mean. DaViT's windows are 12
+    tokens wide at each of four scales: sides of 384 and 768 fill them.
+    """
+    wide = size == "large"
+    heads = (8, 16, 32, 64) if wide else (4, 8, 16, 32)
+    layers = {"layers": 12, "attention_heads": 16, "ffn_dim": 4096}
+    if not wide:
+        layers = {"layers": 6, "attention_heads": 12, "ffn_dim": 3072}
+    config = hf.Florence2Config(
+        vision_config={
+            "depths": (1, 1, 9, 1),
+            "embed_dim": (256, 512, 1024, 2048) if wide else (128, 256, 512, 1024),
+            "num_heads": heads,
+            "num_groups": heads,
+            "window_size": 12,
+            "projection_dim": 1024 if wide else 768,
+        },
+        text_config={
+            "model_type": "bart",
+            "vocab_size": 51290,
+            "d_model": 1024 if wide else 768,
+            "max_position_embeddings": 4096 if wide else 1024,
+            **{f"{part}_{k}": n for part in ("encoder", "decoder") for k, n in layers.items()},
+        },
+    )
+    return Shape(config, side, (side // 32) ** 2 + 1)
+
+
+def smolvlm(side: int = 512) -> Shape:
+    """SmolVLM-500M: SigLIP-B/16 at 512 pixels and SmolLM2-360M; one tile of 64 image tokens."""
+    config = hf.AutoConfig.for_model(
+        "smolvlm",
+        image_token_id=49190,
+        scale_factor=4,
+        tie_word_embeddings=False,
+        pad_token_id=2,
+        vision_config={
+            "hidden_size": 768,
+            "intermediate_size": 3072,
+            "num_hidden_layers": 12,
+            "num_attention_heads": 12,
+            "image_size": 512,
+            "patch_size": 16,
+        },
+        text_config={
+            "model_type": "llama",
+            "vocab_size": 49280,
+            "hidden_size": 960,
+            "intermediate_size": 2560,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 15,
+            "num_key_value_heads": 5,
+            "max_position_embeddings": 8192,
+            "tie_word_embeddings": False,
+        },
+    )
+    return Shape(config, side, (side // 64) ** 2)
+
+
+SHAPES = {
+    "florence-2-base": lambda side=768: florence("base", side),
+    "florence-2-large": lambda side=768: florence("large", side),
+    "smolvlm-500m": smolvlm,
+}
+
+
+def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
+    """The frozen model, with random weights."""
+    without_dropout(shape.config)
+    torch.manual_seed(0)
+    with device:
+        model = hf.AutoModelForImageTextToText.from_config(shape.config, dtype=dtype)
+    return model.requires_grad_(False).to(device)
+
+
+def engine(
+    name: str, model: Any, shape: Shape, clients: int, batch: int, steps: int, target: str
+) -> tuple[ReferenceEngine, Any]:
+    """An engine with made-up rows, and the partition of these."""
+    config = fedvlm.load_config(
+        {
+            "output": tempfile.mkdtemp() + "/run",
+            "lora": {"target": target},
+            "train": {"batch_size": batch, "local_steps": steps},
+            "engine": {"name": name, "clients": clients if name == "cohort" else None},
+        }
+    )
+    rows = np.arange(clients * max(ROWS, batch)).reshape(clients, -1)
+    splits = {f"client{k}": Split(own, own[:0], own[:0]) for k, own in enumerate(rows)}
+    partition: Any = SimpleNamespace(clients=tuple(splits), splits=splits)
+    collator = MadeUp(shape, model)
+    probe = collator.training(rows[0, :1])
+
+    def loss(adapted: Any) -> torch.Tensor:
+        from fedvlm.models.objectives import sft_terms
+
+        return sft_terms(adapted, probe).mean()
+
+    adapted = attach(model, config.lora, config.seed)
+    adapted = drop_dead(adapted, config.lora, config.seed, loss)
+    store = Store(config.output, list(splits))
+    return engine_class(config.engine)(adapted, collator, partition, config, store), partition
+
+
+class MadeUp(Collator):
+    """Rows of random tokens and pixels."""
+
+    def __init__(self, shape: Shape, model: Any):
+        self.shape = shape
+        self.device = next(model.parameters()).device
+        self.dtype = model.dtype
+        self.seq2seq = bool(model.config.is_encoder_decoder)
+        self.roles = ("answer",)
+        self._pad_id = 1
+        random = torch.Generator().manual_seed(0)
+        square = (1, 3, shape.side, shape.side)
+        if model.config.model_type == "smolvlm":
+            square = (1, *square)  # tiles of one picture
+        self._pixels = [torch.randn(square, generator=random) for _ in range(PICTURES)]
+
+    def features(self, index: int) -> Features:
+        random = torch.Generator().manual_seed(int(index))
+        question, answer = (
+            torch.randint(10, 40000, (n,), generator=random)
+            for n in (self.shape.question, self.shape.answer)
+        )
+        image = torch.full((self.shape.image_tokens,), self.shape.config.image_token_id)
+        pixels = {"pixel_values": self._pixels[int(index) % PICTURES]}
+        return Features(torch.cat([image, question]), (answer,), {}, pixels)

@@ -1,0 +1,66 @@
+"""The sides that `engine.py` and `gpu.py` compare: a round of an engine, and the floor under it."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from _common import Work
+from fedvlm.algorithms import Client, build
+from fedvlm.engines.base import Task
+from fedvlm.engines.reference import ReferenceEngine, batches
+from fedvlm.models.frozen import ImageFeatures
+from fedvlm.models.objectives import answer_nll
+from fedvlm.sections import Config
+from fedvlm.seeds import derive
+
+
+def training(engine: ReferenceEngine, clients: Sequence[str]) -> Work:
+    """A round's training of all clients."""
+    algorithm = build(engine.config.algorithm)
+    state = algorithm.init(engine.adapter)
+    tasks = [Task(c, 1, algorithm.download(state, Client(c, 1.0))) for c in clients]
+    return lambda: list(engine.train(algorithm, tasks))
+
+
+def drawn(config: Config, rows: np.ndarray, client: str, round_: int) -> list[np.ndarray]:
+    """The rows of a client's batches in a round, as the engines draw them."""
+    train = config.train
+    seed = derive(config.seed, round_, client, 0, "batches")
+    return list(batches(rows, train.batch_size, train.steps(len(rows)), seed))
+
+
+def floor(bare: Any, engine: ReferenceEngine, partition: Any) -> Work:
+    """The same rows through a frozen model without adapters, forward and to the inputs' gradients.
+
+    Training adapters cannot take less: this is what the base's own layers cost. No optimizer, no
+    products of a rank, no round around it. Where LoRA is in the language model only, pictures'
+    features are kept here as well, and gradients end at them.
+    """
+    own = [
+        drawn(engine.config, partition.splits[c].train, c, 1) for c in partition.clients
+    ]  # [clients][steps]
+    kept = engine.config.lora.target == "language"
+    images = ImageFeatures(bare, engine.collator.picture, 1 << 34) if kept else None
+    bare.train()
+    sizes = [getattr(part, "vocab_size", 0) for part in (bare.config.get_text_config(),)]
+    for module in bare.modules():  # token embeddings: the encoder's, and a decoder's
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings in sizes:
+            module.register_forward_hook(lambda _m, _i, out: out.requires_grad_(True))
+
+    def work() -> None:
+        for step in zip(*own, strict=True):
+            rows = np.concatenate(step)
+            batch = engine.collator.training(rows)
+            if not kept:
+                batch["pixel_values"].requires_grad_(True)
+            with images.given(list(rows)) if images else contextlib.nullcontext():
+                loss, tokens = answer_nll(bare, batch)
+            shape = (len(step), -1)
+            (loss.view(shape).sum(1) / tokens.view(shape).sum(1)).sum().backward()
+
+    return work

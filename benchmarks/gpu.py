@@ -1,0 +1,181 @@
+"""The cohort engine on a GPU, with models of released shapes and random weights; needs no network.
+
+    python benchmarks/gpu.py [--quick] [--model florence-2-base] [--target language] [--profile]
+
+Three sides work by turns in one run, on the same number of made-up rows (32 tokens in, 32 out, a
+picture of the model's own size), base model in bf16, factors in fp32:
+
+- sequential: one client after another (the reference engine)
+- cohort: all clients in one pass
+- plain: one adapter, trained on all clients' rows as one batch (the reference engine with one
+  client): what the hardware gives to ordinary LoRA training of as many tokens
+
+Printed are medians of the repeats in milliseconds for a step of all clients; the share of plain's
+speed that the cohort reaches; TFLOP/s of the cohort and, on an H100, the share of its peak (MFU),
+by plain's operations, forward and back; and each side's peak memory: the model's weights and what a
+step adds. The last line is `RATIO <number> <what>`. Without a GPU it says so and ends; with
+`--device cpu --quick` it runs on small shapes, to test the script itself.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import os
+from dataclasses import replace
+from statistics import median
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+import _shapes
+import _sides
+from _common import Work, environment, paired, ratio, seconds
+from _profile import profile, show
+
+PEAK = {"H100": 989.4e12, "H200": 989.4e12}  # dense bf16 operations a second, by its data sheet
+GB = 1e9
+
+
+def small(name: str) -> _shapes.Shape:
+    """A shape's kind with a few narrow layers, for a machine without a GPU."""
+    shape = _shapes.SHAPES[name]()
+    text, vision = shape.config.text_config, shape.config.vision_config
+    if name == "smolvlm-500m":
+        text.update({"hidden_size": 60, "intermediate_size": 64, "num_hidden_layers": 2})
+        text.update({"num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 4})
+        vision.update({"hidden_size": 48, "intermediate_size": 64, "num_hidden_layers": 2})
+        return replace(shape, image_tokens=4, side=128, question=4, answer=4)
+    heads = (2, 2, 2, 2)
+    vision.update({"embed_dim": (16, 16, 16, 16), "num_heads": heads, "num_groups": heads})
+    vision.update({"projection_dim": 64, "depths": (1, 1, 1, 1)})
+    for part in ("encoder", "decoder"):
+        text.update({f"{part}_layers": 2, f"{part}_ffn_dim": 64, f"{part}_attention_heads": 4})
+    text.update({"d_model": 64})
+    return replace(shape, image_tokens=5, side=64, question=4, answer=4)
+
+
+def build(
+    shape: _shapes.Shape, clients: int, batch: int, target: str, device: torch.device
+) -> tuple[dict[str, Work], float]:
+    """The sides' work, and the bytes of a model's weights."""
+    dtype = torch.bfloat16
+    settings = {
+        "sequential": ("reference", clients, batch),
+        "cohort": ("cohort", clients, batch),
+        "plain": ("reference", 1, clients * batch),
+    }
+    works: dict[str, Work] = {}
+    for side, (engine, count, size) in settings.items():
+        model = _shapes.build(shape, device, dtype)
+        weights = sum(p.numel() * p.element_size() for p in model.parameters())
+        made, partition = _shapes.engine(engine, model, shape, count, size, 1, target)
+        works[side] = _sides.training(made, partition.clients)
+    return works, weights
+
+
+def peak(work: Work) -> float:
+    """The bytes that a piece of work needs at most, above what was there before."""
+    if not torch.cuda.is_available():
+        return float("nan")
+    torch.cuda.synchronize()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    work()
+    torch.cuda.synchronize()
+    return torch.cuda.max_memory_allocated() - before
+
+
+def compare(name: str, clients: int, batch: int, target: str, options: argparse.Namespace) -> float:
+    """Prints a row of the table; returns how much faster the cohort engine is."""
+    shape = small(name) if options.device == "cpu" else _shapes.SHAPES[name]()
+    works, weights = build(shape, clients, batch, target, torch.device(options.device))
+    for work in works.values():
+        work()
+    memory = {side: (peak(work) + weights) / GB for side, work in works.items()}
+    with FlopCounterMode(display=False) as counted:
+        works["plain"]()
+    timed = {side: lambda work=work: seconds(work) for side, work in works.items()}
+    taken = paired(timed, options.repeats)
+    faster, low, high = ratio(taken["sequential"], taken["cohort"])
+    share, _, _ = ratio(taken["plain"], taken["cohort"])
+    per = {side: 1000 * median(times) for side, times in taken.items()}
+    speed = counted.get_total_flops() / (per["cohort"] / 1000)
+    used = [v for k, v in PEAK.items() if options.device == "cuda" and k in device_name()]
+    print(
+        f"{name:<17}{target:>11}{clients:>8}{batch:>6}"
+        + "".join(f"{per[side]:>12.1f}" for side in works)
+        + f"{faster:>7.2f}{f'{low:.2f} to {high:.2f}':>15}{100 * share:>9.0f} %"
+        + f"{speed / 1e12:>9.1f}{f'{100 * speed / used[0]:.0f} %' if used else '-':>6}  "
+        + " / ".join(f"{memory[side]:.1f}" for side in works),
+        flush=True,
+    )
+    if options.profile:
+        show(f"cohort, {name}, {target}, batch {batch}", profile(works["cohort"], rank=8))
+    return faster
+
+
+def device_name() -> str:
+    return torch.cuda.get_device_name()
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="batch 2, all-linear, two models")
+    parser.add_argument("--model", default=",".join(_shapes.SHAPES), help="default: %(default)s")
+    parser.add_argument("--target", default="all-linear,language", help="default: %(default)s")
+    parser.add_argument("--clients", type=int, default=16)
+    parser.add_argument("--batch", default="2,8", help="default: %(default)s")
+    parser.add_argument("--repeats", type=int, default=5)
+    parser.add_argument(
+        "--profile", action="store_true", help="where the cohort engine's time goes"
+    )
+    parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
+    options = parser.parse_args()
+    if options.device == "cuda" and not torch.cuda.is_available():
+        print("gpu.py: no GPU that this PyTorch can use; nothing was measured")
+        return
+    models = options.model.split(",")
+    if unknown := set(models) - set(_shapes.SHAPES):
+        parser.error(f"no such model: {', '.join(sorted(unknown))}")
+    targets, batches = options.target.split(","), [int(b) for b in options.batch.split(",")]
+    if options.quick:
+        targets, batches = targets[:1], batches[:1]
+        models = [m for m in models if m != "florence-2-large"]
+    print(environment())
+    print("milliseconds a step of all clients; ratio: sequential / cohort; memory in GB")
+    print(
+        f"{'model':<17}{'LoRA':>11}{'clients':>8}{'batch':>6}{'sequential':>12}{'cohort':>12}"
+        f"{'plain':>12}{'ratio':>7}{'range':>15}{'of plain':>11}{'TFLOP/s':>9}{'MFU':>6}"
+        "  memory (the same order)"
+    )
+    found: dict[tuple[Any, ...], float] = {}
+    for name in models:
+        for target in targets:
+            for batch in batches:
+                try:
+                    key = name, target, batch
+                    found[key] = compare(name, options.clients, batch, target, options)
+                except torch.OutOfMemoryError as error:
+                    print(f"{name}, {target}, batch {batch}: {str(error).splitlines()[0]}")
+                gc.collect()
+                if torch.cuda.is_available():
+                    torch.cuda.empty_cache()
+    if not found:
+        raise SystemExit("nothing fitted into the GPU's memory")
+    (name, target, batch), faster = next(iter(found.items()))
+    small_ones = " (a small model of its kind)" if options.device == "cpu" else ""
+    print(
+        f"RATIO {faster:.2f} cohort engine over sequential, {name}{small_ones}, {target}, "
+        f"{options.clients} clients, batch {batch}"
+    )
+
+
+if __name__ == "__main__":
+    main()
