@@ -32,9 +32,9 @@ def best_threads(work: Work) -> int:
     import torch
 
     found = {}
+    work()
     for threads in sorted({1, os.cpu_count() or 1}):
         torch.set_num_threads(threads)
-        work()
         found[threads] = seconds(work)
     best = min(found, key=lambda n: found[n])
     torch.set_num_threads(best)

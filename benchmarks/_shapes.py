@@ -21,7 +21,7 @@ from fedvlm.data.partition import Split
 from fedvlm.data.prompts import Features
 from fedvlm.engines import engine_class
 from fedvlm.engines.reference import ReferenceEngine
-from fedvlm.models.load import without_dropout
+from fedvlm.models.load import quiet_transformers, without_dropout
 from fedvlm.models.lora import attach, drop_dead
 from fedvlm.store import Store
 
@@ -118,6 +118,7 @@ SHAPES = {
 
 def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
     """The frozen model, with random weights."""
+    quiet_transformers()
     without_dropout(shape.config)
     torch.manual_seed(0)
     with device:
@@ -126,15 +127,22 @@ def build(shape: Shape, device: torch.device, dtype: torch.dtype) -> Any:
 
 
 def engine(
-    name: str, model: Any, shape: Shape, clients: int, batch: int, steps: int, target: str
+    name: str,
+    model: Any,
+    shape: Shape,
+    clients: int,
+    width: int,
+    batch: int,
+    steps: int,
+    target: str,
 ) -> tuple[ReferenceEngine, Any]:
-    """An engine with made-up rows, and the partition of these."""
+    """An engine with made-up rows, `width` clients in a pass, and the partition of the rows."""
     config = fedvlm.load_config(
         {
             "output": tempfile.mkdtemp() + "/run",
             "lora": {"target": target},
             "train": {"batch_size": batch, "local_steps": steps},
-            "engine": {"name": name, "clients": clients if name == "cohort" else None},
+            "engine": {"name": name, "clients": width if name == "cohort" else None},
         }
     )
     rows = np.arange(clients * max(ROWS, batch)).reshape(clients, -1)
@@ -163,6 +171,7 @@ class MadeUp(Collator):
         self.dtype = model.dtype
         self.seq2seq = bool(model.config.is_encoder_decoder)
         self.roles = ("answer",)
+        self.vocabulary = min(40_000, shape.config.text_config.vocab_size)
         self._pad_id = 1
         random = torch.Generator().manual_seed(0)
         square = (1, 3, shape.side, shape.side)
@@ -173,7 +182,7 @@ class MadeUp(Collator):
     def features(self, index: int) -> Features:
         random = torch.Generator().manual_seed(int(index))
         question, answer = (
-            torch.randint(10, 40000, (n,), generator=random)
+            torch.randint(10, self.vocabulary, (n,), generator=random)
             for n in (self.shape.question, self.shape.answer)
         )
         image = torch.full((self.shape.image_tokens,), self.shape.config.image_token_id)

@@ -55,7 +55,7 @@ FULL = {
     ("tiny", "all-linear"): [(4, 4, 3), (10, 1, 3), (10, 4, 3), (10, 8, 3), (32, 1, 3)],
     ("tiny", "language"): [(4, 4, 3), (10, 1, 3), (10, 4, 3), (10, 8, 3), (32, 1, 3)],
     ("mid", "all-linear"): [(4, 1, 1)],
-    ("mid", "language"): [(4, 1, 1), (4, 4, 1), (10, 1, 1), (10, 4, 1)],
+    ("mid", "language"): [(4, 1, 1), (4, 4, 1), (10, 1, 1)],
 }
 
 
@@ -91,7 +91,7 @@ def mid_model() -> Any:
 
 def mid(name: str, case: Case) -> tuple[Any, Any]:
     shape = _shapes.florence("base", MID)
-    settings = case.clients, case.batch, case.steps, case.target
+    settings = case.clients, case.clients, case.batch, case.steps, case.target
     return _shapes.engine(name, mid_model(), shape, *settings)
 
 

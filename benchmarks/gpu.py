@@ -6,9 +6,9 @@ Three sides work by turns in one run, on the same number of made-up rows (32 tok
 picture of the model's own size), base model in bf16, factors in fp32:
 
 - sequential: one client after another (the reference engine)
-- cohort: all clients in one pass
-- plain: one adapter, trained on all clients' rows as one batch (the reference engine with one
-  client): what the hardware gives to ordinary LoRA training of as many tokens
+- cohort: all clients in one pass, or so many as memory allows (the column `pass`)
+- plain: one adapter, trained on a whole pass's rows as one batch (the reference engine with one
+  client a pass): what the hardware gives to ordinary LoRA training of as many tokens
 
 Printed are medians of the repeats in milliseconds for a step of all clients; the share of plain's
 speed that the cohort reaches; TFLOP/s of the cohort and, on an H100, the share of its peak (MFU),
@@ -45,6 +45,8 @@ def small(name: str) -> _shapes.Shape:
     """A shape's kind with a few narrow layers, for a machine without a GPU."""
     shape = _shapes.SHAPES[name]()
     text, vision = shape.config.text_config, shape.config.vision_config
+    text.update({"vocab_size": 1000})
+    shape.config.update({"image_token_id": 5})
     if name == "smolvlm-500m":
         text.update({"hidden_size": 60, "intermediate_size": 64, "num_hidden_layers": 2})
         text.update({"num_attention_heads": 15, "num_key_value_heads": 5, "head_dim": 4})
@@ -60,20 +62,20 @@ def small(name: str) -> _shapes.Shape:
 
 
 def build(
-    shape: _shapes.Shape, clients: int, batch: int, target: str, device: torch.device
+    shape: _shapes.Shape, clients: int, width: int, batch: int, target: str, device: torch.device
 ) -> tuple[dict[str, Work], float]:
-    """The sides' work, and the bytes of a model's weights."""
+    """The sides' work, `width` clients in a pass, and the bytes of a model's weights."""
     dtype = torch.bfloat16
     settings = {
-        "sequential": ("reference", clients, batch),
-        "cohort": ("cohort", clients, batch),
-        "plain": ("reference", 1, clients * batch),
+        "sequential": ("reference", clients, batch, 1),
+        "cohort": ("cohort", clients, batch, width),
+        "plain": ("reference", clients // width, width * batch, 1),
     }
     works: dict[str, Work] = {}
-    for side, (engine, count, size) in settings.items():
+    for side, (engine, count, size, at_once) in settings.items():
         model = _shapes.build(shape, device, dtype)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        made, partition = _shapes.engine(engine, model, shape, count, size, 1, target)
+        made, partition = _shapes.engine(engine, model, shape, count, at_once, size, 1, target)
         works[side] = _sides.training(made, partition.clients)
     return works, weights
 
@@ -90,10 +92,23 @@ def peak(work: Work) -> float:
     return torch.cuda.max_memory_allocated() - before
 
 
-def compare(name: str, clients: int, batch: int, target: str, options: argparse.Namespace) -> float:
-    """Prints a row of the table; returns how much faster the cohort engine is."""
+def compare(
+    name: str, width: int, batch: int, target: str, options: argparse.Namespace
+) -> float | None:
+    """Prints a row of the table; returns how much faster the cohort engine is.
+
+    None where a pass of `width` clients does not fit into memory.
+    """
+    try:
+        return _compare(name, width, batch, target, options)
+    except torch.OutOfMemoryError:
+        return None
+
+
+def _compare(name: str, width: int, batch: int, target: str, options: argparse.Namespace) -> float:
     shape = small(name) if options.device == "cpu" else _shapes.SHAPES[name]()
-    works, weights = build(shape, clients, batch, target, torch.device(options.device))
+    device = torch.device(options.device)
+    works, weights = build(shape, options.clients, width, batch, target, device)
     for work in works.values():
         work()
     memory = {side: (peak(work) + weights) / GB for side, work in works.items()}
@@ -107,7 +122,7 @@ def compare(name: str, clients: int, batch: int, target: str, options: argparse.
     speed = counted.get_total_flops() / (per["cohort"] / 1000)
     used = [v for k, v in PEAK.items() if options.device == "cuda" and k in device_name()]
     print(
-        f"{name:<17}{target:>11}{clients:>8}{batch:>6}"
+        f"{name:<17}{target:>11}{options.clients:>8}{width:>6}{batch:>6}"
         + "".join(f"{per[side]:>12.1f}" for side in works)
         + f"{faster:>7.2f}{f'{low:.2f} to {high:.2f}':>15}{100 * share:>9.0f} %"
         + f"{speed / 1e12:>9.1f}{f'{100 * speed / used[0]:.0f} %' if used else '-':>6}  "
@@ -151,7 +166,7 @@ def main() -> None:
     print(environment())
     print("milliseconds a step of all clients; ratio: sequential / cohort; memory in GB")
     print(
-        f"{'model':<17}{'LoRA':>11}{'clients':>8}{'batch':>6}{'sequential':>12}{'cohort':>12}"
+        f"{'model':<17}{'LoRA':>11}{'clients':>8}{'pass':>6}{'batch':>6}{'sequential':>12}{'cohort':>12}"
         f"{'plain':>12}{'ratio':>7}{'range':>15}{'of plain':>11}{'TFLOP/s':>9}{'MFU':>6}"
         "  memory (the same order)"
     )
@@ -159,14 +174,15 @@ def main() -> None:
     for name in models:
         for target in targets:
             for batch in batches:
-                try:
-                    key = name, target, batch
-                    found[key] = compare(name, options.clients, batch, target, options)
-                except torch.OutOfMemoryError as error:
-                    print(f"{name}, {target}, batch {batch}: {str(error).splitlines()[0]}")
-                gc.collect()
-                if torch.cuda.is_available():
-                    torch.cuda.empty_cache()
+                key, width = (name, target, batch), options.clients
+                while key not in found and width:
+                    faster = compare(name, width, batch, target, options)
+                    gc.collect()
+                    if torch.cuda.is_available():
+                        torch.cuda.empty_cache()
+                    if faster is not None:
+                        found[key] = faster
+                    width //= 2
     if not found:
         raise SystemExit("nothing fitted into the GPU's memory")
     (name, target, batch), faster = next(iter(found.items()))
