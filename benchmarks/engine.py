@@ -9,8 +9,8 @@ and the ratios of the pairs; the last line is `RATIO <number> <what>`.
 
 Models: `tiny` is the bundled one with the bundled scenes. `mid` has the shape of Florence-2-base
 (231 M parameters, random weights) and made-up rows of 32 tokens in and out. Its pictures have 192
-pixels a side instead of 768, 37 image tokens instead of 577: a picture of full size takes one of
-our cores about a minute a step. With `language` the pictures are looked at once and then kept.
+pixels a side instead of 768, and 37 image tokens instead of 577: full ones have 16 times as many
+patches, too many for two cores and ten minutes. With `language` a picture is looked at only once.
 """
 
 from __future__ import annotations
