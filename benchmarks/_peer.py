@@ -137,9 +137,11 @@ class Pace:
         self._say("ready")
 
     def wait(self) -> None:
-        """Until the next round is asked for."""
-        if self.round == self.job.rounds or not sys.stdin.readline():
+        """Until the next round is asked for, if there is one."""
+        if self.round == self.job.rounds:
             return
+        if not sys.stdin.readline():
+            raise RuntimeError("peers.py has ended")
         self.round += 1
         self.began = time.perf_counter()
 

@@ -47,6 +47,8 @@ def profile(work: Work, rank: int) -> dict[str, float]:
         wall = time.perf_counter() - began
     taken: dict[str, float] = defaultdict(float)
     for event in found.key_averages(group_by_input_shape=True):
+        if event.device_type != torch.autograd.DeviceType.CPU:
+            continue  # a kernel, whose time is its operation's as well
         of_device = event.self_device_time_total if cuda else event.self_cpu_time_total
         taken[kind(event.key, event.input_shapes, rank)] += of_device / 1e6
     table = {name: taken[name] for name in KINDS}

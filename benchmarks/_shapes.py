@@ -163,7 +163,7 @@ def engine(
 
 
 class MadeUp(Collator):
-    """Rows of random tokens and pixels."""
+    """Rows of random tokens and pixels; the pixels lie on the device already."""
 
     def __init__(self, shape: Shape, model: Any):
         self.shape = shape
@@ -177,7 +177,8 @@ class MadeUp(Collator):
         square = (1, 3, shape.side, shape.side)
         if model.config.model_type == "smolvlm":
             square = (1, *square)  # tiles of one picture
-        self._pixels = [torch.randn(square, generator=random) for _ in range(PICTURES)]
+        pixels = [torch.randn(square, generator=random) for _ in range(PICTURES)]
+        self._pixels = [p.to(self.device, self.dtype) for p in pixels]
 
     def features(self, index: int) -> Features:
         random = torch.Generator().manual_seed(int(index))

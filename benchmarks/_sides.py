@@ -41,15 +41,14 @@ def floor(bare: Any, engine: ReferenceEngine, partition: Any) -> Work:
     products of a rank, no round around it. Where LoRA is in the language model only, pictures'
     features are kept here as well, and gradients end at them.
     """
-    own = [
-        drawn(engine.config, partition.splits[c].train, c, 1) for c in partition.clients
-    ]  # [clients][steps]
+    splits = partition.splits
+    own = [drawn(engine.config, splits[c].train, c, 1) for c in partition.clients]
     kept = engine.config.lora.target == "language"
     images = ImageFeatures(bare, engine.collator.picture, 1 << 34) if kept else None
     bare.train()
-    sizes = [getattr(part, "vocab_size", 0) for part in (bare.config.get_text_config(),)]
-    for module in bare.modules():  # token embeddings: the encoder's, and a decoder's
-        if isinstance(module, torch.nn.Embedding) and module.num_embeddings in sizes:
+    tokens = bare.get_input_embeddings().num_embeddings
+    for module in bare.modules():  # an encoder's token embeddings, and a decoder's
+        if isinstance(module, torch.nn.Embedding) and module.num_embeddings == tokens:
             module.register_forward_hook(lambda _m, _i, out: out.requires_grad_(True))
 
     def work() -> None:
@@ -59,8 +58,8 @@ def floor(bare: Any, engine: ReferenceEngine, partition: Any) -> Work:
             if not kept:
                 batch["pixel_values"].requires_grad_(True)
             with images.given(list(rows)) if images else contextlib.nullcontext():
-                loss, tokens = answer_nll(bare, batch)
+                loss, weight = answer_nll(bare, batch)
             shape = (len(step), -1)
-            (loss.view(shape).sum(1) / tokens.view(shape).sum(1)).sum().backward()
+            (loss.view(shape).sum(1) / weight.view(shape).sum(1)).sum().backward()
 
     return work

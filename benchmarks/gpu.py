@@ -12,9 +12,12 @@ picture of the model's own size), base model in bf16, factors in fp32:
 
 Printed are medians of the repeats in milliseconds for a step of all clients; the share of plain's
 speed that the cohort reaches; TFLOP/s of the cohort and, on an H100, the share of its peak (MFU),
-by plain's operations, forward and back; and each side's peak memory: the model's weights and what a
-step adds. The last line is `RATIO <number> <what>`. Without a GPU it says so and ends; with
-`--device cpu --quick` it runs on small shapes, to test the script itself.
+by the products that it does, forward and back; and each side's peak memory: the model's weights and
+what a step adds. The pictures lie on the GPU already. With `language` only the cohort engine keeps
+what the vision tower makes of them. The last line is `RATIO <number> <what>`.
+
+Without a GPU it says so and ends; with `--device cpu --quick` it runs on small shapes, to test the
+script itself.
 """
 
 from __future__ import annotations
@@ -113,7 +116,7 @@ def _compare(name: str, width: int, batch: int, target: str, options: argparse.N
         work()
     memory = {side: (peak(work) + weights) / GB for side, work in works.items()}
     with FlopCounterMode(display=False) as counted:
-        works["plain"]()
+        works["cohort"]()
     timed = {side: lambda work=work: seconds(work) for side, work in works.items()}
     taken = paired(timed, options.repeats)
     faster, low, high = ratio(taken["sequential"], taken["cohort"])

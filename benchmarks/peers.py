@@ -7,7 +7,8 @@ in every round, AdamW, clipped gradients. Every side has the same model, the sam
 and the same collated batches. After the first round its aggregated adapter is compared with ours:
 of 10,000 numbers at most one may differ by more than 1e-4. (AdamW makes a step of full length from
 a gradient that is nothing but rounding, so that single numbers do: a plain loop in double precision
-differs as much from itself in single precision.) The first round is not counted. The sides:
+differs as much from itself in single precision.) The first round is not counted. Start-up is a
+peer's until it can begin a round, its imports included, and ours from data to model. The sides:
 
 - fedvlm: a round as `fedvlm run` does it, its checkpoint included, evaluation left out
 - trainer: for every client a Hugging Face `Trainer`, and PEFT's state dicts in and out
@@ -261,12 +262,11 @@ class Peer:
         script, *rest = PEERS[name]
         run = Path(sys.executable) if name == "trainer" else python
         command = [str(run), str(HERE / script), str(folder), name, *rest]
-        places = {"PYTHONPATH": str(HERE), "RAY_TMPDIR": tempfile.gettempdir()}
         self._log = open(folder / f"{name}.log", "w+")  # noqa: SIM115
         began = time.perf_counter()
         self._process = subprocess.Popen(
             command,
-            env={**os.environ, **QUIET, **places},
+            env={**os.environ, **QUIET, "PYTHONPATH": str(HERE)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
