@@ -141,6 +141,7 @@ def engine(
         {
             "output": tempfile.mkdtemp() + "/run",
             "lora": {"target": target},
+            "algorithm": {"name": "lora"},  # clients keep nothing: no disk is on the clock
             "train": {"batch_size": batch, "local_steps": steps},
             "engine": {"name": name, "clients": width if name == "cohort" else None},
         }
@@ -158,7 +159,7 @@ def engine(
 
     adapted = attach(model, config.lora, config.seed)
     adapted = drop_dead(adapted, config.lora, config.seed, loss)
-    store = Store(config.output, list(splits))
+    store = Store(config.output)
     return engine_class(config.engine)(adapted, collator, partition, config, store), partition
 
 

@@ -65,9 +65,10 @@ def small(name: str) -> _shapes.Shape:
 
 
 def build(
-    shape: _shapes.Shape, clients: int, width: int, batch: int, target: str, device: torch.device
+    shape: _shapes.Shape, width: int, batch: int, target: str, options: argparse.Namespace
 ) -> tuple[dict[str, Work], float]:
     """The sides' work, `width` clients in a pass, and the bytes of a model's weights."""
+    device, clients = torch.device(options.device), options.clients
     dtype = torch.bfloat16
     settings = {
         "sequential": ("reference", clients, batch, 1),
@@ -78,7 +79,9 @@ def build(
     for side, (engine, count, size, at_once) in settings.items():
         model = _shapes.build(shape, device, dtype)
         weights = sum(p.numel() * p.element_size() for p in model.parameters())
-        made, partition = _shapes.engine(engine, model, shape, count, at_once, size, 1, target)
+        made, partition = _shapes.engine(
+            engine, model, shape, count, at_once, size, options.steps, target
+        )
         works[side] = _sides.training(made, partition.clients)
     return works, weights
 
@@ -110,8 +113,7 @@ def compare(
 
 def _compare(name: str, width: int, batch: int, target: str, options: argparse.Namespace) -> float:
     shape = small(name) if options.device == "cpu" else _shapes.SHAPES[name]()
-    device = torch.device(options.device)
-    works, weights = build(shape, options.clients, width, batch, target, device)
+    works, weights = build(shape, width, batch, target, options)
     for work in works.values():
         work()
     memory = {side: (peak(work) + weights) / GB for side, work in works.items()}
@@ -121,8 +123,8 @@ def _compare(name: str, width: int, batch: int, target: str, options: argparse.N
     taken = paired(timed, options.repeats)
     faster, low, high = ratio(taken["sequential"], taken["cohort"])
     share, _, _ = ratio(taken["plain"], taken["cohort"])
-    per = {side: 1000 * median(times) for side, times in taken.items()}
-    speed = counted.get_total_flops() / (per["cohort"] / 1000)
+    per = {side: 1000 * median(times) / options.steps for side, times in taken.items()}
+    speed = counted.get_total_flops() / options.steps / (per["cohort"] / 1000)
     used = [v for k, v in PEAK.items() if options.device == "cuda" and k in device_name()]
     print(
         f"{name:<17}{target:>11}{options.clients:>8}{width:>6}{batch:>6}"
@@ -150,6 +152,7 @@ def main() -> None:
     parser.add_argument("--target", default="all-linear,language", help="default: %(default)s")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--batch", default="2,8", help="default: %(default)s")
+    parser.add_argument("--steps", type=int, default=5, help="of a round (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
         "--profile", action="store_true", help="where the cohort engine's time goes"
@@ -162,6 +165,8 @@ def main() -> None:
     models = options.model.split(",")
     if unknown := set(models) - set(_shapes.SHAPES):
         parser.error(f"no such model: {', '.join(sorted(unknown))}")
+    if options.device == "cpu":
+        options.steps = 1
     targets, batches = options.target.split(","), [int(b) for b in options.batch.split(",")]
     if options.quick:
         targets, batches = targets[:1], batches[:1]
