@@ -17,10 +17,17 @@ from fedvlm.algorithms import Algorithm, Client, State, build, check_share
 from fedvlm.engines.base import Engine, Scores, Task
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.progress import Progress, Quiet
-from fedvlm.results import Results, global_model, personal_models, write_answers, write_results
+from fedvlm.results import (
+    Results,
+    global_model,
+    personal_models,
+    scored,
+    write_answers,
+    write_results,
+)
 from fedvlm.sections import Config
 from fedvlm.seeds import derive
-from fedvlm.tree import Mean, Tree, nbytes
+from fedvlm.tree import Mean, Tree, nbytes, saved_bytes
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
@@ -35,7 +42,7 @@ class Round:
         number: from 1; the one after ``train.rounds`` is local tuning at the end.
         cohort: the clients that take part.
         algorithm: what they run.
-        evaluate: whether all clients are scored after it.
+        evaluate: whether clients are scored after it.
     """
 
     number: int
@@ -126,7 +133,7 @@ def prepare(config: Config) -> tuple[ReferenceEngine, Partition, stores.Store]:
     objective = objectives.build(config.objective)
     rows = load_rows(config.data, config.seed, pairs=objective.pairs)
     partition = make_partition(rows, config)
-    _check_held_out(partition, config.eval.split)
+    _check_held_out(partition, scored(config, partition.clients), config.eval.split)
     store = stores.Store(config.output)
     loaded = load_model(config.model)
     set_threads(loaded.model, config.engine.threads)
@@ -137,13 +144,27 @@ def prepare(config: Config) -> tuple[ReferenceEngine, Partition, stores.Store]:
     model = drop_dead(model, config.lora, config.seed, lambda m: objective.terms(m, probe).mean())
     engine = engine_class(config.engine)(model, collator, partition, config, store)
     check_share(config.algorithm, engine.adapter)
-    # Two versions of every personal state, the server's state, and the exported adapters.
-    stores.check_room(config.output, nbytes([engine.adapter]) * (3 * len(partition.clients) + 4))
+    stores.check_room(config.output, nbytes([engine.adapter]) * _most_kept(config, partition))
     return engine, partition, store
 
 
-def _check_held_out(partition: Partition, split: str) -> None:
-    empty = [c for c in partition.clients if not len(getattr(partition.splits[c], split))]
+def _most_kept(config: Config, partition: Partition) -> int:
+    """How many adapters a run's folder may come to hold.
+
+    Twice the personal states of all who are ever trained, as packs keep them, and a round's new and
+    merged ones; the exported ones; and the server's state, old and new.
+    """
+    everyone = len(partition.clients)
+    cohort = min(everyone, config.train.clients_per_round or everyone)
+    trained = min(everyone, cohort * config.train.rounds)
+    if build(config.algorithm).final:
+        trained = cohort = everyone
+    most = min(2 * trained + 2 * cohort, cohort * config.train.rounds)
+    return most + len(scored(config, partition.clients)) + 4
+
+
+def _check_held_out(partition: Partition, clients: Sequence[str], split: str) -> None:
+    empty = [c for c in clients if not len(getattr(partition.splits[c], split))]
     if empty:
         raise DataError(
             f"eval.split: {len(empty)} clients have no row in '{split}', '{empty[0]}' first; raise "
@@ -190,7 +211,7 @@ def _rounds(
     state: State,
     progress: Progress,
 ) -> None:
-    algorithm, clients = build(config.algorithm), partition.clients
+    algorithm, clients = build(config.algorithm), scored(config, partition.clients)
     if store.finished() is None:
         untuned = _score_all(engine, algorithm, state, clients)
         answers = engine.answers(personal_models(engine, algorithm, state, clients))
@@ -199,44 +220,53 @@ def _rounds(
         store.commit(0, state, line, {"round": 0})
         progress.round(line, 0.0)
     done = store.finished() or 0
-    for round_ in plan(config, algorithm, clients):
+    for round_ in plan(config, algorithm, partition.clients):
         if round_.number > done:
             began = time.perf_counter()
-            state, line = _round(round_, engine, partition, state, progress)
+            rated = clients if round_.evaluate else ()
+            state, line = _round(round_, engine, partition, state, rated, progress)
             seconds = time.perf_counter() - began
             store.commit(round_.number, state, line, {"round": round_.number, "seconds": seconds})
             progress.round(line, seconds)
 
 
 def _round(
-    round_: Round, engine: Engine, partition: Partition, state: State, progress: Progress
+    round_: Round,
+    engine: Engine,
+    partition: Partition,
+    state: State,
+    clients: Sequence[str],
+    progress: Progress,
 ) -> tuple[State, dict[str, Any]]:
-    """Downloads, local training, aggregation, evaluation."""
-    algorithm, clients = round_.algorithm, partition.clients
+    """Downloads, local training, aggregation, and the scores of ``clients``."""
+    algorithm = round_.algorithm
     down = {c: algorithm.download(state, _client(partition, c)) for c in round_.cohort}
     tasks = [Task(c, round_.number, down[c]) for c in round_.cohort]
     mean = Mean()
     losses: dict[str, float] = {}
     up: dict[str, int] = {}
-    ends: list[tuple[str, Tree]] = []
-    for reply in engine.train(algorithm, tasks):
-        if reply.upload:
-            mean.add(reply.upload, reply.weight)
-        losses[reply.client], up[reply.client] = reply.loss, payload(reply.upload)
-        if round_.evaluate:
-            ends.append((reply.client, reply.end))
-        progress.trained(reply.client, reply.loss)
-    before = engine.evaluate(ends)
+    rated = frozenset(clients)
+
+    def ends() -> Iterator[tuple[str, Tree]]:
+        for reply in engine.train(algorithm, tasks):
+            if reply.upload:
+                mean.add(reply.upload, reply.weight)
+            losses[reply.client], up[reply.client] = reply.loss, saved_bytes(reply.upload)
+            progress.trained(reply.client, reply.loss)
+            if reply.client in rated:
+                yield reply.client, reply.end
+
+    before = engine.evaluate(ends())  # trains them all; a pass is scored before the next is trained
     old, state = state, algorithm.update(state, mean.tree()) if mean.total else state
     line: dict[str, Any] = {
         "round": round_.number,
         "cohort": list(round_.cohort),
         "train_loss": losses,
         "bytes_up": up,
-        "bytes_down": {c: payload(tree) for c, tree in down.items()},
+        "bytes_down": {c: saved_bytes(tree) for c, tree in down.items()},
         "evaluation": None,
     }
-    if round_.evaluate:
+    if clients:
         idle = [c for c in clients if c not in before]
         idle_before, global_before = _score_all(engine, algorithm, old, clients, idle)
         personal, everyone = _score_all(engine, algorithm, state, clients)
@@ -257,7 +287,7 @@ def _score_all(
     clients: Sequence[str],
     personal: Sequence[str] | None = None,
 ) -> tuple[dict[str, Scores], dict[str, Scores]]:
-    """Scores of personal models (of all clients unless named) and of the global model."""
+    """Scores of the clients' personal models (or of those named) and of the global model."""
     own = clients if personal is None else personal
     shared = global_model(engine, algorithm, state, clients[0])
     return (
@@ -268,13 +298,6 @@ def _score_all(
 
 def _client(partition: Partition, name: str) -> Client:
     return Client(name, float(len(partition.splits[name].train)))
-
-
-def payload(tree: Tree) -> int:
-    """Bytes of a message with these tensors, as safetensors; nothing to send is 0."""
-    from safetensors.torch import save
-
-    return len(save(tree)) if tree else 0
 
 
 def environment() -> dict[str, Any]:

@@ -54,7 +54,7 @@ class Plain(Progress):
         yield
 
     def partitioned(self, partition: Partition) -> None:
-        self._say(skew(partition))
+        self._say(dealt(partition, self.config))
 
     def round(self, line: dict[str, Any], seconds: float) -> None:
         self._say(describe(line, self.config) + (f"  {seconds:.1f} s" if seconds else ""))
@@ -95,7 +95,7 @@ class Live(Progress):
             yield
 
     def partitioned(self, partition: Partition) -> None:
-        self.bars.console.print(skew(partition), highlight=False, markup=False)
+        self.bars.console.print(dealt(partition, self.config), highlight=False, markup=False)
 
     def trained(self, client: str, loss: float) -> None:
         self.bars.update(self.task, note=f"{client} loss {loss:.3f}")
@@ -117,9 +117,16 @@ def choose(quiet: bool = False) -> Progress:
     return Live() if sys.stdout.isatty() else Plain()
 
 
-def skew(partition: Partition) -> str:
-    """How the clients differ; the first twenty, where they are more."""
-    return partition.table(most=20)
+def dealt(partition: Partition, config: Config) -> str:
+    """How the clients differ (the first twenty, where they are more), and how many are scored."""
+    some = min(config.eval.clients or len(partition.clients), len(partition.clients))
+    text = partition.table(most=20)
+    if some < len(partition.clients):
+        text += (
+            f"\n{some:,} of {len(partition.clients):,} clients are scored (eval.clients); any "
+            "other's model: fedvlm export --client NAME"
+        )
+    return text
 
 
 def source(config: Config) -> str:

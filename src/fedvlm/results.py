@@ -5,15 +5,18 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import numpy as np
 
 from fedvlm.algorithms import Algorithm, Client, State
 from fedvlm.engines.base import Answer, Engine
 from fedvlm.metrics import METRICS, average, summarize
 from fedvlm.sections import Config
+from fedvlm.seeds import derive
 from fedvlm.store import DONE, Store, read_lines, slugs, write_text
 from fedvlm.tree import Tree
 
@@ -81,27 +84,47 @@ def write_results(
 
     lines = store.lines()
     algorithm, state = build(config.algorithm), store.server()
-    shared = global_model(engine, algorithm, state, partition.clients[0])
-    personal = dict(personal_models(engine, algorithm, state, partition.clients))
+    clients = scored(config, partition.clients)
+    shared = global_model(engine, algorithm, state, clients[0])
+
+    def personal() -> Iterator[tuple[str, Tree]]:
+        return personal_models(engine, algorithm, state, clients)
+
     answers = {
         "untuned": read_lines(store.folder / "answers" / "untuned.jsonl"),
         "global": write_answers(
-            store.folder, "global", engine.answers((c, shared) for c in partition.clients)
+            store.folder, "global", engine.answers((c, shared) for c in clients)
         ),
-        "personal": write_answers(store.folder, "personal", engine.answers(personal.items())),
+        "personal": write_answers(store.folder, "personal", engine.answers(personal())),
     }
     table = tabulate(config, lines, partition.clients) | {"groups": _groups(config, answers)}
     folder = store.folder / "adapters"
     save_adapter(engine.model, shared, folder / "global")
-    for client, name in table["folders"].items():
-        save_adapter(engine.model, personal[client], folder / name)
+    for client, tree in personal():
+        save_adapter(engine.model, tree, folder / table["folders"][client])
     write_text(store.folder / "table.csv", as_csv(table))
     if table["groups"]:
         write_text(store.folder / "groups.csv", groups_csv(table))
-    title = f"{config.algorithm.name}, {len(partition.clients)} clients"
+    title = f"{config.algorithm.name}, {of_all(clients, partition.clients)}"
     plot_run(lines, store.folder / "curves.png", title, metric=config.metric)
     write_text(store.folder / DONE, json.dumps(table, indent=2) + "\n")
     return Results(store.folder, table)
+
+
+def scored(config: Config, clients: Sequence[str]) -> tuple[str, ...]:
+    """The clients that are scored, the same ones all through a run: a function of the config."""
+    most = config.eval.clients or len(clients)
+    if most >= len(clients):
+        return tuple(clients)
+    draw = np.random.default_rng(derive(config.seed, "scored clients"))
+    chosen = sorted(draw.choice(len(clients), size=most, replace=False))
+    return tuple(clients[i] for i in chosen)
+
+
+def of_all(some: Collection[str], clients: Collection[str]) -> str:
+    """How many clients, and how many of them are scored."""
+    count = f"{len(clients):,} clients"
+    return count if len(some) == len(clients) else f"{count}, {len(some):,} of them scored"
 
 
 def global_model(engine: Engine, algorithm: Algorithm, state: State, client: str) -> Tree:
@@ -130,8 +153,8 @@ def write_answers(
 
 
 def tabulate(config: Config, lines: list[dict[str, Any]], clients: Sequence[str]) -> dict[str, Any]:
-    """The final table from the metrics lines."""
-    last = lines[-1]["evaluation"]
+    """The final table from the metrics lines, over the scored ones of the clients."""
+    last, folders = lines[-1]["evaluation"], slugs(clients)
     models = {"untuned": lines[0]["evaluation"]["personal"], **last}
     trained = [line for line in lines if line["round"] > 0]
     sent = {
@@ -151,7 +174,8 @@ def tabulate(config: Config, lines: list[dict[str, Any]], clients: Sequence[str]
         "bytes": {
             way: {"per_client_round": sum(n) / len(n), "total": sum(n)} for way, n in sent.items()
         },
-        "folders": {c: f"client-{slug}" for c, slug in slugs(clients).items()},
+        "clients": len(clients),
+        "folders": {c: f"client-{folders[c]}" for c in scored(config, clients)},
     }
 
 

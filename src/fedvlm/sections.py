@@ -261,9 +261,12 @@ class TrainConfig(Section):
 
 
 class EvalConfig(Section):
-    """When and how every client is scored."""
+    """When and how clients are scored."""
 
     every: Annotated[int, Field(ge=0)] = Field(10, description="rounds between; 0: only at the end")
+    clients: Positive | None = Field(
+        None, description="score at most this many clients, the same ones every time; empty: all"
+    )
     batch_size: Positive = 64
     max_rows: Positive | None = Field(200, description="at most this many held-out rows a client")
     max_new_tokens: Positive = 24

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
+from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Literal
 
 if TYPE_CHECKING:
-    from torch import Tensor
+    from torch import Size, Tensor, dtype
 
 Tree = dict[str, "Tensor"]
 Select = Callable[[str], bool]
 
 
+@cache
 def factor(name: str) -> Literal["A", "B"]:
     """Which LoRA factor a tensor is.
 
@@ -31,6 +33,7 @@ def factor(name: str) -> Literal["A", "B"]:
     raise ValueError(f"'{name}' is no LoRA factor: expected lora_A or lora_B in the name")
 
 
+@cache
 def module(name: str) -> str:
     """The adapted module's own name: PEFT's prefix and the factor removed."""
     return name.removeprefix("base_model.model.").split(".lora_", 1)[0]
@@ -67,11 +70,13 @@ class Mean:
         if self.total and tree.keys() != self._sum.keys():
             odd = sorted(tree.keys() ^ self._sum.keys())[:3]
             raise ValueError(f"uploads differ in their tensors, for example {odd}")
-        for name, tensor in tree.items():
-            if name in self._sum:
-                self._sum[name].add_(tensor.float(), alpha=weight)
-            else:
-                self._sum[name] = tensor.float() * weight
+        if self._sum:
+            import torch
+
+            tensors = [tree[name].float() for name in self._sum]
+            torch._foreach_add_(list(self._sum.values()), tensors, alpha=weight)
+        else:
+            self._sum = {name: tensor.float() * weight for name, tensor in tree.items()}
         self.total += weight
 
     def tree(self) -> Tree:
@@ -89,6 +94,21 @@ def digest(tree: Mapping[str, Tensor]) -> str:
         h.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         h.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
+
+
+def saved_bytes(tree: Mapping[str, Tensor]) -> int:
+    """Bytes of the tensors as a safetensors file; none where there is nothing to save."""
+    form = tuple((name, t.dtype, t.shape) for name, t in tree.items())
+    return _saved_bytes(form) if form else 0
+
+
+@lru_cache
+def _saved_bytes(form: tuple[tuple[str, dtype, Size], ...]) -> int:
+    """Of any tensors of this form: the values do not matter, and messages are often alike."""
+    import torch
+    from safetensors.torch import save
+
+    return len(save({name: torch.empty(shape, dtype=kind) for name, kind, shape in form}))
 
 
 def nbytes(trees: Iterable[Mapping[str, Tensor]]) -> int:

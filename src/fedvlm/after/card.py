@@ -13,6 +13,7 @@ import yaml
 
 from fedvlm.metrics import METRICS
 from fedvlm.report.tables import number
+from fedvlm.results import of_all
 from fedvlm.sections import Config
 from fedvlm.tree import Tree, factor, module
 
@@ -72,12 +73,12 @@ def of_run(run: Opened, client: str | None, *, base: str, tree: Tree, loading: s
     config, table = run.config, run.results.table
     whose = "the global model" if client is None else f"the model of client `{client}`"
     counts = run.partition.counts()
-    kept = [client] if client is not None else list(run.clients)
+    kept = [client] if client is not None else list(counts)
     rows = {k: sum(counts[c][k] for c in kept) for k in ("train", "val", "test")}
     facts = {
         "base model": f"`{base}`",
         **_training(config, tree),
-        "clients": str(len(run.clients)),
+        "clients": of_all(run.clients, counts),
         "partition": run.partition.kind,
         "data": _source(config),
         "rows" if client else "rows, all clients": _rows(rows),
@@ -86,7 +87,7 @@ def of_run(run: Opened, client: str | None, *, base: str, tree: Tree, loading: s
     named = "all clients' mean" if client is None else "the mean of the other clients"
     tables: dict[str, dict[str, dict[str, float]]] = {}
     stages = ("untuned", "global") if client is None else tuple(s for s in STAGES if s in models)
-    if client is not None:
+    if client in run.clients:
         own = {stage: models[stage]["clients"][client] for stage in stages}
         tables[f"On this client's own {split} rows"] = own
     others = [c for c in run.clients if c != client]

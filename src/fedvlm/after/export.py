@@ -83,7 +83,7 @@ def export_many(
 
 def default_target(run: Opened, client: str | None, merge: bool) -> Path:
     """``RUN/export/NAME``, safe as a folder name."""
-    names = [*(label(c) for c in (*run.clients, *run.onboarded))]
+    names = [label(c) for c in (*run.partition.clients, *run.onboarded)]
     slug = GLOBAL if client is None else stores.slugs(names).get(label(client), "client")
     return run.folder / "export" / (slug + "-merged" * merge)
 

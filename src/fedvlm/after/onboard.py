@@ -162,7 +162,7 @@ def _train(engine: Any, algorithm: Algorithm, site: str, config: Config) -> Tree
 def _target(run: Opened, site: str) -> Path:
     if not re.search(r"\w", site):
         raise FedVLMError(f"'{site}' is no name for a site; give one with --name NAME")
-    if site in run.clients:
+    if site in run.partition.splits:
         raise FedVLMError(
             f"'{site}' is a client of the run in '{run.folder}'; give the new site another name "
             "with --name NAME"

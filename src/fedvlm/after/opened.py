@@ -5,6 +5,7 @@ from __future__ import annotations
 import difflib
 import json
 import re
+import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedvlm import config as configs
 from fedvlm import store as stores
+from fedvlm.algorithms import Client, build
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.results import Results
 from fedvlm.sections import Config
@@ -65,7 +67,8 @@ class Opened:
         folder: where it is.
         config: its settings, with the overrides it was opened with.
         results: its scores.
-        clients: the names of its clients, in order.
+        clients: the names of its clients that were scored, in order; all, unless ``eval.clients``
+            is less. Others are in :attr:`partition`.
     """
 
     def __init__(self, folder: Path, config: Config):
@@ -101,6 +104,8 @@ class Opened:
             found = self.results.adapter(client)
         elif client in self.onboarded:
             found = self.onboarded[client]
+        elif client in self.partition.splits:
+            found = self._made(client)
         if found is not None:
             if not (found / WEIGHTS).exists():
                 raise FedVLMError(f"the run has lost a file: there is no '{found / WEIGHTS}'")
@@ -110,6 +115,26 @@ class Opened:
         hint = f"; did you mean '{close[0]}'?" if close else "."
         shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
         raise FedVLMError(f"'{self.folder}' has no client '{client}'{hint} There are {shown}")
+
+    def _made(self, client: str) -> Path:
+        """The adapter of a client that was not scored, written when it is first asked for."""
+        from fedvlm.models.lora import save_adapter
+
+        folder = self.folder / "adapters" / f"client-{self._slugs[client]}"
+        if not folder.exists():
+            algorithm, store = build(self.config.algorithm), stores.Store(self.folder)
+            down = algorithm.download(store.server(), Client(client, 1.0))
+            tree = algorithm.start(self.initial, down, store.personal([client])[0])
+            with stores.writable(folder):
+                scratch = folder.with_name(f".{folder.name}.tmp")
+                shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+                save_adapter(self.write(tree), tree, scratch)
+                scratch.rename(folder)
+        return folder
+
+    @cached_property
+    def _slugs(self) -> dict[str, str]:
+        return stores.slugs(self.partition.clients)
 
     def chosen(
         self, clients: Iterable[str] = (), *, global_: bool, untuned: bool, every: bool

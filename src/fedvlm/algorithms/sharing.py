@@ -13,6 +13,7 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 
 from fedvlm.algorithms.base import Algorithm, Phase
 from fedvlm.tree import Select, factor, module, split, step
@@ -65,6 +66,7 @@ def select(share: Mapping[str, str]) -> Select:
     """The names that a share map takes."""
     rules = [(re.compile(pattern), factors) for pattern, factors in share.items()]
 
+    @cache
     def shared(name: str) -> bool:
         for pattern, factors in rules:
             if pattern.search(module(name)):

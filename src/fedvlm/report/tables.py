@@ -18,6 +18,8 @@ def print_run(results: Results) -> None:
     """Every client's scores, and their mean, spread and worst tenth."""
     table, models = results.table, results.table["models"]
     title = f"{table['algorithm']}, {table['objective']}, {table['rounds']} rounds"
+    if len(models["personal"]["clients"]) < table["clients"]:
+        title += f", {len(models['personal']['clients']):,} of {table['clients']:,} clients"
     out = Table(title=f"{title}, {table['split']} rows")
     out.add_column("client", no_wrap=True)
     out.add_column("rows", justify="right")
