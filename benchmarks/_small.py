@@ -1,0 +1,74 @@
+"""What the benchmarks share: a model of one layer, rows that cost next to nothing, a paused run."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+from typing import Any
+
+
+def write_model(folder: Path) -> str:
+    """The bundled model's classes and processor with one layer on either side, weights random."""
+    import torch
+    import transformers as hf
+
+    from fedvlm.models.load import locate
+
+    source, _ = locate("tiny")
+    config = hf.AutoConfig.from_pretrained(source)
+    for part in (config.text_config, config.vision_config):
+        part.num_hidden_layers = 1
+    config.text_config.hidden_size = config.vision_config.hidden_size = 32
+    config.text_config.intermediate_size = config.vision_config.intermediate_size = 64
+    config.text_config.num_attention_heads = config.vision_config.num_attention_heads = 2
+    config.text_config.num_key_value_heads = 2
+    config.text_config.head_dim = 16
+    torch.manual_seed(0)
+    model = hf.AutoModelForImageTextToText.from_config(config)
+    model.generation_config = hf.GenerationConfig.from_pretrained(source)
+    model.save_pretrained(folder)
+    for name in Path(source).iterdir():
+        if name.suffix in (".json", ".jinja") and not (folder / name.name).exists():
+            (folder / name.name).write_bytes(name.read_bytes())
+    return str(folder)
+
+
+def write_rows(path: Path, clients: int, rows: int) -> str:
+    """``rows`` rows for each client: one of 64 pictures, a short question, one of 50 answers."""
+    import numpy as np
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+    from PIL import Image
+
+    rng = np.random.default_rng(0)
+    pictures = []
+    for _ in range(64):
+        stream = io.BytesIO()
+        pixels = np.kron(rng.integers(0, 256, (4, 4, 3), dtype=np.uint8), np.ones((8, 8, 1), "u1"))
+        Image.fromarray(pixels).save(stream, "PNG")
+        pictures.append({"bytes": stream.getvalue(), "path": None})
+    count = clients * rows
+    table = pa.table(
+        {
+            "image": [pictures[k % 64] for k in range(count)],
+            "question": ["what is it?"] * count,
+            "chosen": [f"thing {k % 50}" for k in rng.permutation(count)],
+        }
+    )
+    pq.write_table(table, path, row_group_size=10_000)
+    return str(path)
+
+
+def settings(folder: Path, clients: int, cohort: int, rows: int = 3) -> dict[str, Any]:
+    """A run on these, with one batch of two rows a step and no evaluation before the end."""
+    model, data = folder / "model", folder / f"rows-{clients}.parquet"
+    return {
+        "output": str(folder / f"run-{clients}-{cohort}"),
+        "model": {"name": str(model) if model.exists() else write_model(model)},
+        "data": {"path": str(data) if data.exists() else write_rows(data, clients, rows)},
+        "partition": {"kind": "iid", "clients": clients, "min_rows": 2},
+        "lora": {"rank": 2, "alpha": 4},
+        "train": {"rounds": 1000, "clients_per_round": cohort, "batch_size": 2},
+        "eval": {"every": 0, "clients": 4, "max_new_tokens": 2},
+        "engine": {"threads": 1},
+    }
