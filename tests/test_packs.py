@@ -1,10 +1,12 @@
 """Personal states in packs: read back, merged, and whole after a kill at any moment."""
 
+import os
 import random
 import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 import torch
@@ -174,6 +176,33 @@ def test_what_is_not_committed_does_not_count(tmp_path):
     store.keep(2, 0, {c: tree(9) for c in CLIENTS})
     assert values(store) == [9] * len(CLIENTS), "but the round that goes on sees it"
     assert values(Store(tmp_path)) == before
+
+
+def test_the_disk_holds_a_round_before_the_checkpoint_names_it(tmp_path, monkeypatch):
+    store = Store(tmp_path)
+    rounds(store, range(1, 30))
+    synced, before = set(), {}
+    plain, replace = os.fsync, os.replace
+
+    def fsync(handle):
+        synced.add(Path(os.readlink(f"/proc/self/fd/{handle}")))
+        plain(handle)
+
+    def watched(source, target):
+        if Path(target).name == "checkpoint.json":
+            before.update(dict.fromkeys(synced))
+        replace(source, target)
+
+    monkeypatch.setattr(store._packs._early, "submit", lambda *work: None)
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", watched)
+    rounds(store, [30])
+    new = {p for p in (tmp_path / "personal").iterdir() if p.name.startswith("00030")}
+    assert len(new) >= 2
+    assert new <= before.keys()
+    for name in ("personal", "server", "server/00030.safetensors", "metrics.jsonl"):
+        assert tmp_path / name in before, name
+    assert tmp_path in synced, "and then the checkpoint's own folder"
 
 
 WRITER = """

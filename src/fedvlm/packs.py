@@ -16,6 +16,7 @@ from __future__ import annotations
 import json
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -60,6 +61,7 @@ class Packs:
         self._dead: set[Path] = set()
         self._fresh: list[Path] = []  # not known to be on the disk for good
         self._bytes = self._live = 0  # of all rows of these packs, and of the live ones
+        self._early = ThreadPoolExecutor(1)
         for path in self._files():
             if _round(path) <= last:
                 self._enter(path, _clients(path))
@@ -113,6 +115,7 @@ class Packs:
         save_file(stacked, temporary, {"clients": json.dumps(list(kept))})
         os.replace(temporary, path)
         self._enter(path, list(kept))
+        self._early.submit(sync, path)  # while others train; the commit makes sure
 
     # -- which rows are live
 
@@ -150,8 +153,12 @@ class Packs:
 
     # -- the end of a round
 
-    def settle(self, round_: int) -> None:
-        """Before a round is committed: merges what is mostly dead; what is new is on the disk."""
+    def settle(self, round_: int) -> list[Path]:
+        """Before a round is committed: merges what is mostly dead.
+
+        Returns:
+            What the disk has to hold before the round counts.
+        """
         number = 0
         for clients in self._mergers():
             kept = dict(zip(clients, self.read(clients), strict=True))
@@ -159,9 +166,8 @@ class Packs:
                 self._write(f"{round_:05d}-merged-{number:05d}", group)
                 number += 1
         fresh = [path for path in self._fresh if path in self._packs]
-        for path in [*fresh, self.folder] if fresh else []:
-            sync(path)
         self._fresh = []
+        return [*fresh, self.folder] if fresh else []
 
     def sweep(self) -> None:
         """After it is committed: removes the packs without a live row."""

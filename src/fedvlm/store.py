@@ -132,10 +132,15 @@ class Store:
         self, round_: int, state: Tree, line: dict[str, Any], timing: dict[str, Any]
     ) -> None:
         """Finishes a round: its state and its lines, then the checkpoint, then the clean-up."""
-        self._packs.settle(round_)
-        save_tree(self.folder / "server" / f"{round_:05d}.safetensors", state)
-        append_line(self.folder / "metrics.jsonl", line)
-        append_line(self.folder / "timing.jsonl", timing)
+        fresh = self._packs.settle(round_)
+        server = self.folder / "server" / f"{round_:05d}.safetensors"
+        save_tree(server, state)
+        fresh += [server, server.parent]
+        for name, new in (("metrics.jsonl", line), ("timing.jsonl", timing)):
+            append_line(self.folder / name, new)
+            fresh.append(self.folder / name)
+        for path in fresh:  # all at once, which a journal takes as one
+            sync(path)
         write_text(self.folder / "checkpoint.json", json.dumps({"round": round_}) + "\n")
         for old in self._states()[:-1]:
             old.unlink()
@@ -235,10 +240,10 @@ def write_text(path: Path, text: str) -> None:
 
 
 def save_tree(path: Path, tree: Tree) -> None:
-    """Writes tensors whole or not at all."""
+    """Writes tensors whole or not at all; :func:`fedvlm.packs.sync` has the disk hold them."""
     from safetensors.torch import save
 
-    write_bytes(path, save({n: t.contiguous() for n, t in tree.items()}))
+    write_bytes(path, save({n: t.contiguous() for n, t in tree.items()}), durable=False)
 
 
 def load_tree(path: Path) -> Tree:
@@ -252,8 +257,6 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
     """Appends one JSON line."""
     with open(path, "a", encoding="utf-8") as f:
         f.write(json.dumps(line) + "\n")
-        f.flush()
-        os.fsync(f.fileno())
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -264,13 +267,15 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in whole.splitlines()]
 
 
-def write_bytes(path: Path, data: bytes) -> None:
-    """Writes a file whole or not at all."""
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Writes a file whole or not at all; if ``durable``, even when the machine loses its power."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as f:
         f.write(data)
         f.flush()
-        os.fsync(f.fileno())
+        if durable:
+            os.fsync(f.fileno())
     os.replace(temporary, path)
-    sync(path.parent)
+    if durable:
+        sync(path.parent)
