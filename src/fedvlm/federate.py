@@ -78,7 +78,7 @@ def run(
     if not resume:
         stores.check_fresh(settings.output)
     with progress.started(settings):
-        engine, partition, store = prepare(settings)
+        engine, partition, store = prepare(settings, progress)
         progress.partitioned(partition)
         with store.locked():
             state = _open(settings, engine, partition, store, resume)
@@ -116,8 +116,10 @@ def plan(config: Config, algorithm: Algorithm, clients: Sequence[str]) -> Iterat
         yield Round(rounds + 1, tuple(clients), algorithm.final, True)
 
 
-def prepare(config: Config) -> tuple[ReferenceEngine, Partition, stores.Store]:
-    """Loads data and model, and checks that the run can be done; writes nothing.
+def prepare(
+    config: Config, progress: Progress | None = None
+) -> tuple[ReferenceEngine, Partition, stores.Store]:
+    """Loads data and model, and checks that the run can be done; writes nothing to its folder.
 
     Raises:
         FedVLMError: it cannot; see :func:`run`.
@@ -140,12 +142,23 @@ def prepare(config: Config) -> tuple[ReferenceEngine, Partition, stores.Store]:
     model = attach(loaded.model, config.lora, config.seed)
     limit = config.data.max_length
     collator = Collator(rows, loaded, max_length=limit, pairs=objective.pairs)
+    if config.data.cache and visits(config, partition) >= len(rows):
+        told = (progress or Quiet()).encoded
+        collator.encode_ahead(config.data.cache * 2**20, told)
     probe = collator.training(partition.splits[partition.clients[0]].train[:1])
     model = drop_dead(model, config.lora, config.seed, lambda m: objective.terms(m, probe).mean())
     engine = engine_class(config.engine)(model, collator, partition, config, store)
     check_share(config.algorithm, engine.adapter)
     stores.check_room(config.output, nbytes([engine.adapter]) * _most_kept(config, partition))
     return engine, partition, store
+
+
+def visits(config: Config, partition: Partition) -> int:
+    """How many rows the cohorts' training takes: fewer than there are need no encoding ahead."""
+    sizes = [len(split.train) for split in partition.splits.values()]
+    cohort = min(len(sizes), config.train.clients_per_round or len(sizes))
+    steps = sum(map(config.train.steps, sizes)) / len(sizes)
+    return int(config.train.rounds * cohort * steps * config.train.batch_size)
 
 
 def _most_kept(config: Config, partition: Partition) -> int:

@@ -25,6 +25,9 @@ class Progress:
     def partitioned(self, partition: Partition) -> None:
         """The rows are dealt out to the clients."""
 
+    def encoded(self, done: int, rows: int) -> None:
+        """So many rows are tokens and pixels now; not told where an earlier run has done it."""
+
     def trained(self, client: str, loss: float) -> None:
         """A client finished its part of the round."""
 
@@ -55,6 +58,10 @@ class Plain(Progress):
 
     def partitioned(self, partition: Partition) -> None:
         self._say(dealt(partition, self.config))
+
+    def encoded(self, done: int, rows: int) -> None:
+        if done == 1:
+            self._say(f"encoding {rows:,} rows, kept for later runs")
 
     def round(self, line: dict[str, Any], seconds: float) -> None:
         self._say(describe(line, self.config) + (f"  {seconds:.1f} s" if seconds else ""))
@@ -96,6 +103,9 @@ class Live(Progress):
 
     def partitioned(self, partition: Partition) -> None:
         self.bars.console.print(dealt(partition, self.config), highlight=False, markup=False)
+
+    def encoded(self, done: int, rows: int) -> None:
+        self.bars.update(self.task, note=f"encoding row {done:,} of {rows:,}, kept for later runs")
 
     def trained(self, client: str, loss: float) -> None:
         self.bars.update(self.task, note=f"{client} loss {loss:.3f}")

@@ -56,6 +56,10 @@ class DataConfig(Section):
     max_length: Positive | None = Field(
         None, description="most tokens of prompt and answer together; empty: what the model takes"
     )
+    cache: Annotated[int, Field(ge=0)] = Field(
+        4096,
+        description="MiB on disk for rows as tokens and pixels, which later runs read; 0: none",
+    )
     on_error: Literal["fail", "skip"] = Field("fail", description="what a corrupt row does")
     val_fraction: Fraction = Field(0.1, description="share of a client's rows for validation")
     test_fraction: Fraction = Field(0.25, description="share of a client's rows for the test")

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from fedvlm.data.ahead import Encoded, encode_ahead, fingerprint
 from fedvlm.data.images import open_image
 from fedvlm.data.prompts import Features, Prompter
 from fedvlm.errors import DataError
@@ -22,7 +23,7 @@ class Collator:
 
     Decoder-only models get ``prompt + answer`` in one sequence, labels masked to the answer;
     encoder-decoder models get the prompt as input and the answer as labels. Rows are encoded once
-    and kept, up to 256 MiB.
+    and kept, up to 256 MiB; :meth:`encode_ahead` keeps them all on disk.
 
     Args:
         rows: of :func:`fedvlm.data.sources.load_rows`.
@@ -44,6 +45,20 @@ class Collator:
         self._pad_id = _pad_id(self.tokenizer, self.prompter.end)
         self._kept: dict[int, Features] = {}
         self._room = CACHE_BYTES
+        self._ahead: Encoded | None = None
+
+    def encode_ahead(self, budget: int, told: Callable[[int, int], None]) -> None:
+        """Encodes all rows now, or reads what an earlier run encoded.
+
+        Args:
+            budget: bytes on disk at most; where they do not do, rows are encoded when they come.
+            told: is told how many rows of how many are done.
+
+        Raises:
+            DataError: naming the first row that cannot be encoded.
+        """
+        key = fingerprint(self.rows, self.prompter, self.roles)
+        self._ahead = encode_ahead(self.rows, self._encode, key=key, budget=budget, told=told)
 
     def features(self, index: int) -> Features:
         """Row ``index``, encoded.
@@ -53,18 +68,21 @@ class Collator:
         """
         if index in self._kept:
             return self._kept[index]
+        encoded = self._encode(index) if self._ahead is None else self._ahead[index]
+        if encoded.nbytes() <= self._room:
+            self._kept[index] = encoded
+            self._room -= encoded.nbytes()
+        return encoded
+
+    def _encode(self, index: int) -> Features:
         row = self.rows[int(index)]
         # Rows to predict for need no answer.
         answers = [row[role] for role in self.roles if row.get(role) is not None]
         try:
             image = open_image(row["image"])
-            encoded = self.prompter.encode(image, row["question"], answers)
+            return self.prompter.encode(image, row["question"], answers)
         except DataError as error:
             raise DataError(f"row {row.get('row', index)}: {error}") from error
-        if encoded.nbytes() <= self._room:
-            self._kept[index] = encoded
-            self._room -= encoded.nbytes()
-        return encoded
 
     def training(self, indices: Iterable[int]) -> dict[str, Tensor]:
         """Inputs and ``labels`` ``[batch, tokens]``, right-padded.

@@ -67,7 +67,7 @@ def load_rows(
         DataError: for a source that cannot be read, a missing or wrongly typed column, no rows,
             and, unless ``data.on_error`` is ``skip``, for rows with a corrupt image or no text.
     """
-    with _quiet():
+    with quiet():
         rows, root = _read(data, seed)
         if len(rows) == 0:
             raise DataError(f"{_name(data)} has no rows")
@@ -90,7 +90,7 @@ def _name(data: DataConfig) -> str:
 
 
 @contextmanager
-def _quiet() -> Iterator[None]:
+def quiet() -> Iterator[None]:
     """No progress bars, and no log lines of libraries whose errors are raised anyway."""
     bars = datasets.are_progress_bars_disabled()
     hub_bars = huggingface_hub.utils.are_progress_bars_disabled()

@@ -1,0 +1,138 @@
+"""Rows that are encoded ahead: the same features, once, within a budget of disk."""
+
+from __future__ import annotations
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import families
+import fedvlm
+from fedvlm.data.ahead import fingerprint
+from fedvlm.errors import DataError
+from fedvlm.federate import prepare
+from fedvlm.progress import Quiet
+
+
+class Counting(Quiet):
+    """Counts the rows that are encoded."""
+
+    rows = 0
+
+    def encoded(self, done, rows):
+        self.rows += 1
+
+
+@pytest.fixture(autouse=True)
+def cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEDVLM_CACHE", str(tmp_path / "cache"))
+    return tmp_path / "cache"
+
+
+def prepared(settings, *overrides):
+    counting = Counting()
+    engine, _, _ = prepare(fedvlm.load_config(settings, *overrides), counting)
+    return engine.collator, counting.rows
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Twelve pictures as files, with questions."""
+    path = tmp_path / "pictures"
+    path.mkdir()
+    random, lines = np.random.default_rng(0), []
+    for n in range(12):
+        pixels = random.integers(0, 255, (64, 64, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(path / f"{n}.png")
+        lines.append(f'{{"file_name": "{n}.png", "question": "What is {n}?", "chosen": "noise"}}')
+    (path / "metadata.jsonl").write_text("\n".join(lines))
+    return path
+
+
+@pytest.mark.parametrize("family", ["tiny", "gemma3", "qwen2_vl", "florence2"])
+def test_features_are_those_of_encoding_on_the_spot(small, family):
+    small["model"] = {"name": "tiny" if family == "tiny" else families.folder(family)}
+    small["data"]["scenes"] |= {"rows": 8}
+    small["train"] |= {"rounds": 8}
+    small["objective"] = {"name": "dpo"}
+    collator, rows = prepared(small)
+    assert rows == len(collator.rows)
+    for index in range(len(collator.rows)):
+        ours, theirs = collator._ahead[index], collator._encode(index)
+        assert torch.equal(ours.prompt, theirs.prompt)
+        assert len(ours.answers) == 2
+        assert all(map(torch.equal, ours.answers, theirs.answers))
+        for found, expected in ((ours.aligned, theirs.aligned), (ours.extras, theirs.extras)):
+            assert found.keys() == expected.keys()
+            assert all(torch.equal(found[k], v) for k, v in expected.items())
+
+
+def test_a_second_run_reads_what_the_first_one_encoded(small):
+    _, first = prepared(small)
+    collator, second = prepared(small, f"output={small['output']}-2", "train.rounds=5")
+    assert first == len(collator.rows)
+    assert second == 0
+    assert collator._ahead is not None
+
+
+def test_runs_are_the_same_with_and_without(small, tmp_path):
+    with_it, without = (
+        fedvlm.run(small, f"output={tmp_path / str(mib)}", f"data.cache={mib}") for mib in (64, 0)
+    )
+    assert with_it.table == without.table
+
+
+def test_few_visits_need_no_encoding_ahead(small):
+    collator, rows = prepared(small, "train.rounds=1", "train.local_steps=1", "train.batch_size=2")
+    assert rows == 0
+    assert collator._ahead is None
+
+
+def test_what_decides_the_features_decides_the_name(small, folder):
+    small["data"] = {"path": str(folder)}
+    small["partition"] = {"kind": "iid", "clients": 2, "min_rows": 2}
+
+    def name(*overrides):
+        collator, _ = prepared(small, "train.rounds=1", "train.local_steps=1", *overrides)
+        return fingerprint(collator.rows, collator.prompter, collator.roles)
+
+    before = name()
+    assert name() == before
+    assert name("data.max_length=300") != before
+    assert name(f"model.name={families.folder('gemma3')}") != before
+    picture = folder / "3.png"
+    Image.new("RGB", (64, 64), "red").save(picture)
+    os.utime(picture, (1, 1))
+    assert name() != before
+
+
+def test_a_small_budget_leaves_rows_to_be_encoded_when_they_come(small, cache):
+    collator, rows = prepared(small, "data.cache=1")
+    assert rows == 0
+    assert collator._ahead is None
+    assert not list(cache.glob("encoded-*"))
+    assert len(collator.features(0).prompt) > 0
+
+
+def test_older_data_sets_make_room(small, cache):
+    prepared(small)
+    (old,) = cache.glob("encoded-*.arrow")
+    os.utime(old, (1, 1))
+    size = old.stat().st_size / 2**20
+    prepared(small, f"data.cache={int(size * 1.5)}", "seed=1")
+    (new,) = cache.glob("encoded-*.arrow")
+    assert new != old
+
+
+def test_a_row_that_cannot_be_encoded_is_named(small, folder, cache):
+    small["data"] = {"path": str(folder), "max_length": 40}
+    small["partition"] = {"kind": "iid", "clients": 2, "min_rows": 2}
+    lines = (folder / "metadata.jsonl").read_text().splitlines()
+    lines[7] = lines[7].replace("What", "What " * 60)
+    (folder / "metadata.jsonl").write_text("\n".join(lines))
+    with pytest.raises(DataError, match=r"row 7: the prompt needs .* tokens"):
+        prepared(small)
+    assert not list(cache.glob("encoded-*.arrow"))
