@@ -100,6 +100,7 @@ SETTINGS = {
         "model.gradient_checkpointing=true",
         "objective.name=dpo",
     ],
+    "sorted by length": ["train.sort_by_length=true"],
     "micro-batches": ["train.batch_size=5", "engine.micro_batch=2"],
     "micro-batches of preferences": ["objective.name=dpo", "engine.micro_batch=3"],
     "micro-batches with dropout": ["lora.dropout=0.2", "engine.micro_batch=3"],

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import yaml
@@ -16,7 +17,7 @@ import yaml
 from fedvlm import federate, store
 from fedvlm.algorithms import build
 from fedvlm.config import load
-from fedvlm.engines.reference import batches
+from fedvlm.engines.reference import Length, batches
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.models import lora
 from fedvlm.models.objectives import sft_terms
@@ -225,6 +226,24 @@ def test_batches_cover_every_row_before_one_repeats():
     for epoch in (taken[:3], taken[3:]):
         assert sorted(row for batch in epoch for row in batch) == list(range(10))
     assert taken[:3] != taken[3:]
+
+
+def test_batches_sorted_by_length_hold_the_same_rows_with_less_padding():
+    rows, lengths = np.arange(100, 140), np.random.default_rng(0).integers(5, 50, 140)
+    length = Length(lambda row: int(lengths[row]), seed=3)
+    plain, by_length = (list(batches(rows, 4, 13, 1, each)) for each in (None, length))
+    other = list(batches(rows[::-1] - 100, 4, 13, 2, length))
+
+    def padding(found):
+        return sum(len(b) * lengths[b].max() - lengths[b].sum() for b in found)
+
+    assert sorted(np.concatenate(by_length[:10])) == rows.tolist(), "a pass takes every row once"
+    assert sorted(np.concatenate(by_length[10:])) == sorted(np.concatenate(plain[10:]))
+    assert padding(by_length) < padding(plain) / 3
+    longest = [lengths[b].max() for b in by_length[:10]]
+    assert longest != sorted(longest), "batches come in a drawn order, not the short ones first"
+    ranks, others = (np.argsort([lengths[b].max() for b in x[:10]]) for x in (by_length, other))
+    assert (ranks == others).mean() >= 0.8, "clients have their long batches at the same step"
 
 
 @pytest.mark.parametrize("name", ["plora", "lora+ft"])

@@ -223,6 +223,9 @@ class TrainConfig(Section):
     local_steps: Positive | None = Field(None, description="optimizer steps a round; empty: 5")
     local_epochs: Positive | None = Field(None, description="passes a round, instead of steps")
     batch_size: Positive = 8
+    sort_by_length: bool = Field(
+        False, description="batches of rows of like length: less padding, less mixed batches"
+    )
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 3e-3
     lr_a: Annotated[float, Field(gt=0)] | None = Field(None, description="rate of A; empty: lr")

@@ -45,6 +45,7 @@ class Collator:
         self._pad_id = _pad_id(self.tokenizer, self.prompter.end)
         self._kept: dict[int, Features] = {}
         self._room = CACHE_BYTES
+        self._lengths: dict[int, int] = {}
         self._ahead: Encoded | None = None
 
     def encode_ahead(self, budget: int, told: Callable[[int, int], None]) -> None:
@@ -73,6 +74,13 @@ class Collator:
             self._kept[index] = encoded
             self._room -= encoded.nbytes()
         return encoded
+
+    def length(self, index: int) -> int:
+        """Tokens of a row's prompt and its longest answer."""
+        if index not in self._lengths:
+            row = self.features(index)
+            self._lengths[index] = len(row.prompt) + max(map(len, row.answers))
+        return self._lengths[index]
 
     def _encode(self, index: int) -> Features:
         row = self.rows[int(index)]

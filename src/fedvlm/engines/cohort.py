@@ -21,7 +21,7 @@ from fedvlm.algorithms import Phase
 from fedvlm.data.prompts import Features
 from fedvlm.engines.base import Answer, Task
 from fedvlm.engines.memory import clients_in_a_pass, kept_for_backward
-from fedvlm.engines.reference import ReferenceEngine, batches, make_optimizer, pieces
+from fedvlm.engines.reference import ReferenceEngine, make_optimizer, pieces
 from fedvlm.models.cohort import Ragged, Stack
 from fedvlm.models.frozen import ImageFeatures
 from fedvlm.models.objectives import Terms
@@ -64,10 +64,7 @@ class CohortEngine(ReferenceEngine):
         streams = Streams([derive(*seed, "dropout") for seed in seeds])
         rows = [self.partition.splits[t.client].train for t in tasks]
         steps = [phase.steps or settings.steps(len(r)) for r in rows]
-        drawn = [
-            batches(r, settings.batch_size, n, derive(*seed, "batches"))
-            for r, n, seed in zip(rows, steps, seeds, strict=True)
-        ]
+        drawn = [self._batches(*each) for each in zip(rows, steps, seeds, strict=True)]
         for step in range(max(steps)):
             active = [k for k in range(len(tasks)) if step < steps[k]]
             done = [k for k in range(len(tasks)) if step >= steps[k]]

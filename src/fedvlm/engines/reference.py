@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -22,6 +22,13 @@ from fedvlm.sections import Config, TrainConfig
 from fedvlm.seeds import derive
 from fedvlm.store import Store
 from fedvlm.tree import Tree, digest, factor
+
+
+class Length(NamedTuple):
+    """How batches are sorted, see :func:`batches`."""
+
+    of: Callable[[int], int]
+    seed: int
 
 
 class ReferenceEngine:
@@ -126,7 +133,7 @@ class ReferenceEngine:
                 p.requires_grad_(name in trained)
             optimizer = make_optimizer(trained, settings, settings.rate_scale(task.round))
             steps = phase.steps or settings.steps(len(rows))
-            for batch in batches(rows, settings.batch_size, steps, derive(*seed, "batches")):
+            for batch in self._batches(rows, steps, seed):
                 optimizer.zero_grad()
                 weight, parts = self._weight(batch), pieces(batch, self.config.engine.micro_batch)
                 step_loss = sum(self._backward_rows(part, weight) for part in parts)
@@ -135,6 +142,16 @@ class ReferenceEngine:
                 optimizer.step()
                 losses.append(torch.as_tensor(step_loss))
         return [(lora.read(self.params), torch.stack(losses).mean().item())]
+
+    def _batches(
+        self, rows: np.ndarray, steps: int, seed: tuple[int, int, str, int]
+    ) -> Iterator[np.ndarray]:
+        """A client's batches in a phase; ``seed``: the run's, the round, the client, the phase."""
+        run, round_, _, number = seed
+        length = Length(self.collator.length, derive(run, round_, number, "lengths"))
+        by_length = length if self.config.train.sort_by_length else None
+        size = self.config.train.batch_size
+        return batches(rows, size, steps, derive(*seed, "batches"), by_length)
 
     def _backward_rows(self, rows: np.ndarray, weight: int) -> torch.Tensor:
         """Gradients of some of a batch's rows; their part of its mean loss.
@@ -209,17 +226,30 @@ def _text(value: Any) -> str | None:
     return None if value is None else str(value)
 
 
-def batches(rows: np.ndarray, size: int, steps: int, seed: int) -> Iterator[np.ndarray]:
-    """``steps`` batches: the rows shuffled, in pieces of ``size``, shuffled anew when used up."""
-    order = np.random.default_rng(seed)
-    done = 0
-    while True:
-        shuffled = order.permutation(rows)
-        for start in range(0, len(rows), size):
-            if done == steps:
-                return
-            yield shuffled[start : start + size]
-            done += 1
+def batches(
+    rows: np.ndarray, size: int, steps: int, seed: int, length: Length | None = None
+) -> Iterator[np.ndarray]:
+    """``steps`` batches: the rows shuffled, in pieces of ``size``, shuffled anew when used up.
+
+    With ``length``, what a round takes of a shuffle is sorted before it is cut, and the pieces are
+    shuffled: a batch holds rows of like length.
+
+    Args:
+        rows: the client's.
+        size: rows of a batch.
+        steps: how many.
+        seed: of the shuffles of the rows.
+        length: of a row, and the seed of the pieces' shuffles. Where that is the same for all,
+            clients side by side have their long batches at the same step.
+    """
+    order, common = np.random.default_rng(seed), np.random.default_rng(length and length.seed)
+    while steps:
+        taken = order.permutation(rows)[: steps * size]
+        if length:
+            taken = taken[np.argsort([length.of(int(row)) for row in taken], kind="stable")]
+        cut = pieces(taken, size)
+        yield from (cut[n] for n in common.permutation(len(cut))) if length else cut
+        steps -= len(cut)
 
 
 def make_optimizer(
