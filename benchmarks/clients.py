@@ -1,13 +1,13 @@
 """Rounds of 100 clients out of 100, 10,000 and 100,000 registered: time, and memory.
 
 Each number of clients has a process of its own, which runs the federated round loop with LoRA, on
-three rows a client. Before its first round every client has a personal state on the disk, most of
-them written again in random order, so that half of the disk is stale, as after a long time: the
-rounds have old packs to merge. Then the processes run a round each by turns. A round's time is its
-wall time, from the draw of the cohort to the end of the commit. Of 100 clients all rows are encoded
-after the first round; of many more, a round's rows are hardly ever: that costs too.
+two rows a client, one of them to train on. Before its first round every client has a personal state
+on the disk, most of them written again in random order, so that half of the disk is stale, as after
+a long time: the rounds have old packs to merge. Then the processes run a round each by turns. A
+round's time is its wall time, from the draw of the cohort to the end of the commit. Of 100 clients
+all rows are encoded after the first round; of many more, few are: that costs too.
 
-    python benchmarks/clients.py [--quick] [--model one-layer]
+    python benchmarks/clients.py [--quick] [--model one-layer] [--registered 100 5000]
 
 Printed are medians, and memory after the start and at its peak in the rounds; the last line is
 `RATIO <number> <what>`.
@@ -69,7 +69,7 @@ def memory() -> dict[str, float]:
 def run(folder: Path, clients: int, model: str) -> None:
     """A run of its own, its clients having states; never ends by itself."""
     began = time.perf_counter()
-    chosen = settings(folder, clients, COHORT) | {"lora": {"rank": 1, "alpha": 2}}
+    chosen = settings(folder, clients, COHORT, rows=2) | {"lora": {"rank": 1, "alpha": 2}}
     config = load(chosen | ({"model": {"name": "tiny"}} if model == "tiny" else {}))
     engine, partition, store = federate.prepare(config)
     with store.locked():
@@ -122,16 +122,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="100 and 2,000 clients")
     parser.add_argument("--rounds", type=int, default=5, help="rounds that are measured")
+    parser.add_argument(
+        "--registered", type=int, nargs="+", default=[100, 10_000, 100_000], metavar="CLIENTS"
+    )
     parser.add_argument("--model", choices=("tiny", "one-layer"), help="tiny, unless --quick")
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
         run(Path(options.run[0]), int(options.run[1]), options.model)
         return
-    counts = [100, 2_000] if options.quick else [100, 10_000, 100_000]
+    counts = [100, 2_000] if options.quick else options.registered
     model = options.model or ("one-layer" if options.quick else "tiny")
     with tempfile.TemporaryDirectory(prefix="fedvlm-clients-") as folder:
-        settings(Path(folder), counts[0], COHORT)  # the model's folder is there for all
+        settings(Path(folder), counts[0], COHORT, rows=2)  # the model's folder is there for all
         processes = [Process(folder, clients, model) for clients in counts]
         for process in processes:
             told = process.answer()
