@@ -10,6 +10,7 @@ from typing import Annotated
 
 import typer
 
+from fedvlm import processes
 from fedvlm.errors import ConfigError, FedVLMError
 
 app = typer.Typer(
@@ -53,6 +54,15 @@ SetOption = Annotated[
 ]
 
 
+@app.callback()
+def _check_processes(context: typer.Context) -> None:
+    if processes.size() > 1 and context.invoked_subcommand != "run":
+        raise FedVLMError(
+            f"'fedvlm {context.invoked_subcommand}' works in one process, and {processes.size()} "
+            "were started: leave out torchrun; 'fedvlm run' is what takes several devices"
+        )
+
+
 @app.command()
 def run(
     words: Words = None,
@@ -73,7 +83,9 @@ def run(
         )
     source, overrides = _parse(words)
     if print_config:
-        typer.echo(configs.dump(configs.load(source, *overrides)), nl=False)
+        text = configs.dump(configs.load(source, *overrides))
+        if processes.rank() == 0:
+            typer.echo(text, nl=False)
         return
     settings = None if resume else configs.load(source, *overrides)
 
@@ -87,7 +99,8 @@ def run(
             results = federate.resume(resume, choose(quiet))
         else:
             results = federate.run(settings, progress=choose(quiet))
-    print_run(results)
+    if processes.rank() == 0:
+        print_run(results)
 
 
 @app.command()
@@ -251,6 +264,7 @@ def main() -> None:
     try:
         app()
     except FedVLMError as error:
+        processes.let_first_speak()
         typer.echo(f"error: {error}", err=True)
         sys.exit(2)
 
@@ -278,5 +292,6 @@ def _interruptible(how: str) -> Iterator[None]:
     try:
         yield
     except KeyboardInterrupt:
-        typer.echo(f"\nstopped; nothing finished is lost. Go on with: {how}", err=True)
+        if processes.rank() == 0:
+            typer.echo(f"\nstopped; nothing finished is lost. Go on with: {how}", err=True)
         sys.exit(130)

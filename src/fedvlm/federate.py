@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from fedvlm import config as configs
+from fedvlm import processes
 from fedvlm import store as stores
 from fedvlm.algorithms import Algorithm, Client, State, build, check_share
 from fedvlm.engines.base import Engine, Scores, Task
@@ -27,7 +28,7 @@ from fedvlm.results import (
 )
 from fedvlm.sections import Config
 from fedvlm.seeds import derive
-from fedvlm.tree import Mean, Tree, nbytes, saved_bytes
+from fedvlm.tree import Mean, Tree, digest, nbytes, saved_bytes
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
@@ -59,6 +60,9 @@ def run(
 ) -> Results:
     """Runs one federated fine-tuning, from data to a folder with everything that came out.
 
+    Where ``torchrun`` has started several processes, they all call this, and share the clients; the
+    first one tells ``progress``.
+
     Args:
         config: path of a YAML file, a nested dict, a ``Config``, or None for the defaults.
         *overrides: dotted assignments, such as ``"train.rounds=20"``.
@@ -77,14 +81,17 @@ def run(
     progress = progress or Quiet()
     if not resume:
         stores.check_fresh(settings.output)
-    with progress.started(settings):
-        engine, partition, store = prepare(settings, progress)
-        progress.partitioned(partition)
-        with store.locked():
-            state = _open(settings, engine, partition, store, resume)
-            _rounds(settings, engine, partition, store, state, progress)
-            results = write_results(settings, partition, store, engine)
-        progress.finished(results)
+    with processes.joined() as group:
+        if group.rank:
+            return _follow(settings, group)
+        with progress.started(settings):
+            engine, partition, store = _prepare_all(settings, group, progress)
+            progress.partitioned(partition)
+            with store.locked():
+                state = _open(settings, engine, partition, store, resume)
+                _rounds(settings, engine, partition, store, state, progress)
+                results = write_results(settings, partition, store, engine)
+            progress.finished(results)
     return results
 
 
@@ -111,9 +118,43 @@ def plan(config: Config, algorithm: Algorithm, clients: Sequence[str]) -> Iterat
         chosen = sorted(draw.choice(len(clients), size=min(size, len(clients)), replace=False))
         due = config.eval.every and number % config.eval.every == 0
         cohort = tuple(clients[i] for i in chosen)
-        yield Round(number, cohort, algorithm, bool(due or number == rounds))
+        now = _of_round(config, algorithm, number)
+        yield Round(number, cohort, now, bool(due or number == rounds))
     if algorithm.final:
-        yield Round(rounds + 1, tuple(clients), algorithm.final, True)
+        last = rounds + 1
+        yield Round(last, tuple(clients), _of_round(config, algorithm, last), True)
+
+
+def _of_round(config: Config, algorithm: Algorithm, number: int) -> Algorithm:
+    return algorithm.final if algorithm.final and number > config.train.rounds else algorithm
+
+
+def _prepare_all(
+    config: Config, group: processes.Group, progress: Progress
+) -> tuple[Engine, Partition, stores.Store]:
+    """As :func:`prepare`, with all processes ready to take part."""
+    if group.size == 1:
+        return prepare(config, progress)
+    from fedvlm.engines.sharded import Sharded, together
+
+    engine, partition, store = together(group, lambda: prepare(config, progress), _described)
+    return Sharded(engine, group), partition, store
+
+
+def _follow(config: Config, group: processes.Group) -> Results:
+    """A run in a process other than the first: it does what that one hands out."""
+    from fedvlm.engines.sharded import serve, together
+
+    engine, _, _ = together(group, lambda: prepare(config), _described)
+    algorithm = build(config.algorithm)
+    serve(group, engine, lambda number: _of_round(config, algorithm, number))
+    return Results.read(config.output)
+
+
+def _described(prepared: tuple[Engine, Partition, stores.Store]) -> str:
+    """What has to be the same in all processes: who has which rows, and the initial adapter."""
+    engine, partition, _ = prepared
+    return digest(engine.adapter) + json.dumps(partition.to_dict())
 
 
 def prepare(
@@ -325,6 +366,7 @@ def environment() -> dict[str, Any]:
         "python": platform.python_version(),
         "platform": platform.platform(),
         "packages": {n: version(n) for n in names},
+        "processes": processes.size(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }

@@ -22,7 +22,6 @@ from fedvlm.tree import Tree
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
-    from fedvlm.engines.reference import ReferenceEngine
 
 MODELS = ("untuned", "global_before", "global", "personal_before", "personal")
 
@@ -74,9 +73,7 @@ class Results:
         return self.folder / "adapters" / name
 
 
-def write_results(
-    config: Config, partition: Partition, store: Store, engine: ReferenceEngine
-) -> Results:
+def write_results(config: Config, partition: Partition, store: Store, engine: Engine) -> Results:
     """Writes adapters, the table as CSV and JSON, and the picture; ``table.json`` last."""
     from fedvlm.algorithms import build
     from fedvlm.models.lora import save_adapter

@@ -19,6 +19,7 @@ import numpy as np
 import pyarrow as pa
 from PIL import Image, ImageOps
 
+from fedvlm import processes
 from fedvlm.errors import DataError
 
 _CHUNK = 16  # rows that a thread checks at a time
@@ -117,8 +118,7 @@ def _reason(error: Exception) -> str:
 
 
 def _threads() -> int:
-    usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
-    return min(8, usable or 1)
+    return min(8, processes.cores())
 
 
 def _chunks(images: datasets.Dataset) -> Iterator[tuple[int, pa.StructArray]]:

@@ -53,6 +53,8 @@ class Reply:
 class Engine(Protocol):
     """Trains cohorts and scores models on one frozen base model."""
 
+    model: Any
+    """The base model, with LoRA attached."""
     adapter: Tree
     """The common initial adapter."""
     width: int

@@ -53,8 +53,19 @@ class ReferenceEngine:
         self.objective = objectives.build(config.objective)
         self._answers: dict[tuple[str, str], list[Answer]] = {}
 
-    def train(self, algorithm: Algorithm, tasks: Sequence[Task]) -> Iterator[Reply]:
-        self._answers.clear()
+    def train(
+        self, algorithm: Algorithm, tasks: Sequence[Task], *, first: int = 0, fresh: bool = True
+    ) -> Iterator[Reply]:
+        """As in :class:`fedvlm.engines.base.Engine`, also for a part of a round's cohort.
+
+        Args:
+            algorithm: of the round.
+            tasks: the part.
+            first: the position of its first task in the cohort.
+            fresh: whether the round begins.
+        """
+        if fresh:
+            self._answers.clear()
         for start in range(0, len(tasks), self.width):
             group = tasks[start : start + self.width]
             trees = self.personal(algorithm, {task.client: task.down for task in group})
@@ -65,7 +76,7 @@ class ReferenceEngine:
                 upload, kept[task.client] = algorithm.finish(task.down, end)
                 weight = len(self.partition.splits[task.client].train)
                 replies.append(Reply(task.client, upload, weight, loss, end))
-            self.store.keep(group[0].round, start, kept)
+            self.store.keep(group[0].round, first + start, kept)
             yield from replies
 
     def personal(self, algorithm: Algorithm, downs: Mapping[str, Tree]) -> list[Tree]:

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from fedvlm import processes
 from fedvlm.errors import FedVLMError
 from fedvlm.models.names import refuse_foreign_release, refuse_own_code
 from fedvlm.models.processors import load_processor
@@ -81,10 +82,14 @@ def load_model(config: ModelConfig) -> Loaded:
 def set_threads(model: Any, threads: int | None) -> None:
     """Sets torch's threads; None is 1 for a model under 10 M parameters, and else all cores.
 
-    A small model gains little from threads, and loses ten-fold where cores are busy already.
+    A small model gains little from threads, and loses ten-fold where cores are busy already. The
+    processes of a run on one machine share its cores.
     """
+    _, sharing = processes.local()
     if threads or sum(p.numel() for p in model.parameters()) < 10_000_000:
         torch.set_num_threads(threads or 1)
+    elif sharing > 1:
+        torch.set_num_threads(max(1, processes.cores() // sharing))
 
 
 def without_dropout(architecture: Any) -> None:
@@ -198,11 +203,18 @@ def locate(name: str) -> tuple[str, bool]:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is the first GPU, else the CPU.
+    """``auto`` is this process's GPU, else the CPU.
+
+    Of several processes on a machine, each has a GPU of its own, or shares one where they are more.
 
     Raises:
         FedVLMError: the device does not exist here.
     """
+    number, sharing = processes.local()
+    if name in ("auto", "cuda") and sharing > 1 and torch.cuda.is_available():
+        device = torch.device("cuda", number % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+        return device
     if name == "auto":
         if torch.cuda.is_available():
             return torch.device("cuda")

@@ -1,0 +1,222 @@
+"""One run on several devices: a process for each, every one with a whole base model.
+
+Process 0 has the round loop. It hands every process its part of the next clients to train or to
+score, does its own part, and takes the replies in the cohort's order, so that the server folds the
+same uploads in the same order as with one process. The others do what they are handed
+(:func:`serve`), and write what their clients keep.
+
+At most ``width`` clients a process are under way at a time. Where the cohort fills that, passes
+hold the same clients as with one process, and the results have the same bits.
+"""
+
+from __future__ import annotations
+
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import islice, pairwise
+from typing import Any, Generic, TypeVar
+
+from fedvlm.algorithms import Algorithm
+from fedvlm.engines.base import Answer, Reply, Scores, Task
+from fedvlm.engines.reference import ReferenceEngine
+from fedvlm.errors import FedVLMError
+from fedvlm.processes import End, Group
+from fedvlm.tree import Tree
+
+T = TypeVar("T")
+Order = TypeVar("Order", "Train", "Score")
+
+
+@dataclass(frozen=True)
+class Train:
+    """A process's part of a turn of training.
+
+    Attributes:
+        round: the round.
+        tasks: the part; may be empty.
+        first: the position of its first task in the cohort.
+        fresh: whether the round begins.
+    """
+
+    round: int
+    tasks: Sequence[Task]
+    first: int
+    fresh: bool
+
+    def perform(self, engine: ReferenceEngine, algorithm: Algorithm) -> list[Reply]:
+        return list(engine.train(algorithm, self.tasks, first=self.first, fresh=self.fresh))
+
+
+@dataclass(frozen=True)
+class Score:
+    """A process's part of the models to score: clients' names and adapters."""
+
+    models: Sequence[tuple[str, Tree]]
+    texts: bool
+
+    def perform(self, engine: ReferenceEngine) -> Mapping[str, Any]:
+        return engine.answers(self.models) if self.texts else engine.evaluate(self.models)
+
+
+class Sharded:
+    """An engine whose clients are trained and scored by all processes; process 0 has it.
+
+    Attributes:
+        width: clients in a turn, a pass of every process.
+    """
+
+    def __init__(self, engine: ReferenceEngine, group: Group):
+        self.engine = engine
+        self.group = group
+        self.model = engine.model
+        self.adapter = engine.adapter
+        self.width = engine.width * group.size
+        self._owners: dict[str, int] = {}  # who has met a client in this round, and its answers
+
+    def train(self, algorithm: Algorithm, tasks: Sequence[Task]) -> Iterator[Reply]:
+        self._owners.clear()
+        for start in range(0, len(tasks), self.width):
+            orders, first = [], start
+            for rank, part in enumerate(parts(tasks[start : start + self.width], self.group.size)):
+                orders.append(Train(tasks[0].round, part, first, fresh=not start))
+                self._owners |= {task.client: rank for task in part}
+                first += len(part)
+            for replies in self._share(orders, lambda own: own.perform(self.engine, algorithm)):
+                yield from replies
+        if tasks:
+            self.engine.store.refresh(tasks[0].round)
+
+    def personal(self, algorithm: Algorithm, downs: Mapping[str, Tree]) -> list[Tree]:
+        return self.engine.personal(algorithm, downs)
+
+    def evaluate(self, models: Iterable[tuple[str, Tree]]) -> dict[str, Scores]:
+        return self._scored(models, texts=False)
+
+    def answers(self, models: Iterable[tuple[str, Tree]]) -> dict[str, list[Answer]]:
+        return self._scored(models, texts=True)
+
+    def _scored(self, models: Iterable[tuple[str, Tree]], texts: bool) -> dict[str, Any]:
+        """A client stays with the process that had it before: what that knows is not done again."""
+        found: dict[str, Any] = {}
+        left = iter(models)
+        while turn := list(islice(left, self.width)):
+            new = [client for client, _ in turn if client not in self._owners]
+            for rank, part in enumerate(parts(new, self.group.size)):
+                self._owners |= dict.fromkeys(part, rank)
+            orders = [
+                Score([m for m in turn if self._owners[m[0]] == rank], texts)
+                for rank in range(self.group.size)
+            ]
+            scored: dict[str, Any] = {}
+            for part in self._share(orders, lambda own: own.perform(self.engine)):
+                scored |= part
+            found |= {client: scored[client] for client, _ in turn}
+        return found
+
+    def _share(self, orders: Sequence[Order], work: Callable[[Order], Any]) -> list[Any]:
+        """What all processes make of their orders, one each; own work is done meanwhile."""
+        for rank, order in enumerate(orders[1:], 1):
+            self.group.send(order, rank)
+        own = attempt(lambda: work(orders[0]))
+        return _results(own, self.group)
+
+
+def together(group: Group, prepare: Callable[[], T], same: Callable[[T], str]) -> T:
+    """What this process prepares, as all do; process 0 goes on once all are ready.
+
+    Args:
+        group: all processes.
+        prepare: what each does.
+        same: tells what has to be the same everywhere.
+
+    Raises:
+        FedVLMError: one could not, or has other data or another model.
+    """
+    own = attempt(prepare)
+    described = attempt(lambda: same(own.get()))
+    if group.rank:
+        group.send(described.portable(group.rank), 0)
+        return own.get()
+    first, *others = _results(described, group)
+    for rank, other in enumerate(others, 1):
+        if other != first:
+            raise FedVLMError(
+                f"process {rank} of this run has other data, or another model, than process 0; all "
+                "need the same files, and the same versions of the packages"
+            )
+    return own.get()
+
+
+def serve(group: Group, engine: ReferenceEngine, algorithm_of: Callable[[int], Algorithm]) -> None:
+    """Trains and scores what process 0 hands out, until the run is over.
+
+    Args:
+        group: all processes.
+        engine: this one's.
+        algorithm_of: the algorithm of a round.
+
+    Raises:
+        FedVLMError: that of process 0, or it ended.
+    """
+    last: int | None = None  # the round that this process has trained in
+
+    def perform(order: Train | Score) -> Any:
+        nonlocal last
+        if isinstance(order, Score):
+            return order.perform(engine)
+        for past in range(order.round if last is None else last, order.round):
+            engine.store.refresh(past)  # it has been committed since
+        last = order.round
+        return order.perform(engine, algorithm_of(order.round))
+
+    while not isinstance(order := group.receive(0), End):
+        group.send(attempt(partial(perform, order)).portable(group.rank), 0)
+    if order.error:
+        raise order.error
+
+
+@dataclass(frozen=True)
+class Outcome(Generic[T]):
+    """What some work came to: a value or an error."""
+
+    value: Any = None
+    error: Exception | None = None
+
+    def get(self) -> T:
+        """The value.
+
+        Raises:
+            Exception: the error.
+        """
+        if self.error:
+            raise self.error
+        return self.value
+
+    def portable(self, rank: int) -> Outcome[T]:
+        """As another process can read it: an error that is no user's with its traceback."""
+        if self.error is None or isinstance(self.error, FedVLMError):
+            return self
+        told = "".join(traceback.format_exception(self.error))
+        return Outcome(error=RuntimeError(f"in process {rank}:\n{told}"))
+
+
+def attempt(work: Callable[[], T]) -> Outcome[T]:
+    """Does some work; an error waits until all processes have answered."""
+    try:
+        return Outcome(work())
+    except Exception as error:
+        return Outcome(error=error)
+
+
+def _results(own: Outcome[T], group: Group) -> list[T]:
+    """The outcomes of all processes; the first error, once all have answered."""
+    outcomes = [own, *(group.receive(rank) for rank in range(1, group.size))]
+    return [outcome.get() for outcome in outcomes]
+
+
+def parts(whole: Sequence[T], number: int) -> list[Sequence[T]]:
+    """So many neighbouring pieces, as equal as can be."""
+    bounds = [len(whole) * n // number for n in range(number + 1)]
+    return [whole[a:b] for a, b in pairwise(bounds)]
