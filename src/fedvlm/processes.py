@@ -137,11 +137,10 @@ def joined() -> Iterator[Group]:
         return
     import torch.distributed as dist
 
-    ours = not dist.is_initialized()
     with _there(0):
-        if ours:
+        if not dist.is_initialized():  # once a process: a second time, old addresses are found
             dist.init_process_group("gloo", timeout=PATIENCE)
-        handle = dist.group.WORLD if ours else dist.new_group(backend="gloo", timeout=PATIENCE)
+        handle = dist.new_group(backend="gloo", timeout=PATIENCE)
     group = Group(handle)
     error: Exception | None = None
     try:
@@ -155,7 +154,7 @@ def joined() -> Iterator[Group]:
     finally:
         if group.rank == 0:
             group.end(error)
-        dist.destroy_process_group(None if ours else handle)
+        dist.destroy_process_group(handle)
 
 
 @contextlib.contextmanager

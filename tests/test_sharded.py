@@ -1,0 +1,256 @@
+"""One run in two real processes, by torchrun and gloo: the same results as in one."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedvlm import federate, store
+from fedvlm.engines.sharded import parts
+from fedvlm.models import load as loading
+from fedvlm.processes import pack, unpack
+
+SETTINGS = (
+    "data.scenes.sites=4",
+    "data.scenes.rows=16",
+    "partition.min_rows=4",
+    "train.rounds=2",
+    "train.local_steps=2",
+    "train.batch_size=4",
+    "eval.every=0",
+    "eval.max_rows=2",
+    "eval.max_new_tokens=3",
+    "lora.rank=2",
+    "engine.threads=1",
+)
+SAME_PASSES = (*SETTINGS, "algorithm.name=lora+ft", "algorithm.ft_steps=1", "engine.clients=1")
+RUNS = {
+    "plora": (*SETTINGS, "train.optimizer=sgd"),
+    # Turns of two clients and of one, for which process 0 has nothing to do.
+    "odd": (*SAME_PASSES, "train.rounds=1", "train.clients_per_round=3"),
+}
+
+# Process 1 dies in round 2, after it has written what its clients keep.
+KILLED = """
+import os, signal, sys
+from fedvlm.cli import main
+from fedvlm.engines.reference import ReferenceEngine
+
+train = ReferenceEngine.train
+
+def dying(self, algorithm, tasks, **part):
+    for reply in train(self, algorithm, tasks, **part):
+        if os.environ["RANK"] == "1" and tasks[0].round == 2:
+            os.kill(os.getpid(), signal.SIGKILL)
+        yield reply
+
+ReferenceEngine.train = dying
+main()
+"""
+
+# Goes on with the run above, does two more, and then one in which process 1 meets a mistake.
+SEVERAL = """
+import json, os, sys
+import fedvlm
+from fedvlm.cli import main
+from fedvlm.engines.reference import ReferenceEngine
+
+killed, runs, failing = json.loads(sys.argv[1])
+results = [fedvlm.resume(killed), *(fedvlm.run(None, *words) for words in runs)]
+if os.environ["RANK"] == "1":
+    print("as process 1 sees it:", json.dumps([r.scores() for r in results]))
+
+    def fail(*_):
+        raise fedvlm.FedVLMError("client 'site-3' has a mistake")
+
+    ReferenceEngine._check_finite = fail
+sys.argv = ["fedvlm", "run", *failing]
+main()
+"""
+
+
+def launch(*command):
+    """Runs a command in two processes; returns exit code, output, errors."""
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*torchrun, *map(str, command)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    return done.returncode, done.stdout, done.stderr
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Runs in one process: ``one/plora`` and ``one/odd``."""
+    folder = tmp_path_factory.mktemp("sharded")
+    for name, words in RUNS.items():
+        federate.run(None, *words, f"output={folder / 'one' / name}")
+    return folder
+
+
+@pytest.fixture(scope="module")
+def killed(folder):
+    """A run of two processes, one of which was killed."""
+    script = folder / "killed.py"
+    script.write_text(KILLED)
+    code, _, errors = launch(script, "run", *RUNS["plora"], f"output={folder / 'killed'}")
+    return folder / "killed", code, errors
+
+
+@pytest.fixture(scope="module")
+def two(folder, killed):
+    """Runs in two processes: ``two/plora``, ``two/odd``, and ``two/resumed`` after the kill."""
+    script = folder / "several.py"
+    script.write_text(SEVERAL)
+    resumed = shutil.copytree(killed[0], folder / "two" / "resumed")
+    runs = [(*words, f"output={folder / 'two' / name}") for name, words in RUNS.items()]
+    failing = (*RUNS["plora"], f"output={folder / 'two' / 'failing'}")
+    return launch(script, json.dumps([str(resumed), runs, failing]))
+
+
+def tensors_of(folder):
+    """The server's state, the clients' personal states and all exported adapters, by name."""
+    trees = {str(p): store.load_tree(p) for p in folder.glob("server/*")}
+    trees |= {p.parent.name: store.load_tree(p) for p in folder.glob("adapters/*/*.safetensors")}
+    clients = list(json.loads((folder / "table.json").read_text())["folders"])
+    trees |= dict(zip(clients, store.Store(folder).personal(clients), strict=True))
+    whole = {f"{Path(k).name} {n}": t for k, tree in trees.items() for n, t in tree.items()}
+    assert len(whole) > 100
+    return whole
+
+
+def assert_close(found, expected, atol):
+    assert found.keys() == expected.keys()
+    assert max((found[n] - t).abs().max().item() for n, t in expected.items()) <= atol
+
+
+def assert_told_the_same(found, expected):
+    """Equal files but for the last digits of numbers: order and texts are the same."""
+
+    def numbers(tree):
+        if isinstance(tree, dict):
+            return {k: numbers(v) for k, v in tree.items()}
+        if isinstance(tree, list):
+            return [numbers(v) for v in tree]
+        return pytest.approx(tree, abs=1e-4) if isinstance(tree, float) else tree
+
+    for name in ("metrics.jsonl", "answers/personal.jsonl", "answers/global.jsonl"):
+        lines = store.read_lines(expected / name)
+        assert [list(line) for line in store.read_lines(found / name)] == [list(a) for a in lines]
+        assert store.read_lines(found / name) == numbers(lines), name
+    table = json.loads((expected / "table.json").read_text())
+    assert json.loads((found / "table.json").read_text()) == numbers(table)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "atol"), [("plora", 1e-6), ("odd", 0.0)])
+def test_two_processes_train_what_one_trains(folder, two, name, atol):
+    found, expected = folder / "two" / name, folder / "one" / name
+    assert_close(tensors_of(found), tensors_of(expected), atol)
+    assert_told_the_same(found, expected)
+    environment = json.loads((found / "environment.json").read_text())
+    assert environment["processes"] == 2
+
+
+@pytest.mark.slow
+def test_every_process_knows_the_results(folder, two):
+    line = next(row for row in two[1].splitlines() if row.startswith("as process 1 sees it: "))
+    names = ("resumed", *RUNS)
+    expected = [federate.Results.read(folder / "two" / name).scores() for name in names]
+    assert json.loads(line.partition(": ")[2]) == expected
+
+
+@pytest.mark.slow
+def test_a_killed_process_ends_the_others_and_the_run_goes_on(folder, killed, two):
+    stopped, code, errors = killed
+    assert code != 0
+    assert "SIGKILL" in errors
+    assert store.Store(stopped).finished() == 1, "round 2 was under way"
+    assert any(p.name.startswith("00002") for p in (stopped / "personal").iterdir())
+    resumed, whole = tensors_of(folder / "two" / "resumed"), tensors_of(folder / "two" / "plora")
+    assert_close(resumed, whole, 0.0)
+    lines = [folder / "two" / name / "metrics.jsonl" for name in ("resumed", "plora")]
+    assert lines[0].read_bytes() == lines[1].read_bytes()
+
+
+@pytest.mark.slow
+def test_one_process_goes_on_with_a_run_of_two(folder, killed):
+    alone = shutil.copytree(killed[0], folder / "alone")
+    federate.resume(alone)
+    assert_close(tensors_of(alone), tensors_of(folder / "one" / "plora"), 1e-6)
+    assert_told_the_same(alone, folder / "one" / "plora")
+
+
+@pytest.mark.slow
+def test_a_mistake_in_one_process_is_one_message_and_ends_all(folder, two):
+    code, _, errors = two
+    assert code != 0
+    assert errors.count("error: client 'site-3' has a mistake") == 1
+    assert "exitcode  : 2" in errors
+    assert "process 0 of this run ended" not in errors
+    assert store.Store(folder / "two" / "failing").finished() == 0
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "train.round=3"], "error: the configuration has a problem"),
+        (["compare", "plora,lora"], "error: 'fedvlm compare' works in one process"),
+    ],
+)
+def test_a_mistake_that_all_processes_find_is_printed_once(words, said):
+    code, output, errors = launch("-m", "fedvlm", *words)
+    assert code != 0
+    assert (errors.count("error: "), errors.count(said), output) == (1, 1, "")
+    assert "exitcode  : 2" in errors
+
+
+def test_a_message_arrives_as_it_was_and_no_tensor_travels_twice():
+    shared = torch.randn(3, 5)[1]
+    message = {
+        "trees": [{"a": shared, "b": torch.tensor(2.5, dtype=torch.bfloat16)}, {"a": shared}],
+        "mask": torch.tensor([True, False, True]),
+        "nothing": torch.empty(0, 4),
+        "numbers": (torch.arange(3), {"loss": 0.1}),
+    }
+    head, body = pack(message)
+    assert len(body) == 5 * 4 + 2 + 3 + 3 * 8
+    found = unpack(head, body)
+    assert found["trees"][0]["a"] is found["trees"][1]["a"]
+    assert torch.equal(found["trees"][0]["a"], shared)
+    assert found["trees"][0]["b"].dtype == torch.bfloat16
+    assert found["nothing"].shape == (0, 4)
+    assert found["mask"].tolist() == [True, False, True]
+    assert found["numbers"][0].tolist() == [0, 1, 2]
+    assert found["numbers"][1] == {"loss": 0.1}
+
+
+@pytest.mark.parametrize("count", [0, 1, 5, 16, 33])
+def test_parts_are_neighbours_and_as_equal_as_can_be(count):
+    split = parts(list(range(count)), 4)
+    assert [n for part in split for n in part] == list(range(count))
+    sizes = [len(part) for part in split]
+    assert len(sizes) == 4
+    assert max(sizes) - min(sizes) <= 1
+
+
+def test_processes_of_a_machine_have_a_gpu_each(monkeypatch):
+    taken = []
+    started = {"RANK": "5", "WORLD_SIZE": "8", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in (started | {"LOCAL_RANK": "3", "LOCAL_WORLD_SIZE": "4"}).items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(torch.cuda, "set_device", taken.append)
+    assert loading.pick_device("auto") == torch.device("cuda:3") == taken[0]
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    assert loading.pick_device("cuda") == torch.device("cuda:1")
