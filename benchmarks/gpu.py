@@ -166,7 +166,7 @@ def main() -> None:
     if unknown := set(models) - set(_shapes.SHAPES):
         parser.error(f"no such model: {', '.join(sorted(unknown))}")
     if options.device == "cpu":
-        options.steps = 1
+        options.steps, options.clients = 1, min(4, options.clients)
     targets, batches = options.target.split(","), [int(b) for b in options.batch.split(",")]
     if options.quick:
         targets, batches = targets[:1], batches[:1]
