@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from fedvlm import processes
 from fedvlm.models.spool import nbytes
 from fedvlm.tree import Tree
 
@@ -44,14 +46,14 @@ def clients_in_a_pass(
 
 
 def total(device: torch.device) -> int:
-    """Bytes of a device's memory; of the CPU's, what its control group may use."""
+    """Bytes of a device's memory; of the CPU's, this process's share of its control group's."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    try:
-        return min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
-    except (OSError, ValueError):  # no control group, or one without a limit ("max")
-        return machine
+    with contextlib.suppress(OSError, ValueError):  # no control group, or no limit ("max")
+        machine = min(machine, int(Path("/sys/fs/cgroup/memory.max").read_text()))
+    _, here = processes.local()
+    return machine // here
 
 
 def kept_for_backward(model: Any, forward: Callable[[], Any]) -> int:
