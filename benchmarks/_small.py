@@ -35,9 +35,8 @@ def write_model(folder: Path) -> str:
 
 def write_rows(path: Path, clients: int, rows: int) -> str:
     """``rows`` rows for each client: one of 64 pictures, a short question, one of 50 answers."""
+    import datasets
     import numpy as np
-    import pyarrow as pa
-    import pyarrow.parquet as pq
     from PIL import Image
 
     rng = np.random.default_rng(0)
@@ -48,20 +47,19 @@ def write_rows(path: Path, clients: int, rows: int) -> str:
         Image.fromarray(pixels).save(stream, "PNG")
         pictures.append({"bytes": stream.getvalue(), "path": None})
     count = clients * rows
-    table = pa.table(
-        {
-            "image": [pictures[k % 64] for k in range(count)],
-            "question": ["what is it?"] * count,
-            "chosen": [f"thing {k % 50}" for k in rng.permutation(count)],
-        }
-    )
-    pq.write_table(table, path, row_group_size=10_000)
+    table = {
+        "image": [pictures[k % 64] for k in range(count)],
+        "question": ["what is it?"] * count,
+        "chosen": [f"thing {k % 50}" for k in rng.permutation(count)],
+    }
+    datasets.disable_progress_bars()
+    datasets.Dataset.from_dict(table).save_to_disk(path)
     return str(path)
 
 
 def settings(folder: Path, clients: int, cohort: int, rows: int = 3) -> dict[str, Any]:
     """A run on these, with one batch of two rows a step and no evaluation before the end."""
-    model, data = folder / "model", folder / f"rows-{clients}.parquet"
+    model, data = folder / "model", folder / f"rows-{clients}"
     return {
         "output": str(folder / f"run-{clients}-{cohort}"),
         "model": {"name": str(model) if model.exists() else write_model(model)},

@@ -206,15 +206,15 @@ def _most_kept(config: Config, partition: Partition) -> int:
     """How many adapters a run's folder may come to hold.
 
     Twice the personal states of all who are ever trained, as packs keep them, and a round's new and
-    merged ones; the exported ones; and the server's state, old and new.
+    merged ones where it does not replace all; the exported ones; the server's state, old and new.
     """
     everyone = len(partition.clients)
     cohort = min(everyone, config.train.clients_per_round or everyone)
-    trained = min(everyone, cohort * config.train.rounds)
     if build(config.algorithm).final:
-        trained = cohort = everyone
-    most = min(2 * trained + 2 * cohort, cohort * config.train.rounds)
-    return most + len(scored(config, partition.clients)) + 4
+        cohort = everyone
+    trained = min(everyone, cohort * config.train.rounds)
+    states = 2 * trained + (2 * cohort if cohort < trained else 0)
+    return states + len(scored(config, partition.clients)) + 4
 
 
 def _check_held_out(partition: Partition, clients: Sequence[str], split: str) -> None:

@@ -25,6 +25,7 @@ from fedvlm.errors import DataError
 _CHUNK = 16  # rows that a thread checks at a time
 _PACKED = 8_000_000  # bytes; a larger table holds its contents
 _MAPPED = 512  # rows after which a memory-mapped file is mapped anew, to let go of its pages
+_OPENED = 32  # but at most about this often
 
 
 def open_image(value: Any) -> Image.Image:
@@ -125,8 +126,10 @@ def _chunks(images: datasets.Dataset) -> Iterator[tuple[int, pa.StructArray]]:
     # Of a memory-mapped table the name is pickled, not the contents.
     packed = pickle.dumps(images) if images.cache_files else b""
     mapped = 0 < len(packed) < _PACKED
+    # Opening goes through all pieces of the table: a bounded number of times.
+    often = max(_MAPPED, len(images) // _OPENED // _CHUNK * _CHUNK)
     for start in range(0, len(images), _CHUNK):
-        if mapped and start % _MAPPED == 0:
+        if mapped and start % often == 0:
             images = pickle.loads(packed)
         for chunk in images[start : start + _CHUNK]["image"].chunks:
             yield start, chunk
