@@ -11,6 +11,7 @@ differs as much from itself in single precision.) The first round is not counted
 peer's until it can begin a round, its imports included, and ours from data to model. The sides:
 
 - fedvlm: a round as `fedvlm run` does it, its checkpoint included, evaluation left out
+- fedvlm-torchrun: the same with a process a core
 - trainer: for every client a Hugging Face `Trainer`, and PEFT's state dicts in and out
 - pfl: pfl-research's simulated FedAvg
 - flower: Flower's simulation on Ray, its FedAvg, a ClientApp in the way of FlowerTune (`Trainer`,
@@ -48,12 +49,14 @@ from _common import best_threads, environment, paired, ratio, seconds
 HERE = Path(__file__).resolve().parent
 VENV = Path("~/.cache/fedvlm-bench/peers").expanduser()
 PEERS = {
+    "fedvlm-torchrun": ["_peer_fedvlm.py"],
     "trainer": ["_peer_trainer.py", "trainer"],
     "pfl": ["_peer_pfl.py"],
     "flower": ["_peer_flower.py", "trainer"],
     "flower-plain": ["_peer_flower.py", "plain"],
     "flower-reload": ["_peer_flower.py", "trainer", "reload"],
 }
+OURS = ("fedvlm-torchrun", "trainer")  # sides that run in this environment
 QUIET = {  # without these, Flower and Ray ask the network
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -83,14 +86,15 @@ def main() -> None:
     names = options.peers.split(",") if options.peers else list(PEERS)
     if unknown := set(names) - set(PEERS):
         parser.error(f"no such peer: {', '.join(sorted(unknown))}")
-    python = install(options.venv) if set(names) - {"trainer"} else Path(sys.executable)
+    python = install(options.venv) if set(names) - set(OURS) else Path(sys.executable)
     print(environment())
     for batch in map(int, options.batch.split(",")):
         found = compare(names, python, batch, options.steps, options.repeats)
     first = next(n for n in ("flower", "flower-plain", *names) if n in found)
+    best = min(1.0, found.get("fedvlm-torchrun", 1.0))
     print(
-        f"RATIO {found[first]:.2f} {first} / fedvlm, wall time of a round of {CLIENTS} clients, "
-        f"{options.steps} steps of batch {batch}, tiny"
+        f"RATIO {found[first] / best:.2f} {first} / fedvlm as it is fastest, wall time of a round "
+        f"of {CLIENTS} clients, {options.steps} steps of batch {batch}, tiny"
     )
 
 
@@ -188,6 +192,7 @@ class Ours:
         from safetensors.torch import save_file
 
         from _sides import drawn
+        from fedvlm.config import dump
         from fedvlm.models.load import load_model
         from fedvlm.tree import module
 
@@ -214,6 +219,7 @@ class Ours:
             "lora": {"r": lora.rank, "lora_alpha": lora.alpha, "target_modules": modules},
         }
         (self.folder / "job.json").write_text(json.dumps(job))
+        (self.folder / "config.yaml").write_text(dump(self.config))
 
     def _plan(self, number: int) -> Any:
         from fedvlm.federate import Round
@@ -225,7 +231,7 @@ class Ours:
         from fedvlm.progress import Quiet
 
         plan = self._plan(self.number + 1)
-        self.result = federate._round(plan, self.engine, self.partition, self.state, Quiet())
+        self.result = federate._round(plan, self.engine, self.partition, self.state, (), Quiet())
 
     def round(self) -> float:
         """One round, as :func:`fedvlm.federate.run` does it."""
@@ -260,8 +266,10 @@ class Peer:
 
     def __init__(self, name: str, python: Path, folder: Path):
         script, *rest = PEERS[name]
-        run = Path(sys.executable) if name == "trainer" else python
-        command = [str(run), str(HERE / script), str(folder), name, *rest]
+        start = [sys.executable if name in OURS else str(python)]
+        if name == "fedvlm-torchrun":
+            start += ["-m", "torch.distributed.run", "--nproc-per-node", str(os.cpu_count())]
+        command = [*start, str(HERE / script), str(folder), name, *rest]
         self._log = open(folder / f"{name}.log", "w+")  # noqa: SIM115
         began = time.perf_counter()
         self._process = subprocess.Popen(
