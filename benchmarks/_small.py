@@ -59,11 +59,15 @@ def write_rows(path: Path, clients: int, rows: int) -> str:
 
 def settings(folder: Path, clients: int, cohort: int, rows: int = 3) -> dict[str, Any]:
     """A run on these, with one batch of two rows a step and no evaluation before the end."""
+    folder.mkdir(parents=True, exist_ok=True)
     model, data = folder / "model", folder / f"rows-{clients}"
     return {
         "output": str(folder / f"run-{clients}-{cohort}"),
         "model": {"name": str(model) if model.exists() else write_model(model)},
-        "data": {"path": str(data) if data.exists() else write_rows(data, clients, rows)},
+        "data": {
+            "path": str(data) if data.exists() else write_rows(data, clients, rows),
+            "cache": 0,
+        },
         "partition": {"kind": "iid", "clients": clients, "min_rows": 2},
         "lora": {"rank": 2, "alpha": 4},
         "train": {"rounds": 1000, "clients_per_round": cohort, "batch_size": 2},

@@ -16,6 +16,7 @@ Printed are medians, and memory after the start and at its peak in the rounds; t
 from __future__ import annotations
 
 import argparse
+import itertools
 import json
 import os
 import statistics
@@ -66,8 +67,8 @@ def memory() -> dict[str, float]:
     return {"resident": int(found["VmRSS"]) / 1000, "peak": int(found["VmHWM"]) / 1000}
 
 
-def run(folder: Path, clients: int, model: str) -> None:
-    """A run of its own, its clients having states; never ends by itself."""
+def run(folder: Path, clients: int, model: str, rounds: int) -> None:
+    """A run of its own, its clients having states and their rows encoded; never ends by itself."""
     began = time.perf_counter()
     chosen = settings(folder, clients, COHORT, rows=2) | {"lora": {"rank": 1, "alpha": 2}}
     config = load(chosen | ({"model": {"name": "tiny"}} if model == "tiny" else {}))
@@ -78,6 +79,10 @@ def run(folder: Path, clients: int, model: str) -> None:
         down = algorithm.download(state, Client("", 1.0))
         mine = algorithm.finish(down, engine.adapter)[1]
         fill(store, partition.clients, mine, engine.width)
+        for round_ in itertools.islice(federate.plan(config, algorithm, partition.clients), rounds):
+            for client in round_.cohort:  # clients that come for the first time have new rows
+                for row in partition.splits[client].train:
+                    engine.collator.features(int(row))
         federate._rounds(config, engine, partition, store, state, Paced(began))
 
 
@@ -97,8 +102,9 @@ def fill(store: Store, clients: tuple[str, ...], mine: Any, width: int) -> None:
 class Process:
     """One number of registered clients, running a round when it is asked to."""
 
-    def __init__(self, folder: str, clients: int, model: str):
+    def __init__(self, folder: str, clients: int, model: str, rounds: int):
         command = [sys.executable, __file__, "--run", folder, str(clients), "--model", model]
+        command += ["--rounds", str(rounds)]
         pipes: Any = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
         self.process = subprocess.Popen(command, stderr=subprocess.DEVNULL, **pipes)
         self.clients = clients
@@ -129,13 +135,13 @@ def main() -> None:
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
-        run(Path(options.run[0]), int(options.run[1]), options.model)
+        run(Path(options.run[0]), int(options.run[1]), options.model, options.rounds + 1)
         return
     counts = [100, 2_000] if options.quick else options.registered
     model = options.model or ("one-layer" if options.quick else "tiny")
     with tempfile.TemporaryDirectory(prefix="fedvlm-clients-") as folder:
         settings(Path(folder), counts[0], COHORT, rows=2)  # the model's folder is there for all
-        processes = [Process(folder, clients, model) for clients in counts]
+        processes = [Process(folder, clients, model, options.rounds) for clients in counts]
         for process in processes:
             told = process.answer()
             print(

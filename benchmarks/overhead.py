@@ -85,17 +85,19 @@ class Rounds(Progress):
         self.mark = time.perf_counter(), self.inside.seconds
 
 
-def measure(folder: Path, clients: int, rounds: int, inside: Inside) -> float:
+def measure(folder: Path, clients: int, model: str, rounds: int, inside: Inside) -> float:
     """The median share of the wall time that is not inside steps."""
     told = Rounds(inside, rounds)
     with contextlib.suppress(Enough):
-        federate.run(settings(folder, clients, clients), progress=told)
+        chosen = settings(folder / model, clients, clients)
+        chosen |= {"model": {"name": "tiny"}} if model == "tiny" else {}
+        federate.run(chosen, progress=told)
     shares = [1 - steps / wall for wall, steps in told.found]
     wall, steps = (1000 * statistics.median(side) for side in zip(*told.found, strict=True))
     share = statistics.median(shares)
     print(
-        f"{clients:>5} clients  round {wall:8.1f} ms  steps {steps:8.1f} ms  overhead {share:6.1%} "
-        f"({min(shares):.1%} to {max(shares):.1%})  target {TARGETS[clients]:.0%}",
+        f"{model:>9}  {clients:>5} clients  round {wall:8.1f} ms  steps {steps:8.1f} ms  "
+        f"overhead {share:6.1%} ({min(shares):.1%} to {max(shares):.1%})  target {TARGETS[clients]:.0%}",
         flush=True,
     )
     return share
@@ -113,7 +115,11 @@ def main() -> None:
     inside.count(torch.optim.AdamW, "step")
     inside.count(cohort_engine, "clip")
     with tempfile.TemporaryDirectory(prefix="fedvlm-overhead-") as folder:
-        shares = {n: measure(Path(folder), n, 5 if n > 10 else 15, inside) for n in cases}
+        path = Path(folder)
+        shares = {n: measure(path, n, "one-layer", 5 if n > 10 else 15, inside) for n in cases}
+        if not options.quick:
+            for clients in (10, 100):
+                measure(path, clients, "tiny", 5, inside)
     last = max(shares, key=lambda n: shares[n] / TARGETS[n])
     print(f"RATIO {shares[last]:.3f} share of a round outside the steps, {last} clients a round")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
@@ -47,6 +49,9 @@ class Collator:
         self._room = CACHE_BYTES
         self._lengths: dict[int, int] = {}
         self._ahead: Encoded | None = None
+        self._encoding = threading.Lock()  # tokenizers are not for two threads at a time
+        self._thread = ThreadPoolExecutor(1, "collate")
+        self._next: tuple[list[int], Future[dict[str, Tensor]]] | None = None
 
     def encode_ahead(self, budget: int, told: Callable[[int, int], None]) -> None:
         """Encodes all rows now, or reads what an earlier run encoded.
@@ -67,13 +72,14 @@ class Collator:
         Raises:
             DataError: naming the row.
         """
-        if index in self._kept:
-            return self._kept[index]
-        encoded = self._encode(index) if self._ahead is None else self._ahead[index]
-        if encoded.nbytes() <= self._room:
-            self._kept[index] = encoded
-            self._room -= encoded.nbytes()
-        return encoded
+        with self._encoding:
+            if index in self._kept:
+                return self._kept[index]
+            encoded = self._encode(index) if self._ahead is None else self._ahead[index]
+            if encoded.nbytes() <= self._room:
+                self._kept[index] = encoded
+                self._room -= encoded.nbytes()
+            return encoded
 
     def length(self, index: int) -> int:
         """Tokens of a row's prompt and its longest answer."""
@@ -97,6 +103,16 @@ class Collator:
 
         With pairs, the batch is all rows with their answers, then all with their rejected ones.
         """
+        indices = [int(i) for i in indices]
+        begun, self._next = self._next, None
+        return begun[1].result() if begun and begun[0] == indices else self._training(indices)
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Begins, in another thread, what :meth:`training` is going to be asked for next."""
+        rows = [int(i) for i in indices]
+        self._next = rows, self._thread.submit(self._training, rows)
+
+    def _training(self, indices: Sequence[int]) -> dict[str, Tensor]:
         found = [self.features(i) for i in indices]
         batch = [(f, f.answers[n]) for n in range(len(self.roles)) for f in found]
         if self.seq2seq:

@@ -10,6 +10,7 @@ anything with ``lora.dropout``, whose random stream is each client's own.
 from __future__ import annotations
 
 import contextlib
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
@@ -28,6 +29,9 @@ from fedvlm.models.objectives import Terms
 from fedvlm.models.spool import Spool
 from fedvlm.seeds import derive
 from fedvlm.tree import Tree
+
+Batches = Mapping[int, np.ndarray]
+"""Clients' places in the stack -> the rows of a batch."""
 
 
 class CohortEngine(ReferenceEngine):
@@ -65,11 +69,14 @@ class CohortEngine(ReferenceEngine):
         rows = [self.partition.splits[t.client].train for t in tasks]
         steps = [phase.steps or settings.steps(len(r)) for r in rows]
         drawn = [self._batches(*each) for each in zip(rows, steps, seeds, strict=True)]
-        for step in range(max(steps)):
-            active = [k for k in range(len(tasks)) if step < steps[k]]
-            done = [k for k in range(len(tasks)) if step >= steps[k]]
+        plan = [
+            {k: next(drawn[k]) for k in range(len(tasks)) if step < steps[k]}
+            for step in range(max(steps))
+        ]
+        for active, following in zip(plan, [*plan[1:], None], strict=True):
+            done = [k for k in range(len(tasks)) if k not in active]
             optimizer.zero_grad()
-            found = self._backward({k: next(drawn[k]) for k in active}, streams)
+            found = self._backward(active, following, streams)
             if settings.max_grad_norm:
                 clip(list(trained.values()), settings.max_grad_norm)
             # A client that has done its steps stays where it is, whatever the optimizer remembers.
@@ -81,32 +88,48 @@ class CohortEngine(ReferenceEngine):
             for k, loss in zip(active, found, strict=True):
                 losses[k].append(loss)
 
-    def _backward(self, drawn: Mapping[int, np.ndarray], streams: Streams) -> list[Tensor]:
-        """Gradients of the sum of the clients' mean losses; these losses."""
+    def _backward(
+        self, drawn: Batches, following: Batches | None, streams: Streams
+    ) -> list[Tensor]:
+        """Gradients of the sum of the clients' mean losses; these losses.
+
+        Args:
+            drawn: the active clients' batches.
+            following: those of the next step, which are collated meanwhile.
+            streams: the clients' random streams.
+        """
         weights = {k: self._weight(rows) for k, rows in drawn.items()}
-        parted = {k: pieces(rows, self.config.engine.micro_batch) for k, rows in drawn.items()}
+        parts = self._parts(drawn)
+        coming = [*parts[1:], *self._parts(following)[:1]] if following else parts[1:]
         losses: dict[int, Tensor] = {}
-        for n in range(max(map(len, parted.values()))):
-            part = {k: parts[n] for k, parts in parted.items() if n < len(parts)}
-            for k, loss in self._backward_part(part, weights, streams).items():
+        for part, after in itertools.zip_longest(parts, coming):
+            for k, loss in self._backward_part(part, after, weights, streams).items():
                 losses[k] = losses[k] + loss if k in losses else loss
         return list(losses.values())
 
+    def _parts(self, drawn: Batches) -> list[Batches]:
+        """The clients' micro-batches side by side."""
+        cut = {k: pieces(rows, self.config.engine.micro_batch) for k, rows in drawn.items()}
+        most = max(map(len, cut.values()))
+        return [{k: own[n] for k, own in cut.items() if n < len(own)} for n in range(most)]
+
     def _backward_part(
-        self, drawn: Mapping[int, np.ndarray], weights: Mapping[int, int], streams: Streams
+        self, drawn: Batches, after: Batches | None, weights: Mapping[int, int], streams: Streams
     ) -> dict[int, Tensor]:
         """The same for a micro-batch of each client; the losses' parts."""
         if self.config.lora.dropout or not self._side_by_side(drawn):
             return {
                 k: self._backward_one(k, rows, weights[k], streams) for k, rows in drawn.items()
             }
-        size = max(map(len, drawn.values()))
+        rows, size = beside(drawn)
         self.stack.activate(list(drawn))
         try:
-            terms = self._terms(np.concatenate([filled(rows, size) for rows in drawn.values()]))
+            terms = self._terms(rows)
         except Ragged:
             self._packed = True
-            return self._backward_part(drawn, weights, streams)
+            return self._backward_part(drawn, None, weights, streams)
+        if after:
+            self.collator.prefetch(beside(after)[0])
         real = torch.tensor([[i < len(rows) for i in range(size)] for rows in drawn.values()])
         loss = (terms.loss.view(real.shape) * real.to(self.device)).sum(1)
         means = loss / torch.tensor([weights[k] for k in drawn], device=self.device)
@@ -172,7 +195,7 @@ class CohortEngine(ReferenceEngine):
         """Whether the rows' pictures are of one shape."""
         return uniform([self.collator.features(int(i)) for i in rows])
 
-    def _side_by_side(self, drawn: Mapping[int, np.ndarray]) -> bool:
+    def _side_by_side(self, drawn: Batches) -> bool:
         """Whether these batches may share a pass; asked once a layer is known that packs."""
         return not self._packed or self._uniform(np.concatenate(list(drawn.values())))
 
@@ -190,13 +213,12 @@ class CohortEngine(ReferenceEngine):
                 found[k] += answers
         return found
 
-    def _answer_part(self, drawn: Mapping[int, np.ndarray]) -> dict[int, list[Answer]]:
+    def _answer_part(self, drawn: Batches) -> dict[int, list[Answer]]:
         """Answers of the active clients to a block of rows each."""
         if len(drawn) > 1 and not self._side_by_side(drawn):
             alone = (self._answer_part({k: rows}) for k, rows in drawn.items())
             return {k: answers for part in alone for k, answers in part.items()}
-        size = max(map(len, drawn.values()))
-        rows = np.concatenate([filled(rows, size) for rows in drawn.values()])
+        rows, size = beside(drawn)
         self.stack.activate(list(drawn))
         try:
             answers = self._answer_rows(rows)
@@ -237,10 +259,17 @@ def clip(stacked: Sequence[Tensor], limit: float) -> None:
         limit: largest norm.
     """
     grads = [p.grad for p in stacked if p.grad is not None]
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in grads]).norm(dim=0)  # [clients]
+    each = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads]
+    norms = torch.linalg.vector_norm(torch.stack(each), dim=0)  # [clients]
     scale = (limit / (norms + 1e-6)).clamp(max=1.0)
     for g in grads:
         g.mul_(scale.view(-1, *[1] * (g.dim() - 1)))
+
+
+def beside(drawn: Batches) -> tuple[np.ndarray, int]:
+    """The clients' rows in blocks of one size, and this size."""
+    size = max(map(len, drawn.values()))
+    return np.concatenate([filled(rows, size) for rows in drawn.values()]), size
 
 
 def filled(rows: np.ndarray, size: int) -> np.ndarray:
