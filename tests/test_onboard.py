@@ -12,11 +12,11 @@ import torch
 import fedvlm
 from fedvlm.after.onboard import _personal, _steps
 from fedvlm.after.opened import open_run
-from fedvlm.algorithms import TABLE, Client, build
+from fedvlm.algorithms import TABLE, Client, build, spare_ranks
 from fedvlm.errors import FedVLMError
 from fedvlm.models import lora
 from fedvlm.models.load import load_model
-from fedvlm.sections import AlgorithmConfig
+from fedvlm.sections import AlgorithmConfig, LoraConfig
 from fedvlm.store import Store, load_tree
 from fedvlm.tree import digest, factor
 from test_cli import call
@@ -120,9 +120,11 @@ def test_peft_loads_its_folder(joined):
 @pytest.mark.parametrize("name", [n for n in TABLE if n != "share"])
 def test_what_is_personal_is_what_the_algorithm_keeps(name):
     """Without anything personal it is everything; local tuning at the end keeps everything."""
-    expected = {"plora": "A", "lora": "AB", "fedsa": "B", "ffa": "AB", "local": "AB"}
-    tree = {f"m.{i}.lora_{f}.weight": torch.zeros(1) for i in (0, 1) for f in "AB"}
-    algorithm = build(AlgorithmConfig(name=name))
+    expected = {"plora": "A", "fedalora": "A", "fedsa": "B", "iat": "B"}
+    ranks = 8 + spare_ranks(name, LoraConfig(rank=8))
+    shapes = {"A": (ranks, 5), "B": (4, ranks)}
+    tree = {f"m.{i}.lora_{f}.weight": torch.zeros(shapes[f]) for i in (0, 1) for f in "AB"}
+    algorithm = build(AlgorithmConfig(name=name), LoraConfig(rank=8))
     down = algorithm.download(algorithm.init(tree), Client("new", 1.0))
     last = algorithm.final or algorithm
     found = _personal(last, down, last.start(tree, down, {}))

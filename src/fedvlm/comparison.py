@@ -14,7 +14,7 @@ from typing import Any
 
 from fedvlm import config as configs
 from fedvlm import store as stores
-from fedvlm.algorithms import TABLE
+from fedvlm.algorithms import TABLE, meaningful
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.progress import Progress
 from fedvlm.report.series import mean, standard_error
@@ -89,9 +89,12 @@ def _runs(base: Config, algorithms: Sequence[str], seeds: int, jobs: int) -> dic
     for seed in range(base.seed, base.seed + seeds):
         for name in algorithms:
             tree = base.model_dump()
+            if name in TABLE:
+                tree["algorithm"] = meaningful(name, tree["algorithm"])
+                for key in ("ranks", "spare"):
+                    if f"lora.{key}" not in TABLE[name].settings:
+                        tree["lora"][key] = None
             tree["algorithm"]["name"] = name
-            if name != "share":
-                tree["algorithm"]["share"] = None
             tree["seed"] = seed
             tree["output"] = str(Path(base.output) / f"{name}-seed-{seed}")
             if jobs > 1:

@@ -14,7 +14,7 @@ import numpy as np
 from fedvlm import config as configs
 from fedvlm import processes
 from fedvlm import store as stores
-from fedvlm.algorithms import Algorithm, Client, State, build, check_share
+from fedvlm.algorithms import Algorithm, Client, State, Upload, build, check_share
 from fedvlm.engines.base import Engine, Scores, Task
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.progress import Progress, Quiet
@@ -126,7 +126,8 @@ def plan(config: Config, algorithm: Algorithm, clients: Sequence[str]) -> Iterat
 
 
 def _of_round(config: Config, algorithm: Algorithm, number: int) -> Algorithm:
-    return algorithm.final if algorithm.final and number > config.train.rounds else algorithm
+    last = algorithm.final if number > config.train.rounds else None
+    return last or algorithm.at(number)
 
 
 def _prepare_all(
@@ -146,7 +147,7 @@ def _follow(config: Config, group: processes.Group) -> Results:
     from fedvlm.engines.sharded import serve, together
 
     engine, _, _ = together(group, lambda: prepare(config), _described)
-    algorithm = build(config.algorithm)
+    algorithm = build(config.algorithm, config.lora)
     serve(group, engine, lambda number: _of_round(config, algorithm, number))
     return Results.read(config.output)
 
@@ -180,14 +181,15 @@ def prepare(
     store = stores.Store(config.output)
     loaded = load_model(config.model)
     set_threads(loaded.model, config.engine.threads)
-    model = attach(loaded.model, config.lora, config.seed)
+    adapter = config.adapter
+    model = attach(loaded.model, adapter, config.seed)
     limit = config.data.max_length
     collator = Collator(rows, loaded, max_length=limit, pairs=objective.pairs)
     if config.data.cache and visits(config, partition) >= len(rows):
         told = (progress or Quiet()).encoded
         collator.encode_ahead(config.data.cache * 2**20, told)
     probe = collator.training(partition.splits[partition.clients[0]].train[:1])
-    model = drop_dead(model, config.lora, config.seed, lambda m: objective.terms(m, probe).mean())
+    model = drop_dead(model, adapter, config.seed, lambda m: objective.terms(m, probe).mean())
     engine = engine_class(config.engine)(model, collator, partition, config, store)
     check_share(config.algorithm, engine.adapter)
     stores.check_room(config.output, nbytes([engine.adapter]) * _most_kept(config, partition))
@@ -210,7 +212,7 @@ def _most_kept(config: Config, partition: Partition) -> int:
     """
     everyone = len(partition.clients)
     cohort = min(everyone, config.train.clients_per_round or everyone)
-    if build(config.algorithm).final:
+    if build(config.algorithm, config.lora).final:
         cohort = everyone
     trained = min(everyone, cohort * config.train.rounds)
     states = 2 * trained + (2 * cohort if cohort < trained else 0)
@@ -254,7 +256,7 @@ def _open(
         plot_partition(partition, picture)
     if store.finished() is not None:
         return store.server()
-    return build(config.algorithm).init(engine.adapter)
+    return build(config.algorithm, config.lora).init(engine.adapter)
 
 
 def _rounds(
@@ -265,7 +267,7 @@ def _rounds(
     state: State,
     progress: Progress,
 ) -> None:
-    algorithm, clients = build(config.algorithm), scored(config, partition.clients)
+    algorithm, clients = build(config.algorithm, config.lora), scored(config, partition.clients)
     if store.finished() is None:
         untuned = _score_all(engine, algorithm, state, clients)
         answers = engine.answers(personal_models(engine, algorithm, state, clients))
@@ -294,24 +296,31 @@ def _round(
 ) -> tuple[State, dict[str, Any]]:
     """Downloads, local training, aggregation, and the scores of ``clients``."""
     algorithm = round_.algorithm
-    down = {c: algorithm.download(state, _client(partition, c)) for c in round_.cohort}
+    known = _known(partition, round_.cohort)
+    down = {c: algorithm.download(state, known[c]) for c in round_.cohort}
     tasks = [Task(c, round_.number, down[c]) for c in round_.cohort]
-    mean = Mean()
+    mean, uploads = Mean(), list[Upload]()
     losses: dict[str, float] = {}
     up: dict[str, int] = {}
     rated = frozenset(clients)
 
     def ends() -> Iterator[tuple[str, Tree]]:
         for reply in engine.train(algorithm, tasks):
-            if reply.upload:
-                mean.add(reply.upload, reply.weight)
+            if reply.upload and algorithm.gather:
+                uploads.append(Upload(known[reply.client], reply.upload))
+            elif reply.upload:
+                mean.add(algorithm.lift(reply.upload, known[reply.client]), reply.weight)
             losses[reply.client], up[reply.client] = reply.loss, saved_bytes(reply.upload)
             progress.trained(reply.client, reply.loss)
             if reply.client in rated:
                 yield reply.client, reply.end
 
     before = engine.evaluate(ends())  # trains them all; a pass is scored before the next is trained
-    old, state = state, algorithm.update(state, mean.tree()) if mean.total else state
+    old = state
+    if algorithm.gather and uploads:
+        state = algorithm.gather(state, uploads)
+    elif mean.total:
+        state = algorithm.update(state, mean.tree())
     line: dict[str, Any] = {
         "round": round_.number,
         "cohort": list(round_.cohort),
@@ -343,15 +352,18 @@ def _score_all(
 ) -> tuple[dict[str, Scores], dict[str, Scores]]:
     """Scores of the clients' personal models (or of those named) and of the global model."""
     own = clients if personal is None else personal
-    shared = global_model(engine, algorithm, state, clients[0])
+    shared = global_model(engine, algorithm, state)
     return (
         engine.evaluate(personal_models(engine, algorithm, state, own)),
         engine.evaluate((c, shared) for c in clients),
     )
 
 
-def _client(partition: Partition, name: str) -> Client:
-    return Client(name, float(len(partition.splits[name].train)))
+def _known(partition: Partition, cohort: Sequence[str]) -> dict[str, Client]:
+    """What the server knows of the clients of a round."""
+    weights = {c: float(len(partition.splits[c].train)) for c in partition.clients}
+    sampled = sum(weights[c] for c in cohort) / sum(weights.values())
+    return {c: Client(c, weights[c], sampled) for c in cohort}
 
 
 def environment() -> dict[str, Any]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedvlm.algorithms import Algorithm, Client, State
+from fedvlm.algorithms import NOBODY, Algorithm, Client, State
 from fedvlm.engines.base import Answer, Engine
 from fedvlm.metrics import METRICS, average, summarize
 from fedvlm.sections import Config
@@ -80,9 +80,9 @@ def write_results(config: Config, partition: Partition, store: Store, engine: En
     from fedvlm.report.plots import plot_run
 
     lines = store.lines()
-    algorithm, state = build(config.algorithm), store.server()
+    algorithm, state = build(config.algorithm, config.lora), store.server()
     clients = scored(config, partition.clients)
-    shared = global_model(engine, algorithm, state, clients[0])
+    shared = global_model(engine, algorithm, state)
 
     def personal() -> Iterator[tuple[str, Tree]]:
         return personal_models(engine, algorithm, state, clients)
@@ -124,9 +124,9 @@ def of_all(some: Collection[str], clients: Collection[str]) -> str:
     return count if len(some) == len(clients) else f"{count}, {len(some):,} of them scored"
 
 
-def global_model(engine: Engine, algorithm: Algorithm, state: State, client: str) -> Tree:
+def global_model(engine: Engine, algorithm: Algorithm, state: State) -> Tree:
     """What a client has that keeps nothing of its own: the shared factors on the common start."""
-    return algorithm.start(engine.adapter, algorithm.download(state, Client(client, 1.0)), {})
+    return algorithm.start(engine.adapter, algorithm.download(state, NOBODY), {})
 
 
 def personal_models(

@@ -5,23 +5,15 @@ Every setting has its default and its range here; :mod:`fedvlm.config` reads and
 
 from __future__ import annotations
 
-import difflib
 import math
-import re
-from collections.abc import Iterable
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import Field, field_validator, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
-Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
-Factors = Literal["A", "B", "AB", "none"]
-
-
-class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys, no NaN or infinity."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+from fedvlm.adaptation import AlgorithmConfig as AlgorithmConfig
+from fedvlm.adaptation import Fraction, Positive, Section
+from fedvlm.adaptation import LoraConfig as LoraConfig
+from fedvlm.adaptation import ServerConfig as ServerConfig
 
 
 class Columns(Section):
@@ -134,63 +126,6 @@ class ModelConfig(Section):
     )
 
 
-class LoraConfig(Section):
-    """LoRA on the frozen model (Hu et al., arXiv 2106.09685), attached by PEFT."""
-
-    rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    rslora: bool = Field(False, description="scale by alpha/sqrt(rank), arXiv 2312.03732")
-    target: str = Field(
-        "all-linear",
-        description="language, vision, projector, vision+language, all-linear, "
-        "or a regular expression over module names",
-    )
-
-
-class AlgorithmConfig(Section):
-    """Which factors are shared, and how the server combines them."""
-
-    name: str = Field("plora", description="a name from the table; 'share' for an own map")
-    share: dict[str, Factors] | None = Field(
-        None, description="own map: module pattern -> factors that are aggregated (A, B, AB, none)"
-    )
-    server_lr: Annotated[float, Field(gt=0)] = Field(
-        1.0, description="step of the server towards the clients' mean"
-    )
-    ft_steps: Positive = Field(
-        20, description="steps of local tuning after the last round (lora+ft)"
-    )
-
-    @model_validator(mode="before")
-    @classmethod
-    def _share_names_itself(cls, given: Any) -> Any:
-        if isinstance(given, dict) and given.get("share") is not None and "name" not in given:
-            return {**given, "name": "share"}
-        return given
-
-    @model_validator(mode="after")
-    def _is_in_the_table(self) -> AlgorithmConfig:
-        from fedvlm.algorithms import TABLE
-
-        if self.name not in TABLE:
-            raise ValueError(
-                f"algorithm.name '{self.name}' is unknown{_suggest(self.name, TABLE)}; "
-                f"there are {', '.join(TABLE)}"
-            )
-        if (self.share is not None) != (self.name == "share"):
-            raise ValueError(
-                "an own map needs both algorithm.name=share and algorithm.share "
-                f"(got name={self.name!r}, share={self.share!r})"
-            )
-        for pattern in self.share or {}:
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
-        return self
-
-
 class ObjectiveConfig(Section):
     """What is learnt: the answers themselves, or to prefer them to rejected ones."""
 
@@ -245,6 +180,11 @@ class TrainConfig(Section):
                 f"(got local_steps={self.local_steps}, local_epochs={self.local_epochs})"
             )
         return self
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each factor."""
+        return {"A": self.lr_a or self.lr, "B": self.lr_b or self.lr}
 
     def steps(self, rows: int) -> int:
         """Optimizer steps in one round of a client with ``rows`` training rows."""
@@ -338,6 +278,15 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
+    def _algorithm_can_be_run(self) -> Config:
+        from fedvlm.algorithms import check_config
+
+        wrong = check_config(self)
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
+    @model_validator(mode="after")
     def _metric_is_measured(self) -> Config:
         if self.eval.metric == "reward_accuracy" and self.objective.name != "dpo":
             raise ValueError(
@@ -347,12 +296,15 @@ class Config(Section):
         return self
 
     @property
+    def adapter(self) -> LoraConfig:
+        """``lora``, with the spare ranks that the algorithm needs."""
+        from fedvlm.algorithms import spare_ranks
+
+        spare = spare_ranks(self.algorithm.name, self.lora)
+        return self.lora.model_copy(update={"spare": spare or None})
+
+    @property
     def metric(self) -> str:
         """The metric that is shown first."""
         chosen = {"sft": "exact_match", "dpo": "reward_accuracy"}[self.objective.name]
         return self.eval.metric or chosen
-
-
-def _suggest(word: str, words: Iterable[str]) -> str:
-    close = difflib.get_close_matches(word, list(words), n=1)
-    return f": did you mean '{close[0]}'?" if close else ""

@@ -52,6 +52,89 @@ def step(start: Mapping[str, Tensor], end: Mapping[str, Tensor], rate: float) ->
     return {n: t + rate * (end[n] - t) for n, t in start.items()}
 
 
+def named(prefix: str, tree: Mapping[str, Tensor]) -> Tree:
+    """The tensors under ``prefix/name``, to travel beside factors of the same names."""
+    return {f"{prefix}/{n}": t for n, t in tree.items()}
+
+
+def part(tree: Mapping[str, Tensor], prefix: str) -> Tree:
+    """What :func:`named` put there."""
+    head = f"{prefix}/"
+    return {n.removeprefix(head): t for n, t in tree.items() if n.startswith(head)}
+
+
+def plain(tree: Mapping[str, Tensor]) -> Tree:
+    """The factors without what travels beside them."""
+    return {n: t for n, t in tree.items() if "/" not in n}
+
+
+def cut(tree: Mapping[str, Tensor], first: int, last: int) -> Tree:
+    """The ranks from ``first`` up to ``last``, without it: rows of A, columns of B."""
+    import torch
+
+    whole = torch.contiguous_format
+    parts = {n: (t.mT if factor(n) == "A" else t)[..., first:last] for n, t in tree.items()}
+    return {
+        n: (t.mT if factor(n) == "A" else t).clone(memory_format=whole) for n, t in parts.items()
+    }
+
+
+def pad(tree: Mapping[str, Tensor], before: int, after: int) -> Tree:
+    """Zero ranks before and after those that are there."""
+    from torch.nn.functional import pad as padded
+
+    sides = {"A": (0, 0, before, after), "B": (before, after)}
+    return {n: padded(t, sides[factor(n)]) for n, t in tree.items()}
+
+
+def rank(tree: Mapping[str, Tensor]) -> int:
+    """How many ranks an adapter has."""
+    name, tensor = next(iter(tree.items()))
+    return tensor.shape[-2 if factor(name) == "A" else -1]
+
+
+def mask(name: str, tensor: Tensor, first: int, last: int) -> Tensor:
+    """True at the ranks from ``first`` up to ``last``; broadcasts to the factor."""
+    import torch
+
+    ranks = torch.arange(rank({name: tensor}), device=tensor.device)
+    inside = (ranks >= first) & (ranks < last)
+    return inside[:, None] if factor(name) == "A" else inside
+
+
+def pairs(tree: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
+    """Module -> the names of its A and its B."""
+    found = {module(n): n for n in tree if factor(n) == "A"}
+    return {m: (a, a.replace(".lora_A.", ".lora_B.")) for m, a in found.items()}
+
+
+def products(tree: Mapping[str, Tensor]) -> Tree:
+    """Module -> B A, the change of its weight over the scaling, ``[out, in]``."""
+    return {m: tree[b] @ tree[a] for m, (a, b) in pairs(tree).items()}
+
+
+def factorized(matrices: Mapping[str, Tensor], like: Mapping[str, Tensor], ranks: int) -> Tree:
+    """The factors of ``ranks`` ranks whose products are nearest to some matrices (truncated SVD).
+
+    Singular values are split evenly between A and B; where one is zero, A keeps its direction, so
+    that the rank can still learn.
+
+    Args:
+        matrices: module -> ``[out, in]``.
+        like: an adapter that has the names of these modules' factors.
+        ranks: how many.
+    """
+    import torch
+
+    found: Tree = {}
+    for name, (a, b) in pairs(like).items():
+        u, s, v = torch.linalg.svd(matrices[name].double(), full_matrices=False)
+        u, s, v = u[:, :ranks], s[:ranks], v[:ranks]
+        scale = s.clamp(min=1e-6 * float(s[0])).sqrt() if s[0] > 0 else torch.ones_like(s)
+        found |= pad({a: scale[:, None] * v, b: u * (s / scale)}, 0, ranks - len(s))
+    return {n: found[n].to(t.dtype).contiguous() for n, t in like.items()}
+
+
 class Mean:
     """A weighted mean that folds one tree at a time; memory does not grow with their number."""
 

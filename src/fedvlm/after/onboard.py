@@ -15,7 +15,7 @@ from fedvlm import store as stores
 from fedvlm.after import card, export
 from fedvlm.after.evaluate import on_new_data
 from fedvlm.after.opened import ONBOARDED, Opened, open_run
-from fedvlm.algorithms import Algorithm, Client, Phase, build
+from fedvlm.algorithms import Algorithm, Client, Phase, Work, build
 from fedvlm.engines.base import Task
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.sections import Config
@@ -78,7 +78,7 @@ def onboard(
     if count < 1:
         raise FedVLMError(f"--steps {count}: give at least one")
     state = stores.Store(run.folder).server()
-    algorithm = build(config.algorithm)
+    algorithm = build(config.algorithm, config.lora)
     down = algorithm.download(state, Client(site, float(len(split.train))))
     last = algorithm.final or algorithm
     shared = last.start(run.initial, down, {})
@@ -89,7 +89,7 @@ def onboard(
         alone = _train(engine, _tuning(run.initial, set(run.initial), count), site, config)
         models = {"untuned": run.initial, "shared": shared, "alone": alone, "personal": tuned}
         scores = {m: engine.evaluate([(site, tree)])[site] for m, tree in models.items()}
-    kept = last.finish(down, tuned)[1]
+    kept = last.finish(_work(last, down, tuned))[1]
     all_ = "" if kept else ", since the algorithm keeps nothing personal"
     table = {
         "site": site,
@@ -137,8 +137,14 @@ def _steps(config: Config, rows: int) -> int:
 
 def _personal(algorithm: Algorithm, down: Tree, shared: Tree) -> set[str]:
     """What the algorithm keeps at a client; all factors, if it keeps nothing."""
-    kept = algorithm.finish(down, dict(shared))[1]
+    kept = algorithm.finish(_work(algorithm, down, shared))[1]
     return set(kept) & set(shared) or set(shared)
+
+
+def _work(algorithm: Algorithm, down: Tree, end: Tree) -> Work:
+    """A round that ended with this adapter."""
+    phases = len(algorithm.phases)
+    return Work(down, {}, (dict(end),) * phases, ({"A": 1.0, "B": 1.0},) * phases)
 
 
 def _tuning(start: Tree, trained: set[str], steps: int) -> Algorithm:
@@ -148,7 +154,7 @@ def _tuning(start: Tree, trained: set[str], steps: int) -> Algorithm:
         download=lambda state, client: {},
         start=lambda adapter, down, mine: dict(start),
         phases=(Phase(lambda name: name in trained, steps=steps),),
-        finish=lambda down, end: ({}, {}),
+        finish=lambda work: ({}, {}),
         update=lambda state, mean: state,
     )
 

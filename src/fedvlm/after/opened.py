@@ -122,7 +122,10 @@ class Opened:
 
         folder = self.folder / "adapters" / f"client-{self._slugs[client]}"
         if not folder.exists():
-            algorithm, store = build(self.config.algorithm), stores.Store(self.folder)
+            algorithm, store = (
+                build(self.config.algorithm, self.config.lora),
+                stores.Store(self.folder),
+            )
             down = algorithm.download(store.server(), Client(client, 1.0))
             tree = algorithm.start(self.initial, down, store.personal([client])[0])
             with stores.writable(folder):
@@ -182,7 +185,7 @@ class Opened:
         self._check_fit(modules - {name for name, _ in self.base.model.named_modules()})
         # Exactly these layers: a run may leave out some that lora.target takes.
         exact = f"^({'|'.join(map(re.escape, sorted(modules)))})$"
-        config = self.config.lora.model_copy(update={"target": exact})
+        config = self.config.adapter.model_copy(update={"target": exact})
         model = lora.attach(self.base.model, config, self.config.seed)
         return model, lora.read(lora.handles(model))
 

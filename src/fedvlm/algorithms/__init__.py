@@ -2,20 +2,42 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from fedvlm.algorithms.base import Algorithm, Client, Phase, State
-from fedvlm.algorithms.sharing import sharing, tuned
+from fedvlm.algorithms import mixing as mixes
+from fedvlm.algorithms.base import NOBODY, Algorithm, Client, Phase, State, Term, Upload, Work
+from fedvlm.algorithms.client_terms import proximal, scaffold
+from fedvlm.algorithms.dual import fedalt, feddpa, pair
+from fedvlm.algorithms.exact import exact
+from fedvlm.algorithms.flex import flexlora, hetlora, ranked
+from fedvlm.algorithms.server import optimized
+from fedvlm.algorithms.sharing import IAT, alternating, matcher, sharing, tuned
+from fedvlm.algorithms.similarity import clustered, similar
 from fedvlm.errors import ConfigError
 from fedvlm.tree import module
 
 if TYPE_CHECKING:
-    from fedvlm.sections import AlgorithmConfig
+    from fedvlm.sections import AlgorithmConfig, Config, LoraConfig
 
-__all__ = ["TABLE", "Algorithm", "Client", "Entry", "Phase", "State", "build", "check_share"]
+__all__ = [
+    "NOBODY",
+    "TABLE",
+    "Algorithm",
+    "Client",
+    "Entry",
+    "Phase",
+    "State",
+    "Term",
+    "Upload",
+    "Work",
+    "build",
+    "check_config",
+    "check_share",
+    "meaningful",
+    "spare_ranks",
+]
 
 
 @dataclass(frozen=True)
@@ -26,64 +48,258 @@ class Entry:
         sends: what leaves a client.
         keeps: what is personal and stays.
         source: the paper.
-        build: from the config to the algorithm.
+        build: from the settings, and the adapter's, to the algorithm.
+        settings: of ``algorithm`` (and ``lora.ranks``), those that mean something to it.
+        spare: whether it needs ranks that no client trains.
+        check: what is wrong with a run's settings for it, if anything is.
     """
 
     sends: str
     keeps: str
     source: str
-    build: Callable[[AlgorithmConfig], Algorithm]
+    build: Callable[[AlgorithmConfig, LoraConfig], Algorithm]
+    settings: tuple[str, ...] = ()
+    spare: bool = False
+    check: Callable[[Config], str] = lambda config: ""
+
+
+MEAN = ("server_lr", "server", "prox_mu", "lora.ranks")
+"""What any algorithm takes that averages the factors themselves."""
+
+
+def _mean(algorithm: Algorithm, c: AlgorithmConfig, mu: float | None = None) -> Algorithm:
+    """With the server's optimizer and the clients' proximal term."""
+    return proximal(optimized(algorithm, c.server), mu if c.prox_mu is None else c.prox_mu)
+
+
+def _shares(share: dict[str, str], train: str = "AB") -> Callable[..., Algorithm]:
+    return lambda c, lora: _mean(sharing(share, train=train, server_lr=c.server_lr), c)
+
+
+def _even_rank(config: Config) -> str:
+    rank = config.lora.rank
+    return f"it halves the rank: lora.rank must be even, got {rank}" if rank % 2 else ""
+
+
+def _plain_sgd(config: Config) -> str:
+    if config.train.optimizer == "sgd":
+        return ""
+    return "it corrects steps of plain SGD: set train.optimizer=sgd, and a train.lr for it"
+
+
+def _own_part(config: Config) -> str:
+    if max(config.algorithm.mix.values()) < 1:
+        return ""
+    return "it needs a model of its own: algorithm.mix_a and algorithm.mix_b must be below 1"
 
 
 TABLE: dict[str, Entry] = {
-    "plora": Entry(
-        "B",
-        "A",
-        "FedVLM, arXiv 2507.17088",
-        lambda c: sharing({"": "B"}, server_lr=c.server_lr),
-    ),
+    "plora": Entry("B", "A", "FedVLM, arXiv 2507.17088", _shares({"": "B"}), MEAN),
     "lora": Entry(
         "A and B",
         "nothing",
         "FedIT, arXiv 2305.05644 (FedAvg of both factors)",
-        lambda c: sharing({"": "AB"}, server_lr=c.server_lr),
+        _shares({"": "AB"}),
+        MEAN,
     ),
-    "fedsa": Entry(
-        "A",
-        "B",
-        "FedSA-LoRA, arXiv 2410.01463",
-        lambda c: sharing({"": "A"}, server_lr=c.server_lr),
-    ),
+    "fedsa": Entry("A", "B", "FedSA-LoRA, arXiv 2410.01463", _shares({"": "A"}), MEAN),
     "ffa": Entry(
-        "B",
-        "nothing (A is frozen)",
-        "FFA-LoRA, arXiv 2403.12313",
-        lambda c: sharing({"": "B"}, train="B", server_lr=c.server_lr),
+        "B", "nothing (A is frozen)", "FFA-LoRA, arXiv 2403.12313", _shares({"": "B"}, "B"), MEAN
     ),
-    "local": Entry(
+    "fedalora": Entry(
+        "B", "A", "Fed-ALoRA, arXiv 2509.25414 (for equal ranks: plora)", _shares({"": "B"}), MEAN
+    ),
+    "rolora": Entry(
+        "B in odd rounds, A in even ones",
         "nothing",
-        "A and B",
-        "training alone, the baseline",
-        lambda c: sharing({}),
+        "RoLoRA, arXiv 2502.01755",
+        lambda c, lora: _mean(alternating(server_lr=c.server_lr), c),
+        MEAN,
     ),
-    "lora+ft": Entry(
-        "A and B",
-        "A and B, tuned after the last round",
-        "FedAvg + local tuning, arXiv 2108.07313",
-        lambda c: tuned(sharing({"": "AB"}, server_lr=c.server_lr), c.ft_steps),
+    "iat": Entry(
+        "B of vision and projector, A of language",
+        "the other factors",
+        "IAT, arXiv 2606.08687 (its map, without its regularizer)",
+        _shares(IAT),
+        MEAN,
     ),
     "share": Entry(
         "what algorithm.share says",
         "the rest",
         "own map of modules to factors",
-        lambda c: sharing(c.share or {}, server_lr=c.server_lr),
+        lambda c, lora: _mean(sharing(c.share or {}, server_lr=c.server_lr), c),
+        ("share", *MEAN),
+    ),
+    "local": Entry(
+        "nothing",
+        "A and B",
+        "training alone, the baseline",
+        lambda c, lora: sharing({}),
+        ("lora.ranks",),
+    ),
+    "lora+ft": Entry(
+        "A and B",
+        "A and B, tuned after the last round",
+        "FedAvg + local tuning, arXiv 2108.07313",
+        lambda c, lora: tuned(_mean(sharing({"": "AB"}, server_lr=c.server_lr), c), c.ft_steps),
+        ("ft_steps", *MEAN),
+    ),
+    "fedprox": Entry(
+        "A and B",
+        "nothing",
+        "FedProx, arXiv 1812.06127",
+        lambda c, lora: _mean(sharing({"": "AB"}, server_lr=c.server_lr), c, mu=0.01),
+        MEAN,
+    ),
+    "scaffold": Entry(
+        "A and B, and its control variates' change",
+        "its control variates",
+        "SCAFFOLD, arXiv 1910.06378 (option II)",
+        lambda c, lora: scaffold(server_lr=c.server_lr),
+        ("server_lr", "lora.ranks"),
+        check=_plain_sgd,
+    ),
+    "mix": Entry(
+        "A and B",
+        "A and B",
+        "interpolation of own and mean; APFL, arXiv 2003.13461, has the mixture",
+        lambda c, lora: mixes.mixing(c.mix, server_lr=c.server_lr),
+        ("mix_a", "mix_b", "server_lr", "lora.ranks"),
+    ),
+    "ditto": Entry(
+        "A and B of the shared model",
+        "A and B of its own",
+        "Ditto, arXiv 2012.04221",
+        lambda c, lora: mixes.ditto(0.1 if c.prox_mu is None else c.prox_mu, server_lr=c.server_lr),
+        ("prox_mu", "server_lr", "lora.ranks"),
+    ),
+    "apfl": Entry(
+        "A and B of the shared model",
+        "A and B of its own",
+        "APFL, arXiv 2003.13461 (fixed mixture)",
+        lambda c, lora: mixes.apfl(c.mix, server_lr=c.server_lr),
+        ("mix_a", "mix_b", "server_lr", "lora.ranks"),
+        check=_own_part,
+    ),
+    "fedex": Entry(
+        "A and B",
+        "nothing",
+        "FedEx-LoRA, arXiv 2410.09432",
+        lambda c, lora: exact(lora.rank, spare_ranks("fedex", lora)),
+        ("lora.spare",),
+        spare=True,
+    ),
+    "flora": Entry(
+        "A and B",
+        "nothing",
+        "FLoRA, arXiv 2409.05976",
+        lambda c, lora: exact(lora.rank, spare_ranks("flora", lora), restart=True),
+        ("lora.spare",),
+        spare=True,
+    ),
+    "flexlora": Entry(
+        "A and B",
+        "nothing",
+        "FlexLoRA, arXiv 2402.11505",
+        lambda c, lora: flexlora(),
+        ("lora.ranks",),
+    ),
+    "hetlora": Entry(
+        "A and B",
+        "nothing",
+        "HetLoRA, arXiv 2401.06432 (without self-pruning)",
+        lambda c, lora: hetlora(),
+        ("lora.ranks",),
+    ),
+    "pair": Entry(
+        "the first half of the ranks",
+        "the second half",
+        "a shared and an own adapter, trained together",
+        lambda c, lora: pair(lora.rank, server_lr=c.server_lr),
+        ("server_lr",),
+        check=_even_rank,
+    ),
+    "feddpa": Entry(
+        "the first half of the ranks",
+        "the second half",
+        "FedDPA-T, arXiv 2403.19211 (fixed weights)",
+        lambda c, lora: feddpa(lora.rank, server_lr=c.server_lr),
+        ("server_lr",),
+        check=_even_rank,
+    ),
+    "fedalt": Entry(
+        "its own half of the ranks",
+        "its own half of the ranks",
+        "FedALT, arXiv 2503.11880 (without its mixer)",
+        lambda c, lora: fedalt(lora.rank),
+        check=_even_rank,
+    ),
+    "similar": Entry(
+        "A and B",
+        "nothing",
+        "own mean a client, by cosines of uploads; cf. FedAMP, arXiv 2007.03797",
+        lambda c, lora: similar(c.temperature),
+        ("temperature", "lora.ranks"),
+    ),
+    "clustered": Entry(
+        "A and B",
+        "nothing",
+        "one mean a group; cf. clustered FL, arXiv 1910.01991",
+        lambda c, lora: clustered(c.clusters),
+        ("clusters", "lora.ranks"),
     ),
 }
 
 
-def build(config: AlgorithmConfig) -> Algorithm:
-    """The algorithm that a config names."""
-    return TABLE[config.name].build(config)
+def build(config: AlgorithmConfig, lora: LoraConfig | None = None) -> Algorithm:
+    """The algorithm that a config names, for an adapter as ``lora`` has it (its defaults)."""
+    from fedvlm.sections import LoraConfig
+
+    lora = lora or LoraConfig()
+    return ranked(TABLE[config.name].build(config, lora), lora.ranks, lora.rank)
+
+
+def spare_ranks(name: str, lora: LoraConfig) -> int:
+    """Ranks of the adapter that no client trains."""
+    if not TABLE[name].spare:
+        return 0
+    return 4 * lora.rank if lora.spare is None else lora.spare
+
+
+SETTINGS = ("server", "prox_mu", "mix_a", "mix_b", "clusters", "temperature")
+"""Those that are refused where they mean nothing; the older ones are ignored there."""
+
+
+def meaningful(name: str, settings: dict[str, object]) -> dict[str, object]:
+    """Settings of ``algorithm`` for another name: those that mean nothing to it are left out."""
+    known = {*TABLE[name].settings, "server_lr", "ft_steps"}
+    return {k: v for k, v in settings.items() if k in known} | {"name": name}
+
+
+def check_config(config: Config) -> list[str]:
+    """What is wrong with an algorithm's settings, and with the run's for this algorithm."""
+    from fedvlm.sections import AlgorithmConfig
+
+    given, lora = config.algorithm, config.lora
+    entry, default = TABLE[given.name], AlgorithmConfig()
+    wrong = [
+        f"algorithm.{name} has no meaning for algorithm.name={given.name}; leave it out"
+        for name in SETTINGS
+        if name not in entry.settings and getattr(given, name) != getattr(default, name)
+    ]
+    wrong += [
+        f"lora.{name} has no meaning for algorithm.name={given.name}; leave it out"
+        for name in ("ranks", "spare")
+        if f"lora.{name}" not in entry.settings and getattr(lora, name) is not None
+    ]
+    if given.server.name != "none" and given.server_lr != 1.0:
+        wrong.append(
+            f"algorithm.server_lr={given.server_lr:g} is the step of a plain mean; with "
+            f"algorithm.server.name={given.server.name} set algorithm.server.lr"
+        )
+    if reason := entry.check(config):
+        wrong.append(f"algorithm.name={given.name}: {reason}")
+    return wrong
 
 
 def check_share(config: AlgorithmConfig, adapter: Iterable[str]) -> None:
@@ -93,7 +309,7 @@ def check_share(config: AlgorithmConfig, adapter: Iterable[str]) -> None:
         ConfigError: naming the patterns, and some of the modules that exist.
     """
     modules = sorted({module(name) for name in adapter})
-    dead = [p for p in config.share or {} if not any(re.search(p, m) for m in modules)]
+    dead = [p for p in config.share or {} if not any(map(matcher(p), modules))]
     if dead:
         shown = ", ".join(modules[:4])
         raise ConfigError(

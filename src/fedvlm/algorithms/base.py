@@ -6,10 +6,14 @@ both the server's state and a client's data. The style is optax's and fedjax's.
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
 
 from fedvlm.tree import Select, Tree
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 State = Tree
 """What the server keeps between rounds: named tensors, so that a checkpoint is one file."""
@@ -20,12 +24,39 @@ class Client:
     """What the server knows of a client.
 
     Attributes:
-        name: its name in the partition.
+        name: its name in the partition; empty for nobody in particular, whose download is the
+            global model.
         weight: its weight in a mean, the number of its training examples.
+        sampled: the share of all clients' examples that this round's cohort has.
     """
 
     name: str
     weight: float
+    sampled: float = 1.0
+
+
+NOBODY = Client("", 1.0)
+
+
+@dataclass(frozen=True)
+class Upload:
+    """What the server got from a client."""
+
+    client: Client
+    tree: Tree
+
+
+@dataclass(frozen=True)
+class Term:
+    """An extra gradient, ``rate * now + constant``, on the factors that ``constant`` names.
+
+    Attributes:
+        constant: ``(down, mine) -> tree``.
+        rate: of the factors as they are.
+    """
+
+    constant: Callable[[Tree, Tree], Tree]
+    rate: float = 0.0
 
 
 @dataclass(frozen=True)
@@ -35,10 +66,40 @@ class Phase:
     Attributes:
         trains: takes the names of the factors that are trained; the others are constant.
         steps: optimizer steps, or None for the length that ``train`` in the config says.
+        begin: ``(down, mine, now) -> tree``: the adapter that this phase begins with; None goes on
+            with the one that the phase before has left.
+        terms: extra gradients, added before clipping.
+        mask: ``(name, factor) -> mask``, true where elements of a trained factor are trained;
+            it broadcasts to ``[..., rank, in]`` or ``[..., out, rank]``. None: everywhere.
     """
 
     trains: Select
     steps: int | None = None
+    begin: Callable[[Tree, Tree, Tree], Tree] | None = None
+    terms: tuple[Term, ...] = ()
+    mask: Callable[[str, Tensor], Tensor] | None = None
+
+
+@dataclass(frozen=True)
+class Work:
+    """What a client has done in a round.
+
+    Attributes:
+        down: what it was sent.
+        mine: what it kept before.
+        ends: its whole adapter after each phase; the last one is its model.
+        paths: of each phase, the sum of the learning rates of all steps, by factor (A, B).
+    """
+
+    down: Tree
+    mine: Tree
+    ends: tuple[Tree, ...]
+    paths: tuple[Mapping[str, float], ...] = ()
+
+    @property
+    def end(self) -> Tree:
+        """The adapter after the last phase."""
+        return self.ends[-1]
 
 
 @dataclass(frozen=True)
@@ -51,8 +112,13 @@ class Algorithm:
         start: ``(adapter, down, mine) -> tree``; client: the whole adapter to train or evaluate,
             from the common initial adapter, the download, and what it keeps (empty at first).
         phases: client: what trains, and how long.
-        finish: ``(down, end) -> (upload, mine)``; client: what leaves it, what stays.
+        finish: ``(work) -> (upload, mine)``; client: what leaves it, what stays.
         update: ``(state, mean) -> state``; server, from the weighted mean of the uploads.
+        lift: ``(upload, client) -> tree``; server: what of an upload enters the mean.
+        gather: ``(state, uploads) -> state``; server: in place of the mean and ``update``, where
+            an algorithm needs every upload of a round at once.
+        turns: the algorithms of rounds 1, 2, ... where these alternate; the last is followed by
+            the first. They have this one's ``init``.
         final: the algorithm of one last round over all clients, for local tuning at the end.
     """
 
@@ -60,6 +126,22 @@ class Algorithm:
     download: Callable[[State, Client], Tree]
     start: Callable[[Tree, Tree, Tree], Tree]
     phases: tuple[Phase, ...]
-    finish: Callable[[Tree, Tree], tuple[Tree, Tree]]
+    finish: Callable[[Work], tuple[Tree, Tree]]
     update: Callable[[State, Tree], State]
+    lift: Callable[[Tree, Client], Tree] = lambda upload, client: upload
+    gather: Callable[[State, Sequence[Upload]], State] | None = None
+    turns: tuple[Algorithm, ...] = ()
     final: Algorithm | None = None
+
+    def at(self, round_: int) -> Algorithm:
+        """The algorithm of a round, from 1."""
+        return self.turns[(round_ - 1) % len(self.turns)] if self.turns else self
+
+
+def everywhere(change: Callable[[Algorithm], Algorithm], algorithm: Algorithm) -> Algorithm:
+    """``change`` made to an algorithm, to its turns and to its last round."""
+    return replace(
+        change(algorithm),
+        turns=tuple(everywhere(change, turn) for turn in algorithm.turns),
+        final=everywhere(change, algorithm.final) if algorithm.final else None,
+    )

@@ -4,6 +4,12 @@
 - FedIT / FedAvg of LoRA, arXiv 2305.05644: share A and B.
 - FedSA-LoRA, arXiv 2410.01463: share A, keep B.
 - FFA-LoRA, arXiv 2403.12313: A frozen at its common start, share B.
+- Fed-ALoRA, arXiv 2509.25414: share B, keep A. With equal ranks that is pLoRA's map, so the name
+  is an alias; its decomposition of B for unequal ranks is not here.
+- RoLoRA, arXiv 2502.01755: B is trained and shared in odd rounds, A in even ones.
+- IAT, arXiv 2606.08687: factors are personal in the image encoder and in the decoder, other ones in
+  each. Only the abstract was at hand: that the encoder keeps A and the decoder B is our reading of
+  it, the projector counts as encoder, and its orthogonality regularizer is not here.
 - Local training: share nothing.
 - FedAvg with local tuning at the end, the baseline of arXiv 2108.07313 (FedAvg + FT).
 """
@@ -11,21 +17,23 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 
-from fedvlm.algorithms.base import Algorithm, Phase
-from fedvlm.tree import Select, factor, module, split, step
+from fedvlm.algorithms.base import Algorithm, Phase, State
+from fedvlm.tree import Select, Tree, factor, module, split, step
+
+IAT = {"part:language": "A", "": "B"}
 
 
 def sharing(share: Mapping[str, str], *, train: str = "AB", server_lr: float = 1.0) -> Algorithm:
     """The algorithm that aggregates the factors a map names, and keeps the other trained ones.
 
     Args:
-        share: regular expression over module names -> ``"A"``, ``"B"``, ``"AB"`` or ``"none"``.
-            The first pattern found in a module's name decides; a module that none matches shares
-            nothing.
+        share: pattern over module names (see :func:`matcher`) -> ``"A"``, ``"B"``, ``"AB"`` or
+            ``"none"``. The first pattern that a module fits decides; a module that none fits
+            shares nothing.
         train: the factors that are trained at all.
         server_lr: the server moves this far from its state to the clients' mean.
     """
@@ -40,14 +48,28 @@ def sharing(share: Mapping[str, str], *, train: str = "AB", server_lr: float = 1
     def keeps(name: str) -> bool:
         return trained(name) and not shared(name)
 
+    def update(state: State, mean: Tree) -> State:
+        return {**state, **step({n: state[n] for n in mean}, mean, server_lr)}
+
     return Algorithm(
         init=lambda adapter: split(adapter, uploads)[0],
         download=lambda state, client: state,
         start=lambda adapter, down, mine: {**adapter, **down, **mine},
         phases=(Phase(trained),),
-        finish=lambda down, end: (split(end, uploads)[0], split(end, keeps)[0]),
-        update=lambda state, mean: step(state, mean, server_lr),
+        finish=lambda work: (split(work.end, uploads)[0], split(work.end, keeps)[0]),
+        update=update,
     )
+
+
+def alternating(*, server_lr: float = 1.0) -> Algorithm:
+    """One factor a round is trained and sent, B first; every client is sent both."""
+    both = sharing({"": "AB"}, server_lr=server_lr)
+
+    def turn(trained: str) -> Algorithm:
+        one = sharing({"": "AB"}, train=trained, server_lr=server_lr)
+        return replace(one, init=both.init)
+
+    return replace(turn("B"), turns=(turn("B"), turn("A")))
 
 
 def tuned(algorithm: Algorithm, steps: int) -> Algorithm:
@@ -56,7 +78,7 @@ def tuned(algorithm: Algorithm, steps: int) -> Algorithm:
     last = replace(
         algorithm,
         phases=(everything,),
-        finish=lambda down, end: ({}, dict(end)),
+        finish=lambda work: ({}, dict(work.end)),
         update=lambda state, mean: state,
     )
     return replace(algorithm, final=last)
@@ -64,13 +86,58 @@ def tuned(algorithm: Algorithm, steps: int) -> Algorithm:
 
 def select(share: Mapping[str, str]) -> Select:
     """The names that a share map takes."""
-    rules = [(re.compile(pattern), factors) for pattern, factors in share.items()]
+    rules = [(matcher(pattern), factors) for pattern, factors in share.items()]
 
     @cache
     def shared(name: str) -> bool:
-        for pattern, factors in rules:
-            if pattern.search(module(name)):
+        for fits, factors in rules:
+            if fits(module(name)):
                 return factor(name) in factors if factors != "none" else False
         return False
 
     return shared
+
+
+def matcher(pattern: str) -> Callable[[str], bool]:
+    """Whether a module fits a pattern: conditions joined by ``&``, all of which must hold.
+
+    A condition is ``part:vision``, ``part:projector`` or ``part:language``; ``layer:2``,
+    ``layer:0-3``, ``layer:4-`` (the first number in the module's name); or else a regular
+    expression that is searched for in the name.
+
+    Raises:
+        ValueError: a condition cannot be read.
+    """
+    conditions = [_condition(text.strip()) for text in pattern.split("&")]
+    return lambda name: all(fits(name) for fits in conditions)
+
+
+def _condition(text: str) -> Callable[[str], bool]:
+    kind, colon, value = text.partition(":")
+    if colon and kind == "part":
+        if value not in ("vision", "projector", "language"):
+            raise ValueError(f"'{text}': a part is vision, projector or language")
+        return lambda name: _part(name) == value
+    if colon and kind == "layer":
+        found = re.fullmatch(r"(\d+)(-)?(\d+)?", value)
+        if not found:
+            raise ValueError(f"'{text}': layers are a number or a range, as in 2, 0-3 or 4-")
+        first, dash, last = found.groups()
+        top = int(last) if last else (10**9 if dash else int(first))
+        return lambda name: int(first) <= _layer(name) <= top
+    try:
+        compiled = re.compile(text)
+    except re.error as error:
+        raise ValueError(f"'{text}' is no regular expression: {error}") from None
+    return lambda name: bool(compiled.search(name))
+
+
+def _part(name: str) -> str:
+    from fedvlm.models.lora import part
+
+    return part(name)
+
+
+def _layer(name: str) -> int:
+    """The number of a module's layer, -1 where it is in none."""
+    return next((int(part) for part in name.split(".") if part.isdigit()), -1)

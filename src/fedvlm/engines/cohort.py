@@ -21,6 +21,7 @@ from torch import Tensor
 from fedvlm.algorithms import Phase
 from fedvlm.data.prompts import Features
 from fedvlm.engines.base import Answer, Task
+from fedvlm.engines.extras import Extras
 from fedvlm.engines.memory import clients_in_a_pass, kept_for_backward
 from fedvlm.engines.reference import ReferenceEngine, make_optimizer, pieces
 from fedvlm.models.cohort import Ragged, Stack
@@ -46,24 +47,44 @@ class CohortEngine(ReferenceEngine):
         self.width = self.config.engine.clients or self._fitting()
 
     def _train(
-        self, trees: Sequence[Tree], phases: Sequence[Phase], tasks: Sequence[Task]
-    ) -> list[tuple[Tree, float]]:
+        self,
+        trees: Sequence[Tree],
+        mines: Sequence[Tree],
+        phases: Sequence[Phase],
+        tasks: Sequence[Task],
+    ) -> list[tuple[list[Tree], float]]:
         self.stack.load(trees, self.device)
         self.model.train()
         losses: list[list[Tensor]] = [[] for _ in tasks]
+        ends: list[list[Tree]] = [[] for _ in tasks]
         for number, phase in enumerate(phases):
-            self._phase(phase, number, tasks, losses)
+            if phase.begin:
+                begun = [
+                    phase.begin(task.down, mine, now)
+                    for task, mine, now in zip(tasks, mines, self.stack.trees(), strict=True)
+                ]
+                self.stack.load(begun, self.device)
+            self._phase(phase, number, tasks, mines, losses)
+            for end, tree in zip(ends, self.stack.trees(), strict=True):
+                end.append(tree)
         means = [torch.stack(found).mean().item() for found in losses]
-        return list(zip(self.stack.trees(), means, strict=True))
+        return list(zip(ends, means, strict=True))
 
     def _phase(
-        self, phase: Phase, number: int, tasks: Sequence[Task], losses: list[list[Tensor]]
+        self,
+        phase: Phase,
+        number: int,
+        tasks: Sequence[Task],
+        mines: Sequence[Tree],
+        losses: list[list[Tensor]],
     ) -> None:
         settings, params = self.config.train, self.stack.params
         trained = {n: p for n, p in params.items() if phase.trains(n)}
         for name, p in params.items():
             p.requires_grad_(name in trained)
         optimizer = make_optimizer(trained, settings, settings.rate_scale(tasks[0].round))
+        clients = [(task.down, mine) for task, mine in zip(tasks, mines, strict=True)]
+        extras = Extras(phase, clients, trained)
         seeds = [(self.config.seed, t.round, t.client, number) for t in tasks]
         streams = Streams([derive(*seed, "dropout") for seed in seeds])
         rows = [self.partition.splits[t.client].train for t in tasks]
@@ -77,11 +98,13 @@ class CohortEngine(ReferenceEngine):
             done = [k for k in range(len(tasks)) if k not in active]
             optimizer.zero_grad()
             found = self._backward(active, following, streams)
+            extras.before()
             if settings.max_grad_norm:
                 clip(list(trained.values()), settings.max_grad_norm)
             # A client that has done its steps stays where it is, whatever the optimizer remembers.
             kept = {n: p.detach()[done].clone() for n, p in trained.items()} if done else {}
             optimizer.step()
+            extras.after()
             with torch.no_grad():
                 for name, ended in kept.items():
                     trained[name][done] = ended

@@ -10,10 +10,11 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedvlm.algorithms import Algorithm, Phase
+from fedvlm.algorithms import Algorithm, Phase, Work
 from fedvlm.data.collate import Collator
 from fedvlm.data.partition import Partition
 from fedvlm.engines.base import Answer, Reply, Scores, Task
+from fedvlm.engines.extras import Extras
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import average, score_texts
 from fedvlm.models import lora, objectives
@@ -68,14 +69,20 @@ class ReferenceEngine:
             self._answers.clear()
         for start in range(0, len(tasks), self.width):
             group = tasks[start : start + self.width]
-            trees = self.personal(algorithm, {task.client: task.down for task in group})
-            ended = self._train(trees, algorithm.phases, group)
+            mines = self.store.personal([task.client for task in group])
+            trees = [
+                algorithm.start(self.adapter, task.down, mine)
+                for task, mine in zip(group, mines, strict=True)
+            ]
+            ended = self._train(trees, mines, algorithm.phases, group)
             replies, kept = [], {}
-            for task, (end, loss) in zip(group, ended, strict=True):
-                self._check_finite(task, end, loss)
-                upload, kept[task.client] = algorithm.finish(task.down, end)
+            for task, mine, (ends, loss) in zip(group, mines, ended, strict=True):
+                self._check_finite(task, ends[-1], loss)
+                paths = tuple(self._path(phase, task) for phase in algorithm.phases)
+                work = Work(task.down, mine, tuple(ends), paths)
+                upload, kept[task.client] = algorithm.finish(work)
                 weight = len(self.partition.splits[task.client].train)
-                replies.append(Reply(task.client, upload, weight, loss, end))
+                replies.append(Reply(task.client, upload, weight, loss, ends[-1]))
             self.store.keep(group[0].round, first + start, kept)
             yield from replies
 
@@ -127,32 +134,49 @@ class ReferenceEngine:
         settings = self.config.eval
         return getattr(self.partition.splits[client], settings.split)[: settings.max_rows]
 
+    def _path(self, phase: Phase, task: Task) -> dict[str, float]:
+        """The learning rates of a phase's steps, summed."""
+        settings, rows = self.config.train, self.partition.splits[task.client].train
+        steps = (phase.steps or settings.steps(len(rows))) * settings.rate_scale(task.round)
+        return {f: steps * rate for f, rate in settings.rates.items()}
+
     def _train(
-        self, trees: Sequence[Tree], phases: Sequence[Phase], tasks: Sequence[Task]
-    ) -> list[tuple[Tree, float]]:
-        """Trains the clients of a pass from their adapters; their ends and mean losses."""
-        (tree,), (task,) = trees, tasks
+        self,
+        trees: Sequence[Tree],
+        mines: Sequence[Tree],
+        phases: Sequence[Phase],
+        tasks: Sequence[Task],
+    ) -> list[tuple[list[Tree], float]]:
+        """Trains the clients of a pass: each one's adapter after every phase, and mean loss."""
+        (tree,), (mine,), (task,) = trees, mines, tasks
         settings, rows = self.config.train, self.partition.splits[task.client].train
         lora.write(self.params, tree)
         self.model.train()
         losses: list[torch.Tensor] = []
+        ends: list[Tree] = []
         for number, phase in enumerate(phases):
+            if phase.begin:
+                lora.write(self.params, phase.begin(task.down, mine, lora.read(self.params)))
             seed = (self.config.seed, task.round, task.client, number)
             torch.manual_seed(derive(*seed, "dropout"))
             trained = {n: p for n, p in self.params.items() if phase.trains(n)}
             for name, p in self.params.items():
                 p.requires_grad_(name in trained)
             optimizer = make_optimizer(trained, settings, settings.rate_scale(task.round))
+            extras = Extras(phase, [(task.down, mine)], trained)
             steps = phase.steps or settings.steps(len(rows))
             for batch in self._batches(rows, steps, seed):
                 optimizer.zero_grad()
                 weight, parts = self._weight(batch), pieces(batch, self.config.engine.micro_batch)
                 step_loss = sum(self._backward_rows(part, weight) for part in parts)
+                extras.before()
                 if settings.max_grad_norm:
                     torch.nn.utils.clip_grad_norm_(trained.values(), settings.max_grad_norm)
                 optimizer.step()
+                extras.after()
                 losses.append(torch.as_tensor(step_loss))
-        return [(lora.read(self.params), torch.stack(losses).mean().item())]
+            ends.append(lora.read(self.params))
+        return [(ends, torch.stack(losses).mean().item())]
 
     def _batches(
         self, rows: np.ndarray, steps: int, seed: tuple[int, int, str, int]
@@ -267,10 +291,9 @@ def make_optimizer(
     trained: Mapping[str, torch.nn.Parameter], settings: TrainConfig, scale: float
 ) -> torch.optim.Optimizer:
     """A fresh optimizer, with its own rate for A and for B."""
-    rates = {"A": settings.lr_a or settings.lr, "B": settings.lr_b or settings.lr}
     groups = [
         {"params": [p for n, p in trained.items() if factor(n) == f], "lr": rate * scale}
-        for f, rate in rates.items()
+        for f, rate in settings.rates.items()
     ]
     groups = [g for g in groups if g["params"]]
     if settings.optimizer == "sgd":

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from fedvlm.errors import FedVLMError
 from fedvlm.sections import LoraConfig
 from fedvlm.seeds import derive
-from fedvlm.tree import Tree, module
+from fedvlm.tree import Tree, module, pad
 
 logger = logging.getLogger("fedvlm")
 
@@ -89,11 +89,26 @@ def drop_dead(model: Any, config: LoraConfig, seed: int, loss: Callable[[Any], T
 
 
 def _attach(model: nn.Module, config: LoraConfig, seed: int, modules: list[str]) -> Any:
+    """With spare ranks, which are zero, the adapter is what it is without them."""
+    adapted = _attach_ranks(model, config, seed, modules, config.rank)
+    if not config.spare:
+        return adapted
+    initial = read(handles(adapted))
+    wide = config.rank + config.spare
+    adapted = _attach_ranks(adapted.unload(), config, seed, modules, wide)
+    write(handles(adapted), pad(initial, 0, config.spare))
+    return adapted
+
+
+def _attach_ranks(
+    model: nn.Module, config: LoraConfig, seed: int, modules: list[str], ranks: int
+) -> Any:
     import peft
 
+    more = ranks / config.rank  # the scaling stays that of lora.rank
     lora = peft.LoraConfig(
-        r=config.rank,
-        lora_alpha=config.alpha,  # type: ignore[arg-type]
+        r=ranks,
+        lora_alpha=config.alpha * (more**0.5 if config.rslora else more),  # type: ignore[arg-type]
         lora_dropout=config.dropout,
         use_rslora=config.rslora,
         target_modules=modules,

@@ -1,0 +1,133 @@
+"""Aggregation by how alike the clients' uploads are, from the uploads alone.
+
+The server keeps the last upload of every client it has seen, so its memory and its checkpoints
+grow with their number. Likeness is the cosine of two clients' changes of the common initial
+adapter.
+
+- ``similar``: each client gets its own mean of all uploads, weighted by examples and by
+  ``exp(cosine / temperature)``. The idea is that of FedAMP (Huang et al., arXiv 2007.03797); the
+  softmax is ours, and FedAMP's proximal term is not here.
+- ``clustered``: uploads are put into groups by spherical k-means, and a client gets the mean of its
+  group. Grouping by the updates' cosines is that of clustered federated learning (Sattler et al.,
+  arXiv 1910.01991), which splits groups in two when its criterion is met; here their number is
+  given, as in IFCA (Ghosh et al., arXiv 2006.04088), where clients choose by their loss.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
+from typing import TYPE_CHECKING
+
+from fedvlm.algorithms.base import Algorithm, Client, State, Upload
+from fedvlm.algorithms.sharing import sharing
+from fedvlm.tree import Mean, Tree, named, part, plain
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+WEIGHT = "weight"
+UPLOAD = "upload"
+GROUP = "group"
+
+
+def similar(temperature: float) -> Algorithm:
+    """Every client's mean leans to the clients that are like it."""
+
+    def download(state: State, client: Client) -> Tree:
+        import torch
+
+        if f"{WEIGHT}/{client.name}" not in state:
+            return part(state, "mean") or plain(state)
+        changes = _changes(state)
+        own = changes[client.name]
+        likeness = torch.stack([own @ other for other in changes.values()])
+        parts = torch.softmax(likeness / temperature, 0).tolist()
+        return average(state, changes, dict(zip(changes, parts, strict=True)))
+
+    def gather(state: State, uploads: Sequence[Upload]) -> State:
+        new = remembered(state, uploads)
+        return {**new, **named("mean", average(new, seen(new)))}
+
+    return replace(sharing({"": "AB"}), download=download, gather=gather)
+
+
+def clustered(groups: int, iterations: int = 20) -> Algorithm:
+    """One model a group of clients."""
+
+    def download(state: State, client: Client) -> Tree:
+        group = state.get(f"{GROUP}/{client.name}")
+        if group is None:
+            return part(state, "mean") or plain(state)
+        return average(state, [c for c in seen(state) if state[f"{GROUP}/{c}"] == group])
+
+    def gather(state: State, uploads: Sequence[Upload]) -> State:
+        new = remembered(state, uploads)
+        found = grouped(_changes(new), groups, iterations)
+        return {**new, **named("mean", average(new, seen(new))), **named(GROUP, found)}
+
+    return replace(sharing({"": "AB"}), download=download, gather=gather)
+
+
+def grouped(changes: Mapping[str, Tensor], groups: int, iterations: int) -> Tree:
+    """Client -> the number of its group, by k-means on unit vectors.
+
+    The first centre is the first client; each further one is the client that is least like the
+    centres so far, so that the same uploads are always grouped the same way.
+    """
+    import torch
+
+    vectors = torch.stack(list(changes.values()))
+    centres = vectors[:1]
+    while len(centres) < min(groups, len(vectors)):
+        nearest = (vectors @ centres.T).max(1).values
+        centres = torch.cat([centres, vectors[nearest.argmin()][None]])
+    for _ in range(iterations):
+        chosen = (vectors @ centres.T).argmax(1)
+        sums = torch.zeros_like(centres).index_add_(0, chosen, vectors)
+        filled = sums.norm(dim=1, keepdim=True) > 0
+        centres = torch.where(filled, torch.nn.functional.normalize(sums, dim=1), centres)
+    chosen = (vectors @ centres.T).argmax(1)
+    return dict(zip(changes, chosen.unbind(), strict=True))
+
+
+def remembered(state: State, uploads: Sequence[Upload]) -> State:
+    """The state with the uploads of a round in place of these clients' last ones."""
+    import torch
+
+    new = dict(state)
+    for client, tree in ((u.client, u.tree) for u in uploads):
+        new[f"{WEIGHT}/{client.name}"] = torch.tensor(client.weight)
+        new |= {f"{UPLOAD}/{n}/{client.name}": t for n, t in tree.items()}
+    return new
+
+
+def seen(state: State) -> list[str]:
+    """The clients that have sent something."""
+    return sorted(part(state, WEIGHT))
+
+
+def average(state: State, clients: Iterable[str], parts: Mapping[str, float] | None = None) -> Tree:
+    """The mean of some clients' last uploads, weighted by examples, and by ``parts``."""
+    mean = Mean()
+    for client in clients:
+        weight = float(state[f"{WEIGHT}/{client}"]) * (parts[client] if parts else 1.0)
+        mean.add(_upload(state, client), max(weight, 1e-30))
+    return mean.tree()
+
+
+def _upload(state: State, client: str) -> Tree:
+    return {n: state[f"{UPLOAD}/{n}/{client}"] for n in plain(state)}
+
+
+def _changes(state: State) -> dict[str, Tensor]:
+    """Client -> the direction of its change of the common initial adapter, flat, of length 1."""
+    import torch
+
+    initial = dict(sorted(plain(state).items()))  # sums round alike whatever order it was read in
+    found = {}
+    for client in seen(state):
+        sent = _upload(state, client)
+        flat = torch.cat([(sent[n] - t).flatten() for n, t in initial.items()])
+        found[client] = torch.nn.functional.normalize(flat, dim=0)
+    return found

@@ -1,0 +1,105 @@
+"""Every algorithm of the library in whole runs: what it resumes to, sends, writes and exports."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+
+import fedvlm
+from fedvlm import federate, store
+from fedvlm.algorithms import TABLE
+from fedvlm.comparison import compare
+from fedvlm.errors import ConfigError
+from fedvlm.tree import cut, pairs, products
+from test_federate import ALGORITHMS as ELSEWHERE
+from test_federate import Stop, bytes_of
+
+LIBRARY = [name for name in TABLE if name not in (*ELSEWHERE, "share")]
+
+
+@pytest.fixture(autouse=True)
+def _no_pictures(monkeypatch):
+    """Pictures are not what is tested here."""
+    from fedvlm.report import plots, skewplot
+
+    monkeypatch.setattr(plots, "plot_run", lambda *args, **options: None)
+    monkeypatch.setattr(skewplot, "plot_partition", lambda *args, **options: None)
+
+
+def settings(small, name):
+    """Three rounds of two of three sites, a second or so."""
+    tree = json.loads(json.dumps(small))
+    tree["data"]["scenes"] |= {"rows": 12}
+    tree["train"] |= {"rounds": 3, "local_steps": 1, "clients_per_round": 2}
+    tree["eval"] |= {"every": 0, "max_rows": 2, "max_new_tokens": 2}
+    tree["algorithm"] = {"name": name}
+    if name == "scaffold":
+        tree["train"] |= {"optimizer": "sgd", "lr": 0.1}
+    return tree
+
+
+@pytest.mark.parametrize("name", LIBRARY)
+def test_a_stopped_run_resumes_to_the_same_bytes(small, tmp_path, name):
+    whole = fedvlm.run(settings(small, name), f"output={tmp_path / 'whole'}")
+    stopped = tmp_path / "stopped"
+    with pytest.raises(KeyboardInterrupt):
+        federate.run(settings(small, name), f"output={stopped}", progress=Stop(3))
+    federate.resume(stopped)
+    assert bytes_of(stopped) == bytes_of(whole.folder)
+    assert whole.table["bytes"]["bytes_up"]["total"] > 0
+    for line in store.read_lines(whole.folder / "metrics.jsonl")[1:]:
+        assert len(set(line["bytes_up"].values())) == 1
+        assert all(line["bytes_down"].values())
+
+
+def test_a_run_with_unequal_ranks_sends_fewer_bytes_from_the_smaller_clients(small):
+    tree = settings(small, "plora") | {"lora": {"rank": 4, "ranks": {"site-0": 1, "1$": 2}}}
+    tree["train"]["clients_per_round"] = None
+    results = fedvlm.run(tree)
+    sent = store.read_lines(results.folder / "metrics.jsonl")[1]["bytes_up"]
+    assert sent["site-0"] < sent["site-1"] < sent["site-2"]
+    for site, ranks in (("site-0", 1), ("site-1", 2), ("site-2", 4)):
+        tree_ = store.load_tree(results.adapter(site) / "adapter_model.safetensors")
+        for a, b in pairs(tree_).values():
+            assert (tree_[a].norm(dim=1) > 0).tolist() == [k < ranks for k in range(4)]
+            assert not tree_[b][:, ranks:].any()
+
+
+@pytest.mark.parametrize("name", ["fedex", "flora"])
+def test_spare_ranks_export_and_load_as_an_ordinary_adapter(small, name):
+    results = fedvlm.run(settings(small, name), "lora.spare=6")
+    tree = store.load_tree(results.adapter() / "adapter_model.safetensors")
+    config = json.loads((results.adapter() / "adapter_config.json").read_text())
+    assert config["r"] == 2 + 6
+    assert config["lora_alpha"] / config["r"] == small["lora"]["alpha"] / small["lora"]["rank"]
+    opened = fedvlm.open_run(results.folder)
+    params = dict(opened.write(tree).named_parameters())
+    for a, b in pairs(tree).values():
+        for factor in (a, b):
+            held = params[factor.replace(".weight", ".default.weight")]
+            assert torch.equal(held.detach(), tree[factor])
+    carried = products(cut(tree, 2, 8)).values()
+    assert all(t.abs().max() > 0 for t in carried)
+
+
+def test_all_algorithms_begin_with_the_same_model(small, tmp_path):
+    plain = fedvlm.run(settings(small, "lora"), f"output={tmp_path / 'lora'}")
+    spare = fedvlm.run(settings(small, "fedex"), f"output={tmp_path / 'fedex'}")
+    untuned, other = (
+        store.read_lines(r.folder / "metrics.jsonl")[0]["evaluation"] for r in (plain, spare)
+    )
+    for site, scores in untuned["personal"].items():
+        assert scores == pytest.approx(other["personal"][site], abs=1e-5)
+
+
+def test_a_comparison_gives_every_algorithm_the_settings_that_mean_something_to_it(small):
+    tree = settings(small, "fedex") | {"lora": {"rank": 2, "alpha": 4, "spare": 3}}
+    found = compare(["fedex", "plora", "ditto"], tree, "algorithm.server_lr=0.5")
+    assert {row["algorithm"] for row in found.rows} == {"fedex", "plora", "ditto"}
+
+
+def test_a_comparison_with_an_algorithm_that_cannot_be_run_says_why(small):
+    with pytest.raises(ConfigError, match=r"scaffold.*train\.optimizer=sgd"):
+        compare(["plora", "scaffold"], settings(small, "plora"))
