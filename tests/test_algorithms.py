@@ -36,6 +36,7 @@ SENDS = {
     "iat": "AB",
     "local": "",
     "lora+ft": "AB",
+    "lora+es": "AB",
     "fedprox": "AB",
     "scaffold": "AB",
     "mix": "AB",

@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedvlm.algorithms import Client
+from fedvlm.algorithms import Client, Work
 from fedvlm.algorithms.client_terms import CONTROL, proximal, scaffold
 from fedvlm.algorithms.mixing import apfl, ditto, mixing
 from fedvlm.algorithms.server import optimized
-from fedvlm.algorithms.sharing import IAT, alternating, select, sharing
+from fedvlm.algorithms.sharing import IAT, alternating, select, sharing, stopped
 from fedvlm.config import load
 from fedvlm.errors import ConfigError
 from fedvlm.sections import ServerConfig
@@ -79,6 +79,22 @@ def test_a_share_map_can_name_parts_and_layers(pattern, layers):
 def test_a_share_pattern_that_cannot_be_read_is_refused(pattern):
     with pytest.raises(ConfigError, match="algorithm"):
         load({"algorithm": {"share": {pattern: "B"}}})
+
+
+def test_tuning_that_stops_early_keeps_the_adapter_of_the_lowest_validation_loss():
+    last = stopped(FEDAVG, steps=7, checks=3).final
+    assert [phase.steps for phase in last.phases] == [3, 2, 2]
+    trees = [{A: torch.full((2, 5), float(k))} for k in range(4)]
+    for scores, best in (
+        ((3.0, 1.0, 2.0, 4.0), 1),
+        ((1.0, 2.0, 3.0, 4.0), 0),
+        ((4.0, 3.0, 2.0, 1.0), 3),
+        ((), 3),
+    ):
+        work = Work({}, {}, tuple(trees[1:]), start=trees[0], scores=scores)
+        upload, mine = last.finish(work)
+        assert not upload
+        assert mine[A][0, 0] == best
 
 
 # Server optimizers

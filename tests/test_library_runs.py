@@ -54,6 +54,18 @@ def test_a_stopped_run_resumes_to_the_same_bytes(small, tmp_path, name):
         assert all(line["bytes_down"].values())
 
 
+def test_early_stopping_never_ends_worse_on_validation_than_no_tuning(small):
+    tree = settings(small, "lora+es")
+    tree["algorithm"] |= {"ft_steps": 12, "ft_checks": 3}
+    tree["train"] |= {"lr": 0.03}
+    tree["eval"] |= {"split": "val"}
+    config = fedvlm.load_config(tree)
+    results = fedvlm.run(config)
+    for site, loss in results.scores("personal", "loss").items():
+        assert loss <= results.scores("global", "loss")[site] + 1e-6
+    assert results.scores("personal_before") == results.scores("personal")
+
+
 def test_a_run_with_unequal_ranks_sends_fewer_bytes_from_the_smaller_clients(small):
     tree = settings(small, "plora") | {"lora": {"rank": 4, "ranks": {"site-0": 1, "1$": 2}}}
     tree["train"]["clients_per_round"] = None

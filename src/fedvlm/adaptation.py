@@ -100,7 +100,10 @@ class AlgorithmConfig(Section):
     )
     server: ServerConfig = ServerConfig()
     ft_steps: Positive = Field(
-        20, description="steps of local tuning after the last round (lora+ft)"
+        20, description="steps of local tuning after the last round (lora+ft, lora+es)"
+    )
+    ft_checks: Positive = Field(
+        5, description="lora+es: how often validation is asked during ft_steps"
     )
     prox_mu: Annotated[float, Field(ge=0)] | None = Field(
         None,

@@ -144,7 +144,7 @@ def _personal(algorithm: Algorithm, down: Tree, shared: Tree) -> set[str]:
 def _work(algorithm: Algorithm, down: Tree, end: Tree) -> Work:
     """A round that ended with this adapter."""
     phases = len(algorithm.phases)
-    return Work(down, {}, (dict(end),) * phases, ({"A": 1.0, "B": 1.0},) * phases)
+    return Work(down, {}, (dict(end),) * phases, ({"A": 1.0, "B": 1.0},) * phases, dict(end))
 
 
 def _tuning(start: Tree, trained: set[str], steps: int) -> Algorithm:

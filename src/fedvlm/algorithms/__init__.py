@@ -13,7 +13,7 @@ from fedvlm.algorithms.dual import fedalt, feddpa, pair
 from fedvlm.algorithms.exact import exact
 from fedvlm.algorithms.flex import flexlora, hetlora, ranked
 from fedvlm.algorithms.server import optimized
-from fedvlm.algorithms.sharing import IAT, alternating, matcher, sharing, tuned
+from fedvlm.algorithms.sharing import IAT, alternating, matcher, sharing, stopped, tuned
 from fedvlm.algorithms.similarity import clustered, similar
 from fedvlm.errors import ConfigError
 from fedvlm.tree import module
@@ -87,6 +87,12 @@ def _plain_sgd(config: Config) -> str:
     return "it corrects steps of plain SGD: set train.optimizer=sgd, and a train.lr for it"
 
 
+def _validation(config: Config) -> str:
+    if config.data.val_fraction:
+        return ""
+    return "it stops by the loss on validation rows: data.val_fraction must be above 0"
+
+
 def _own_part(config: Config) -> str:
     if max(config.algorithm.mix.values()) < 1:
         return ""
@@ -143,6 +149,16 @@ TABLE: dict[str, Entry] = {
         "FedAvg + local tuning, arXiv 2108.07313",
         lambda c, lora: tuned(_mean(sharing({"": "AB"}, server_lr=c.server_lr), c), c.ft_steps),
         ("ft_steps", *MEAN),
+    ),
+    "lora+es": Entry(
+        "A and B",
+        "A and B, tuned until validation rises",
+        "FedAvg + local tuning, arXiv 2108.07313, stopped early",
+        lambda c, lora: stopped(
+            _mean(sharing({"": "AB"}, server_lr=c.server_lr), c), c.ft_steps, c.ft_checks
+        ),
+        ("ft_steps", "ft_checks", *MEAN),
+        check=_validation,
     ),
     "fedprox": Entry(
         "A and B",
@@ -266,7 +282,7 @@ def spare_ranks(name: str, lora: LoraConfig) -> int:
     return 4 * lora.rank if lora.spare is None else lora.spare
 
 
-SETTINGS = ("server", "prox_mu", "mix_a", "mix_b", "clusters", "temperature")
+SETTINGS = ("server", "ft_checks", "prox_mu", "mix_a", "mix_b", "clusters", "temperature")
 """Those that are refused where they mean nothing; the older ones are ignored there."""
 
 

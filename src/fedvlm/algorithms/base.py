@@ -7,7 +7,7 @@ both the server's state and a client's data. The style is optax's and fedjax's.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING
 
 from fedvlm.tree import Select, Tree
@@ -88,6 +88,9 @@ class Work:
         down: what it was sent.
         mine: what it kept before.
         ends: its whole adapter after each phase; the last one is its model.
+        start: its adapter before the first phase.
+        scores: where the algorithm validates, the loss on the client's validation rows of the
+            adapter before the first phase and of those after each; empty without such rows.
         paths: of each phase, the sum of the learning rates of all steps, by factor (A, B).
     """
 
@@ -95,6 +98,8 @@ class Work:
     mine: Tree
     ends: tuple[Tree, ...]
     paths: tuple[Mapping[str, float], ...] = ()
+    start: Tree = field(default_factory=dict)
+    scores: tuple[float, ...] = ()
 
     @property
     def end(self) -> Tree:
@@ -120,6 +125,8 @@ class Algorithm:
         turns: the algorithms of rounds 1, 2, ... where these alternate; the last is followed by
             the first. They have this one's ``init``.
         final: the algorithm of one last round over all clients, for local tuning at the end.
+        validates: whether ``finish`` needs the validation losses of a round's adapters; a client's
+            model is then what ``start`` makes of what it keeps.
     """
 
     init: Callable[[Tree], State]
@@ -132,6 +139,7 @@ class Algorithm:
     gather: Callable[[State, Sequence[Upload]], State] | None = None
     turns: tuple[Algorithm, ...] = ()
     final: Algorithm | None = None
+    validates: bool = False
 
     def at(self, round_: int) -> Algorithm:
         """The algorithm of a round, from 1."""

@@ -11,7 +11,8 @@
   each. Only the abstract was at hand: that the encoder keeps A and the decoder B is our reading of
   it, the projector counts as encoder, and its orthogonality regularizer is not here.
 - Local training: share nothing.
-- FedAvg with local tuning at the end, the baseline of arXiv 2108.07313 (FedAvg + FT).
+- FedAvg with local tuning at the end, the baseline of arXiv 2108.07313 (FedAvg + FT), for a number
+  of steps or stopped early on validation rows.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from functools import cache
 
-from fedvlm.algorithms.base import Algorithm, Phase, State
+from fedvlm.algorithms.base import Algorithm, Phase, State, Work
 from fedvlm.tree import Select, Tree, factor, module, split, step
 
 IAT = {"part:language": "A", "": "B"}
@@ -80,6 +81,31 @@ def tuned(algorithm: Algorithm, steps: int) -> Algorithm:
         phases=(everything,),
         finish=lambda work: ({}, dict(work.end)),
         update=lambda state, mean: state,
+    )
+    return replace(algorithm, final=last)
+
+
+def stopped(algorithm: Algorithm, steps: int, checks: int) -> Algorithm:
+    """``algorithm``, then local tuning of all factors that stops early.
+
+    It goes on for ``steps`` in ``checks`` stretches, each with an optimizer of its own, and keeps
+    the adapter of the lowest validation loss, be it the one before; the last, without such rows.
+    """
+    whole, rest = divmod(steps, checks)
+    lengths = [whole + (n < rest) for n in range(checks)]
+
+    def best(work: Work) -> Tree:
+        tried = (work.start, *work.ends)
+        lowest = min(range(len(work.scores)), key=work.scores.__getitem__, default=-1)
+        return dict(tried[lowest])
+
+    tuning = tuned(algorithm, steps).final
+    assert tuning is not None
+    last = replace(
+        tuning,
+        phases=tuple(Phase(lambda name: True, steps=n) for n in lengths if n),
+        finish=lambda work: ({}, best(work)),
+        validates=True,
     )
     return replace(algorithm, final=last)
 

@@ -164,6 +164,10 @@ class CohortEngine(ReferenceEngine):
         with streams.of(client):
             return self._backward_rows(rows, weight)
 
+    def _put(self, tree: Tree, rows: int) -> None:
+        self.stack.load([tree], self.device)
+        self.stack.activate([0], rows)
+
     def _frozen_images(self) -> ImageFeatures | None:
         """The pictures' features, where LoRA does not change them."""
         settings = self.config.engine

@@ -76,13 +76,16 @@ class ReferenceEngine:
             ]
             ended = self._train(trees, mines, algorithm.phases, group)
             replies, kept = [], {}
-            for task, mine, (ends, loss) in zip(group, mines, ended, strict=True):
+            for task, mine, begun, (ends, loss) in zip(group, mines, trees, ended, strict=True):
                 self._check_finite(task, ends[-1], loss)
                 paths = tuple(self._path(phase, task) for phase in algorithm.phases)
-                work = Work(task.down, mine, tuple(ends), paths)
+                scores = self._validated(task.client, [begun, *ends]) if algorithm.validates else ()
+                work = Work(task.down, mine, tuple(ends), paths, begun, scores)
                 upload, kept[task.client] = algorithm.finish(work)
-                weight = len(self.partition.splits[task.client].train)
-                replies.append(Reply(task.client, upload, weight, loss, ends[-1]))
+                weight, end = len(self.partition.splits[task.client].train), ends[-1]
+                if algorithm.validates:
+                    end = algorithm.start(self.adapter, task.down, kept[task.client])
+                replies.append(Reply(task.client, upload, weight, loss, end))
             self.store.keep(group[0].round, first + start, kept)
             yield from replies
 
@@ -202,6 +205,26 @@ class ReferenceEngine:
     def _weight(self, rows: np.ndarray) -> int:
         """By what the rows' summed losses are divided."""
         return sum(self.objective.weight(self.collator.features(int(i))) for i in rows)
+
+    @torch.no_grad()
+    def _validated(self, client: str, trees: Sequence[Tree]) -> tuple[float, ...]:
+        """The loss of some adapters on a client's validation rows, if it has any."""
+        rows, size = self.partition.splits[client].val, self.config.eval.batch_size
+        batched = [rows[start : start + size] for start in range(0, len(rows), size)]
+        self.model.eval()
+        found = []
+        for tree in trees if batched else ():
+            terms = []
+            for batch in batched:
+                self._put(tree, len(batch))
+                terms.append(self._terms(batch))
+            loss, weight = (torch.cat([getattr(t, n) for t in terms]) for n in ("loss", "weight"))
+            found.append((loss.sum() / weight.sum()).item())
+        return tuple(found)
+
+    def _put(self, tree: Tree, rows: int) -> None:
+        """Puts an adapter into the model, for batches of so many rows."""
+        lora.write(self.params, tree)
 
     def _check_finite(self, task: Task, end: Tree, loss: float) -> None:
         norms = torch.stack(torch._foreach_norm(list(end.values())))
