@@ -51,6 +51,8 @@ SENDS = {
     "fedalt": "AB",
     "similar": "AB",
     "clustered": "AB",
+    "centralized": "AB",
+    "centralized+name": "AB",
 }
 KEEPS = dict.fromkeys(SENDS, "") | {
     "plora": "A",

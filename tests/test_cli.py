@@ -106,6 +106,19 @@ def test_print_config_is_a_valid_configuration(tmp_path, capsys, monkeypatch):
     assert yaml.safe_load(text)["seed"] == 0
 
 
+def test_the_docs_list_of_algorithms_is_the_table():
+    import re
+
+    from fedvlm.algorithms import TABLE
+
+    page = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text(encoding="utf-8")
+    for name, entry in TABLE.items():
+        paper = re.sub(r"arXiv ([\d.]+)", r"arXiv [\1](https://arxiv.org/abs/\1)", entry.source)
+        settings = ", ".join(f"`{s}`" for s in entry.settings) or "none"
+        row = f"| `{name}` | {entry.sends} | {entry.keeps} | {paper} | {settings} |"
+        assert row in page.splitlines(), row
+
+
 def test_the_list_of_algorithms_names_all_of_them(capsys, monkeypatch):
     from fedvlm.algorithms import TABLE
 

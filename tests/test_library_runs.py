@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 
+import numpy as np
 import pytest
 import torch
 
@@ -45,13 +46,38 @@ def test_a_stopped_run_resumes_to_the_same_bytes(small, tmp_path, name):
     whole = fedvlm.run(settings(small, name), f"output={tmp_path / 'whole'}")
     stopped = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
-        federate.run(settings(small, name), f"output={stopped}", progress=Stop(3))
+        federate.run(settings(small, name), f"output={stopped}", progress=Stop(2))
     federate.resume(stopped)
     assert bytes_of(stopped) == bytes_of(whole.folder)
     assert whole.table["bytes"]["bytes_up"]["total"] > 0
     for line in store.read_lines(whole.folder / "metrics.jsonl")[1:]:
         assert len(set(line["bytes_up"].values())) == 1
         assert all(line["bytes_down"].values())
+
+
+def test_centralized_training_is_one_client_with_all_rows(small):
+    """A plain federation of one site that has the three sites' rows takes the same steps."""
+    tree = settings(small, "centralized")
+    tree["train"] |= {"rounds": 1, "local_steps": 2, "clients_per_round": None}
+    config = fedvlm.load_config(tree)
+    engine, partition, _ = federate.prepare(config)
+    rows = np.concatenate([partition.splits[c].train for c in partition.clients])
+    assert all(np.array_equal(s.train, rows) for s in engine.partition.splits.values())
+    assert engine.config.train.local_steps == 3 * 2
+    results = fedvlm.run(config)
+    line = store.read_lines(results.folder / "metrics.jsonl")[-1]
+    assert len(line["cohort"]) == 1
+    assert results.scores("personal") == results.scores("global")
+    assert set(results.scores()) == set(partition.clients), "every client is scored on its own rows"
+
+
+def test_a_client_can_be_named_in_the_prompt(small):
+    engine, partition, _ = federate.prepare(fedvlm.load_config(settings(small, "centralized+name")))
+    other, _, _ = federate.prepare(fedvlm.load_config(settings(small, "centralized")))
+    for client in partition.clients:
+        for row in map(int, partition.splits[client].test):
+            question = engine.collator.rows[row]["question"]
+            assert question == f"{client}: {other.collator.rows[row]['question']}"
 
 
 def test_early_stopping_never_ends_worse_on_validation_than_no_tuning(small):

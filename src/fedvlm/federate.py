@@ -14,7 +14,7 @@ import numpy as np
 from fedvlm import config as configs
 from fedvlm import processes
 from fedvlm import store as stores
-from fedvlm.algorithms import Algorithm, Client, State, Upload, build, check_share
+from fedvlm.algorithms import TABLE, Algorithm, Client, State, Upload, build, check_share
 from fedvlm.engines.base import Engine, Scores, Task
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.progress import Progress, Quiet
@@ -113,6 +113,7 @@ def resume(folder: str | Path, progress: Progress | None = None) -> Results:
 def plan(config: Config, algorithm: Algorithm, clients: Sequence[str]) -> Iterator[Round]:
     """All rounds of a run. The cohort is drawn from (seed, round)."""
     rounds, size = config.train.rounds, config.train.clients_per_round or len(clients)
+    size = 1 if TABLE[config.algorithm.name].pools else size
     for number in range(1, rounds + 1):
         draw = np.random.default_rng(derive(config.seed, number, "cohort"))
         chosen = sorted(draw.choice(len(clients), size=min(size, len(clients)), replace=False))
@@ -166,6 +167,7 @@ def prepare(
     Raises:
         FedVLMError: it cannot; see :func:`run`.
     """
+    from fedvlm.data import pool
     from fedvlm.data.collate import Collator
     from fedvlm.data.partition import make_partition
     from fedvlm.data.sources import load_rows
@@ -181,7 +183,8 @@ def prepare(
     store = stores.Store(config.output)
     loaded = load_model(config.model)
     set_threads(loaded.model, config.engine.threads)
-    adapter = config.adapter
+    entry, adapter = TABLE[config.algorithm.name], config.adapter
+    rows = pool.named(rows, partition) if entry.names else rows
     model = attach(loaded.model, adapter, config.seed)
     limit = config.data.max_length
     collator = Collator(rows, loaded, max_length=limit, pairs=objective.pairs)
@@ -190,7 +193,11 @@ def prepare(
         collator.encode_ahead(config.data.cache * 2**20, told)
     probe = collator.training(partition.splits[partition.clients[0]].train[:1])
     model = drop_dead(model, adapter, config.seed, lambda m: objective.terms(m, probe).mean())
-    engine = engine_class(config.engine)(model, collator, partition, config, store)
+    trained, settings = partition, config
+    if entry.pools:
+        trained = pool.pooled(partition)
+        settings = pool.as_long(config, len(partition.clients))
+    engine = engine_class(config.engine)(model, collator, trained, settings, store)
     check_share(config.algorithm, engine.adapter)
     stores.check_room(config.output, nbytes([engine.adapter]) * _most_kept(config, partition))
     return engine, partition, store

@@ -51,6 +51,8 @@ class Entry:
         build: from the settings, and the adapter's, to the algorithm.
         settings: of ``algorithm`` (and ``lora.ranks``), those that mean something to it.
         spare: whether it needs ranks that no client trains.
+        pools: whether all training rows are in one place; no federation.
+        names: whether a question begins with its client's name.
         check: what is wrong with a run's settings for it, if anything is.
     """
 
@@ -60,6 +62,8 @@ class Entry:
     build: Callable[[AlgorithmConfig, LoraConfig], Algorithm]
     settings: tuple[str, ...] = ()
     spare: bool = False
+    pools: bool = False
+    names: bool = False
     check: Callable[[Config], str] = lambda config: ""
 
 
@@ -132,7 +136,7 @@ TABLE: dict[str, Entry] = {
     "share": Entry(
         "what algorithm.share says",
         "the rest",
-        "own map of modules to factors",
+        "own map of factors",
         lambda c, lora: _mean(sharing(c.share or {}, server_lr=c.server_lr), c),
         ("share", *MEAN),
     ),
@@ -263,6 +267,21 @@ TABLE: dict[str, Entry] = {
         "groups' means, cf. clustered FL, arXiv 1910.01991",
         lambda c, lora: clustered(c.clusters),
         ("clusters", "lora.ranks"),
+    ),
+    "centralized": Entry(
+        "its rows: no federation",
+        "nothing",
+        "the upper reference, on all rows",
+        lambda c, lora: sharing({"": "AB"}),
+        pools=True,
+    ),
+    "centralized+name": Entry(
+        "its rows: no federation",
+        "nothing",
+        "the same, client named in the prompt",
+        lambda c, lora: sharing({"": "AB"}),
+        pools=True,
+        names=True,
     ),
 }
 
