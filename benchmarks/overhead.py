@@ -97,7 +97,8 @@ def measure(folder: Path, clients: int, model: str, rounds: int, inside: Inside)
     share = statistics.median(shares)
     print(
         f"{model:>9}  {clients:>5} clients  round {wall:8.1f} ms  steps {steps:8.1f} ms  "
-        f"overhead {share:6.1%} ({min(shares):.1%} to {max(shares):.1%})  target {TARGETS[clients]:.0%}",
+        f"overhead {share:6.1%} ({min(shares):.1%} to {max(shares):.1%})  "
+        f"target {TARGETS[clients]:.0%}",
         flush=True,
     )
     return share

@@ -368,9 +368,9 @@ def _score_all(
 
 def _known(partition: Partition, cohort: Sequence[str]) -> dict[str, Client]:
     """What the server knows of the clients of a round."""
-    weights = {c: float(len(partition.splits[c].train)) for c in partition.clients}
-    sampled = sum(weights[c] for c in cohort) / sum(weights.values())
-    return {c: Client(c, weights[c], sampled) for c in cohort}
+    weights = {c: float(len(partition.splits[c].train)) for c in cohort}
+    sampled = sum(weights.values()) / partition.train_rows
+    return {c: Client(c, weight, sampled) for c, weight in weights.items()}
 
 
 def environment() -> dict[str, Any]:

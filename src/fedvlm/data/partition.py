@@ -10,6 +10,7 @@ import logging
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any
 
 import datasets
@@ -65,6 +66,11 @@ class Partition:
     splits: dict[str, Split]
     skew: dict[str, Skew]
     frequent: tuple[str, ...]
+
+    @cached_property
+    def train_rows(self) -> int:
+        """All clients' training rows together."""
+        return sum(len(split.train) for split in self.splits.values())
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Client -> its number of ``train``, ``val`` and ``test`` rows."""

@@ -166,7 +166,7 @@ class CohortEngine(ReferenceEngine):
 
     def _put(self, tree: Tree, rows: int) -> None:
         self.stack.load([tree], self.device)
-        self.stack.activate([0], rows)
+        self.stack.activate([0])
 
     def _frozen_images(self) -> ImageFeatures | None:
         """The pictures' features, where LoRA does not change them."""
