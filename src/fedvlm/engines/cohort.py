@@ -164,7 +164,7 @@ class CohortEngine(ReferenceEngine):
         with streams.of(client):
             return self._backward_rows(rows, weight)
 
-    def _put(self, tree: Tree, rows: int) -> None:
+    def _put(self, tree: Tree) -> None:
         self.stack.load([tree], self.device)
         self.stack.activate([0])
 

@@ -214,16 +214,14 @@ class ReferenceEngine:
         self.model.eval()
         found = []
         for tree in trees if batched else ():
-            terms = []
-            for batch in batched:
-                self._put(tree, len(batch))
-                terms.append(self._terms(batch))
+            self._put(tree)
+            terms = [self._terms(batch) for batch in batched]
             loss, weight = (torch.cat([getattr(t, n) for t in terms]) for n in ("loss", "weight"))
             found.append((loss.sum() / weight.sum()).item())
         return tuple(found)
 
-    def _put(self, tree: Tree, rows: int) -> None:
-        """Puts an adapter into the model, for batches of so many rows."""
+    def _put(self, tree: Tree) -> None:
+        """Puts one adapter into the model."""
         lora.write(self.params, tree)
 
     def _check_finite(self, task: Task, end: Tree, loss: float) -> None:
