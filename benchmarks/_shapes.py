@@ -7,6 +7,7 @@ of random tokens and pixels, all of one size.
 from __future__ import annotations
 
 import tempfile
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from types import SimpleNamespace
 from typing import Any
@@ -160,7 +161,9 @@ def engine(
     adapted = attach(model, config.lora, config.seed)
     adapted = drop_dead(adapted, config.lora, config.seed, loss)
     store = Store(config.output)
-    return engine_class(config.engine)(adapted, collator, partition, config, store), partition
+    return engine_class(config.engine, adapted)(
+        adapted, collator, partition, config, store
+    ), partition
 
 
 class MadeUp(Collator):
@@ -174,6 +177,7 @@ class MadeUp(Collator):
         self.roles = ("answer",)
         self.vocabulary = min(40_000, shape.config.text_config.vocab_size)
         self._pad_id = 1
+        self._thread, self._next = ThreadPoolExecutor(1), None
         random = torch.Generator().manual_seed(0)
         square = (1, 3, shape.side, shape.side)
         if model.config.model_type == "smolvlm":

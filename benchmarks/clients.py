@@ -35,7 +35,7 @@ import numpy as np
 
 from _small import settings
 from fedvlm import federate
-from fedvlm.algorithms import Client, build
+from fedvlm.algorithms import Client, Work, build
 from fedvlm.config import load
 from fedvlm.progress import Progress
 from fedvlm.store import Store
@@ -77,7 +77,7 @@ def run(folder: Path, clients: int, model: str, rounds: int) -> None:
         state = federate._open(config, engine, partition, store, False)
         algorithm = build(config.algorithm)
         down = algorithm.download(state, Client("", 1.0))
-        mine = algorithm.finish(down, engine.adapter)[1]
+        mine = algorithm.finish(Work(down, {}, (engine.adapter,)))[1]
         fill(store, partition.clients, mine, engine.width)
         for round_ in itertools.islice(federate.plan(config, algorithm, partition.clients), rounds):
             for client in round_.cohort:  # clients that come for the first time have new rows

@@ -14,17 +14,22 @@ import os
 import numpy as np
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from PIL import Image
 
 import families
 import fedvlm
 from fedvlm.algorithms import TABLE
-from fedvlm.engines.cohort import uniform
+from fedvlm.engines import engine_class
+from fedvlm.engines.cohort import CohortEngine, uniform
 from fedvlm.engines.memory import kept_for_backward
+from fedvlm.engines.reference import ReferenceEngine
 from fedvlm.federate import prepare
 from fedvlm.models.cohort import Ragged
 from fedvlm.models.frozen import ImageFeatures
+from fedvlm.models.load import freeze_statistics
 from fedvlm.models.spool import ALIGN, Spool, leaves, nbytes
+from fedvlm.sections import EngineConfig
 from fedvlm.store import load_tree, read_lines
 from fedvlm.tree import products
 
@@ -285,3 +290,35 @@ def test_what_is_kept_for_the_backward_pass_is_counted_once():
     layer = torch.nn.Linear(8, 4)
     x = torch.ones(10, 8)
     assert kept_for_backward(layer, lambda: layer(x).exp() * 2) == (10 * 8 + 10 * 4) * 4
+
+
+def test_layers_of_experts_are_left_to_the_reference_engine(caplog):
+    class Routed(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.gate = torch.nn.Linear(8, 2)
+            self.experts = torch.nn.ModuleList([torch.nn.Linear(8, 8) for _ in range(2)])
+
+    def engine(name, *layers):
+        model = get_peft_model(Routed(), LoraConfig(r=2, target_modules=list(layers)))
+        return engine_class(EngineConfig(name=name), model)
+
+    assert engine("cohort", "gate") is CohortEngine
+    assert not caplog.messages
+    assert engine("cohort", "gate", "experts.0", "experts.1") is ReferenceEngine
+    assert "2 layers of a mixture of experts, such as experts.0" in caplog.text
+    assert engine("reference", "gate") is ReferenceEngine
+
+
+def test_batch_norms_keep_their_statistics_and_rows_apart():
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(3, 4, 3), torch.nn.BatchNorm2d(4))
+    freeze_statistics(model)
+    before = model[1].running_mean.clone()
+    model.train()
+    rows = torch.randn(5, 3, 8, 8)
+    beside, alone = model(rows)[:1], model(rows[:1])
+    assert model.training
+    assert not model[1].training
+    assert torch.equal(model[1].running_mean, before)
+    assert torch.allclose(beside, alone, atol=1e-6)

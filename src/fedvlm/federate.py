@@ -197,7 +197,7 @@ def prepare(
     if entry.pools:
         trained = pool.pooled(partition)
         settings = pool.as_long(config, len(partition.clients))
-    engine = engine_class(config.engine)(model, collator, trained, settings, store)
+    engine = engine_class(config.engine, model)(model, collator, trained, settings, store)
     check_share(config.algorithm, engine.adapter)
     stores.check_room(config.output, nbytes([engine.adapter]) * _most_kept(config, partition))
     return engine, partition, store

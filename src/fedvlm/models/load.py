@@ -8,9 +8,12 @@ import os
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
+from types import MethodType
 from typing import Any
 
 import torch
+from torch import nn
+from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedvlm import processes
 from fedvlm.errors import FedVLMError
@@ -67,6 +70,7 @@ def load_model(config: ModelConfig) -> Loaded:
     model, report = loaded
     _check_weights(config.name, model, report)
     model.requires_grad_(False)
+    freeze_statistics(model)
     if quantized:
         from peft import prepare_model_for_kbit_training
 
@@ -105,6 +109,18 @@ def without_dropout(architecture: Any) -> None:
             without_dropout(value)
         elif "drop" in name and isinstance(value, float):
             setattr(architecture, name, 0.0)
+
+
+def freeze_statistics(model: nn.Module) -> None:
+    """Has batch norms use their stored statistics also while the adapter is trained, in place.
+
+    Those of a batch would make a row's features depend on the rows beside it, and be learnt by the
+    frozen base.
+    """
+    for layer in model.modules():
+        if isinstance(layer, _BatchNorm):
+            layer.eval()
+            layer.train = MethodType(lambda self, mode=True: self, layer)  # type: ignore[method-assign]
 
 
 def quantization(kind: str, device: torch.device) -> dict[str, Any]:
