@@ -58,9 +58,29 @@ def test_a_pass_is_one_file_of_stacked_states(tmp_path):
     store.keep(1, 2, {"e": tree(3), "nothing": {}})
     finish(store, 1)
     assert packs(store) == ["00001-00000.safetensors", "00001-00002.safetensors"]
-    stacked = load_file(tmp_path / "personal" / "00001-00000.safetensors")
-    assert stacked["a"].shape == (2, 2, 3)
+    (flat,) = load_file(tmp_path / "personal" / "00001-00000.safetensors").values()
+    state = tree(1)
+    assert flat.shape == (2, sum(t.numel() for t in state.values()))
+    assert torch.equal(flat[0], torch.cat([t.flatten() for t in state.values()]))
     assert values(store, ["e", "c", "nothing", "stranger", "d"]) == [3, 1, None, None, 2]
+
+
+def test_a_state_comes_back_with_its_names_types_and_shapes(tmp_path):
+    state = {
+        "b": torch.arange(6.0).view(2, 3),
+        "count": torch.tensor(7),
+        "half": torch.arange(4).bfloat16().view(1, 4),
+        "a": torch.ones(3, 1),
+        "none": torch.empty(0, 2),
+    }
+    store = Store(tmp_path)
+    store.keep(1, 0, {"c": {n: t * 2 for n, t in state.items()}, "d": state})
+    finish(store, 1)
+    (found,) = Store(tmp_path).personal(["d"])
+    assert list(found) == list(state)
+    for name, tensor in state.items():
+        assert found[name].dtype == tensor.dtype
+        assert torch.equal(found[name], tensor)
 
 
 def test_clients_with_other_shapes_lie_in_packs_of_their_own(tmp_path):

@@ -1,9 +1,10 @@
 """What clients keep, as a log of packs: one safetensors file for every pass of clients.
 
 ``personal/RRRRR-NNNNN.safetensors`` holds what a pass of round R's clients keeps, the first of them
-at position N of the cohort. Its tensors are stacked, ``{name: [clients, ...]}``, and its metadata
-names the clients in the order of the rows. Clients whose tensors differ in names, shapes or types
-lie in packs of their own, each at the position of its first client.
+at position N of the cohort. A client's tensors lie behind one another in its row, of a matrix
+``[clients, elements]`` for each type, so that a state is read in one piece. The metadata names the
+clients in the order of the rows, and the tensors with their types and shapes. Clients whose tensors
+differ in these lie in packs of their own, each at the position of its first client.
 
 The newest row of a client is its state; older ones are dead. A pack whose rows are all dead is
 removed. When dead rows outweigh the live ones, the packs with the largest share of dead rows are
@@ -14,6 +15,7 @@ than were written since. Which row is where is in memory, and read from the file
 from __future__ import annotations
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -91,10 +93,13 @@ class Packs:
                 wanted.setdefault(pack, []).append((row, tree))
         for pack, places in wanted.items():
             with safe_open(pack.path, "pt") as file:
-                for name in file.keys():  # noqa: SIM118
-                    rows = _rows(file.get_slice(name), [row for row, _ in places])
-                    for (_, tree), tensor in zip(places, rows, strict=True):
-                        tree[name] = tensor
+                form = json.loads(file.metadata()["pack"])["tensors"]
+                flat = {
+                    kind: _rows(file.get_slice(kind), [row for row, _ in places])
+                    for kind in file.keys()  # noqa: SIM118
+                }
+                for n, (_, tree) in enumerate(places):
+                    tree |= _cut({kind: rows[n] for kind, rows in flat.items()}, form)
         return found
 
     def write(self, round_: int, position: int, kept: Mapping[str, Tree]) -> None:
@@ -107,12 +112,22 @@ class Packs:
         import torch
         from safetensors.torch import save_file
 
-        trees = list(kept.values())
-        stacked = {name: torch.stack([tree[name] for tree in trees]) for name in trees[0]}
+        first = next(iter(kept.values()))
+        form = [(name, str(t.dtype), list(t.shape)) for name, t in first.items()]
+        stacked = {
+            kind: torch.stack(
+                [
+                    torch.cat([tree[name].flatten() for name, of, _ in form if of == kind])
+                    for tree in kept.values()
+                ]
+            )
+            for kind in {of for _, of, _ in form}
+        }
         self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.safetensors"
         temporary = path.with_name(path.name + ".tmp")
-        save_file(stacked, temporary, {"clients": json.dumps(list(kept))})
+        about = json.dumps({"clients": list(kept), "tensors": form})
+        save_file(stacked, temporary, {"pack": about})  # one entry: several have no fixed order
         os.replace(temporary, path)
         self._enter(path, list(kept))
         self._early.submit(sync, path)  # while others train; the commit makes sure
@@ -207,7 +222,7 @@ def _clients(path: Path) -> list[str]:
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["clients"])
+        return json.loads(file.metadata()["pack"])["clients"]
 
 
 def _round(path: Path) -> int:
@@ -221,6 +236,16 @@ def _rows(stacked: Any, rows: Sequence[int]) -> list[Tensor]:
         return [stacked[row] for row in rows]
     part = stacked[low:high]
     return [part[row - low] for row in rows]
+
+
+def _cut(row: Mapping[str, Tensor], form: Sequence[tuple[str, str, list[int]]]) -> Tree:
+    """A client's tensors out of its row of every type; views of it."""
+    ends = dict.fromkeys(row, 0)
+    tree = {}
+    for name, kind, shape in form:
+        begin, ends[kind] = ends[kind], ends[kind] + math.prod(shape)
+        tree[name] = row[kind][begin : ends[kind]].view(shape)
+    return tree
 
 
 def _alike(kept: Mapping[str, Tree]) -> Iterable[dict[str, Tree]]:
