@@ -6,7 +6,7 @@ import contextlib
 import csv
 import io
 import json
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +24,7 @@ from fedvlm.sections import Config
 BASELINES = ("lora", "lora+ft")
 Event = tuple[str, dict[str, Any], float]
 Tell = Callable[[Event], None]
+Work = Callable[[str, Config, Tell], None]
 
 
 @dataclass(frozen=True)
@@ -69,14 +70,27 @@ def compare(
         raise FedVLMError(
             f"output: '{base.output}' holds a single run; choose another folder with output=DIR"
         )
-    todo = {name: c for name, c in runs.items() if not _done(c)}
+    each(run_one, {name: c for name, c in runs.items() if not done(c)}, jobs, tell)
+    return _conclude(Path(base.output), algorithms, runs)
+
+
+def each(work: Work, runs: Mapping[str, Config], jobs: int = 1, tell: Tell | None = None) -> None:
+    """Does a piece of work, such as :func:`run_one`, for every run, ``jobs`` at a time.
+
+    Args:
+        work: called with a run's name, its settings, and where to tell its rounds; with several
+            jobs it is done in other processes, of one thread each, which have to be able to import
+            it.
+        runs: name -> settings.
+        jobs: pieces at a time.
+        tell: called with (run, metrics line, seconds) after every round.
+    """
     tell = tell or (lambda event: None)
     if jobs == 1:
-        for name, c in todo.items():
-            _run_one(name, c, tell)
-    elif todo:
-        _run_many(todo, jobs, tell)
-    return _conclude(Path(base.output), algorithms, runs)
+        for name, c in runs.items():
+            work(name, c, tell)
+    elif runs:
+        _in_processes(work, runs, jobs, tell)
 
 
 def _runs(base: Config, algorithms: Sequence[str], seeds: int, jobs: int) -> dict[str, Config]:
@@ -108,7 +122,7 @@ def _runs(base: Config, algorithms: Sequence[str], seeds: int, jobs: int) -> dic
     return runs
 
 
-def _done(config: Config) -> bool:
+def done(config: Config) -> bool:
     """Whether a run is finished.
 
     Raises:
@@ -136,7 +150,8 @@ class _Relay(Progress):
         self.tell((self.name, line, seconds))
 
 
-def _run_one(name: str, config: Config, tell: Tell) -> None:
+def run_one(name: str, config: Config, tell: Tell) -> None:
+    """Does a run, or goes on with it."""
     from fedvlm.federate import resume, run
 
     progress = _Relay(name, tell)
@@ -146,7 +161,7 @@ def _run_one(name: str, config: Config, tell: Tell) -> None:
         run(config, progress=progress)
 
 
-def _run_many(todo: dict[str, Config], jobs: int, tell: Tell) -> None:
+def _in_processes(work: Work, runs: Mapping[str, Config], jobs: int, tell: Tell) -> None:
     import multiprocessing
     import threading
 
@@ -160,7 +175,7 @@ def _run_many(todo: dict[str, Config], jobs: int, tell: Tell) -> None:
 
         listener = threading.Thread(target=forward, daemon=True)
         listener.start()
-        futures = [pool.submit(_run_one, n, c, events.put) for n, c in todo.items()]
+        futures = [pool.submit(work, n, c, events.put) for n, c in runs.items()]
         try:
             for future in as_completed(futures):
                 future.result()
