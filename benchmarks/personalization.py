@@ -1,0 +1,288 @@
+"""Personalization: all algorithms where sites are alike and where they differ, on equal terms.
+
+Cells are a regime (how sites differ), a strength and a number of training rows a client. In a cell
+all algorithms get the same rows, partitions, cohorts, batches and initial weights, in five seeds.
+The learning rate of each is chosen by validation, from three rates with one seed, once for a kind
+of regime: sites that are alike, sites that differ, photographs. What is done is kept in the output
+folder and skipped by the next start, also after kill -9 or with other filters.
+
+    python benchmarks/personalization.py            # the whole benchmark
+    python benchmarks/personalization.py --small    # a part of it, with the same settings
+    python benchmarks/personalization.py --cells mixed-1-80 --algorithms lora,plora --seeds 0,1
+    python benchmarks/personalization.py --dry-run  # what there is to do, and how long it takes
+
+Writes personalization.csv, personalization.md and two figures to the output folder; `--publish`
+writes them to benchmarks/results and docs/personalization.md instead. The last line is
+`RATIO <number> <what>`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import csv
+import dataclasses
+import io
+import os
+import re
+import sys
+import tempfile
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
+import _personalization_cells as cells
+import _personalization_figures as figures
+import _personalization_pages as pages
+import _personalization_plan as plans
+from _common import ROOT
+from _personalization_runs import Job, do, read
+from fedvlm.errors import FedVLMError
+from fedvlm.report.series import mean
+from fedvlm.store import write_text
+
+RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "personalization.md"
+MARKS = "<!-- written by benchmarks/personalization.py -->", "<!-- end of what is written -->"
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Runs what is asked for, and writes what there is."""
+    asked = _parser().parse_args(words)
+    if asked.quick:
+        with tempfile.TemporaryDirectory() as folder:
+            asked.publish = False
+            return _benchmark(plans.quick(), plans.quick(), Path(folder), asked)
+    form = filtered(plans.small() if asked.small else plans.whole(), asked)
+    form = without_photos(form)
+    return _benchmark(form, plans.whole(), Path(asked.output), asked)
+
+
+def _benchmark(form: plans.Form, whole: plans.Form, output: Path, asked: argparse.Namespace) -> int:
+    try:
+        _announce(form, whole, output, asked.jobs)
+        failed: list[str] = []
+        if not (asked.dry_run or asked.tables):
+            print("learning rates, on validation rows", flush=True)
+            failed = do(plans.tuning(form, output), asked.jobs, _tell)
+            print("the runs that are compared", flush=True)
+            jobs = list(plans.runs(form, plans.chosen(form, output), output))
+            for seed in form.seeds:
+                failed += do([j for j in jobs if j.seed == seed], asked.jobs, _tell)
+    finally:
+        if not asked.dry_run:
+            _write(whole, output, asked.publish)
+    for line in failed:
+        print(f"FAILED {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    size = parser.add_mutually_exclusive_group()
+    size.add_argument("--small", action="store_true", help="two cells, four algorithms, two seeds")
+    size.add_argument("--quick", action="store_true", help="see that it works; keeps nothing")
+    parser.add_argument("--cells", type=_names, help="such as iid-0-80,mixed-1-24, or regimes")
+    parser.add_argument("--algorithms", type=_names, help="such as local,lora,plora")
+    parser.add_argument("--seeds", type=_names, help="such as 0,1")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
+    parser.add_argument("--output", default="runs/personalization", help="where runs are kept")
+    parser.add_argument("--dry-run", action="store_true", help="only the estimate")
+    parser.add_argument("--tables", action="store_true", help="no runs: write what is measured")
+    parser.add_argument("--publish", action="store_true", help="write into this repository")
+    return parser
+
+
+def _names(text: str) -> list[str]:
+    return [part for part in text.split(",") if part]
+
+
+def filtered(form: plans.Form, asked: argparse.Namespace) -> plans.Form:
+    """The part of a form that is asked for by name, from all that there is.
+
+    Raises:
+        FedVLMError: for a name that is none.
+    """
+    if asked.cells:
+        known = cells.full()
+        odd = [n for n in asked.cells if not any(n in (c.name, c.regime) for c in known)]
+        _refuse("--cells", odd, [cell.name for cell in known])
+        some = tuple(c for c in known if {c.name, c.regime} & set(asked.cells))
+        form = dataclasses.replace(form, cells=some)
+    if asked.algorithms:
+        _refuse("--algorithms", set(asked.algorithms) - set(cells.ALGORITHMS), cells.ALGORITHMS)
+        form = dataclasses.replace(form, algorithms=tuple(asked.algorithms))
+    if asked.seeds:
+        odd = [seed for seed in asked.seeds if not seed.isdigit()]
+        _refuse("--seeds", odd, ["whole numbers from 0"])
+        form = dataclasses.replace(form, seeds=tuple(map(int, asked.seeds)))
+    return form
+
+
+def _refuse(option: str, odd: Any, known: Any) -> None:
+    if odd:
+        raise FedVLMError(
+            f"{option}: unknown {', '.join(sorted(odd))}; there are {', '.join(known)}"
+        )
+
+
+def without_photos(form: plans.Form) -> plans.Form:
+    """Leaves out the photographs where they are not, and says so."""
+    if cells.PHOTOS.exists() or not any(cell.regime == "photos" for cell in form.cells):
+        return form
+    print(f"SKIPPED photos: there is no {cells.PHOTOS}")
+    some = tuple(cell for cell in form.cells if cell.regime != "photos")
+    return dataclasses.replace(form, cells=some)
+
+
+def _announce(form: plans.Form, whole: plans.Form, output: Path, jobs: int) -> None:
+    done, todo = split(form, output)
+    taken = [(job, found["seconds"]) for job, found in done if found["seconds"] and not job.joins]
+    basis = f"{len(taken)} runs measured here" if taken else "no run measured here yet"
+    print(f"{len(todo)} pieces to do, {len(done)} done; {_time(todo, taken, jobs)}; by {basis}")
+    rates = plans.number_of_runs(whole)
+    entire = [*plans.tuning(whole, output), *plans.runs(whole, _any_rates(whole), output)]
+    print(
+        f"the whole benchmark: {rates[0]} runs for learning rates and {rates[1]} compared; "
+        f"{_time(entire, taken, jobs)}",
+        flush=True,
+    )
+
+
+def _time(todo: Sequence[Job], taken: Sequence[tuple[Job, float]], jobs: int) -> str:
+    minutes = plans.seconds([job for job in todo if not job.joins], taken) / 60 / jobs
+    joins = sum(job.joins for job in todo)
+    time = f"{minutes / 60:.1f} hours" if minutes > 120 else f"{minutes:.0f} minutes"
+    also = f", and {joins} times clients that join" if joins else ""
+    return f"about {time} with {jobs} at a time{also}"
+
+
+def _any_rates(form: plans.Form) -> dict[tuple[str, str], float]:
+    return {(cells.kind(c), a): cells.rates(a)[0] for c in form.cells for a in form.algorithms}
+
+
+def split(form: plans.Form, output: Path) -> tuple[list[tuple[Job, dict[str, Any]]], list[Job]]:
+    """What of a form is done, with what was measured, and what is not; unknown rates: the first."""
+    rates = _any_rates(form) | plans.chosen(form, output)
+    jobs = [*plans.tuning(form, output), *plans.runs(form, rates, output)]
+    found = [(job, read(job)) for job in jobs]
+    return [(j, r) for j, r in found if r is not None], [j for j, r in found if r is None]
+
+
+def _tell(event: tuple[str, dict[str, Any], float]) -> None:
+    name, line, seconds = event
+    if line["evaluation"] and line["round"]:
+        scores = [s["exact_match"] for s in line["evaluation"]["personal"].values()]
+        print(f"{name}: round {line['round']}, {mean(scores):.3f}, {seconds:.1f} s", flush=True)
+
+
+def _write(whole: plans.Form, output: Path, publish: bool) -> None:
+    """The raw results, the tables and the figures of everything that is measured in a folder."""
+    done, todo = split(whole, output)
+    rows = plans.rows(job for job, _ in done if not job.tunes)
+    if not rows:
+        print("nothing is measured yet")
+        return
+    results = RESULTS if publish else output
+    write_text(results / "personalization.csv", as_csv(rows))
+    state = stated(done, todo)
+    rates = plans.chosen(whole, output)
+    images = PAGE.parent / "images" if publish else output
+    seeds = len({row["seed"] for row in rows})
+    part = ", a part of the benchmark" if todo else ""
+    title = f"Personalization{part}: {seeds} seed{'s' if seeds > 1 else ''}"
+    figures.draw(rows, images, title)
+    text = written(rows, state, rates, "images" if publish else ".")
+    write_text(
+        results / "personalization.md", f"# Personalization\n\n{state}\n\n{pages.details(rows)}\n"
+    )
+    if publish:
+        write_text(PAGE, placed(PAGE.read_text(encoding="utf-8"), text))
+    print(f"\n{text}\n\nwritten to {results}\n\n{ratio(rows)}", flush=True)
+
+
+def as_csv(rows: Sequence[dict[str, Any]]) -> str:
+    """The raw results; empty where there is no number."""
+    out = io.StringIO()
+    writer = csv.DictWriter(out, plans.COLUMNS, lineterminator="\n")
+    writer.writeheader()
+    for row in rows:
+        writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
+    return out.getvalue()
+
+
+def stated(done: Sequence[tuple[Job, dict[str, Any]]], todo: Sequence[Job]) -> str:
+    """What was run, and what was not."""
+    compared = [(job, found) for job, found in done if not job.tunes]
+    tuned = len(done) - len(compared)
+    missing = [job for job in todo if not job.tunes]
+    total = len(compared) + len(missing)
+    found = [f for _, f in done]
+    seconds = [f["seconds"] for _, f in compared if f["seconds"]]
+    took = f"; a compared run took {mean(seconds):.0f} s on average" if seconds else ""
+    whole = "The whole benchmark" if not todo else "**A part of the benchmark, not the whole**"
+    return (
+        f"{whole}: {len(compared)} of {total} results, {tuned} runs for learning rates. "
+        f"Measured on {_list(f['date'] for f in found)}, commit {_list(f['commit'] for f in found)}"
+        f"{took}. Cells: {_list(j.cell.name for j, _ in compared)}. "
+        f"Algorithms: {_list(j.algorithm for j, _ in compared)}. "
+        f"Seeds: {_list(str(j.seed) for j, _ in compared)}."
+    )
+
+
+def _list(words: Any) -> str:
+    return ", ".join(dict.fromkeys(words))
+
+
+def written(rows: Sequence[dict[str, Any]], state: str, rates: Any, images: str) -> str:
+    """The part of the page that is written from the results."""
+    return "\n\n".join(
+        [
+            state,
+            f"![Algorithms by cells]({images}/personalization-overview.png)",
+            "## Overview",
+            pages.overview(rows),
+            "## What pays",
+            pages.pays(rows),
+            "## By regime",
+            pages.regimes(rows),
+            f"![A panel a cell]({images}/personalization-cells.png)",
+            "## Learning rates",
+            pages.rates(rates),
+        ]
+    )
+
+
+def placed(page: str, text: str) -> str:
+    """A page with the text between its marks replaced."""
+    first, last = MARKS
+    between = re.compile(re.escape(first) + ".*?" + re.escape(last), re.DOTALL)
+    if not between.search(page):
+        raise FedVLMError(f"'{PAGE}' has no line '{first}' with '{last}' below it: restore them")
+    return between.sub(lambda _: f"{first}\n\n{text}\n\n{last}", page)
+
+
+def ratio(rows: Sequence[dict[str, Any]]) -> str:
+    """Personalized LoRA against LoRA, over the cells and seeds that have both."""
+    found = pages.scores(rows)
+    pairs = [
+        (scores["plora"][seed], scores["lora"][seed])
+        for scores in found.values()
+        for seed in scores.get("plora", {}).keys() & scores.get("lora", {}).keys()
+    ]
+    if not pairs or not sum(lora for _, lora in pairs):
+        return "RATIO nan personal models of plora / lora, exact match"
+    over = sum(plora for plora, _ in pairs) / sum(lora for _, lora in pairs)
+    return f"RATIO {over:.3f} personal models of plora / lora, exact match, {len(pairs)} pairs"
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(main())
+    except FedVLMError as error:
+        print(error, file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,341 @@
+"""The personalization benchmark: its ranks, what it measures of a run, and that it goes on."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+import _personalization_cells as cells
+import _personalization_pages as pages
+import _personalization_plan as plans
+import _personalization_ranks as ranking
+import _personalization_runs as runs
+import personalization
+from _personalization_cells import Cell
+from _personalization_runs import Job
+from fedvlm import comparison, store
+from fedvlm.config import dump
+from fedvlm.errors import FedVLMError
+
+MIXED = Cell("mixed", 1.0, 24)
+
+
+# Ranks
+
+
+def seeds(*scores: float) -> dict[int, float]:
+    return dict(enumerate(scores))
+
+
+def test_ranks_count_who_is_ahead_and_share_a_place_within_one_standard_error():
+    scores = {
+        "first": seeds(0.50, 0.60, 0.70),
+        "close": seeds(0.52, 0.57, 0.69),  # -0.02, 0.03, 0.01 behind: 0.007 with an error of 0.015
+        "last": seeds(0.10, 0.20, 0.30),
+    }
+    assert ranking.ranks(scores) == {"first": 1.5, "close": 1.5, "last": 3.0}
+    assert ranking.winners(scores) == {"first", "close"}
+    assert ranking.best(scores) == "first"
+
+
+def test_a_lead_that_every_seed_has_is_no_tie_however_much_the_seeds_differ():
+    scores = {"ahead": seeds(0.11, 0.51, 0.91), "behind": seeds(0.10, 0.50, 0.90)}
+    assert ranking.ranks(scores) == {"ahead": 1.0, "behind": 2.0}
+    assert ranking.winners(scores) == {"ahead"}
+
+
+def test_with_one_seed_only_equal_scores_are_tied():
+    scores = {"a": seeds(0.5), "b": seeds(0.5), "c": seeds(0.499)}
+    assert ranking.ranks(scores) == {"a": 1.5, "b": 1.5, "c": 3.0}
+
+
+def test_clearly_behind_is_two_standard_errors():
+    scores = {"best": seeds(0.4, 0.6), "near": seeds(0.37, 0.55)}  # 0.04 behind, error 0.01
+    assert ranking.clearly_behind(scores, "near")
+    scores["near"] = seeds(0.39, 0.53)  # 0.04 behind, error 0.03: a loss, and not a clear one
+    assert ranking.winners(scores) == {"best"}
+    assert not ranking.clearly_behind(scores, "near")
+    assert not ranking.clearly_behind(scores, "best")
+
+
+def test_the_overview_leaves_out_cells_that_lack_an_algorithm_or_a_seed():
+    whole = {"a": seeds(0.5, 0.6), "b": seeds(0.3, 0.4)}
+    worst = {"a": seeds(0.2, 0.4), "b": seeds(0.1, 0.1)}
+    found = {
+        "whole": whole,
+        "lacks b": {"a": seeds(0.1, 0.1)},
+        "lacks a seed": {"a": seeds(0.1, 0.1), "b": seeds(0.9)},
+    }
+    rows = ranking.overview(found, dict.fromkeys(found, worst), ["a", "b"])
+    assert [(r.algorithm, r.rank, r.won, r.cells) for r in rows] == [("a", 1, 1, 1), ("b", 2, 0, 1)]
+    assert rows[0].mean == pytest.approx(0.55)
+    assert rows[0].worst10 == pytest.approx(0.3)
+
+
+@pytest.mark.parametrize(
+    ("curve", "round_"),
+    [
+        ({0: 0.1, 2: 0.44, 4: 0.46, 6: 0.5}, 4),
+        ({0: 0.5, 2: 0.3, 4: 0.5}, 0),  # what is not learnt needs no round
+        ({0: 0.9, 2: 0.3, 4: 0.5}, 0),
+        ({0: 0.0, 2: 0.0}, None),
+        ({}, None),
+        ({4: 1.0, 2: 0.9, 0: 0.0}, 2),
+    ],
+)
+def test_rounds_to_90_is_the_first_evaluated_round_at_nine_tenths_of_the_last(curve, round_):
+    assert ranking.rounds_to(curve) == round_
+
+
+# The plan
+
+
+def test_the_benchmark_has_the_cells_and_algorithms_that_it_promises():
+    found = cells.full()
+    assert len({cell.name for cell in found}) == len(found)
+    for regime in ("label", "covariate", "concept", "quantity", "mixed"):
+        assert {c.strength for c in found if c.regime == regime} == {0.5, 1.0}
+        assert {c.rows for c in found if c.regime == regime} == {24, 80, 240}
+    assert {"iid", "photos", "partial", "joined-mixed"} <= {c.regime for c in found}
+    assert {"local", "lora", "plora", "lora+es", "scaffold", "centralized"} <= set(cells.ALGORITHMS)
+
+
+@pytest.mark.parametrize("cell", cells.full(), ids=lambda c: c.name)
+def test_every_cell_gives_settings_that_a_run_takes(cell, tmp_path):
+    config = cells.run_config(cell, "scaffold", 0.1, 3, tmp_path, {})
+    assert config.train.optimizer == "sgd"
+    assert config.train.lr == 0.1
+    held = config.data.test_fraction * (cell.rows + 2 * cells.HELD_OUT)
+    assert round(held) == cells.HELD_OUT
+    assert Job(cell, "scaffold", 0.1, 3, tmp_path, {}).steps >= 240
+
+
+def test_rates_are_tuned_with_the_same_budget_on_validation_rows(tmp_path):
+    form = plans.small()
+    jobs = list(plans.tuning(form, tmp_path))
+    assert len(jobs) == 2 * 3 * len(form.algorithms), "two kinds of regime, three rates, one seed"
+    assert all(job.config.eval.split == "val" and job.config.eval.every == 0 for job in jobs)
+    assert len({job.folder for job in jobs}) == len(jobs)
+    assert {job.seed for job in jobs} == {0}
+
+
+def test_the_small_form_is_a_part_of_the_whole(tmp_path):
+    rates = {("alike", a): 0.003 for a in cells.ALGORITHMS}
+    rates |= {("differ", a): 0.01 for a in cells.ALGORITHMS}
+    some = {job.folder: job.config for job in plans.runs(plans.small(), rates, tmp_path)}
+    every = {job.folder: job for job in plans.runs(plans.whole(), rates, tmp_path)}
+    assert len(some) == 2 * 4 * 2
+    assert all(every[folder].config == config for folder, config in some.items())
+
+
+def test_time_is_estimated_from_runs_of_the_same_cell_else_from_all(tmp_path):
+    def job(cell: Cell) -> Job:
+        return Job(cell, "lora", 0.01, 0, tmp_path, {})
+
+    known, other = job(Cell("iid", 0.0, 80)), job(Cell("partial", 1.0, 24))
+    assert plans.seconds([known, known], [(known, 30.0)]) == 60.0
+    expected = 30.0 * other.steps / known.steps
+    assert plans.seconds([other], [(known, 30.0)]) == pytest.approx(expected)
+    assert plans.seconds([known], []) == plans.SECONDS_A_STEP * known.steps
+
+
+# Fake runs: they write what a run writes, and cost nothing.
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Runs that end at once; their scores rise with the learning rate. Gives those that ran."""
+    ran: list[str] = []
+
+    def run_one(name, config, tell):
+        ran.append(name)
+        folder = Path(config.output)
+        store.check_fresh(folder)
+        store.write_text(folder / store.CONFIG, dump(config))
+        good = 0.2 + 10 * config.train.lr
+        models = {key: {"a": {"exact_match": good}, "b": {"exact_match": 0.1}} for key in MODELS}
+        for round_ in (0, 2, 4):
+            store.append_line(
+                folder / "metrics.jsonl", {"round": round_, "evaluation": models, "bytes_up": {}}
+            )
+        summary = {"exact_match": {"mean": good, "worst10": 0.1}, "loss": {"mean": 1.0}}
+        table = {
+            "metric": "exact_match",
+            "models": {key: {"summary": summary} for key in ("untuned", *MODELS)},
+            "bytes": {"bytes_up": {"total": 1234}},
+        }
+        (folder / "personal").mkdir()
+        store.write_text(folder / store.DONE, json.dumps(table))
+
+    monkeypatch.setattr(comparison, "run_one", run_one)
+    return ran
+
+
+MODELS = tuple(runs.MODELS)
+
+
+def small_form(**changes) -> plans.Form:
+    return plans.Form((MIXED,), ("lora", "plora"), (0, 1), **changes)
+
+
+def everything(form: plans.Form, output: Path) -> list[Job]:
+    runs.do(plans.tuning(form, output), 1)
+    jobs = list(plans.runs(form, plans.chosen(form, output), output))
+    assert runs.do(jobs, 1) == []
+    return jobs
+
+
+def test_what_is_measured_is_not_run_again(fake, tmp_path):
+    form = small_form()
+    jobs = everything(form, tmp_path)
+    assert len(fake) == 2 * 3 + 2 * 2
+    assert not (jobs[0].folder / "personal").exists(), "what nobody needs any more is removed"
+    rows = plans.rows(jobs)
+    assert len(rows) == 2 * 2 * 5
+    everything(form, tmp_path)
+    assert len(fake) == 10
+    wider = plans.Form((MIXED,), ("lora", "plora", "local"), (0, 1))
+    everything(wider, tmp_path)
+    assert len(fake) == 10 + 3 + 2, "one more algorithm is its own runs and no others"
+
+
+def test_a_run_that_was_killed_before_it_was_measured_is_measured_and_not_run_again(fake, tmp_path):
+    jobs = everything(small_form(), tmp_path)
+    rows = plans.rows(jobs)
+    jobs[0].record.unlink()
+    assert len(plans.rows(jobs)) == len(rows) - 5
+    runs.do(jobs, 1)
+    assert len(fake) == 10
+    assert plans.rows(jobs) == rows
+
+
+def test_a_run_that_fails_is_named_and_tried_again(fake, tmp_path, monkeypatch):
+    works = comparison.run_one
+
+    def breaks(name, config, tell):
+        if config.algorithm.name == "plora":
+            raise FedVLMError("no luck")
+        works(name, config, tell)
+
+    jobs = list(plans.runs(small_form(rate=0.01), {("differ", "lora"): 0.01}, tmp_path))
+    jobs += list(plans.runs(small_form(), {("differ", "plora"): 0.01}, tmp_path))
+    monkeypatch.setattr(comparison, "run_one", breaks)
+    failed = runs.do(jobs, 1)
+    assert [line.split(" seed")[0] for line in failed] == ["mixed-1-24 plora 0.01"] * 2
+    assert "no luck" in (jobs[-1].folder / runs.FAILED).read_text()
+    assert len(fake) == 2, "the others were run"
+    monkeypatch.setattr(comparison, "run_one", works)
+    assert runs.do(jobs, 1) == []
+    assert not (jobs[-1].folder / runs.FAILED).exists()
+
+
+def test_results_of_other_settings_are_refused(fake, tmp_path):
+    everything(small_form(), tmp_path)
+    with pytest.raises(FedVLMError, match="measured with other settings"):
+        everything(small_form(extra={"train": {"rounds": 3}}), tmp_path)
+
+
+def test_the_rate_of_the_best_validation_score_is_taken(fake, tmp_path):
+    everything(small_form(), tmp_path)
+    assert plans.chosen(small_form(), tmp_path) == {
+        ("differ", "lora"): 0.01,
+        ("differ", "plora"): 0.01,
+    }
+
+
+def test_the_raw_results_have_exactly_the_promised_columns(fake, tmp_path):
+    rows = plans.rows(everything(small_form(), tmp_path))
+    lines = personalization.as_csv(rows).splitlines()
+    assert lines[0] == (
+        "regime,strength,rows_per_client,algorithm,seed,model,when,mean,worst10,bytes_up,"
+        "rounds_to_90"
+    )
+    assert lines[1] == "mixed,1,24,plora,0,untuned,start,0.3,0.1,1234,"
+    assert len(lines) == 1 + len(rows)
+
+
+def test_a_part_of_the_benchmark_says_that_it_is_one(fake, tmp_path):
+    form = small_form()
+    everything(form, tmp_path)
+    done, todo = personalization.split(form, tmp_path)
+    assert "The whole benchmark: 4 of 4" in personalization.stated(done, todo)
+    done, todo = personalization.split(plans.whole(), tmp_path)
+    assert (len(done), len(done) + len(todo)) == (
+        6 + 4,
+        sum(plans.number_of_runs(plans.whole())) + 230,
+    )
+    state = personalization.stated(done, todo)
+    assert "A part of the benchmark, not the whole" in state
+    assert "4 of 3605 results, 6 runs for learning rates" in state
+    assert "Cells: mixed-1-24. Algorithms: plora, lora. Seeds: 0, 1." in state
+
+
+def test_the_tables_show_the_best_and_leave_pooled_rows_out_of_the_ranks():
+    def row(algorithm: str, seed: int, value: float) -> dict:
+        return {
+            "regime": "mixed",
+            "strength": 1.0,
+            "rows_per_client": 24,
+            "seed": seed,
+            "algorithm": algorithm,
+            "model": "personal",
+            "when": "after",
+            "mean": value,
+            "worst10": value / 2,
+            "bytes_up": 2e6,
+            "rounds_to_90": 4,
+        }
+
+    values = {"lora": (0.2, 0.3), "plora": (0.5, 0.6), "centralized": (0.9, 0.9)}
+    rows = [row(a, seed, v) for a, both in values.items() for seed, v in enumerate(both)]
+    assert "| `plora` | 1.00 | 1 of 1 | 55.0 | 27.5 |" in pages.overview(rows)
+    assert "centralized" not in pages.overview(rows)
+    assert "| `plora` | **55.0 ± 5.0** |" in pages.regimes(rows)
+    assert "| `centralized` | 90.0 ± 0.0 |" in pages.regimes(rows)
+    assert "| mixed-1-24 | 2 |  | 25.0 | 55.0 (`plora`) | no | yes |" in pages.pays(rows)
+    assert "| `plora` | 2 | 55.0 ± 5.0 |" in pages.details(rows)
+
+
+def test_the_page_keeps_what_people_wrote():
+    first, last = personalization.MARKS
+    page = f"# Head\n\n{first}\nold\n{last}\n\ntail\n"
+    assert personalization.placed(page, "new") == f"# Head\n\n{first}\n\nnew\n\n{last}\n\ntail\n"
+    with pytest.raises(FedVLMError, match="restore them"):
+        personalization.placed("# Head\n", "new")
+
+
+def test_unknown_names_are_refused_and_known_ones_chosen(capsys):
+    def form(*words: str) -> plans.Form:
+        return personalization.filtered(plans.whole(), personalization._parser().parse_args(words))
+
+    with pytest.raises(FedVLMError, match=r"--cells: unknown nowhere; there are iid-0-24"):
+        form("--cells", "nowhere,iid")
+    with pytest.raises(FedVLMError, match=r"--algorithms: unknown share"):
+        form("--algorithms", "share")
+    found = form("--cells", "iid,mixed-0.5-80", "--seeds", "1,4", "--algorithms", "lora")
+    assert [c.name for c in found.cells] == ["iid-0-24", "iid-0-80", "iid-0-240", "mixed-0.5-80"]
+    assert (found.seeds, found.algorithms) == ((1, 4), ("lora",))
+
+
+# Real runs
+
+
+def test_real_runs_are_measured_drawn_and_joined(tmp_path):
+    joined = Cell("joined-mixed", 1.0, 24)
+    form = plans.Form((MIXED, joined), ("plora",), (0,), plans.quick().extra, rate=0.01)
+    jobs = everything(form, tmp_path)
+    rows = plans.rows(jobs)
+    found = {(r["regime"], r["model"], r["when"]): r for r in rows}
+    assert len(found) == 5 + 3
+    assert found["mixed", "personal", "after"]["bytes_up"] > 0
+    assert found["joined-mixed", "personal", "after"]["bytes_up"] == 0
+    assert all(0 <= r["worst10"] <= r["mean"] <= 1 for r in rows)
+    assert not list(jobs[0].folder.glob("adapters/client-*"))
+    for path in personalization.figures.draw(rows, tmp_path, "two cells"):
+        assert path.stat().st_size > 10_000
+    assert runs.do(jobs, 1) == []
