@@ -34,7 +34,7 @@ demo: $(VENV)/.stamp-run ## set up, then compare algorithms on eight small sites
 
 test: export HF_HUB_OFFLINE = 1
 test: $(VENV)/.stamp-dev ## set up, then run the tests
-	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=loadfile
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 check: $(VENV)/.stamp-dev ## lint, formatting and types
 	$(BIN)/ruff check .

@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 import time
+from hashlib import sha256
 from pathlib import Path
 
 import numpy as np
@@ -41,10 +42,10 @@ class Stop(Progress):
 
 
 def bytes_of(folder):
-    """Every file of a run but the lock and the clock's, which differ between any two runs."""
+    """What every file of a run holds, but the lock and the clock's, which differ in any two."""
     skipped = {".lock", "timing.jsonl", "config.yaml"}
     return {
-        str(p.relative_to(folder)): p.read_bytes()
+        str(p.relative_to(folder)): sha256(p.read_bytes()).hexdigest()
         for p in sorted(Path(folder).rglob("*"))
         if p.is_file() and p.name not in skipped
     }
