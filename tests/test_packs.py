@@ -256,8 +256,9 @@ with store.locked():
 def test_kill_in_the_middle_of_a_pack_loses_nothing_that_is_committed(tmp_path):
     folder = tmp_path / "run"
     draw = random.Random(0)
-    torn = last = 0
-    for _ in range(4):
+    torn = last = kills = 0
+    while kills < 4 or (not torn or not last) and kills < 40:  # a busy machine needs more
+        kills += 1
         command = [sys.executable, "-c", WRITER, str(folder)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
         assert process.stdout.readline() == "ready\n"
@@ -278,6 +279,7 @@ def test_kill_in_the_middle_of_a_pack_loses_nothing_that_is_committed(tmp_path):
             assert set(store.server()["x"].tolist()) == {float(done)}
             assert [entry["round"] for entry in store.lines()] == list(range(done + 1))
             assert not list(folder.rglob("*.tmp"))
-        assert done > last
+        assert done >= last
         last = done
+    assert last, "no round was finished"
     assert torn, "no kill hit a round that was being written"

@@ -1,10 +1,11 @@
 """What clients keep, as a log of packs: one safetensors file for every pass of clients.
 
-``personal/RRRRR-NNNNN.safetensors`` holds what a pass of round R's clients keeps, the first of them
-at position N of the cohort. A client's tensors lie behind one another in its row, ordered by name,
-of a matrix ``[clients, elements]`` for each type, so that a state is read in one piece. The metadata
-names the clients in the order of the rows, and the tensors with their types and shapes. Clients
-whose tensors differ in these lie in packs of their own, each at the position of its first client.
+``personal/RRRRR-NNNNN.safetensors`` holds what a pass of round R's clients keeps, the first of
+them at position N of the cohort. A client's tensors lie behind one another in its row, ordered by
+name, of a matrix ``[clients, elements]`` for each type, so that a state is read in one piece. The
+metadata names the clients in the order of the rows, and the tensors with their types and shapes.
+Clients whose tensors differ in these lie in packs of their own, each at the position of its first
+client.
 
 The newest row of a client is its state; older ones are dead. A pack whose rows are all dead is
 removed. When dead rows outweigh the live ones, the packs with the largest share of dead rows are
