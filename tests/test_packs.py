@@ -257,7 +257,7 @@ def test_kill_in_the_middle_of_a_pack_loses_nothing_that_is_committed(tmp_path):
     folder = tmp_path / "run"
     draw = random.Random(0)
     torn = last = kills = 0
-    while kills < 4 or (not torn or not last) and kills < 40:  # a busy machine needs more
+    while kills < 4 or ((not torn or not last) and kills < 40):  # a busy machine needs more
         kills += 1
         command = [sys.executable, "-c", WRITER, str(folder)]
         process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
