@@ -26,7 +26,7 @@ from fedvlm.models.generate import greedy
 from fedvlm.models.load import load_model
 from fedvlm.models.objectives import IGNORE, answer_nll, sft_terms
 from fedvlm.sections import LoraConfig, ModelConfig
-from fedvlm.store import load_tree
+from fedvlm.store import Store, load_tree
 from fedvlm.tree import factor, module
 
 pytestmark = pytest.mark.parametrize("family", families.FAMILIES)
@@ -190,7 +190,7 @@ def test_sft_round(family):
     assert len(results.scores()) == 3
     server = load_tree(next((results.folder / "server").glob("*.safetensors")))
     assert {factor(name) for name in server} == {"B"}
-    kept = [load_tree(p) for p in sorted((results.folder / "clients").glob("*/*.safetensors"))]
+    kept = Store(results.folder).personal(list(results.scores()))
     assert len(kept) == 3
     assert all({factor(name) for name in mine} == {"A"} for mine in kept)
     assert any((kept[0][n] != kept[1][n]).any() for n in kept[0])
