@@ -14,7 +14,7 @@ from fedvlm.sections import Config
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos.parquet"
 SITES = 6  # clients of a cell; the photographs have six origins
-HELD_OUT = 12  # rows a client to validate on, and as many to test on
+VALIDATION, TEST = 12, 24  # rows of a client to choose by, and to score
 MANY, COHORT, SCORED = 100, 10, 20  # clients where few take part in a round
 STRENGTHS = (0.5, 1.0)
 AMOUNTS = (24, 80, 240)
@@ -32,7 +32,7 @@ REFERENCES = tuple(name for name, entry in TABLE.items() if entry.pools)
 OWN: dict[str, dict[str, Any]] = {"scaffold": {"train": {"optimizer": "sgd"}}}
 """Settings that an algorithm cannot do without."""
 
-RATES = {"adamw": (0.001, 0.003, 0.01), "sgd": (0.1, 0.3, 1.0)}
+RATES = {"adamw": (0.002, 0.005), "sgd": (0.2, 0.5)}
 """The rates that every algorithm is tuned over, by its optimizer."""
 
 
@@ -96,19 +96,19 @@ SMALL = {
 
 def settings(cell: Cell) -> dict[str, Any]:
     """A cell's settings, the same for all algorithms and seeds."""
-    total = cell.rows + 2 * HELD_OUT
+    total = cell.rows + VALIDATION + TEST
     sites = MANY if cell.regime == "partial" else SITES
     style = "mixed" if cell.regime == "partial" else cell.regime
-    held = HELD_OUT / total
     tree: dict[str, Any] = {
         "data": {
-            "val_fraction": held,
-            "test_fraction": held,
+            "val_fraction": VALIDATION / total,
+            "test_fraction": TEST / total,
             "scenes": {"style": style, "strength": cell.strength, "sites": sites, "rows": total},
         },
         "partition": {"min_rows": 4},
-        "train": {"rounds": 8, "local_steps": 5, "batch_size": 4},
-        "eval": {"every": 2, "max_rows": HELD_OUT},
+        "train": {"rounds": 24, "local_steps": 5, "batch_size": 4},
+        "lora": {"target": "language"},
+        "eval": {"every": 12, "max_rows": TEST},
         "engine": {"threads": 1},
     }
     if cell.regime == "photos":
@@ -116,8 +116,8 @@ def settings(cell: Cell) -> dict[str, Any]:
         tree["data"] |= {"path": str(PHOTOS), "max_rows": SITES * total}
         tree["partition"] |= {"kind": "column", "column": "origin_dataset"}
     if cell.regime == "partial":
-        tree["train"] |= {"rounds": 16, "clients_per_round": COHORT}
-        tree["eval"] |= {"every": 4, "clients": SCORED}
+        tree["train"] |= {"rounds": 48, "clients_per_round": COHORT}
+        tree["eval"] |= {"every": 24, "clients": SCORED}
     return tree
 
 

@@ -75,7 +75,7 @@ def quick() -> Form:
 
 
 def tuning(form: Form, output: Path) -> Iterator[Job]:
-    """The runs that choose learning rates: three an algorithm and kind of regime, one seed."""
+    """The runs that choose learning rates: two an algorithm and kind of regime, one seed."""
     if form.rate is not None:
         return
     for kind in dict.fromkeys(cells.kind(cell) for cell in form.cells):

@@ -2,7 +2,7 @@
 
 Cells are a regime (how sites differ), a strength and a number of training rows a client. In a cell
 all algorithms get the same rows, partitions, cohorts, batches and initial weights, in five seeds.
-The learning rate of each is chosen by validation, from three rates with one seed, once for a kind
+The learning rate of each is chosen by validation, from two rates with one seed, once for a kind
 of regime: sites that are alike, sites that differ, photographs. What is done is kept in the output
 folder and skipped by the next start, also after kill -9 or with other filters.
 

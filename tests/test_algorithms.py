@@ -27,6 +27,7 @@ NAMES = [
     for f in "AB"
 ]
 SENDS = {
+    "auto": "AB",
     "plora": "B",
     "lora": "AB",
     "fedsa": "A",
@@ -58,11 +59,11 @@ KEEPS = dict.fromkeys(SENDS, "") | {
     "plora": "A",
     "fedalora": "A",
     "fedsa": "B",
-    **dict.fromkeys(("iat", "local", "scaffold", "mix", "ditto", "apfl"), "AB"),
+    **dict.fromkeys(("auto", "iat", "local", "scaffold", "mix", "ditto", "apfl"), "AB"),
     **dict.fromkeys(("pair", "feddpa", "fedalt"), "AB"),
 }
 TRAINS = {name: "B" if name in ("ffa", "rolora") else "AB" for name in SENDS}
-SENDS_WHAT_IT_KEEPS = {"mix", "fedalt", "scaffold"}  # a copy, or the change of it
+SENDS_WHAT_IT_KEEPS = {"auto", "mix", "fedalt", "scaffold"}  # a copy, or the change of it
 SENDS_AND_KEEPS_TWO_MODELS = {"ditto", "apfl", "pair", "feddpa"}
 CLIENT = Client("c", 3.0)
 LORA = LoraConfig(rank=2)

@@ -92,6 +92,44 @@ def test_early_stopping_never_ends_worse_on_validation_than_no_tuning(small):
     assert results.scores("personal_before") == results.scores("personal")
 
 
+def test_auto_begins_with_the_mixture_of_the_lowest_loss_and_ends_with_it(small, monkeypatch):
+    from fedvlm.algorithms.auto import STARTS
+    from fedvlm.engines.cohort import CohortEngine
+
+    asked, begun = [], []
+    losses, train = CohortEngine._losses, CohortEngine._train
+
+    def seen(engine, trees, rows):
+        found = losses(engine, trees, rows)
+        asked.append((trees, found))
+        return found
+
+    def started(engine, trees, *rest):
+        begun.append(trees)
+        return train(engine, trees, *rest)
+
+    monkeypatch.setattr(CohortEngine, "_losses", seen)
+    monkeypatch.setattr(CohortEngine, "_train", started)
+    tree = settings(small, "auto")
+    tree["train"] |= {"rounds": 2, "clients_per_round": 3, "lr": 0.02}
+    tree["algorithm"] |= {"ft_steps": 4, "ft_checks": 2}
+    tree["eval"] |= {"split": "val", "max_rows": 200}
+    results = fedvlm.run(tree)
+    first, second, last = begun
+    assert all(torch.equal(one[n], other[n]) for one in first for other in first for n in one)
+    assert len(asked[0][0]) == len(STARTS)
+    for start in (*second, *last):
+        options, found = next(
+            (trees, found)
+            for trees, found in asked
+            if any(all(torch.equal(t[n], start[n]) for n in start) for t in trees)
+        )
+        best = options[found.index(min(found))]
+        assert all(torch.equal(best[n], start[n]) for n in start)
+    personal, shared = (results.scores(m, "loss") for m in ("personal", "global"))
+    assert all(personal[site] <= shared[site] + 1e-6 for site in shared)
+
+
 def test_a_run_with_unequal_ranks_sends_fewer_bytes_from_the_smaller_clients(small):
     tree = settings(small, "plora") | {"lora": {"rank": 4, "ranks": {"site-0": 1, "1$": 2}}}
     tree["train"]["clients_per_round"] = None

@@ -110,15 +110,16 @@ def test_every_cell_gives_settings_that_a_run_takes(cell, tmp_path):
     config = cells.run_config(cell, "scaffold", 0.1, 3, tmp_path, {})
     assert config.train.optimizer == "sgd"
     assert config.train.lr == 0.1
-    held = config.data.test_fraction * (cell.rows + 2 * cells.HELD_OUT)
-    assert round(held) == cells.HELD_OUT
+    total = cell.rows + cells.VALIDATION + cells.TEST
+    assert round(config.data.test_fraction * total) == cells.TEST
+    assert round(config.data.val_fraction * total) == cells.VALIDATION
     assert Job(cell, "scaffold", 0.1, 3, tmp_path, {}).steps >= 240
 
 
 def test_rates_are_tuned_with_the_same_budget_on_validation_rows(tmp_path):
     form = plans.small()
     jobs = list(plans.tuning(form, tmp_path))
-    assert len(jobs) == 2 * 3 * len(form.algorithms), "two kinds of regime, three rates, one seed"
+    assert len(jobs) == 2 * 2 * len(form.algorithms), "two kinds of regime, two rates, one seed"
     assert all(job.config.eval.split == "val" and job.config.eval.every == 0 for job in jobs)
     assert len({job.folder for job in jobs}) == len(jobs)
     assert {job.seed for job in jobs} == {0}

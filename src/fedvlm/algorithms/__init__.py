@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from fedvlm.algorithms import mixing as mixes
+from fedvlm.algorithms.auto import auto
 from fedvlm.algorithms.base import NOBODY, Algorithm, Client, Phase, State, Term, Upload, Work
 from fedvlm.algorithms.client_terms import proximal, scaffold
 from fedvlm.algorithms.dual import fedalt, feddpa, pair
@@ -94,7 +95,7 @@ def _plain_sgd(config: Config) -> str:
 def _validation(config: Config) -> str:
     if config.data.val_fraction:
         return ""
-    return "it stops by the loss on validation rows: data.val_fraction must be above 0"
+    return "it goes by the loss on validation rows: data.val_fraction must be above 0"
 
 
 def _own_part(config: Config) -> str:
@@ -104,6 +105,14 @@ def _own_part(config: Config) -> str:
 
 
 TABLE: dict[str, Entry] = {
+    "auto": Entry(
+        "A and B",
+        "A and B",
+        "each client's start by validation (`algorithms/auto.py`)",
+        lambda c, lora: auto(c.ft_steps, c.ft_checks, server_lr=c.server_lr),
+        ("ft_steps", "ft_checks", "server_lr", "lora.ranks"),
+        check=_validation,
+    ),
     "plora": Entry("B", "A", "FedVLM, arXiv 2507.17088", _shares({"": "B"}), MEAN),
     "lora": Entry(
         "A and B",

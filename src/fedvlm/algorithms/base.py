@@ -125,6 +125,9 @@ class Algorithm:
         turns: the algorithms of rounds 1, 2, ... where these alternate; the last is followed by
             the first. They have this one's ``init``.
         final: the algorithm of one last round over all clients, for local tuning at the end.
+        options: ``(adapter, down, mine) -> trees``; client: what it chooses from in place of
+            ``start``: the adapter with the lowest loss on its validation rows. Without such rows,
+            and with fewer than two of them, ``start`` decides.
         validates: whether ``finish`` needs the validation losses of a round's adapters; a client's
             model is then what ``start`` makes of what it keeps.
     """
@@ -139,6 +142,7 @@ class Algorithm:
     gather: Callable[[State, Sequence[Upload]], State] | None = None
     turns: tuple[Algorithm, ...] = ()
     final: Algorithm | None = None
+    options: Callable[[Tree, Tree, Tree], Sequence[Tree]] | None = None
     validates: bool = False
 
     def at(self, round_: int) -> Algorithm:

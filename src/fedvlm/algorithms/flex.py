@@ -107,6 +107,11 @@ def ranked(algorithm: Algorithm, ranks: Mapping[str, int] | None, largest: int) 
         def start(adapter: Tree, down: Tree, mine: Tree) -> Tree:
             return full(own_ranks(down, one.start(adapter, full(down), full(mine))))
 
+        def options(adapter: Tree, down: Tree, mine: Tree) -> list[Tree]:
+            assert one.options is not None
+            found = one.options(adapter, full(down), full(mine))
+            return [full(own_ranks(down, tree)) for tree in found]
+
         def finish(work: Work) -> tuple[Tree, Tree]:
             whole = replace(work, down=full(work.down), mine=full(work.mine))
             upload, mine = one.finish(whole)
@@ -124,6 +129,7 @@ def ranked(algorithm: Algorithm, ranks: Mapping[str, int] | None, largest: int) 
             finish=finish,
             lift=lambda upload, client: one.lift(full(upload), client),
             gather=gather if one.gather else None,
+            options=options if one.options else None,
         )
 
     return everywhere(change, algorithm)

@@ -164,6 +164,24 @@ class CohortEngine(ReferenceEngine):
         with streams.of(client):
             return self._backward_rows(rows, weight)
 
+    def _losses(self, trees: Sequence[Tree], rows: np.ndarray) -> list[float]:
+        """Adapters beside one another, as clients with the same rows."""
+        share = max(1, self.config.eval.batch_size // len(trees))
+        if len(trees) == 1 or not self._side_by_side({0: rows}):
+            return super()._losses(trees, rows)
+        self.stack.load(trees, self.device)
+        self.stack.activate(range(len(trees)))
+        try:
+            parts = [self._terms(np.tile(part, len(trees))) for part in pieces(rows, share)]
+        except Ragged:
+            self._packed = True
+            return super()._losses(trees, rows)
+        loss, weight = (
+            torch.cat([getattr(t, n).view(len(trees), -1) for t in parts], 1).sum(1)
+            for n in ("loss", "weight")
+        )
+        return (loss / weight).tolist()
+
     def _put(self, tree: Tree) -> None:
         self.stack.load([tree], self.device)
         self.stack.activate([0])

@@ -70,10 +70,7 @@ class ReferenceEngine:
         for start in range(0, len(tasks), self.width):
             group = tasks[start : start + self.width]
             mines = self.store.personal([task.client for task in group])
-            trees = [
-                algorithm.start(self.adapter, task.down, mine)
-                for task, mine in zip(group, mines, strict=True)
-            ]
+            trees = self._begun(algorithm, {task.client: task.down for task in group}, mines)
             ended = self._train(trees, mines, algorithm.phases, group)
             replies, kept = [], {}
             for task, mine, begun, (ends, loss) in zip(group, mines, trees, ended, strict=True):
@@ -84,15 +81,27 @@ class ReferenceEngine:
                 upload, kept[task.client] = algorithm.finish(work)
                 weight, end = len(self.partition.splits[task.client].train), ends[-1]
                 if algorithm.validates:
-                    end = algorithm.start(self.adapter, task.down, kept[task.client])
+                    (end,) = self._begun(algorithm, {task.client: task.down}, [kept[task.client]])
                 replies.append(Reply(task.client, upload, weight, loss, end))
             self.store.keep(group[0].round, first + start, kept)
             yield from replies
 
     def personal(self, algorithm: Algorithm, downs: Mapping[str, Tree]) -> list[Tree]:
-        kept = self.store.personal(list(downs))
-        pairs = zip(downs.values(), kept, strict=True)
-        return [algorithm.start(self.adapter, down, mine) for down, mine in pairs]
+        return self._begun(algorithm, downs, self.store.personal(list(downs)))
+
+    def _begun(
+        self, algorithm: Algorithm, downs: Mapping[str, Tree], mines: Sequence[Tree]
+    ) -> list[Tree]:
+        """What each client makes of its download and what it keeps."""
+        found = []
+        for (client, down), mine in zip(downs.items(), mines, strict=True):
+            options = algorithm.options(self.adapter, down, mine) if algorithm.options else ()
+            losses = self._validated(client, options) if len(options) > 1 else ()
+            if losses:
+                found.append(options[min(range(len(losses)), key=losses.__getitem__)])
+            else:
+                found.append(algorithm.start(self.adapter, down, mine))
+        return found
 
     def evaluate(self, models: Iterable[tuple[str, Tree]]) -> dict[str, Scores]:
         return {client: average(found) for client, found in self.answers(models).items()}
@@ -209,16 +218,19 @@ class ReferenceEngine:
     @torch.no_grad()
     def _validated(self, client: str, trees: Sequence[Tree]) -> tuple[float, ...]:
         """The loss of some adapters on a client's validation rows, if it has any."""
-        rows, size = self.partition.splits[client].val, self.config.eval.batch_size
-        batched = [rows[start : start + size] for start in range(0, len(rows), size)]
+        rows = self.partition.splits[client].val
         self.model.eval()
+        return tuple(self._losses(trees, rows)) if len(rows) and trees else ()
+
+    def _losses(self, trees: Sequence[Tree], rows: np.ndarray) -> list[float]:
+        """The mean loss of each adapter on some rows."""
         found = []
-        for tree in trees if batched else ():
+        for tree in trees:
             self._put(tree)
-            terms = [self._terms(batch) for batch in batched]
+            terms = [self._terms(batch) for batch in pieces(rows, self.config.eval.batch_size)]
             loss, weight = (torch.cat([getattr(t, n) for t in terms]) for n in ("loss", "weight"))
             found.append((loss.sum() / weight.sum()).item())
-        return tuple(found)
+        return found
 
     def _put(self, tree: Tree) -> None:
         """Puts one adapter into the model."""

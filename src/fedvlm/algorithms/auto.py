@@ -1,0 +1,48 @@
+"""``auto``: every client chooses, round by round, how much of the others it takes.
+
+The server averages A and B as FedAvg does. A client begins a round with one of five mixtures of its
+own factors and the downloaded mean: the one with the lowest loss on its validation rows. They are
+what simpler algorithms begin with: the mean (lora), the mean of B on its own A (plora), its own B
+on the mean of A (fedsa), halves of both (mix), its own factors (local). After the last round every
+client tunes until its validation loss rises; what it then uses is the best of all these.
+
+It sends what lora sends. A round costs five forward passes over the validation rows besides. How it
+was found, and what lost against it: docs/research-log.md.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from fedvlm.algorithms.base import Algorithm
+from fedvlm.algorithms.mixing import Mix, blend, mixing
+from fedvlm.algorithms.sharing import stopped
+from fedvlm.tree import Tree
+
+STARTS: tuple[Mix, ...] = (
+    {"A": 1.0, "B": 1.0},
+    {"A": 0.0, "B": 1.0},
+    {"A": 1.0, "B": 0.0},
+    {"A": 0.5, "B": 0.5},
+    {"A": 0.0, "B": 0.0},
+)
+
+
+def auto(
+    steps: int, checks: int, *, server_lr: float = 1.0, starts: Sequence[Mix] = STARTS
+) -> Algorithm:
+    """FedAvg of both factors, with each client's start by validation, and tuning in the end.
+
+    Args:
+        steps: of tuning after the last round.
+        checks: validations while tuning.
+        server_lr: the server moves this far from its state to the clients' mean.
+        starts: the mean's part in each factor, of the mixtures that are chosen from.
+    """
+
+    def options(adapter: Tree, down: Tree, mine: Tree) -> list[Tree]:
+        return [{**adapter, **blend(mix, down, mine)} for mix in starts] if mine else []
+
+    halves = mixing({"A": 0.5, "B": 0.5}, server_lr=server_lr)
+    return stopped(replace(halves, options=options), steps, checks)
