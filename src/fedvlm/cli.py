@@ -73,6 +73,10 @@ def run(
     print_config: Annotated[
         bool, typer.Option("--print-config", help="print all settings as YAML, and stop")
     ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="print what the run would do, send and hold, and stop"),
+    ] = False,
 ) -> None:
     """Fine-tune one model for every client, and score them all."""
     from fedvlm import config as configs
@@ -81,6 +85,8 @@ def run(
         raise ConfigError(
             [f"--resume takes the run's own configuration; leave out {', '.join(words)}"]
         )
+    if resume is not None and dry_run:
+        raise ConfigError(["--dry-run is of a new run; leave out --resume"])
     source, overrides = _parse(words)
     if print_config:
         text = configs.dump(configs.load(source, *overrides))
@@ -88,6 +94,13 @@ def run(
             typer.echo(text, nl=False)
         return
     settings = None if resume else configs.load(source, *overrides)
+    if dry_run and settings:
+        if processes.rank() == 0:
+            from fedvlm.planning import forecast
+            from fedvlm.report.forecasts import print_forecast
+
+            print_forecast(forecast(settings))
+        return
 
     from fedvlm import federate
     from fedvlm.progress import choose

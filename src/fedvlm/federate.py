@@ -169,17 +169,13 @@ def prepare(
     """
     from fedvlm.data import pool
     from fedvlm.data.collate import Collator
-    from fedvlm.data.partition import make_partition
-    from fedvlm.data.sources import load_rows
     from fedvlm.engines import engine_class
     from fedvlm.models import objectives
     from fedvlm.models.load import load_model, set_threads
     from fedvlm.models.lora import attach, drop_dead
 
     objective = objectives.build(config.objective)
-    rows = load_rows(config.data, config.seed, pairs=objective.pairs)
-    partition = make_partition(rows, config)
-    _check_held_out(partition, scored(config, partition.clients), config.eval.split)
+    rows, partition = divide(config)
     store = stores.Store(config.output)
     loaded = load_model(config.model)
     set_threads(loaded.model, config.engine.threads)
@@ -226,13 +222,22 @@ def _most_kept(config: Config, partition: Partition) -> int:
     return states + len(scored(config, partition.clients)) + 4
 
 
-def _check_held_out(partition: Partition, clients: Sequence[str], split: str) -> None:
+def divide(config: Config) -> tuple[Any, Partition]:
+    """The rows, and who has which."""
+    from fedvlm.data.partition import make_partition
+    from fedvlm.data.sources import load_rows
+    from fedvlm.models import objectives
+
+    rows = load_rows(config.data, config.seed, pairs=objectives.build(config.objective).pairs)
+    partition = make_partition(rows, config)
+    split, clients = config.eval.split, scored(config, partition.clients)
     empty = [c for c in clients if not len(getattr(partition.splits[c], split))]
     if empty:
         raise DataError(
             f"eval.split: {len(empty)} clients have no row in '{split}', '{empty[0]}' first; raise "
             f"data.{split}_fraction or partition.min_rows"
         )
+    return rows, partition
 
 
 def _open(

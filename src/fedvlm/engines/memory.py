@@ -36,13 +36,23 @@ def clients_in_a_pass(
         activations: bytes that a client's batch keeps for its backward pass.
     """
     device = next(model.parameters()).device
-    if memory == "auto":
-        weights = nbytes(list(model.parameters()))
-        budget = 0.8 * total(device) - weights if device.type == "cuda" else 0.5 * total(device)
-    else:
-        budget = memory * 2**20
+    room = budget(memory, device, nbytes(list(model.parameters())))
     each = SPARE * activations + COPIES * nbytes(dict(adapter))
-    return max(1, min(MOST.get(device.type, MOST["cpu"]), int(budget / each)))
+    return fitting(room, device, each)
+
+
+def fitting(room: int, device: torch.device, each: float) -> int:
+    """How many clients of ``each`` bytes a pass holds; 1 at least."""
+    return max(1, min(MOST.get(device.type, MOST["cpu"]), int(room / each)))
+
+
+def budget(memory: int | Literal["auto"], device: torch.device, weights: int) -> int:
+    """Bytes for all that a pass adds to a model of ``weights`` bytes."""
+    if memory != "auto":
+        return memory * 2**20
+    if device.type == "cuda":
+        return int(0.8 * total(device)) - weights
+    return total(device) // 2
 
 
 def total(device: torch.device) -> int:

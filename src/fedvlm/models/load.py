@@ -23,6 +23,7 @@ from fedvlm.sections import ModelConfig
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = {"tiny": ASSETS / "tiny"}
+UNLOADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -43,29 +44,22 @@ def load_model(config: ModelConfig) -> Loaded:
             of its own or lacks weights, no such device, or a setting that cannot be had here.
     """
     device = pick_device(config.device)
-    source, local = locate(config.name)
-    if local:
-        refuse_own_code(source)
+    source, local = _found(config)
     quantized = quantization(config.quantization, device)
-    quiet_transformers()
-    from transformers import AutoConfig, AutoModelForImageTextToText
+    from transformers import AutoModelForImageTextToText
 
     try:
         processor = load_processor(source, local)
-        architecture = AutoConfig.from_pretrained(
-            source, local_files_only=local, trust_remote_code=False
-        )
-        without_dropout(architecture)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source,
-            config=architecture,
+            config=_architecture(source, local),
             dtype=getattr(torch, config.dtype),
             local_files_only=local,
             trust_remote_code=False,
             output_loading_info=True,
             **quantized,
         )
-    except (OSError, ValueError, ImportError, KeyError, RuntimeError) as error:
+    except UNLOADABLE as error:
         raise FedVLMError(_why(config.name, local, error)) from error
     model, report = loaded
     _check_weights(config.name, model, report)
@@ -81,6 +75,51 @@ def load_model(config: ModelConfig) -> Loaded:
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return Loaded(model, processor, device, config.name)
+
+
+def load_shapes(config: ModelConfig) -> Any:
+    """The model on torch's ``meta`` device: its layers and their shapes, without any weight.
+
+    Raises:
+        FedVLMError: as :func:`load_model`, as far as ``config.json`` tells; where the hub did not
+            give that, caused by an ``OSError``.
+    """
+    device = pick_device(config.device)
+    source, local = _found(config)
+    quantization(config.quantization, device)
+    from transformers import AutoModelForImageTextToText
+
+    try:
+        with torch.device("meta"):
+            model = AutoModelForImageTextToText.from_config(
+                _architecture(source, local),
+                dtype=getattr(torch, config.dtype),
+                trust_remote_code=False,
+            )
+    except UNLOADABLE as error:
+        raise FedVLMError(_why(config.name, local, error)) from error
+    if config.gradient_checkpointing:
+        checkpoint_activations(model)
+    return model.requires_grad_(False)
+
+
+def _found(config: ModelConfig) -> tuple[str, bool]:
+    """As :func:`locate`, ready to be read."""
+    source, local = locate(config.name)
+    if local:
+        refuse_own_code(source)
+    quiet_transformers()
+    return source, local
+
+
+def _architecture(source: str, local: bool) -> Any:
+    from transformers import AutoConfig
+
+    architecture = AutoConfig.from_pretrained(
+        source, local_files_only=local, trust_remote_code=False
+    )
+    without_dropout(architecture)
+    return architecture
 
 
 def set_threads(model: Any, threads: int | None) -> None:

@@ -50,7 +50,7 @@ def print_run(results: Results) -> None:
     console.print(
         f"untuned, global, personal: {METRICS[first].head}; the columns after them are the "
         f"personal model's.\npersonal before the last aggregation: {number(first, before)}"
-        f"   ·   sent per client and round: {_size(up)} up, {_size(down)} down"
+        f"   ·   sent per client and round: {size(up)} up, {size(down)} down"
         f"\neverything is in {results.folder}: table.csv, curves.png, answers/, adapters/",
         highlight=False,
     )
@@ -102,7 +102,7 @@ def print_comparison(comparison: Comparison) -> None:
             mean,
             _percent(row["worst10"]),
             _percent(row["global"]),
-            _size(row["bytes_up"]),
+            size(row["bytes_up"]),
             f"{row['seconds']:.0f} s",
             _gain(row["gain_over_lora"]),
             _gain(row["gain_over_lora+ft"]),
@@ -153,7 +153,8 @@ def _gain(value: float | None) -> str:
     return "" if value is None else f"{100 * value:+.1f} %"
 
 
-def _size(count: float) -> str:
+def size(count: float) -> str:
+    """Bytes in the unit that suits them."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

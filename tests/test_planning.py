@@ -1,0 +1,204 @@
+"""``fedvlm run --dry-run``: the plan is what a run does, and costs neither weights nor files."""
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+import transformers as hf
+
+import fedvlm
+from fedvlm import federate, footprint
+from fedvlm.algorithms import TABLE
+from fedvlm.config import load
+from fedvlm.engines import memory
+from fedvlm.engines.reference import batches
+from fedvlm.models import load as loading
+from fedvlm.models import lora
+from fedvlm.planning import Spread, examples, forecast
+from fedvlm.sections import Config, ModelConfig
+from test_cli import SMALL, call
+
+HUB = ("data.path=some-org/some-data", "model.name=some-org/some-model")
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Loading weights fails."""
+
+    def refuse(*args, **kwargs):
+        raise AssertionError("weights were asked for")
+
+    monkeypatch.setattr(loading, "load_model", refuse)
+    monkeypatch.setattr(hf.PreTrainedModel, "from_pretrained", refuse)
+
+
+def told(folder, way):
+    """What a run's log says was sent: each client and round, in order."""
+    lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
+    return [size for line in lines[1:] for size in line[way].values()]
+
+
+def sent(plan, way):
+    return plan.sent[way], plan.all_sent[way]
+
+
+def test_the_bytes_of_a_plan_are_those_that_the_run_reports(finished_run):
+    plan = forecast(load(finished_run / "config.yaml"))
+    for way in ("up", "down"):
+        real = told(finished_run, f"bytes_{way}")
+        assert sent(plan, way) == (Spread.of(real), sum(real))
+    partition = json.loads((finished_run / "partition.json").read_text())
+    assert plan.clients == plan.cohort == len(partition["clients"])
+    assert plan.rows["train"] == Spread.of(len(c["train"]) for c in partition["clients"])
+    assert (plan.all_steps, plan.examples) == (2 * 3 * 3, 2 * 3 * 3 * 4)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"algorithm": {"name": "lora+ft", "ft_steps": 1}},
+        {"algorithm": {"name": "scaffold"}, "train": {"optimizer": "sgd", "lr": 0.1}},
+        {"algorithm": {"name": "fedalt"}},
+        {"algorithm": {"name": "plora"}, "lora": {"ranks": {"site-1": 1}}},
+    ],
+    ids=lambda s: s["algorithm"]["name"] + "-ranks" * ("lora" in s),
+)
+def test_so_they_are_for_messages_that_differ_by_round_or_client(small, settings):
+    config = {**small, **{k: {**small.get(k, {}), **v} for k, v in settings.items()}}
+    config["eval"] = {"every": 0, "max_rows": 1, "max_new_tokens": 1}
+    config["train"] |= {"local_steps": 1, "clients_per_round": 2}
+    plan = forecast(load(config))
+    results = fedvlm.run(config)
+    for way in ("up", "down"):
+        real = told(results.folder, f"bytes_{way}")
+        assert sent(plan, way) == (Spread.of(real), sum(real))
+
+
+@pytest.mark.parametrize("name", TABLE)
+def test_every_algorithm_says_what_it_sends_from_shapes_alone(name):
+    sgd = ["train.optimizer=sgd"] if name == "scaffold" else []
+    share = ["algorithm.share={q_proj: A}"] if name == "share" else []
+    config = load(None, f"algorithm.name={name}", "lora.rank=4", *sgd, *share)
+    rank = 4 + (config.adapter.spare or 0)
+    key = "base_model.model.model.text_model.layers.0.self_attn.q_proj.lora_{}.weight"
+    real = {key.format("A"): torch.ones(rank, 6), key.format("B"): torch.ones(5, rank)}
+    shapes = {n: t.to("meta") for n, t in real.items()}
+    algorithm = fedvlm.algorithms.build(config.algorithm, config.lora)
+    visits = [(algorithm.at(n), "client-0") for n in (1, 2)]
+    assert list(footprint.messages(config, shapes, visits)) == list(
+        footprint.messages(config, real, visits)
+    )
+
+
+@pytest.mark.parametrize(("rows", "size", "steps"), [(10, 4, 7), (3, 8, 5), (8, 4, 3), (9, 4, 1)])
+def test_examples_are_the_rows_of_the_batches_that_are_drawn(rows, size, steps):
+    drawn = batches(torch.arange(rows).numpy(), size, steps, seed=0)
+    assert examples(rows, size, steps) == sum(map(len, drawn))
+
+
+def test_a_plan_counts_the_model_and_the_adapter_as_they_are(small):
+    config = load({**small, "model": {"device": "cpu"}}, "algorithm.name=ffa")
+    size = forecast(config).size
+    model = loading.load_model(ModelConfig(device="cpu")).model
+    assert size.parameters == sum(p.numel() for p in model.parameters())
+    assert size.weights == 4 * size.parameters
+    adapter = lora.read(lora.handles(lora.attach(model, config.lora, 0)))
+    assert size.trained == sum(t.numel() for n, t in adapter.items() if ".lora_B." in n)
+    assert size.each == memory.COPIES * sum(4 * t.numel() for t in adapter.values())
+
+
+def test_spare_ranks_are_held_and_not_trained(small):
+    plain = forecast(load(small, "algorithm.name=lora")).size
+    exact = forecast(load(small, "algorithm.name=fedex", "lora.spare=6")).size
+    assert exact.trained == plain.trained
+    assert exact.each == plain.each * (2 + 6) // 2
+
+
+def test_quantized_linear_layers_take_half_a_byte_a_weight(small, monkeypatch):
+    monkeypatch.setattr(loading, "quantization", lambda kind, device: {})
+    size = forecast(load(small, "model.quantization=4bit", "model.device=cpu")).size
+    model = loading.load_shapes(ModelConfig(device="cpu"))
+    linear = sum(model.get_submodule(n).weight.numel() for n in lora.targets(model, "all-linear"))
+    assert size.weights == linear // 2 + 4 * (size.parameters - linear)
+
+
+def test_one_client_trains_at_a_time_in_the_reference_engine(small):
+    size = forecast(load(small, "engine.name=reference")).size
+    assert (size.engine, size.most) == ("reference", 1)
+
+
+def test_centralized_takes_the_steps_of_all_clients_in_one_place(small):
+    plan = forecast(load(small, "algorithm.name=centralized"))
+    assert plan.cohort == 1
+    assert plan.all_steps == forecast(load(small, "algorithm.name=lora")).all_steps
+
+
+def test_local_epochs_follow_from_the_real_partition(small):
+    del small["train"]["local_steps"]
+    config = load(small, "train.local_epochs=2")
+    splits = federate.divide(config)[1].splits.values()
+    plan = forecast(config)
+    assert plan.examples == 2 * 2 * sum(len(s.train) for s in splits)
+    assert plan.all_steps == 2 * sum(2 * -(-len(s.train) // 4) for s in splits)
+
+
+def test_a_dry_run_prints_the_plan_writes_nothing_and_loads_no_weights(
+    tmp_path, capsys, monkeypatch, no_weights
+):
+    monkeypatch.chdir(tmp_path)
+    words = ("run", "--dry-run", f"output={tmp_path / 'run'}", *SMALL)
+    code, text, errors = call(capsys, monkeypatch, *words)
+    assert (code, errors) == (0, "")
+    plan = forecast(load(None, *words[2:]))
+    assert f"{plan.all_sent['up']:,} " in text
+    assert f"{plan.size.trained:,} parameters a client" in text
+    assert "nothing was trained or written" in text
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_mistakes_in_the_configuration_are_told_at_once(tmp_path, capsys, monkeypatch):
+    words = ("run", "--dry-run", f"output={tmp_path / 'run'}", "train.round=3", "train.lr=fast")
+    code, text, errors = call(capsys, monkeypatch, *words)
+    assert (code, text) == (2, "")
+    assert errors.startswith("error: the configuration has 2 problems:")
+
+
+@pytest.mark.parametrize(
+    ("word", "said"),
+    [
+        ("lora.rank=999", "lora.rank: 999"),
+        ("lora.target=nowhere", "matches none"),
+        ("data.path=/not/here.parquet", "does not exist"),
+        ("partition.min_rows=1000", "partition.min_rows"),
+        ("model.name=microsoft/Florence-2-base", "florence-community/Florence-2-base"),
+    ],
+)
+def test_what_the_run_would_refuse_the_dry_run_refuses(word, said, capsys, monkeypatch):
+    code, _, errors = call(capsys, monkeypatch, "run", "--dry-run", *SMALL, word)
+    assert code == 2
+    assert said in errors
+
+
+def test_resume_has_no_dry_run(capsys, monkeypatch):
+    code, _, errors = call(capsys, monkeypatch, "run", "--resume", "x", "--dry-run")
+    assert code == 2
+    assert "leave out --resume" in errors
+
+
+def test_without_the_hub_a_plan_says_what_is_not_known_and_why(capsys, monkeypatch):
+    words = ("run", "--dry-run", *HUB, "partition.clients=7", "train.rounds=3")
+    code, text, errors = call(capsys, monkeypatch, *words)
+    assert (code, errors) == (0, "")
+    plan = forecast(load(None, *words[2:]))
+    assert (plan.clients, plan.cohort, plan.all_steps) == (7, 7, 7 * 3 * 5)
+    assert (plan.size, plan.rows, plan.examples, plan.all_sent) == (None, {}, None, {})
+    assert "not known: rows: data.path 'some-org/some-data'" in text
+    assert "model.name 'some-org/some-model'" in text.replace("\n", " ")
+
+
+def test_without_the_data_messages_are_known_where_the_model_is():
+    plan = forecast(load(None, HUB[0], "partition.kind=column", "partition.column=site"))
+    assert (plan.clients, plan.all_sent, plan.all_steps) == (None, {}, None)
+    assert plan.sent["up"] == forecast(Config()).sent["up"]
+    assert plan.steps == Spread(5, 5, 5)
