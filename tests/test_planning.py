@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 import transformers as hf
+import yaml
 
 import fedvlm
 from fedvlm import federate, footprint
@@ -19,6 +20,8 @@ from fedvlm.planning import Spread, examples, forecast
 from fedvlm.sections import Config, ModelConfig
 from test_cli import SMALL, call
 
+PAPER = Path(__file__).parents[1] / "examples" / "fedvlm-paper.yaml"
+TOLD = ("plora", "lora")
 HUB = ("data.path=some-org/some-data", "model.name=some-org/some-model")
 
 
@@ -202,3 +205,28 @@ def test_without_the_data_messages_are_known_where_the_model_is():
     assert (plan.clients, plan.all_sent, plan.all_steps) == (None, {}, None)
     assert plan.sent["up"] == forecast(Config()).sent["up"]
     assert plan.steps == Spread(5, 5, 5)
+
+
+def test_the_configuration_of_the_paper_loads_and_is_planned_offline(capsys, monkeypatch):
+    code, text, errors = call(capsys, monkeypatch, "run", str(PAPER), "--dry-run")
+    assert (code, errors) == (0, "")
+    config = load(PAPER)
+    assert config.algorithm.name == "plora"
+    assert f"{config.partition.clients}" in text
+
+
+def test_the_bytes_told_beside_the_papers_claims_are_those_of_the_plan():
+    text = (PAPER.parents[1] / "docs" / "paper.md").read_text()
+    sizes = {n: forecast(load(None, f"algorithm.name={n}")).sent["up"].most for n in TOLD}
+    assert all(f"`{name}` {size:,}" in text for name, size in sizes.items())
+    assert f"{100 * sizes['plora'] / sizes['lora']:.1f} %" in text
+
+
+def test_every_setting_of_the_papers_configuration_says_whose_it_is():
+    lines = PAPER.read_text().splitlines()
+    settings = [n for n, line in enumerate(lines) if ": " in line.split("#")[0]]
+    marked = ("# ours", "# paper")
+    unmarked = [lines[n] for n in settings if not any(m in lines[n] for m in marked)]
+    assert [line.split(":")[0].strip() for line in unmarked] == ["output", "name"]
+    assert "# ours" in PAPER.read_text().split("name: florence-community")[0].split("model:")[1]
+    assert yaml.safe_load(PAPER.read_text()).keys() <= Config.model_fields.keys()
