@@ -52,15 +52,24 @@ class Form:
 
 
 def whole() -> Form:
-    """All of the benchmark."""
+    """All that there is."""
     return Form(tuple(cells.full()))
 
 
+def main() -> Form:
+    """What is run unless asked otherwise."""
+    return _part(cells.MAIN)
+
+
 def small() -> Form:
-    """The part that `--small` runs: equal settings, so that the whole goes on from it."""
+    """The part that `--small` runs: equal settings, so that the others go on from it."""
+    return _part(cells.SMALL)
+
+
+def _part(named: Mapping[str, tuple[Any, ...]]) -> Form:
     known = {cell.name: cell for cell in cells.full()}
-    chosen = tuple(known[name] for name in cells.SMALL["cells"])
-    return Form(chosen, cells.SMALL["algorithms"], cells.SMALL["seeds"])
+    chosen = tuple(known[name] for name in named["cells"])
+    return Form(chosen, named["algorithms"], named["seeds"])
 
 
 def quick() -> Form:

@@ -6,8 +6,9 @@ The learning rate of each is chosen by validation, from two rates with one seed,
 of regime: sites that are alike, sites that differ, photographs. What is done is kept in the output
 folder and skipped by the next start, also after kill -9 or with other filters.
 
-    python benchmarks/personalization.py            # the whole benchmark
+    python benchmarks/personalization.py            # 14 cells, 8 algorithms, 5 seeds
     python benchmarks/personalization.py --small    # a part of it, with the same settings
+    python benchmarks/personalization.py --all      # every cell, every algorithm
     python benchmarks/personalization.py --cells mixed-1-80 --algorithms lora,plora --seeds 0,1
     python benchmarks/personalization.py --dry-run  # what there is to do, and how long it takes
 
@@ -55,7 +56,8 @@ def main(words: Sequence[str] | None = None) -> int:
         with tempfile.TemporaryDirectory() as folder:
             asked.publish = False
             return _benchmark(plans.quick(), plans.quick(), Path(folder), asked)
-    form = filtered(plans.small() if asked.small else plans.whole(), asked)
+    form = plans.small() if asked.small else plans.whole() if asked.all else plans.main()
+    form = filtered(form, asked)
     form = without_photos(form)
     return _benchmark(form, plans.whole(), Path(asked.output), asked)
 
@@ -85,6 +87,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--small", action="store_true", help="two cells, four algorithms, two seeds")
+    size.add_argument("--all", action="store_true", help="every cell and every algorithm")
     size.add_argument("--quick", action="store_true", help="see that it works; keeps nothing")
     parser.add_argument("--cells", type=_names, help="such as iid-0-80,mixed-1-24, or regimes")
     parser.add_argument("--algorithms", type=_names, help="such as local,lora,plora")
@@ -147,7 +150,7 @@ def _announce(form: plans.Form, whole: plans.Form, output: Path, jobs: int) -> N
     rates = plans.number_of_runs(whole)
     entire = [*plans.tuning(whole, output), *plans.runs(whole, _any_rates(whole), output)]
     print(
-        f"the whole benchmark: {rates[0]} runs for learning rates and {rates[1]} compared; "
+        f"all that there is: {rates[0]} runs for learning rates and {rates[1]} compared; "
         f"{_time(entire, taken, jobs)}",
         flush=True,
     )
@@ -193,7 +196,7 @@ def _write(whole: plans.Form, output: Path, publish: bool) -> None:
     rates = plans.chosen(whole, output)
     images = PAGE.parent / "images" if publish else output
     seeds = len({row["seed"] for row in rows})
-    part = ", a part of the benchmark" if todo else ""
+    part = ", a part of all that there is" if todo else ""
     title = f"Personalization{part}: {seeds} seed{'s' if seeds > 1 else ''}"
     figures.draw(rows, images, title)
     text = written(rows, state, rates, "images" if publish else ".")
@@ -224,7 +227,7 @@ def stated(done: Sequence[tuple[Job, dict[str, Any]]], todo: Sequence[Job]) -> s
     found = [f for _, f in done]
     seconds = [f["seconds"] for _, f in compared if f["seconds"]]
     took = f"; a compared run took {mean(seconds):.0f} s on average" if seconds else ""
-    whole = "The whole benchmark" if not todo else "**A part of the benchmark, not the whole**"
+    whole = "All that there is" if not todo else "**A part of all that there is**"
     return (
         f"{whole}: {len(compared)} of {total} results, {tuned} runs for learning rates. "
         f"Measured on {_list(f['date'] for f in found)}, commit {_list(f['commit'] for f in found)}"

@@ -73,6 +73,7 @@ def ran(family, objective="sft"):
             "model": {"name": families.folder(family), "device": "cpu"},
             "data": {"scenes": {"sites": 3, "rows": 8}},
             "partition": {"min_rows": 4},
+            "algorithm": {"name": "plora"},
             "lora": {"rank": 2, "target": "all-linear"},
             "objective": {"name": objective},
             "train": {"rounds": 1, "local_steps": 2, "batch_size": 2, "lr": 0.01},

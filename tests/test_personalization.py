@@ -128,10 +128,12 @@ def test_rates_are_tuned_with_the_same_budget_on_validation_rows(tmp_path):
 def test_the_small_form_is_a_part_of_the_whole(tmp_path):
     rates = {("alike", a): 0.003 for a in cells.ALGORITHMS}
     rates |= {("differ", a): 0.01 for a in cells.ALGORITHMS}
-    some = {job.folder: job.config for job in plans.runs(plans.small(), rates, tmp_path)}
+    rates |= {("photos", a): 0.01 for a in cells.ALGORITHMS}
     every = {job.folder: job for job in plans.runs(plans.whole(), rates, tmp_path)}
-    assert len(some) == 2 * 4 * 2
-    assert all(every[folder].config == config for folder, config in some.items())
+    for form, count in ((plans.small(), 2 * 4 * 2), (plans.main(), 14 * 8 * 5)):
+        some = {job.folder: job.config for job in plans.runs(form, rates, tmp_path)}
+        assert len(some) == count
+        assert all(every[folder].config == config for folder, config in some.items())
 
 
 def test_time_is_estimated_from_runs_of_the_same_cell_else_from_all(tmp_path):
@@ -194,15 +196,15 @@ def everything(form: plans.Form, output: Path) -> list[Job]:
 def test_what_is_measured_is_not_run_again(fake, tmp_path):
     form = small_form()
     jobs = everything(form, tmp_path)
-    assert len(fake) == 2 * 3 + 2 * 2
+    assert len(fake) == 2 * 2 + 2 * 2
     assert not (jobs[0].folder / "personal").exists(), "what nobody needs any more is removed"
     rows = plans.rows(jobs)
     assert len(rows) == 2 * 2 * 5
     everything(form, tmp_path)
-    assert len(fake) == 10
+    assert len(fake) == 8
     wider = plans.Form((MIXED,), ("lora", "plora", "local"), (0, 1))
     everything(wider, tmp_path)
-    assert len(fake) == 10 + 3 + 2, "one more algorithm is its own runs and no others"
+    assert len(fake) == 8 + 2 + 2, "one more algorithm is its own runs and no others"
 
 
 def test_a_run_that_was_killed_before_it_was_measured_is_measured_and_not_run_again(fake, tmp_path):
@@ -211,7 +213,7 @@ def test_a_run_that_was_killed_before_it_was_measured_is_measured_and_not_run_ag
     jobs[0].record.unlink()
     assert len(plans.rows(jobs)) == len(rows) - 5
     runs.do(jobs, 1)
-    assert len(fake) == 10
+    assert len(fake) == 8
     assert plans.rows(jobs) == rows
 
 
@@ -244,8 +246,8 @@ def test_results_of_other_settings_are_refused(fake, tmp_path):
 def test_the_rate_of_the_best_validation_score_is_taken(fake, tmp_path):
     everything(small_form(), tmp_path)
     assert plans.chosen(small_form(), tmp_path) == {
-        ("differ", "lora"): 0.01,
-        ("differ", "plora"): 0.01,
+        ("differ", "lora"): 0.005,
+        ("differ", "plora"): 0.005,
     }
 
 
@@ -256,7 +258,7 @@ def test_the_raw_results_have_exactly_the_promised_columns(fake, tmp_path):
         "regime,strength,rows_per_client,algorithm,seed,model,when,mean,worst10,bytes_up,"
         "rounds_to_90"
     )
-    assert lines[1] == "mixed,1,24,plora,0,untuned,start,0.3,0.1,1234,"
+    assert lines[1] == "mixed,1,24,plora,0,untuned,start,0.25,0.1,1234,"
     assert len(lines) == 1 + len(rows)
 
 
@@ -264,15 +266,15 @@ def test_a_part_of_the_benchmark_says_that_it_is_one(fake, tmp_path):
     form = small_form()
     everything(form, tmp_path)
     done, todo = personalization.split(form, tmp_path)
-    assert "The whole benchmark: 4 of 4" in personalization.stated(done, todo)
+    assert "All that there is: 4 of 4" in personalization.stated(done, todo)
     done, todo = personalization.split(plans.whole(), tmp_path)
     assert (len(done), len(done) + len(todo)) == (
-        6 + 4,
-        sum(plans.number_of_runs(plans.whole())) + 230,
+        4 + 4,
+        sum(plans.number_of_runs(plans.whole())) + 240,
     )
-    state = personalization.stated(done, todo)
-    assert "A part of the benchmark, not the whole" in state
-    assert "4 of 3605 results, 6 runs for learning rates" in state
+    state, total = personalization.stated(done, todo), len([j for j in todo if not j.tunes]) + 4
+    assert "A part of all that there is" in state
+    assert f"4 of {total} results, 4 runs for learning rates" in state
     assert "Cells: mixed-1-24. Algorithms: plora, lora. Seeds: 0, 1." in state
 
 

@@ -26,6 +26,7 @@ def both(tmp_path_factory):
     settings = {
         "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
         "partition": {"min_rows": 4},
+        "algorithm": {"name": "plora"},
         "train": {"rounds": 2, "clients_per_round": 2, "local_steps": 2, "batch_size": 4},
         "eval": {"every": 1, "max_rows": 4, "max_new_tokens": 6},
         "lora": {"rank": 2, "alpha": 4},

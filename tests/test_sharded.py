@@ -30,7 +30,7 @@ SETTINGS = (
 )
 SAME_PASSES = (*SETTINGS, "algorithm.name=lora+ft", "algorithm.ft_steps=1", "engine.clients=1")
 RUNS = {
-    "plora": (*SETTINGS, "train.optimizer=sgd"),
+    "plora": (*SETTINGS, "algorithm.name=plora", "train.optimizer=sgd"),
     # Turns of two clients and of one, for which process 0 has nothing to do.
     "odd": (*SAME_PASSES, "train.rounds=1", "train.clients_per_round=3"),
 }

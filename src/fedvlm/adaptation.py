@@ -89,7 +89,7 @@ class ServerConfig(Section):
 class AlgorithmConfig(Section):
     """Which factors are shared, and how the server combines them."""
 
-    name: str = Field("plora", description="a name from the table; 'share' for an own map")
+    name: str = Field("auto", description="a name from the table; 'share' for an own map")
     share: dict[str, Factors] | None = Field(
         None,
         description="own map: module pattern -> factors that are aggregated (A, B, AB, none); a "
@@ -100,10 +100,10 @@ class AlgorithmConfig(Section):
     )
     server: ServerConfig = ServerConfig()
     ft_steps: Positive = Field(
-        20, description="steps of local tuning after the last round (lora+ft, lora+es)"
+        20, description="steps of local tuning after the last round (auto, lora+ft, lora+es)"
     )
     ft_checks: Positive = Field(
-        5, description="lora+es: how often validation is asked during ft_steps"
+        5, description="auto, lora+es: how often validation is asked during ft_steps"
     )
     prox_mu: Annotated[float, Field(ge=0)] | None = Field(
         None,
