@@ -1,8 +1,8 @@
-"""What ``fedvlm demo`` compares, small enough for two minutes on two cores."""
+"""What ``fedvlm demo`` compares, small enough for three minutes on two cores."""
 
 from __future__ import annotations
 
-ALGORITHMS = ("plora", "lora", "local", "lora+ft")
+ALGORITHMS = ("auto", "plora", "lora", "local", "lora+ft")
 
 SETTINGS = {
     "output": "runs/demo",
@@ -17,6 +17,8 @@ Eight sites ask questions about pictures. Each has its own camera, its own words
 its own mix of questions; none shares its data. All start from one small vision-language model, and
 train LoRA adapters on top of it:
 
+  auto     the default: each site begins a round with the mixture of its own factors and everybody's
+           mean that its validation rows favour, and tunes at the end
   plora    personalized LoRA (FedVLM): B is averaged over the sites, A stays at each site
   lora     standard federated LoRA: A and B are averaged, one model for all
   local    every site alone
