@@ -37,7 +37,8 @@ def table(n=200, labels=4, seed=0, **columns) -> datasets.Dataset:
 
 def config(seed=0, data=None, **partition) -> Config:
     data = DataConfig.model_validate({"path": "rows.parquet", **(data or {})})
-    return Config(seed=seed, data=data, partition=PartitionConfig(**partition))
+    rest = {"partition": PartitionConfig(**partition), "algorithm": {"name": "plora"}}
+    return Config(seed=seed, data=data, **rest)
 
 
 def sizes(partition: Partition) -> list[int]:

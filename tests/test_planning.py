@@ -194,7 +194,8 @@ def test_without_the_hub_a_plan_says_what_is_not_known_and_why(capsys, monkeypat
     code, text, errors = call(capsys, monkeypatch, *words)
     assert (code, errors) == (0, "")
     plan = forecast(load(None, *words[2:]))
-    assert (plan.clients, plan.cohort, plan.all_steps) == (7, 7, 7 * 3 * 5)
+    every = 3 * 5 + 20  # the rounds, and the tuning in the end
+    assert (plan.clients, plan.cohort, plan.all_steps) == (7, 7, 7 * every)
     assert (plan.size, plan.rows, plan.examples, plan.all_sent) == (None, {}, None, {})
     assert "not known: rows: data.path 'some-org/some-data'" in text
     assert "model.name 'some-org/some-model'" in text.replace("\n", " ")
@@ -204,7 +205,7 @@ def test_without_the_data_messages_are_known_where_the_model_is():
     plan = forecast(load(None, HUB[0], "partition.kind=column", "partition.column=site"))
     assert (plan.clients, plan.all_sent, plan.all_steps) == (None, {}, None)
     assert plan.sent["up"] == forecast(Config()).sent["up"]
-    assert plan.steps == Spread(5, 5, 5)
+    assert plan.steps == Spread(5, 5, 20)  # the tuning in the end: algorithm.ft_steps
 
 
 def test_the_configuration_of_the_paper_loads_and_is_planned_offline(capsys, monkeypatch):

@@ -95,7 +95,10 @@ def _plain_sgd(config: Config) -> str:
 def _validation(config: Config) -> str:
     if config.data.val_fraction:
         return ""
-    return "it goes by the loss on validation rows: data.val_fraction must be above 0"
+    return (
+        "it goes by the loss on validation rows: data.val_fraction must be above 0"
+        " (or choose another algorithm: plora needs no validation rows)"
+    )
 
 
 def _own_part(config: Config) -> str:
@@ -108,7 +111,7 @@ TABLE: dict[str, Entry] = {
     "auto": Entry(
         "A and B",
         "A and B",
-        "each client's start by validation (`algorithms/auto.py`)",
+        "ours, the start by validation",
         lambda c, lora: auto(c.ft_steps, c.ft_checks, server_lr=c.server_lr),
         ("ft_steps", "ft_checks", "server_lr", "lora.ranks"),
         check=_validation,
