@@ -34,15 +34,7 @@ from fedvlm.store import load_tree, read_lines
 from fedvlm.tree import products
 
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    """Two hundred figures are not what is tested here."""
-    from fedvlm.report import plots, skewplot
-
-    monkeypatch.setattr(plots, "plot_run", lambda *args, **options: None)
-    monkeypatch.setattr(skewplot, "plot_partition", lambda *args, **options: None)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def both(tmp_path, settings, *overrides):
@@ -135,7 +127,10 @@ SHARED_RULES = {
     "unequal ranks": ["algorithm.name=plora", "lora.ranks={site-0: 1}"],
     "a server's optimizer": ["algorithm.name=lora", "algorithm.server.name=adam"],
     "a proximal term": ["algorithm.name=plora", "algorithm.prox_mu=0.5"],
-    "parts and layers": ["algorithm.share={'part:vision': B, 'layer:1-2': AB}"],
+    "parts and layers": [
+        "algorithm.name=share",
+        "algorithm.share={'part:vision': B, 'layer:1-2': AB}",
+    ],
     # By AdamW a gradient that is only rounding makes a full step, here in one of 33,000 numbers.
     "auto by sgd": ["algorithm.name=auto", "train.optimizer=sgd", "train.lr=0.1"],
     "scaffold by sgd": ["algorithm.name=scaffold", "train.optimizer=sgd", "train.lr=0.1"],
