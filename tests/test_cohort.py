@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -296,7 +297,15 @@ def test_a_budget_of_memory_decides_how_many_clients_share_a_pass(small, tmp_pat
 def test_what_is_kept_for_the_backward_pass_is_counted_once():
     layer = torch.nn.Linear(8, 4)
     x = torch.ones(10, 8)
-    assert kept_for_backward(layer, lambda: layer(x).exp() * 2) == (10 * 8 + 10 * 4) * 4
+    results = []
+
+    def forward():
+        results.append(layer(x).exp())
+        return results[0] * 2
+
+    assert kept_for_backward(layer, forward) == (10 * 8 + 10 * 4) * 4
+    freed = weakref.ref(results.pop())
+    assert freed() is None, "the measured graph holds nothing of itself"
 
 
 def test_layers_of_experts_are_left_to_the_reference_engine(caplog):
