@@ -14,7 +14,7 @@ import numpy as np
 from fedvlm import config as configs
 from fedvlm import processes
 from fedvlm import store as stores
-from fedvlm.algorithms import TABLE, Algorithm, Client, State, Upload, build, check_share
+from fedvlm.algorithms import TABLE, Algorithm, Client, State, build, check_share
 from fedvlm.engines.base import Engine, Scores, Task
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.progress import Progress, Quiet
@@ -28,7 +28,8 @@ from fedvlm.results import (
 )
 from fedvlm.sections import Config
 from fedvlm.seeds import derive
-from fedvlm.tree import Mean, Tree, digest, nbytes, saved_bytes
+from fedvlm.tree import Tree, digest, nbytes, saved_bytes
+from fedvlm.wire import Fold, Forms
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
@@ -148,7 +149,7 @@ def _follow(config: Config, group: processes.Group) -> Results:
     from fedvlm.engines.sharded import serve, together
 
     engine, _, _ = together(group, lambda: prepare(config), _described)
-    algorithm = build(config.algorithm, config.lora)
+    algorithm = build(config.algorithm, config.lora, config.wire)
     serve(group, engine, lambda number: _of_round(config, algorithm, number))
     return Results.read(config.output)
 
@@ -219,6 +220,7 @@ def _most_kept(config: Config, partition: Partition) -> int:
         cohort = everyone
     trained = min(everyone, cohort * config.train.rounds)
     states = 2 * trained + (2 * cohort if cohort < trained else 0)
+    states *= 2 if config.wire.compress in ("int8", "topk") else 1  # with what is not sent yet
     return states + len(scored(config, partition.clients)) + 4
 
 
@@ -268,7 +270,7 @@ def _open(
         plot_partition(partition, picture)
     if store.finished() is not None:
         return store.server()
-    return build(config.algorithm, config.lora).init(engine.adapter)
+    return build(config.algorithm, config.lora, config.wire).init(engine.adapter)
 
 
 def _rounds(
@@ -279,7 +281,10 @@ def _rounds(
     state: State,
     progress: Progress,
 ) -> None:
-    algorithm, clients = build(config.algorithm, config.lora), scored(config, partition.clients)
+    from fedvlm.data import pool
+
+    algorithm = build(config.algorithm, config.lora, config.wire)
+    clients, forms = scored(config, partition.clients), Forms(engine.adapter, config.wire.max_norm)
     if store.finished() is None:
         untuned = _score_all(engine, algorithm, state, clients)
         answers = engine.answers(personal_models(engine, algorithm, state, clients))
@@ -288,11 +293,13 @@ def _rounds(
         store.commit(0, state, line, {"round": 0})
         progress.round(line, 0.0)
     done = store.finished() or 0
+    if TABLE[config.algorithm.name].pools:
+        partition = pool.pooled(partition)
     for round_ in plan(config, algorithm, partition.clients):
         if round_.number > done:
             began = time.perf_counter()
             rated = clients if round_.evaluate else ()
-            state, line = _round(round_, engine, partition, state, rated, progress)
+            state, line = _round(round_, engine, partition, state, rated, progress, forms)
             seconds = time.perf_counter() - began
             store.commit(round_.number, state, line, {"round": round_.number, "seconds": seconds})
             progress.round(line, seconds)
@@ -305,42 +312,33 @@ def _round(
     state: State,
     clients: Sequence[str],
     progress: Progress,
+    forms: Forms | None = None,
 ) -> tuple[State, dict[str, Any]]:
     """Downloads, local training, aggregation, and the scores of ``clients``."""
     algorithm = round_.algorithm
     known = _known(partition, round_.cohort)
     down = {c: algorithm.download(state, known[c]) for c in round_.cohort}
     tasks = [Task(c, round_.number, down[c]) for c in round_.cohort]
-    mean, uploads = Mean(), list[Upload]()
-    losses: dict[str, float] = {}
-    up: dict[str, int] = {}
+    fold = Fold(algorithm, known, down, forms or Forms(engine.adapter))
     rated = frozenset(clients)
 
     def ends() -> Iterator[tuple[str, Tree]]:
         for reply in engine.train(algorithm, tasks):
-            if reply.upload and algorithm.gather:
-                uploads.append(Upload(known[reply.client], reply.upload))
-            elif reply.upload:
-                mean.add(algorithm.lift(reply.upload, known[reply.client]), reply.weight)
-            losses[reply.client], up[reply.client] = reply.loss, saved_bytes(reply.upload)
+            counts = fold.add(reply)
             progress.trained(reply.client, reply.loss)
-            if reply.client in rated:
+            if counts and reply.client in rated:
                 yield reply.client, reply.end
 
     before = engine.evaluate(ends())  # trains them all; a pass is scored before the next is trained
-    old = state
-    if algorithm.gather and uploads:
-        state = algorithm.gather(state, uploads)
-    elif mean.total:
-        state = algorithm.update(state, mean.tree())
+    old, state = state, fold.update(state)
     line: dict[str, Any] = {
         "round": round_.number,
         "cohort": list(round_.cohort),
-        "train_loss": losses,
-        "bytes_up": up,
+        "train_loss": fold.losses,
+        "bytes_up": fold.bytes_up,
         "bytes_down": {c: saved_bytes(tree) for c, tree in down.items()},
         "evaluation": None,
-    }
+    } | ({"rejected": fold.rejected} if fold.rejected else {})
     if clients:
         idle = [c for c in clients if c not in before]
         idle_before, global_before = _score_all(engine, algorithm, old, clients, idle)

@@ -80,7 +80,7 @@ def write_results(config: Config, partition: Partition, store: Store, engine: En
     from fedvlm.report.plots import plot_run
 
     lines = store.lines()
-    algorithm, state = build(config.algorithm, config.lora), store.server()
+    algorithm, state = build(config.algorithm, config.lora, config.wire), store.server()
     clients = scored(config, partition.clients)
     shared = global_model(engine, algorithm, state)
 
