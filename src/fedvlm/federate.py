@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,12 +15,12 @@ from fedvlm import config as configs
 from fedvlm import processes
 from fedvlm import store as stores
 from fedvlm.algorithms import TABLE, Algorithm, Client, State, Upload, build, check_share
-from fedvlm.engines.base import Engine, Scores, Task
+from fedvlm.engines.base import Engine, Models, Scores, Task
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.progress import Progress, Quiet
 from fedvlm.results import (
     Results,
-    global_model,
+    global_models,
     personal_models,
     scored,
     write_answers,
@@ -28,7 +28,7 @@ from fedvlm.results import (
 )
 from fedvlm.sections import Config
 from fedvlm.seeds import derive
-from fedvlm.tree import Mean, Tree, digest, nbytes, saved_bytes
+from fedvlm.tree import Mean, digest, nbytes, saved_bytes
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
@@ -88,10 +88,10 @@ def run(
             engine, partition, store = _prepare_all(settings, group, progress)
             progress.partitioned(partition)
             with store.locked():
-                state = _open(settings, engine, partition, store, resume)
-                _rounds(settings, engine, partition, store, state, progress)
-                results = write_results(settings, partition, store, engine)
-            progress.finished(results)
+                begin(settings, store, {"partition.json": json.dumps(partition.to_dict())}, resume)
+                _draw(partition, store.folder)
+                weights = {c: float(len(s.train)) for c, s in partition.splits.items()}
+                results = drive(settings, engine, weights, store, progress)
     return results
 
 
@@ -240,13 +240,20 @@ def divide(config: Config) -> tuple[Any, Partition]:
     return rows, partition
 
 
-def _open(
-    config: Config, engine: Engine, partition: Partition, store: stores.Store, resume: bool
-) -> State:
-    """The state to go on from: the last finished round's, or a new run's."""
-    described = json.dumps(partition.to_dict())
+def begin(config: Config, store: stores.Store, described: Mapping[str, str], resume: bool) -> None:
+    """Makes a run's folder, or takes it back to the last finished round.
+
+    Args:
+        config: of the run.
+        store: its folder, locked.
+        described: a file -> what it says of the clients, which a resumed run has to say as well.
+        resume: whether the run has begun before.
+
+    Raises:
+        FedVLMError: the folder is in use, or the clients are not what they were.
+    """
     if resume:
-        if (store.folder / "partition.json").read_text() != described:
+        if any((store.folder / name).read_text() != text for name, text in described.items()):
             raise FedVLMError(
                 f"the data are not what they were when the run in '{store.folder}' began: another "
                 "partition came out; restore them, or start a new run with output=DIR"
@@ -254,69 +261,79 @@ def _open(
         store.rewind()
     else:
         stores.check_fresh(store.folder)
-        store.create(
-            {
-                "partition.json": described,
-                "environment.json": json.dumps(environment(), indent=2) + "\n",
-                stores.CONFIG: configs.dump(config),
-            }
-        )
-    picture = store.folder / "partition.png"
+        about = {
+            "environment.json": json.dumps(processes.environment(), indent=2) + "\n",
+            stores.CONFIG: configs.dump(config),
+        }
+        store.create({**described, **about})
+
+
+def _draw(partition: Partition, folder: Path) -> None:
+    picture = folder / "partition.png"
     if not picture.exists():
         from fedvlm.report.skewplot import plot_partition
 
         plot_partition(partition, picture)
-    if store.finished() is not None:
-        return store.server()
-    return build(config.algorithm, config.lora).init(engine.adapter)
 
 
-def _rounds(
+def drive(
     config: Config,
     engine: Engine,
-    partition: Partition,
+    weights: Mapping[str, float],
     store: stores.Store,
-    state: State,
     progress: Progress,
-) -> None:
-    algorithm, clients = build(config.algorithm, config.lora), scored(config, partition.clients)
+) -> Results:
+    """All rounds from the last finished one on, and the results; the same for every engine.
+
+    Args:
+        config: of the run.
+        engine: which has the clients.
+        weights: client -> its weight in a mean, the number of its training examples.
+        store: the run's folder, locked and begun.
+        progress: told what happens.
+    """
+    algorithm, names = build(config.algorithm, config.lora), tuple(weights)
+    clients = scored(config, names)
     if store.finished() is None:
+        state = algorithm.init(engine.adapter)
         untuned = _score_all(engine, algorithm, state, clients)
-        answers = engine.answers(personal_models(engine, algorithm, state, clients))
+        answers = engine.answer("untuned", personal_models(algorithm, state, clients))
         write_answers(store.folder, "untuned", answers)
         line = {"round": 0, "evaluation": {"personal": untuned[0], "global": untuned[1]}}
         store.commit(0, state, line, {"round": 0})
         progress.round(line, 0.0)
-    done = store.finished() or 0
-    for round_ in plan(config, algorithm, partition.clients):
+    state, done = store.server(), store.finished() or 0
+    for round_ in plan(config, algorithm, names):
         if round_.number > done:
             began = time.perf_counter()
             rated = clients if round_.evaluate else ()
-            state, line = _round(round_, engine, partition, state, rated, progress)
+            state, line = _round(round_, engine, weights, state, rated, progress)
             seconds = time.perf_counter() - began
             store.commit(round_.number, state, line, {"round": round_.number, "seconds": seconds})
             progress.round(line, seconds)
+    results = write_results(config, names, store, engine)
+    progress.finished(results)
+    return results
 
 
 def _round(
     round_: Round,
     engine: Engine,
-    partition: Partition,
+    weights: Mapping[str, float],
     state: State,
     clients: Sequence[str],
     progress: Progress,
 ) -> tuple[State, dict[str, Any]]:
     """Downloads, local training, aggregation, and the scores of ``clients``."""
-    algorithm = round_.algorithm
-    known = _known(partition, round_.cohort)
+    algorithm, rated = round_.algorithm, frozenset(clients)
+    known = _known(weights, round_.cohort)
     down = {c: algorithm.download(state, known[c]) for c in round_.cohort}
-    tasks = [Task(c, round_.number, down[c]) for c in round_.cohort]
+    tasks = [Task(c, round_.number, down[c], c in rated) for c in round_.cohort]
     mean, uploads = Mean(), list[Upload]()
     losses: dict[str, float] = {}
     up: dict[str, int] = {}
-    rated = frozenset(clients)
 
-    def ends() -> Iterator[tuple[str, Tree]]:
+    def ends() -> Iterator[tuple[str, dict[str, Any]]]:
         for reply in engine.train(algorithm, tasks):
             if reply.upload and algorithm.gather:
                 uploads.append(Upload(known[reply.client], reply.upload))
@@ -325,9 +342,10 @@ def _round(
             losses[reply.client], up[reply.client] = reply.loss, saved_bytes(reply.upload)
             progress.trained(reply.client, reply.loss)
             if reply.client in rated:
-                yield reply.client, reply.end
+                yield reply.client, {}
 
-    before = engine.evaluate(ends())  # trains them all; a pass is scored before the next is trained
+    # This trains them all; a pass is scored before the next is trained.
+    before = engine.score(Models("end", algorithm, ends()))
     old = state
     if algorithm.gather and uploads:
         state = algorithm.gather(state, uploads)
@@ -341,6 +359,8 @@ def _round(
         "bytes_down": {c: saved_bytes(tree) for c, tree in down.items()},
         "evaluation": None,
     }
+    if missing := [c for c in round_.cohort if c not in losses]:
+        line["missing"] = missing
     if clients:
         idle = [c for c in clients if c not in before]
         idle_before, global_before = _score_all(engine, algorithm, old, clients, idle)
@@ -349,7 +369,7 @@ def _round(
         line["evaluation"] = {
             "personal": personal,
             "global": everyone,
-            "personal_before": {c: before[c] for c in clients},
+            "personal_before": {c: before[c] for c in clients if c in before},
             "global_before": global_before,
         }
     return state, line
@@ -364,33 +384,13 @@ def _score_all(
 ) -> tuple[dict[str, Scores], dict[str, Scores]]:
     """Scores of the clients' personal models (or of those named) and of the global model."""
     own = clients if personal is None else personal
-    shared = global_model(engine, algorithm, state)
     return (
-        engine.evaluate(personal_models(engine, algorithm, state, own)),
-        engine.evaluate((c, shared) for c in clients),
+        engine.score(personal_models(algorithm, state, own)),
+        engine.score(global_models(algorithm, state, clients)),
     )
 
 
-def _known(partition: Partition, cohort: Sequence[str]) -> dict[str, Client]:
+def _known(weights: Mapping[str, float], cohort: Sequence[str]) -> dict[str, Client]:
     """What the server knows of the clients of a round."""
-    weights = {c: float(len(partition.splits[c].train)) for c in cohort}
-    sampled = sum(weights.values()) / partition.train_rows
-    return {c: Client(c, weight, sampled) for c, weight in weights.items()}
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine of this process."""
-    import platform
-    from importlib.metadata import version
-
-    import torch
-
-    names = ("fedvlm", "torch", "transformers", "peft", "datasets", "numpy", "safetensors")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {n: version(n) for n in names},
-        "processes": processes.size(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    sampled = sum(weights[c] for c in cohort) / sum(weights.values())
+    return {c: Client(c, weights[c], sampled) for c in cohort}
