@@ -5,16 +5,13 @@ from __future__ import annotations
 import json
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from fedvlm import config as configs
 from fedvlm import processes
 from fedvlm import store as stores
-from fedvlm.algorithms import TABLE, Algorithm, Client, State, Upload, build, check_share
+from fedvlm.algorithms import TABLE, Client, State, Upload, build, check_share
 from fedvlm.engines.base import Engine, Models, Scores, Task
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.progress import Progress, Quiet
@@ -26,30 +23,13 @@ from fedvlm.results import (
     write_answers,
     write_results,
 )
+from fedvlm.schedule import Round, of_round, plan
 from fedvlm.sections import Config
-from fedvlm.seeds import derive
 from fedvlm.tree import Mean, digest, nbytes, saved_bytes
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
     from fedvlm.engines.reference import ReferenceEngine
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round's plan, a function of the config alone.
-
-    Attributes:
-        number: from 1; the one after ``train.rounds`` is local tuning at the end.
-        cohort: the clients that take part.
-        algorithm: what they run.
-        evaluate: whether clients are scored after it.
-    """
-
-    number: int
-    cohort: tuple[str, ...]
-    algorithm: Algorithm
-    evaluate: bool
 
 
 def run(
@@ -90,8 +70,7 @@ def run(
             with store.locked():
                 begin(settings, store, {"partition.json": json.dumps(partition.to_dict())}, resume)
                 _draw(partition, store.folder)
-                weights = {c: float(len(s.train)) for c, s in partition.splits.items()}
-                results = drive(settings, engine, weights, store, progress)
+                results = drive(settings, engine, partition.weights, store, progress)
     return results
 
 
@@ -108,27 +87,6 @@ def resume(folder: str | Path, progress: Progress | None = None) -> Results:
     if stores.is_done(folder):
         return Results.read(folder)
     return run(settings, resume=True, progress=progress)
-
-
-def plan(config: Config, algorithm: Algorithm, clients: Sequence[str]) -> Iterator[Round]:
-    """All rounds of a run. The cohort is drawn from (seed, round)."""
-    rounds, size = config.train.rounds, config.train.clients_per_round or len(clients)
-    size = 1 if TABLE[config.algorithm.name].pools else size
-    for number in range(1, rounds + 1):
-        draw = np.random.default_rng(derive(config.seed, number, "cohort"))
-        chosen = sorted(draw.choice(len(clients), size=min(size, len(clients)), replace=False))
-        due = config.eval.every and number % config.eval.every == 0
-        cohort = tuple(clients[i] for i in chosen)
-        now = _of_round(config, algorithm, number)
-        yield Round(number, cohort, now, bool(due or number == rounds))
-    if algorithm.final:
-        last = rounds + 1
-        yield Round(last, tuple(clients), _of_round(config, algorithm, last), True)
-
-
-def _of_round(config: Config, algorithm: Algorithm, number: int) -> Algorithm:
-    last = algorithm.final if number > config.train.rounds else None
-    return last or algorithm.at(number)
 
 
 def _prepare_all(
@@ -149,7 +107,7 @@ def _follow(config: Config, group: processes.Group) -> Results:
 
     engine, _, _ = together(group, lambda: prepare(config), _described)
     algorithm = build(config.algorithm, config.lora)
-    serve(group, engine, lambda number: _of_round(config, algorithm, number))
+    serve(group, engine, lambda number: of_round(config, algorithm, number))
     return Results.read(config.output)
 
 
@@ -160,9 +118,18 @@ def _described(prepared: tuple[Engine, Partition, stores.Store]) -> str:
 
 
 def prepare(
-    config: Config, progress: Progress | None = None
+    config: Config,
+    progress: Progress | None = None,
+    divided: tuple[Any, Partition] | None = None,
+    store: stores.Store | None = None,
 ) -> tuple[ReferenceEngine, Partition, stores.Store]:
     """Loads data and model, and checks that the run can be done; writes nothing to its folder.
+
+    Args:
+        config: of the run.
+        progress: told what happens.
+        divided: the rows, and who has which, where they are there already.
+        store: keeps the personal states; that of ``config.output`` unless given.
 
     Raises:
         FedVLMError: it cannot; see :func:`run`.
@@ -175,8 +142,8 @@ def prepare(
     from fedvlm.models.lora import attach, drop_dead
 
     objective = objectives.build(config.objective)
-    rows, partition = divide(config)
-    store = stores.Store(config.output)
+    rows, partition = divided or divide(config)
+    store = store or stores.Store(config.output)
     loaded = load_model(config.model)
     set_threads(loaded.model, config.engine.threads)
     entry, adapter = TABLE[config.algorithm.name], config.adapter
@@ -296,7 +263,7 @@ def drive(
     clients = scored(config, names)
     if store.finished() is None:
         state = algorithm.init(engine.adapter)
-        untuned = _score_all(engine, algorithm, state, clients)
+        untuned = _score_all(engine, Round(0, (), algorithm, True), state, clients)
         answers = engine.answer("untuned", personal_models(algorithm, state, clients))
         write_answers(store.folder, "untuned", answers)
         line = {"round": 0, "evaluation": {"personal": untuned[0], "global": untuned[1]}}
@@ -345,7 +312,7 @@ def _round(
                 yield reply.client, {}
 
     # This trains them all; a pass is scored before the next is trained.
-    before = engine.score(Models("end", algorithm, ends()))
+    before = engine.score(Models("end", algorithm, ends(), round_.number))
     old = state
     if algorithm.gather and uploads:
         state = algorithm.gather(state, uploads)
@@ -363,8 +330,8 @@ def _round(
         line["missing"] = missing
     if clients:
         idle = [c for c in clients if c not in before]
-        idle_before, global_before = _score_all(engine, algorithm, old, clients, idle)
-        personal, everyone = _score_all(engine, algorithm, state, clients)
+        idle_before, global_before = _score_all(engine, round_, old, clients, idle)
+        personal, everyone = _score_all(engine, round_, state, clients)
         before |= idle_before
         line["evaluation"] = {
             "personal": personal,
@@ -377,16 +344,17 @@ def _round(
 
 def _score_all(
     engine: Engine,
-    algorithm: Algorithm,
+    round_: Round,
     state: State,
     clients: Sequence[str],
     personal: Sequence[str] | None = None,
 ) -> tuple[dict[str, Scores], dict[str, Scores]]:
     """Scores of the clients' personal models (or of those named) and of the global model."""
     own = clients if personal is None else personal
+    algorithm, number = round_.algorithm, round_.number
     return (
-        engine.score(personal_models(algorithm, state, own)),
-        engine.score(global_models(algorithm, state, clients)),
+        engine.score(personal_models(algorithm, state, own, number)),
+        engine.score(global_models(algorithm, state, clients, number)),
     )
 
 

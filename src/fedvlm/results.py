@@ -111,22 +111,28 @@ def of_all(some: Collection[str], clients: Collection[str]) -> str:
     return count if len(some) == len(clients) else f"{count}, {len(some):,} of them scored"
 
 
-def global_models(algorithm: Algorithm, state: State, clients: Iterable[str]) -> Models:
+def global_models(
+    algorithm: Algorithm, state: State, clients: Iterable[str], round_: int = 0
+) -> Models:
     """What clients have that keep nothing of their own: the shared factors on the common start."""
     down = algorithm.download(state, NOBODY)
-    return Models("global", algorithm, ((client, down) for client in clients))
+    return Models("global", algorithm, ((client, down) for client in clients), round_)
 
 
-def personal_models(algorithm: Algorithm, state: State, clients: Iterable[str]) -> Models:
+def personal_models(
+    algorithm: Algorithm, state: State, clients: Iterable[str], round_: int = 0
+) -> Models:
     """What each client has: the shared factors and those it keeps."""
     downs = ((client, algorithm.download(state, Client(client, 1.0))) for client in clients)
-    return Models("personal", algorithm, downs)
+    return Models("personal", algorithm, downs, round_)
 
 
 def write_answers(
     folder: Path, model: str, answers: Mapping[str, Sequence[Answer]]
 ) -> list[dict[str, Any]]:
-    """Writes ``answers/MODEL.jsonl``, a line for each held-out row; returns the lines."""
+    """Writes ``answers/MODEL.jsonl``, a line for each held-out row, if any; returns the lines."""
+    if not answers:
+        return []
     lines = [{"client": client, **a} for client, found in answers.items() for a in found]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_text(folder / "answers" / f"{model}.jsonl", text)

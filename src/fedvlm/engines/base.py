@@ -62,11 +62,13 @@ class Models:
         algorithm: of the round.
         downs: client -> what it is sent, which may be made while the engine asks for it; empty
             trees for ``end``.
+        round: whose algorithm it is; 0: the run's own.
     """
 
     kind: Literal["global", "personal", "end"]
     algorithm: Algorithm
     downs: Iterable[tuple[str, Tree]]
+    round: int = 0
 
 
 class Engine(Protocol):
