@@ -157,7 +157,8 @@ class Remote:
             scores = header.get("scores")
             if not isinstance(scores, dict) or not scores:
                 raise Unanswered("it gave no scores")
-            return {str(name): float(value) for name, value in scores.items()}
+            whole = {"examples": int}
+            return {str(n): whole.get(n, float)(value) for n, value in scores.items()}
 
         found = self._about(models, {"do": "score", "round": models.round}, checked)
         return {site: scores for site, scores in found if not isinstance(scores, Unanswered)}

@@ -44,9 +44,8 @@ def serve(folder: Path, say: Callable[[str], None]) -> None:
     path.write_text(json.dumps(tree, indent=2))
     (server / "transfer").mkdir(exist_ok=True)
     command = _command("server.server_train", server, "fed_server.json")
-    say(
-        f"server of '{project.name}' on port {project.server.port}, sites {', '.join(project.sites)}"
-    )
+    names = ", ".join(project.sites)
+    say(f"server of '{project.name}' on port {project.server.port}; its sites: {names}")
     with only_one(server):
         _keep(command, server, dict(os.environ), server / "nvflare.log", say)
 
@@ -165,6 +164,8 @@ def _keep(
         say: gets lines for a person.
         shown: a file whose new lines are for a person too.
     """
+    if paths := environment.get("PYTHONPATH"):  # relative ones mean something here only
+        environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("MALLOC_ARENA_MAX", "4")
     before = signal.signal(signal.SIGTERM, _interrupt)
