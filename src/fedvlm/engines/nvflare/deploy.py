@@ -28,7 +28,6 @@ Tell = Callable[[dict[str, Any]], None]
 
 CONNECT = 20.0  # seconds for the server to answer
 ASKED = 5.0  # seconds between questions to the server how the job is
-RUNNING = "federation.json"  # in a run's folder's parent: which job is its
 AGAIN = 3  # jobs in a row that end without a finished round, before this is an error
 
 
@@ -85,6 +84,7 @@ class Federation:
         with self.session() as session:
             found = [str(job["job_id"]) for job in self.jobs(session)]
             for job in found:
+                stores.write_text(self._mark(job), "")
                 session.abort_job(job)
         return found
 
@@ -118,30 +118,47 @@ class Federation:
         if stores.is_done(config.output):
             return Results.read(config.output)
         with self.session() as session:
-            running = self.jobs(session)
-            if running:
-                raise FedVLMError(
-                    f"job {running[0]['job_id']} is under way; end it with 'fedvlm deploy abort', "
-                    "or wait"
-                )
+            self._clear(session, config, resume)
         failures, last = 0, _finished(config)
         while not stores.is_done(config.output):
             with self.session() as session:
                 sites = self._gathered(session, limits.min_sites, wait, tell)
                 again = resume or begun(config.output)
-                events = self._submit(session, config, sites, limits, again, tell)
-                self._follow(session, *events, tell)
+                job, events = self._submit(session, config, sites, limits, again, tell)
+                self._follow(session, job, events, config, tell)
             if stores.is_done(config.output):
                 break
+            if self._mark(job).exists():
+                raise FedVLMError(f"ended by 'fedvlm deploy abort'; {_how(config)}")
             done = _finished(config)
             failures, last = (failures + 1 if done == last else 1), done
             if failures >= AGAIN:
                 raise FedVLMError(
-                    f"{AGAIN} jobs ended without a finished round; '{events[1]}' and "
+                    f"{AGAIN} jobs ended without a finished round; '{events}' and "
                     f"'{self.folder / 'server' / 'nvflare.log'}' say why"
                 )
             tell({"event": "again", "round": done})
         return Results.read(config.output)
+
+    def _clear(self, session: Session, config: Config, resume: bool) -> None:
+        """Ends an earlier job of the run that goes on; a server that crashed still lists it.
+
+        Raises:
+            FedVLMError: another run is under way.
+        """
+        for job in (str(job["job_id"]) for job in self.jobs(session)):
+            own = any(
+                json.loads((path.parent / "job.json").read_text())["config"]["output"]
+                == config.output
+                for path in (self.folder / "runs").glob("*/submitted")
+                if path.read_text() == job
+            )
+            if not (resume and own):
+                raise FedVLMError(
+                    f"job {job} is under way; end it with 'fedvlm deploy abort', or wait"
+                )
+            with contextlib.suppress(Exception):  # it may run nowhere
+                session.abort_job(job)
 
     def _gathered(self, session: Session, least: int, wait: float, tell: Tell) -> list[str]:
         """The connected sites, once they are all."""
@@ -186,28 +203,36 @@ class Federation:
         stores.write_text(folder / "job.json", json.dumps(job, indent=2))
         definition = write_job(folder / "job", folder / "job.json", sites, limits)
         number = str(session.submit_job(str(definition)))
+        stores.write_text(folder / "submitted", number)
         tell({"event": "submitted", "job": number, "sites": sites, "resume": resume})
         return number, events
 
-    def _follow(self, session: Session, job: str, events: Path, tell: Tell) -> None:
+    def _mark(self, job: str) -> Path:
+        """A file that says that a person has ended the job."""
+        return self.folder / "runs" / f"{job}.aborted"
+
+    def _follow(self, session: Session, job: str, events: Path, config: Config, tell: Tell) -> None:
         """Tells a job's events until it has ended.
 
         Raises:
-            FedVLMError: the run cannot go on, as the server's process says.
+            FedVLMError: the run cannot go on, as the server's process says, or the server is gone.
         """
         seen, asked = 0, time.monotonic()
         while True:
             lines = stores.read_lines(events)
             for event in lines[seen:]:
                 tell(event)
-                if event["event"] == "done":
+                if event["event"] in ("done", "aborted"):
                     return
                 if event["event"] == "error":
                     raise FedVLMError(event["why"])
             seen = len(lines)
             if time.monotonic() - asked > ASKED:
                 asked = time.monotonic()
-                status = str(session.get_job_meta(job).get("status"))
+                try:
+                    status = str(session.get_job_meta(job).get("status"))
+                except Exception as error:
+                    raise FedVLMError(f"the server is gone ({error}); {_how(config)}") from None
                 if _ended(status) and len(stores.read_lines(events)) == seen:
                     tell({"event": "ended", "status": status})
                     return
@@ -283,6 +308,10 @@ def write_job(folder: Path, job: Path, sites: list[str], limits: Limits) -> Path
     for name, tree in files.items():
         stores.write_text(folder / name, json.dumps(tree, indent=2))
     return folder
+
+
+def _how(config: Config) -> str:
+    return f"go on with: fedvlm deploy run --resume {config.output}"
 
 
 def _finished(config: Config) -> int | None:

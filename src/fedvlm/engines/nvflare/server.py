@@ -20,6 +20,7 @@ from fedvlm.progress import Progress
 from fedvlm.store import Store, append_line
 
 SITES = "sites.json"
+PATIENCE = 60.0  # seconds for the process of an earlier job to end
 GRACE = 20.0  # seconds more than the site has, so that the site tells what took too long
 
 
@@ -42,8 +43,12 @@ class Server:
 
         try:
             proxies = {client.name: client for client in collab.clients}
-            perform(self.job, asking(proxies), sorted(proxies), tell)
+            call = asking(proxies, collab.context.is_aborted)
+            perform(self.job, call, sorted(proxies), tell)
             tell({"event": "done"})
+        except Aborted:
+            tell({"event": "aborted"})
+            raise
         except FedVLMError as error:
             tell({"event": "error", "why": str(error)})
             raise
@@ -52,8 +57,12 @@ class Server:
             raise
 
 
-def asking(proxies: dict[str, Any]) -> Callable[..., Any]:
-    """How a site is asked."""
+class Aborted(Exception):
+    """NVFlare has ended the job: a person did, or a site's process died."""
+
+
+def asking(proxies: dict[str, Any], aborted: Callable[[], bool]) -> Callable[..., Any]:
+    """How a site is asked; once a job is aborted nobody is."""
 
     def call(
         site: str, header: dict[str, Any], blob: bytes, limit: float
@@ -64,6 +73,8 @@ def asking(proxies: dict[str, Any]) -> Callable[..., Any]:
         try:
             answer = proxies[site](timeout=limit + GRACE).ask(text, blob)
         except CollabCallError as error:
+            if aborted():
+                raise Aborted from None
             raise Unanswered(f"no answer: {error.cause}") from None
         if not (isinstance(answer, list | tuple) and len(answer) == 2):
             raise Unanswered("its answer has another form")
@@ -92,7 +103,7 @@ def perform(
     config = configs.load(job["config"])
     store = Store(config.output)
     engine = Remote(call, sites, Limits(**job["limits"]), tell)
-    with store.locked():
+    with store.locked(PATIENCE):
         if job["resume"]:
             known = json.loads((store.folder / SITES).read_text())
             engine.open(known["run"], config, known=known["weights"])

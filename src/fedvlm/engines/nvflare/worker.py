@@ -80,6 +80,7 @@ class Worker:
         from fedvlm import config as configs
         from fedvlm.engines.policy import read_policy
         from fedvlm.engines.site import Site
+        from fedvlm.store import Store
 
         run = _plain(asked["run"])
         if self.site is None:
@@ -87,7 +88,8 @@ class Worker:
             config = configs.load(asked["config"])
             policy.check(config)
             folder = Path(self.own["state"]) / "runs" / run
-            self._hold(folder)
+            self._lock = Store(folder).locked(LOCKED)  # an earlier job's worker may be ending
+            self._lock.__enter__()
             self.site = Site(self.own["name"], config, self.own["data"], folder, policy)
             self.run = run
             logger.info(
@@ -101,21 +103,6 @@ class Worker:
         if run != self.run:
             raise FedVLMError(f"this process has run '{self.run}', and '{run}' is asked for")
         return self.site.described()
-
-    def _hold(self, folder: Path) -> None:
-        """Keeps other processes off the run's state, those of an earlier job that end by and by."""
-        from fedvlm.store import Store
-
-        until = time.monotonic() + LOCKED
-        while True:
-            self._lock = Store(folder).locked()
-            try:
-                self._lock.__enter__()
-                return
-            except FedVLMError as error:
-                if "another process" not in str(error) or time.monotonic() > until:
-                    raise
-            time.sleep(0.5)
 
 
 def _plain(name: Any) -> str:
