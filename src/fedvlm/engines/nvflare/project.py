@@ -112,7 +112,16 @@ def provision(project: Project, folder: Path) -> dict[str, Path]:
     ca.mkdir(mode=0o700, exist_ok=True)
     described = ca / "nvflare.yml"
     described.write_text(yaml.safe_dump(_nvflare(project), sort_keys=False))
-    command = [sys.executable, "-m", "nvflare.lighter.provision", "-p", described, "-w", ca]
+    command = [
+        sys.executable,
+        "-m",
+        "nvflare.lighter.provision",
+        "-p",
+        described,
+        "-w",
+        ca,
+        "--force",
+    ]
     done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
     made = sorted((ca / project.name).glob("prod_*"))
     if done.returncode or not made:
