@@ -56,10 +56,11 @@ class Here:
         self.own = {s: {"name": s, "data": str(data / f"{s}.parquet")} for s in sites}
         self.own = {s: o | {"state": str(state / s), "policy": policy} for s, o in self.own.items()}
         self.workers = {s: Worker(own) for s, own in self.own.items()}
-        self.down, self.slow, self.broken = set(), {}, None
+        self.down, self.slow, self.broken, self.asked = set(), {}, None, []
         self.wire = []  # all that the sites have sent
 
     def __call__(self, site, header, blob, limit):
+        self.asked.append((site, header["do"], header.get("round")))
         time.sleep(self.slow.get(site, 0))
         if header["do"] == self.broken:
             return {"error": "died", "message": "x"}, b""
@@ -245,6 +246,9 @@ def test_a_site_that_is_away_is_left_out_and_comes_back(data, tmp_path):
     assert [line.get("missing") for line in lines] == [None, ["site-1"], None]
     (failed,) = [e for e in events if e["event"] == "failed"]
     assert (failed["site"], failed["round"], failed["why"]) == ("site-1", 1, "it is away")
+    asked = [what for site, *what in call.asked if site == "site-1"]
+    again = asked.index(["train", 2])
+    assert asked[again - 1] == ["ping", None], "it is asked whether it is there, before it trains"
 
 
 def test_no_site_is_an_error_and_the_round_does_not_count(data, tmp_path):

@@ -132,6 +132,15 @@ def abort(folder: Folder = HOME) -> None:
 
 
 @deploy.command()
+def readmit(folder: Folder = HOME) -> None:
+    """Let sites that were away take part again, from the last finished round on."""
+    from fedvlm.engines.nvflare.deploy import Federation
+
+    found = Federation(folder).abort(readmit=True)
+    typer.echo("the run goes on with all sites that are connected" if found else "no job is there")
+
+
+@deploy.command()
 def demo(
     to: Annotated[str, typer.Option(metavar="DIR", help="where everything goes")] = "runs/deploy",
     words: Annotated[

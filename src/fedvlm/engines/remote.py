@@ -29,6 +29,9 @@ Call = Callable[[str, dict[str, Any], bytes, float], tuple[dict[str, Any], bytes
 """``(site, header, tensors, seconds) -> (header, tensors)``; raises :class:`Unanswered`."""
 
 
+PING = 10.0  # seconds in which a site that failed has to say that it is there again
+
+
 class Unanswered(Exception):
     """A site gave no answer, or one that does not count."""
 
@@ -221,6 +224,8 @@ class Remote:
         def work(site: str, message: tuple[dict[str, Any], bytes, float]) -> Any:
             began = time.perf_counter()
             try:
+                if self._bench[site].failures:  # a whole deadline is not waited for again
+                    self._ask(site, {"do": "ping"}, b"", PING)
                 header, blob = self._ask(site, *message)
                 taken = time.perf_counter() - began
                 return checked(site, header, blob, taken) if checked else (header, blob)

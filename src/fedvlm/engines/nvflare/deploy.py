@@ -79,12 +79,18 @@ class Federation:
         with self.session() as session:
             return {"sites": self.connected(session), "jobs": self.jobs(session)}
 
-    def abort(self) -> list[str]:
-        """Ends what waits or runs; finished rounds stay, and ``--resume`` goes on."""
+    def abort(self, *, readmit: bool = False) -> list[str]:
+        """Ends the jobs that wait or run; finished rounds stay, and ``--resume`` goes on.
+
+        Args:
+            readmit: the ``run`` that follows a job goes on at once, with all sites that are
+                connected then: NVFlare lets nobody join a job that runs.
+        """
         with self.session() as session:
             found = [str(job["job_id"]) for job in self.jobs(session)]
             for job in found:
-                stores.write_text(self._mark(job), "")
+                if not readmit:
+                    stores.write_text(self._mark(job), "")
                 session.abort_job(job)
         return found
 

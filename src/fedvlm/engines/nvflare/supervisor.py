@@ -50,6 +50,8 @@ class Supervisor:
             blob: tensors.
             limit: seconds; a worker that takes longer is ended.
         """
+        if header["do"] == "ping":  # is the site there; its worker may be at work
+            return {}, b""
         until = time.monotonic() + limit
         if not self._turn.acquire(timeout=limit):
             return {"error": "failed", "message": "the site is busy with another call"}, b""
