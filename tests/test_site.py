@@ -259,6 +259,31 @@ def test_no_site_is_an_error_and_the_round_does_not_count(data, tmp_path):
     assert store.Store(tmp_path / "run").finished() == 0
 
 
+def test_a_full_disk_loses_nothing_and_the_round_can_be_done_again(data, tmp_path, monkeypatch):
+    call = Here(data, tmp_path / "state", sites=("site-0",))
+    opened = {"do": "open", "run": "r", "config": config(data).model_dump()}
+    assert "error" not in call("site-0", opened, b"", 9)[0]
+    site = call.workers["site-0"].site
+    down = site.algorithm.download(site.engine.adapter, Client("", 1.0))
+    first = site.train(1, down)
+    plain = store.save_tree
+
+    def full(path, tree):
+        if path.name == "mine.safetensors":
+            raise OSError(28, "No space left on device")
+        plain(path, tree)
+
+    monkeypatch.setattr(store, "save_tree", full)
+    with pytest.raises(OSError, match="No space left"):
+        site.train(2, down)
+    monkeypatch.setattr(store, "save_tree", plain)
+    assert site.store.rounds() == [1]
+    kept = site.store.personal(["site-0"])[0]
+    assert all(torch.equal(kept[n], t) for n, t in first.trees["mine"].items())
+    assert site.train(2, down).round == 2
+    assert site.store.rounds() == [1, 2]
+
+
 def test_a_site_refuses_what_its_policy_does_not_allow(data, tmp_path):
     policy = Policy(rounds=1, algorithms=["lora"], models={"other": "x"})
     with pytest.raises(Refused) as error:

@@ -65,7 +65,8 @@ class SiteStore(stores.Store):
 
     def rounds(self) -> list[int]:
         """The rounds of which there is a version, the newest one last."""
-        return sorted(int(p.name) for p in (self.folder / "rounds").glob("[0-9]*") if p.is_dir())
+        names = (path.name for path in (self.folder / "rounds").glob("*"))
+        return sorted(int(name) for name in names if name.isdigit())  # .tmp: was not finished
 
     def version(self, round_: int) -> Version | None:
         """What was done in a round, None if that is not here.

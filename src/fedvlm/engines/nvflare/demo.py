@@ -22,7 +22,7 @@ SITES = ("north", "south", "west")
 SETTINGS: dict[str, Any] = {
     "algorithm": {"name": "plora"},
     "partition": {"kind": "column", "column": "site", "splits": "alone", "min_rows": 2},
-    "train": {"rounds": 3, "local_steps": 5, "batch_size": 4, "lr": 5e-3},
+    "train": {"rounds": 8, "local_steps": 5, "batch_size": 4, "lr": 5e-3},
     "eval": {"every": 0, "max_rows": 10},
     "engine": {"clients": 1, "threads": 1},
 }

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import fcntl
 import json
 import os
@@ -23,6 +24,16 @@ MOST = 5  # such failures in a row end the command
 SITE = "FEDVLM_SITE"
 """The environment variable with what ``fedvlm site start`` says of the site, as JSON."""
 LOG = "site.log"
+MARK = "FEDVLM_PROCESSES_OF"
+"""The environment variable by which a command's processes are found, whoever started them."""
+NOTED = {
+    "Successfully registered client": "connected to the server",
+    "target_unreachable": "the server cannot be reached; trying again",
+    "CERTIFICATE_VERIFY_FAILED": "server and kit are not of the same federation, or a certificate "
+    "has expired: ask for a new kit",
+    "requires identity": "refused: the kit's certificate is another site's",
+}
+"""Lines in NVFlare's log -> what they mean to a person; each is said when it is new."""
 
 
 def serve(folder: Path, say: Callable[[str], None]) -> None:
@@ -168,10 +179,13 @@ def _keep(
         environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("MALLOC_ARENA_MAX", "4")
+    mark = environment[MARK] = str(folder)
+    _end_all(mark)  # what a killed command has left
     before = signal.signal(signal.SIGTERM, _interrupt)
     failures = 0
     try:
-        with open(log, "ab") as output, _tail(shown) as lines:
+        with open(log, "ab") as output, _tail(shown) as lines, _tail(log) as noise:
+            noted = ""
             while failures < MOST:
                 began = time.monotonic()
                 process = subprocess.Popen(
@@ -182,14 +196,20 @@ def _keep(
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
+                    preexec_fn=_ends_with_parent,
                 )
                 try:
                     while process.poll() is None:
                         time.sleep(0.3)
-                        for line in lines() if lines else ():
+                        for line in lines():
                             say(line)
+                        for line in noise():
+                            found = next((text for mark, text in NOTED.items() if mark in line), "")
+                            if found and found != noted:
+                                say(found)
+                                noted = found
                 finally:
-                    _end(process)
+                    _end(process, mark)
                 failures = failures + 1 if time.monotonic() - began < QUICK else 0
                 say(f"NVFlare ended (exit code {process.returncode}); starting it again, see {log}")
                 time.sleep(min(30, 2**failures))
@@ -205,22 +225,39 @@ def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
 
 
-def _end(process: subprocess.Popen[bytes]) -> None:
-    """Ends a process and all that it has started."""
+def _ends_with_parent() -> None:
+    """Has Linux end this process when the one that starts it is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _end(process: subprocess.Popen[bytes], mark: str) -> None:
+    """Ends a process, and all that were started under it."""
     for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, number)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(patience)
-            if number == signal.SIGKILL:
-                return
+    _end_all(mark)
+
+
+def _end_all(mark: str) -> None:
+    """Ends all processes of a command but this one; NVFlare starts some in sessions of their own.
+
+    The caller holds the folder's lock, so they are nobody else's.
+    """
+    wanted = f"{MARK}={mark}".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if int(path.parent.name) != os.getpid() and wanted in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
 
 
 @contextlib.contextmanager
-def _tail(path: Path | None) -> Iterator[Callable[[], list[str]] | None]:
+def _tail(path: Path | None) -> Iterator[Callable[[], list[str]]]:
     """Gives the lines that a file has got since it was asked last."""
     if path is None:
-        yield None
+        yield list
         return
     path.touch()
     with open(path, encoding="utf-8", errors="replace") as file:
