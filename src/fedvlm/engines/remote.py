@@ -140,6 +140,8 @@ class Remote:
     def train(self, algorithm: Algorithm, tasks: Sequence[Task]) -> Iterator[Reply]:
         self._round = tasks[0].round if tasks else self._round
         due = {t.client: t for t in tasks if self._bench[t.client].until <= self._round}
+        if len(due) < self.limits.min_sites:  # nobody is left out where that would end the run
+            due = {t.client: t for t in tasks}
         for site in (t.client for t in tasks if t.client not in due):
             self._tell({"event": "benched", "site": site, "round": self._round})
         count = 0

@@ -18,6 +18,7 @@ from fedvlm.engines.remote import Limits, Remote, Unanswered
 from fedvlm.errors import FedVLMError
 from fedvlm.progress import Progress
 from fedvlm.store import Store, append_line
+from fedvlm.tree import digest
 
 SITES = "sites.json"
 PATIENCE = 60.0  # seconds for the process of an earlier job to end
@@ -107,12 +108,17 @@ def perform(
         if job["resume"]:
             known = json.loads((store.folder / SITES).read_text())
             engine.open(known["run"], config, known=known["weights"])
+            if digest(engine.adapter) != known["adapter"]:
+                raise FedVLMError(
+                    "the sites begin from another initial adapter than when the run began: the "
+                    "model or the packages have changed; restore them, or start a new run"
+                )
             federate.begin(config, store, {}, resume=True)
         else:
             run = uuid.uuid4().hex[:12]
             engine.open(run, config)
             about = {"run": run, "weights": engine.weights, "rows": engine.rows}
-            text = json.dumps(about, indent=2) + "\n"
+            text = json.dumps(about | {"adapter": digest(engine.adapter)}, indent=2) + "\n"
             federate.begin(config, store, {SITES: text}, resume=False)
         tell({"event": "begun", "sites": list(engine.sites)})
         federate.drive(config, engine, engine.weights, store, Told(tell))
