@@ -9,6 +9,7 @@ first; at most ``at_once`` of them are under way or waiting for their turn.
 from __future__ import annotations
 
 import json
+import math
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -204,6 +205,8 @@ class Remote:
 
         def checked(site: str, header: dict[str, Any], blob: bytes, seconds: float) -> Reply:
             upload, loss = self._read(blob), float(header["loss"])
+            if not math.isfinite(loss):
+                raise Unanswered(f"its loss is {loss}")
             self._tell(
                 {
                     "event": "trained",

@@ -72,7 +72,7 @@ def asking(proxies: dict[str, Any], aborted: Callable[[], bool]) -> Callable[...
             raise Unanswered("it was not connected when this job began")
         text = json.dumps({**header, "limit": limit})
         try:
-            answer = proxies[site](timeout=limit + GRACE).ask(text, blob)
+            answer = proxies[site](timeout=limit + min(GRACE, limit)).ask(text, blob)
         except CollabCallError as error:
             if aborted():
                 raise Aborted from None
