@@ -30,7 +30,7 @@ def main() -> None:
         for number in range(1, job.rounds + 1):
             pace.wait()
             plan = federate.Round(number, tuple(partition.clients), algorithm, evaluate=False)
-            state, line = federate._round(plan, engine, partition, state, (), Quiet())
+            state, line = federate._round(plan, engine, partition.weights, state, (), Quiet())
             store.commit(number, state, line, {"round": number})
             pace.done(dict(state))
 

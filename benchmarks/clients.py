@@ -74,16 +74,16 @@ def run(folder: Path, clients: int, model: str, rounds: int) -> None:
     config = load(chosen | ({"model": {"name": "tiny"}} if model == "tiny" else {}))
     engine, partition, store = federate.prepare(config)
     with store.locked():
-        state = federate._open(config, engine, partition, store, False)
+        federate.begin(config, store, {}, False)
         algorithm = build(config.algorithm)
-        down = algorithm.download(state, Client("", 1.0))
+        down = algorithm.download(algorithm.init(engine.adapter), Client("", 1.0))
         mine = algorithm.finish(Work(down, {}, (engine.adapter,)))[1]
         fill(store, partition.clients, mine, engine.width)
         for round_ in itertools.islice(federate.plan(config, algorithm, partition.clients), rounds):
             for client in round_.cohort:  # clients that come for the first time have new rows
                 for row in partition.splits[client].train:
                     engine.collator.features(int(row))
-        federate._rounds(config, engine, partition, store, state, Paced(began))
+        federate.drive(config, engine, partition.weights, store, Paced(began))
 
 
 def fill(store: Store, clients: tuple[str, ...], mine: Any, width: int) -> None:

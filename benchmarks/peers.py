@@ -231,7 +231,9 @@ class Ours:
         from fedvlm.progress import Quiet
 
         plan = self._plan(self.number + 1)
-        self.result = federate._round(plan, self.engine, self.partition, self.state, (), Quiet())
+        self.result = federate._round(
+            plan, self.engine, self.partition.weights, self.state, (), Quiet()
+        )
 
     def round(self) -> float:
         """One round, as :func:`fedvlm.federate.run` does it."""

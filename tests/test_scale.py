@@ -2,7 +2,6 @@
 
 import json
 import weakref
-from dataclasses import replace
 
 import pytest
 import torch
@@ -101,10 +100,7 @@ def test_a_pass_is_scored_before_the_next_is_trained(small, monkeypatch):
 
     def watched(self, algorithm, tasks):
         for reply in plain(self, algorithm, tasks):
-            end = {name: tensor.clone() for name, tensor in reply.end.items()}
-            alive.append(weakref.ref(next(iter(end.values()))))
-            reply = replace(reply, end=end)
-            del end
+            alive.append(weakref.ref(next(iter(self.ended[reply.client].values()))))
             yield reply
             del reply
             most.append(sum(ref() is not None for ref in alive))

@@ -157,7 +157,7 @@ def fold_of(replies, algorithm=PLORA):
     state = algorithm.init(INITIAL)
     fold = Fold(algorithm, known, dict.fromkeys(replies, state), Forms(INITIAL))
     for client, upload in replies.items():
-        fold.add(Reply(client, upload, 12, 1.0, {}))
+        fold.add(Reply(client, upload, 12, 1.0))
     return fold, state
 
 

@@ -10,7 +10,7 @@ from typing import Annotated
 
 import typer
 
-from fedvlm import processes
+from fedvlm import cli_deploy, processes
 from fedvlm.errors import ConfigError, FedVLMError
 
 app = typer.Typer(
@@ -268,6 +268,10 @@ def algorithms() -> None:
     from fedvlm.report.tables import print_algorithms
 
     print_algorithms()
+
+
+app.add_typer(cli_deploy.deploy, name="deploy")
+app.add_typer(cli_deploy.site, name="site")
 
 
 def main() -> None:

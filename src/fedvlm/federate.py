@@ -4,53 +4,33 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import numpy as np
 
 from fedvlm import config as configs
 from fedvlm import processes
 from fedvlm import store as stores
-from fedvlm.algorithms import TABLE, Algorithm, Client, State, build, check_share
-from fedvlm.engines.base import Engine, Scores, Task
+from fedvlm.algorithms import TABLE, Client, State, build, check_share
+from fedvlm.engines.base import Engine, Models, Scores, Task
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.progress import Progress, Quiet
 from fedvlm.results import (
     Results,
-    global_model,
+    global_models,
     personal_models,
     scored,
     write_answers,
     write_results,
 )
+from fedvlm.schedule import Round, of_round, plan
 from fedvlm.sections import Config
-from fedvlm.seeds import derive
-from fedvlm.tree import Tree, digest, nbytes, saved_bytes
+from fedvlm.tree import digest, nbytes, saved_bytes
 from fedvlm.wire import Fold, Forms
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
     from fedvlm.engines.reference import ReferenceEngine
-
-
-@dataclass(frozen=True)
-class Round:
-    """One round's plan, a function of the config alone.
-
-    Attributes:
-        number: from 1; the one after ``train.rounds`` is local tuning at the end.
-        cohort: the clients that take part.
-        algorithm: what they run.
-        evaluate: whether clients are scored after it.
-    """
-
-    number: int
-    cohort: tuple[str, ...]
-    algorithm: Algorithm
-    evaluate: bool
 
 
 def run(
@@ -89,10 +69,9 @@ def run(
             engine, partition, store = _prepare_all(settings, group, progress)
             progress.partitioned(partition)
             with store.locked():
-                state = _open(settings, engine, partition, store, resume)
-                _rounds(settings, engine, partition, store, state, progress)
-                results = write_results(settings, partition, store, engine)
-            progress.finished(results)
+                begin(settings, store, {"partition.json": json.dumps(partition.to_dict())}, resume)
+                _draw(partition, store.folder)
+                results = drive(settings, engine, _weights(settings, partition), store, progress)
     return results
 
 
@@ -109,27 +88,6 @@ def resume(folder: str | Path, progress: Progress | None = None) -> Results:
     if stores.is_done(folder):
         return Results.read(folder)
     return run(settings, resume=True, progress=progress)
-
-
-def plan(config: Config, algorithm: Algorithm, clients: Sequence[str]) -> Iterator[Round]:
-    """All rounds of a run. The cohort is drawn from (seed, round)."""
-    rounds, size = config.train.rounds, config.train.clients_per_round or len(clients)
-    size = 1 if TABLE[config.algorithm.name].pools else size
-    for number in range(1, rounds + 1):
-        draw = np.random.default_rng(derive(config.seed, number, "cohort"))
-        chosen = sorted(draw.choice(len(clients), size=min(size, len(clients)), replace=False))
-        due = config.eval.every and number % config.eval.every == 0
-        cohort = tuple(clients[i] for i in chosen)
-        now = _of_round(config, algorithm, number)
-        yield Round(number, cohort, now, bool(due or number == rounds))
-    if algorithm.final:
-        last = rounds + 1
-        yield Round(last, tuple(clients), _of_round(config, algorithm, last), True)
-
-
-def _of_round(config: Config, algorithm: Algorithm, number: int) -> Algorithm:
-    last = algorithm.final if number > config.train.rounds else None
-    return last or algorithm.at(number)
 
 
 def _prepare_all(
@@ -150,7 +108,7 @@ def _follow(config: Config, group: processes.Group) -> Results:
 
     engine, _, _ = together(group, lambda: prepare(config), _described)
     algorithm = build(config.algorithm, config.lora, config.wire)
-    serve(group, engine, lambda number: _of_round(config, algorithm, number))
+    serve(group, engine, lambda number: of_round(config, algorithm, number))
     return Results.read(config.output)
 
 
@@ -161,9 +119,18 @@ def _described(prepared: tuple[Engine, Partition, stores.Store]) -> str:
 
 
 def prepare(
-    config: Config, progress: Progress | None = None
+    config: Config,
+    progress: Progress | None = None,
+    divided: tuple[Any, Partition] | None = None,
+    store: stores.Store | None = None,
 ) -> tuple[ReferenceEngine, Partition, stores.Store]:
     """Loads data and model, and checks that the run can be done; writes nothing to its folder.
+
+    Args:
+        config: of the run.
+        progress: told what happens.
+        divided: the rows, and who has which, where they are there already.
+        store: keeps the personal states; that of ``config.output`` unless given.
 
     Raises:
         FedVLMError: it cannot; see :func:`run`.
@@ -176,8 +143,8 @@ def prepare(
     from fedvlm.models.lora import attach, drop_dead
 
     objective = objectives.build(config.objective)
-    rows, partition = divide(config)
-    store = stores.Store(config.output)
+    rows, partition = divided or divide(config)
+    store = store or stores.Store(config.output)
     loaded = load_model(config.model)
     set_threads(loaded.model, config.engine.threads)
     entry, adapter = TABLE[config.algorithm.name], config.adapter
@@ -242,13 +209,20 @@ def divide(config: Config) -> tuple[Any, Partition]:
     return rows, partition
 
 
-def _open(
-    config: Config, engine: Engine, partition: Partition, store: stores.Store, resume: bool
-) -> State:
-    """The state to go on from: the last finished round's, or a new run's."""
-    described = json.dumps(partition.to_dict())
+def begin(config: Config, store: stores.Store, described: Mapping[str, str], resume: bool) -> None:
+    """Makes a run's folder, or takes it back to the last finished round.
+
+    Args:
+        config: of the run.
+        store: its folder, locked.
+        described: a file -> what it says of the clients, which a resumed run has to say as well.
+        resume: whether the run has begun before.
+
+    Raises:
+        FedVLMError: the folder is in use, or the clients are not what they were.
+    """
     if resume:
-        if (store.folder / "partition.json").read_text() != described:
+        if any((store.folder / name).read_text() != text for name, text in described.items()):
             raise FedVLMError(
                 f"the data are not what they were when the run in '{store.folder}' began: another "
                 "partition came out; restore them, or start a new run with output=DIR"
@@ -256,80 +230,86 @@ def _open(
         store.rewind()
     else:
         stores.check_fresh(store.folder)
-        store.create(
-            {
-                "partition.json": described,
-                "environment.json": json.dumps(environment(), indent=2) + "\n",
-                stores.CONFIG: configs.dump(config),
-            }
-        )
-    picture = store.folder / "partition.png"
+        about = {
+            "environment.json": json.dumps(processes.environment(), indent=2) + "\n",
+            stores.CONFIG: configs.dump(config),
+        }
+        store.create({**described, **about})
+
+
+def _draw(partition: Partition, folder: Path) -> None:
+    picture = folder / "partition.png"
     if not picture.exists():
         from fedvlm.report.skewplot import plot_partition
 
         plot_partition(partition, picture)
-    if store.finished() is not None:
-        return store.server()
-    return build(config.algorithm, config.lora, config.wire).init(engine.adapter)
 
 
-def _rounds(
+def drive(
     config: Config,
     engine: Engine,
-    partition: Partition,
+    weights: Mapping[str, float],
     store: stores.Store,
-    state: State,
     progress: Progress,
-) -> None:
-    from fedvlm.data import pool
+) -> Results:
+    """All rounds from the last finished one on, and the results; the same for every engine.
 
-    algorithm = build(config.algorithm, config.lora, config.wire)
-    clients, forms = scored(config, partition.clients), Forms(engine.adapter, config.wire.max_norm)
+    Args:
+        config: of the run.
+        engine: which has the clients.
+        weights: client -> its weight in a mean, the number of its training examples.
+        store: the run's folder, locked and begun.
+        progress: told what happens.
+    """
+    algorithm, names = build(config.algorithm, config.lora, config.wire), tuple(weights)
+    clients, forms = scored(config, names), Forms(engine.adapter, config.wire.max_norm)
     if store.finished() is None:
-        untuned = _score_all(engine, algorithm, state, clients)
-        answers = engine.answers(personal_models(engine, algorithm, state, clients))
+        state = algorithm.init(engine.adapter)
+        untuned = _score_all(engine, Round(0, (), algorithm, True), state, clients)
+        answers = engine.answer("untuned", personal_models(algorithm, state, clients))
         write_answers(store.folder, "untuned", answers)
         line = {"round": 0, "evaluation": {"personal": untuned[0], "global": untuned[1]}}
         store.commit(0, state, line, {"round": 0})
         progress.round(line, 0.0)
-    done = store.finished() or 0
-    if TABLE[config.algorithm.name].pools:
-        partition = pool.pooled(partition)
-    for round_ in plan(config, algorithm, partition.clients):
+    state, done = store.server(), store.finished() or 0
+    for round_ in plan(config, algorithm, names):
         if round_.number > done:
             began = time.perf_counter()
             rated = clients if round_.evaluate else ()
-            state, line = _round(round_, engine, partition, state, rated, progress, forms)
+            state, line = _round(round_, engine, weights, state, rated, progress, forms)
             seconds = time.perf_counter() - began
             store.commit(round_.number, state, line, {"round": round_.number, "seconds": seconds})
             progress.round(line, seconds)
+    results = write_results(config, names, store, engine)
+    progress.finished(results)
+    return results
 
 
 def _round(
     round_: Round,
     engine: Engine,
-    partition: Partition,
+    weights: Mapping[str, float],
     state: State,
     clients: Sequence[str],
     progress: Progress,
-    forms: Forms | None = None,
+    forms: Forms,
 ) -> tuple[State, dict[str, Any]]:
     """Downloads, local training, aggregation, and the scores of ``clients``."""
-    algorithm = round_.algorithm
-    known = _known(partition, round_.cohort)
+    algorithm, rated = round_.algorithm, frozenset(clients)
+    known = _known(weights, round_.cohort)
     down = {c: algorithm.download(state, known[c]) for c in round_.cohort}
-    tasks = [Task(c, round_.number, down[c]) for c in round_.cohort]
-    fold = Fold(algorithm, known, down, forms or Forms(engine.adapter))
-    rated = frozenset(clients)
+    tasks = [Task(c, round_.number, down[c], c in rated) for c in round_.cohort]
+    fold = Fold(algorithm, known, down, forms)
 
-    def ends() -> Iterator[tuple[str, Tree]]:
+    def ends() -> Iterator[tuple[str, dict[str, Any]]]:
         for reply in engine.train(algorithm, tasks):
             counts = fold.add(reply)
             progress.trained(reply.client, reply.loss)
             if counts and reply.client in rated:
-                yield reply.client, reply.end
+                yield reply.client, {}
 
-    before = engine.evaluate(ends())  # trains them all; a pass is scored before the next is trained
+    # This trains them all; a pass is scored before the next is trained.
+    before = engine.score(Models("end", algorithm, ends(), round_.number))
     old, state = state, fold.update(state)
     line: dict[str, Any] = {
         "round": round_.number,
@@ -339,15 +319,18 @@ def _round(
         "bytes_down": {c: saved_bytes(tree) for c, tree in down.items()},
         "evaluation": None,
     } | ({"rejected": fold.rejected} if fold.rejected else {})
+    answered = fold.losses.keys() | fold.rejected.keys()
+    if missing := [c for c in round_.cohort if c not in answered]:
+        line["missing"] = missing
     if clients:
         idle = [c for c in clients if c not in before]
-        idle_before, global_before = _score_all(engine, algorithm, old, clients, idle)
-        personal, everyone = _score_all(engine, algorithm, state, clients)
+        idle_before, global_before = _score_all(engine, round_, old, clients, idle)
+        personal, everyone = _score_all(engine, round_, state, clients)
         before |= idle_before
         line["evaluation"] = {
             "personal": personal,
             "global": everyone,
-            "personal_before": {c: before[c] for c in clients},
+            "personal_before": {c: before[c] for c in clients if c in before},
             "global_before": global_before,
         }
     return state, line
@@ -355,40 +338,29 @@ def _round(
 
 def _score_all(
     engine: Engine,
-    algorithm: Algorithm,
+    round_: Round,
     state: State,
     clients: Sequence[str],
     personal: Sequence[str] | None = None,
 ) -> tuple[dict[str, Scores], dict[str, Scores]]:
     """Scores of the clients' personal models (or of those named) and of the global model."""
     own = clients if personal is None else personal
-    shared = global_model(engine, algorithm, state)
+    algorithm, number = round_.algorithm, round_.number
     return (
-        engine.evaluate(personal_models(engine, algorithm, state, own)),
-        engine.evaluate((c, shared) for c in clients),
+        engine.score(personal_models(algorithm, state, own, number)),
+        engine.score(global_models(algorithm, state, clients, number)),
     )
 
 
-def _known(partition: Partition, cohort: Sequence[str]) -> dict[str, Client]:
+def _weights(config: Config, partition: Partition) -> dict[str, float]:
+    """Client -> the number of rows that it trains on."""
+    from fedvlm.data import pool
+
+    pools = TABLE[config.algorithm.name].pools
+    return (pool.pooled(partition) if pools else partition).weights
+
+
+def _known(weights: Mapping[str, float], cohort: Sequence[str]) -> dict[str, Client]:
     """What the server knows of the clients of a round."""
-    weights = {c: float(len(partition.splits[c].train)) for c in cohort}
-    sampled = sum(weights.values()) / partition.train_rows
-    return {c: Client(c, weight, sampled) for c, weight in weights.items()}
-
-
-def environment() -> dict[str, Any]:
-    """Versions and machine of this process."""
-    import platform
-    from importlib.metadata import version
-
-    import torch
-
-    names = ("fedvlm", "torch", "transformers", "peft", "datasets", "numpy", "safetensors")
-    return {
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "packages": {n: version(n) for n in names},
-        "processes": processes.size(),
-        "threads": torch.get_num_threads(),
-        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-    }
+    sampled = sum(weights[c] for c in cohort) / sum(weights.values())
+    return {c: Client(c, weights[c], sampled) for c in cohort}

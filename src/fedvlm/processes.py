@@ -217,3 +217,21 @@ def unpack(head: Tensor, body: Tensor) -> Any:
         tensors.append(body[start:end].clone().view(dtype).view(shape))
         start = end
     return _Unpickler(io.BytesIO(pickled), tensors).load()
+
+
+def environment() -> dict[str, Any]:
+    """Versions and machine of this process."""
+    import platform
+    from importlib.metadata import version
+
+    import torch
+
+    names = ("fedvlm", "torch", "transformers", "peft", "datasets", "numpy", "safetensors")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "packages": {n: version(n) for n in names},
+        "processes": size(),
+        "threads": torch.get_num_threads(),
+        "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }

@@ -5,23 +5,19 @@ from __future__ import annotations
 import csv
 import io
 import json
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
 from fedvlm.algorithms import NOBODY, Algorithm, Client, State
-from fedvlm.engines.base import Answer, Engine
+from fedvlm.engines.base import Answer, Engine, Models
 from fedvlm.metrics import METRICS, average, summarize
 from fedvlm.sections import Config
 from fedvlm.seeds import derive
 from fedvlm.store import DONE, Store, read_lines, slugs, write_text
-from fedvlm.tree import Tree
-
-if TYPE_CHECKING:
-    from fedvlm.data.partition import Partition
 
 MODELS = ("untuned", "global_before", "global", "personal_before", "personal")
 
@@ -73,36 +69,27 @@ class Results:
         return self.folder / "adapters" / name
 
 
-def write_results(config: Config, partition: Partition, store: Store, engine: Engine) -> Results:
+def write_results(config: Config, names: Sequence[str], store: Store, engine: Engine) -> Results:
     """Writes adapters, the table as CSV and JSON, and the picture; ``table.json`` last."""
     from fedvlm.algorithms import build
-    from fedvlm.models.lora import save_adapter
     from fedvlm.report.plots import plot_run
 
     lines = store.lines()
     algorithm, state = build(config.algorithm, config.lora, config.wire), store.server()
-    clients = scored(config, partition.clients)
-    shared = global_model(engine, algorithm, state)
-
-    def personal() -> Iterator[tuple[str, Tree]]:
-        return personal_models(engine, algorithm, state, clients)
-
-    answers = {
-        "untuned": read_lines(store.folder / "answers" / "untuned.jsonl"),
-        "global": write_answers(
-            store.folder, "global", engine.answers((c, shared) for c in clients)
-        ),
-        "personal": write_answers(store.folder, "personal", engine.answers(personal())),
-    }
-    table = tabulate(config, lines, partition.clients) | {"groups": _groups(config, answers)}
+    clients = scored(config, names)
+    answers = {"untuned": read_lines(store.folder / "answers" / "untuned.jsonl")}
+    for kind, models in (("global", global_models), ("personal", personal_models)):
+        found = engine.answer(kind, models(algorithm, state, clients))
+        answers[kind] = write_answers(store.folder, kind, found)
+    table = tabulate(config, lines, names) | {"groups": _groups(config, answers)}
     folder = store.folder / "adapters"
-    save_adapter(engine.model, shared, folder / "global")
-    for client, tree in personal():
-        save_adapter(engine.model, tree, folder / table["folders"][client])
+    engine.export(global_models(algorithm, state, [NOBODY.name]), {NOBODY.name: folder / "global"})
+    folders = {client: folder / name for client, name in table["folders"].items()}
+    engine.export(personal_models(algorithm, state, clients), folders)
     write_text(store.folder / "table.csv", as_csv(table))
     if table["groups"]:
         write_text(store.folder / "groups.csv", groups_csv(table))
-    title = f"{config.algorithm.name}, {of_all(clients, partition.clients)}"
+    title = f"{config.algorithm.name}, {of_all(clients, names)}"
     plot_run(lines, store.folder / "curves.png", title, metric=config.metric)
     write_text(store.folder / DONE, json.dumps(table, indent=2) + "\n")
     return Results(store.folder, table)
@@ -124,25 +111,28 @@ def of_all(some: Collection[str], clients: Collection[str]) -> str:
     return count if len(some) == len(clients) else f"{count}, {len(some):,} of them scored"
 
 
-def global_model(engine: Engine, algorithm: Algorithm, state: State) -> Tree:
-    """What a client has that keeps nothing of its own: the shared factors on the common start."""
-    return algorithm.start(engine.adapter, algorithm.download(state, NOBODY), {})
+def global_models(
+    algorithm: Algorithm, state: State, clients: Iterable[str], round_: int = 0
+) -> Models:
+    """What clients have that keep nothing of their own: the shared factors on the common start."""
+    down = algorithm.download(state, NOBODY)
+    return Models("global", algorithm, ((client, down) for client in clients), round_)
 
 
 def personal_models(
-    engine: Engine, algorithm: Algorithm, state: State, clients: Sequence[str]
-) -> Iterator[tuple[str, Tree]]:
-    """What each client has: the shared factors and those it keeps; one pass at a time."""
-    for start in range(0, len(clients), engine.width):
-        group = clients[start : start + engine.width]
-        downs = {c: algorithm.download(state, Client(c, 1.0)) for c in group}
-        yield from zip(group, engine.personal(algorithm, downs), strict=True)
+    algorithm: Algorithm, state: State, clients: Iterable[str], round_: int = 0
+) -> Models:
+    """What each client has: the shared factors and those it keeps."""
+    downs = ((client, algorithm.download(state, Client(client, 1.0))) for client in clients)
+    return Models("personal", algorithm, downs, round_)
 
 
 def write_answers(
     folder: Path, model: str, answers: Mapping[str, Sequence[Answer]]
 ) -> list[dict[str, Any]]:
-    """Writes ``answers/MODEL.jsonl``, a line for each held-out row; returns the lines."""
+    """Writes ``answers/MODEL.jsonl``, a line for each held-out row, if any; returns the lines."""
+    if not answers:
+        return []
     lines = [{"client": client, **a} for client, found in answers.items() for a in found]
     text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
     write_text(folder / "answers" / f"{model}.jsonl", text)

@@ -80,6 +80,11 @@ class PartitionConfig(Section):
     shards: Positive = Field(2, description="shards a client (kind=shards)")
     exponent: Annotated[float, Field(ge=0)] = Field(1.2, description="power law (kind=quantity)")
     min_rows: Positive = Field(10, description="fewest rows that a client may have")
+    splits: Literal["together", "alone"] = Field(
+        "together",
+        description="alone: a client's train, val and test depend on its own rows only, as they do "
+        "at a site of fedvlm deploy",
+    )
 
     @field_validator("lists", mode="before")
     @classmethod

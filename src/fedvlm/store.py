@@ -25,10 +25,11 @@ import json
 import os
 import re
 import shutil
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from fedvlm.errors import FedVLMError
 from fedvlm.packs import Packs, sync
@@ -57,8 +58,11 @@ class Store:
         sync(self.folder.absolute().parent)
 
     @contextlib.contextmanager
-    def locked(self) -> Iterator[None]:
+    def locked(self, patience: float = 0.0) -> Iterator[None]:
         """Keeps a second process off this run.
+
+        Args:
+            patience: seconds to wait for another process that is about to end.
 
         Raises:
             FedVLMError: another process holds it, or the folder cannot be written.
@@ -67,13 +71,14 @@ class Store:
             self.folder.mkdir(parents=True, exist_ok=True)
             handle = open(self.folder / ".lock", "w")  # noqa: SIM115
         with handle:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise FedVLMError(
-                    f"another process is working on the run in '{self.folder}'; wait for it, or "
-                    "choose another folder with output=DIR"
-                ) from None
+            until = time.monotonic() + patience
+            while not _locks(handle):
+                if time.monotonic() >= until:
+                    raise FedVLMError(
+                        f"another process is working on the run in '{self.folder}'; wait for it, "
+                        "or choose another folder with output=DIR"
+                    )
+                time.sleep(0.5)
             with writable(self.folder):
                 yield
 
@@ -152,6 +157,14 @@ class Store:
     def lines(self) -> list[dict[str, Any]]:
         """The metrics so far, a dict a round."""
         return read_lines(self.folder / "metrics.jsonl")
+
+
+def _locks(handle: IO[str]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
 
 
 def is_run(folder: str | Path) -> bool:

@@ -161,8 +161,8 @@ def _tuning(start: Tree, trained: set[str], steps: int) -> Algorithm:
 
 def _train(engine: Any, algorithm: Algorithm, site: str, config: Config) -> Tree:
     # The round after the last one: the schedule of the learning rate is over.
-    (reply,) = engine.train(algorithm, [Task(site, config.train.rounds + 1, {})])
-    return reply.end
+    list(engine.train(algorithm, [Task(site, config.train.rounds + 1, {}, rated=True)]))
+    return engine.ended.pop(site)
 
 
 def _target(run: Opened, site: str) -> Path:

@@ -68,9 +68,9 @@ class Partition:
     frequent: tuple[str, ...]
 
     @cached_property
-    def train_rows(self) -> int:
-        """All clients' training rows together."""
-        return sum(len(split.train) for split in self.splits.values())
+    def weights(self) -> dict[str, float]:
+        """Client -> its weight in a mean, the number of its training rows."""
+        return {client: float(len(split.train)) for client, split in self.splits.items()}
 
     def counts(self) -> dict[str, dict[str, int]]:
         """Client -> its number of ``train``, ``val`` and ``test`` rows."""
@@ -165,7 +165,8 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
 
     A client needs ``partition.min_rows`` rows, and at least two: one to train, one to test. Rows
     that share an image (``image_path``) stay together inside a client, and images are ranked alike
-    in all clients, so that most land in the same split everywhere.
+    in all clients, so that most land in the same split everywhere; unless ``partition.splits`` is
+    ``alone``, which makes a client's split a function of its own rows.
 
     The result depends on the rows, the ``data``, ``partition`` sections and ``seed`` only.
 
@@ -196,7 +197,13 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
         parts = _assigned(codes, kind, config, least)
     groups = _groups(rows)
     rank = _rng(config.seed, "split").permutation(groups.max() + 1)
-    splits = {name: _split(name, part, groups, rank, config) for name, part in parts.items()}
+    splits = {}
+    for name, part in parts.items():
+        own, order = groups[part], rank
+        if settings.splits == "alone":
+            own = np.unique(own, return_inverse=True)[1]
+            order = _rng(config.seed, "split").permutation(own.max() + 1)
+        splits[name] = _split(name, part, order[own], own, config)
     _warn_of_shared_images(splits, groups)
     often = frequent(codes, list(parts.values()), len(names))
     skew = dict(zip(parts, measure(codes, list(parts.values()), names, often), strict=True))
@@ -274,10 +281,12 @@ def _groups(rows: datasets.Dataset) -> np.ndarray:
 
 
 def _split(
-    client: str, part: np.ndarray, groups: np.ndarray, rank: np.ndarray, config: Config
+    client: str, part: np.ndarray, rank: np.ndarray, groups: np.ndarray, config: Config
 ) -> Split:
-    order = part[np.argsort(rank[groups[part]], kind="stable")]
-    starts = np.flatnonzero(np.diff(groups[order])) + 1
+    """A client's rows, whose images have these ranks and numbers, as train, val and test."""
+    places = np.argsort(rank, kind="stable")
+    order = part[places]
+    starts = np.flatnonzero(np.diff(groups[places])) + 1
     if not len(starts):
         raise DataError(
             f"client '{client}' has {len(part)} rows of a single image (column image_path), so "

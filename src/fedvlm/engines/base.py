@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Protocol
+from pathlib import Path
+from typing import Any, Literal, Protocol
 
 from fedvlm.algorithms import Algorithm
 from fedvlm.tree import Tree
@@ -24,11 +25,13 @@ class Task:
         client: its name.
         round: the round, from 1.
         down: what the server sent.
+        rated: whether its model at the end of the round's training is scored next.
     """
 
     client: str
     round: int
     down: Tree
+    rated: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,38 +43,55 @@ class Reply:
         upload: what leaves it.
         weight: the number of its training examples.
         loss: mean training loss over the round's steps: nats a token (SFT), the DPO loss a pair.
-        end: its whole adapter after training; stays in process, for evaluation only.
     """
 
     client: str
     upload: Tree
     weight: float
     loss: float
-    end: Tree
+
+
+@dataclass(frozen=True)
+class Models:
+    """One model of each of some clients, named and not handed over: it is made where it is kept.
+
+    Attributes:
+        kind: ``global``, what a client has that keeps nothing of its own; ``personal``, what it
+            makes of the download and what it keeps; ``end``, what it had when the round's training
+            ended, before the server aggregated (of tasks that were ``rated``, once).
+        algorithm: of the round.
+        downs: client -> what it is sent, which may be made while the engine asks for it; empty
+            trees for ``end``.
+        round: whose algorithm it is; 0: the run's own.
+    """
+
+    kind: Literal["global", "personal", "end"]
+    algorithm: Algorithm
+    downs: Iterable[tuple[str, Tree]]
+    round: int = 0
 
 
 class Engine(Protocol):
-    """Trains cohorts and scores models on one frozen base model."""
+    """Trains cohorts and scores models. What a client keeps never leaves the engine.
 
-    model: Any
-    """The base model, with LoRA attached."""
+    An engine whose clients can fail leaves out those that do; the loop goes on with the others.
+    """
+
     adapter: Tree
     """The common initial adapter."""
-    width: int
-    """Clients in a pass."""
 
     def train(self, algorithm: Algorithm, tasks: Sequence[Task]) -> Iterator[Reply]:
         """Runs ``start -> phases -> finish`` for each task and keeps what is personal."""
         ...
 
-    def personal(self, algorithm: Algorithm, downs: Mapping[str, Tree]) -> list[Tree]:
-        """The adapters that clients would use now, given what each was sent."""
+    def score(self, models: Models) -> dict[str, Scores]:
+        """Scores of clients' models, each on the client's own held-out rows."""
         ...
 
-    def evaluate(self, models: Iterable[tuple[str, Tree]]) -> dict[str, Scores]:
-        """Scores of (client, adapter) pairs, each on the client's own held-out rows."""
+    def answer(self, name: str, models: Models) -> dict[str, list[Answer]]:
+        """What :meth:`score` averages, every held-out row's answer; empty where these stay."""
         ...
 
-    def answers(self, models: Iterable[tuple[str, Tree]]) -> dict[str, list[Answer]]:
-        """What :meth:`evaluate` averages: every held-out row's answer and its scores."""
+    def export(self, models: Models, folders: Mapping[str, Path]) -> None:
+        """Writes models as PEFT folders, by client; personal ones stay where they are."""
         ...

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,7 +14,7 @@ import torch
 from fedvlm.algorithms import Algorithm, Phase, Work
 from fedvlm.data.collate import Collator
 from fedvlm.data.partition import Partition
-from fedvlm.engines.base import Answer, Reply, Scores, Task
+from fedvlm.engines.base import Answer, Models, Reply, Scores, Task
 from fedvlm.engines.extras import Extras
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import average, score_texts
@@ -38,6 +39,7 @@ class ReferenceEngine:
 
     Attributes:
         width: clients in a pass; the cohort engine has more than one.
+        ended: the adapters of ``rated`` tasks when their training ended, until they are scored.
     """
 
     width = 1
@@ -54,6 +56,7 @@ class ReferenceEngine:
         self.adapter = lora.read(self.params)
         self.objective = objectives.build(config.objective)
         self._forms = Forms(self.adapter)
+        self.ended: dict[str, Tree] = {}
         self._answers: dict[tuple[str, str], list[Answer]] = {}
 
     def train(
@@ -69,6 +72,7 @@ class ReferenceEngine:
         """
         if fresh:
             self._answers.clear()
+            self.ended.clear()
         for start in range(0, len(tasks), self.width):
             group = tasks[start : start + self.width]
             for task in group:
@@ -86,12 +90,37 @@ class ReferenceEngine:
                 weight, end = len(self.partition.splits[task.client].train), ends[-1]
                 if algorithm.validates:
                     (end,) = self._begun(algorithm, {task.client: task.down}, [kept[task.client]])
-                replies.append(Reply(task.client, upload, weight, loss, end))
+                if task.rated:
+                    self.ended[task.client] = end
+                replies.append(Reply(task.client, upload, weight, loss))
             self.store.keep(group[0].round, first + start, kept)
             yield from replies
 
-    def personal(self, algorithm: Algorithm, downs: Mapping[str, Tree]) -> list[Tree]:
-        return self._begun(algorithm, downs, self.store.personal(list(downs)))
+    def score(self, models: Models) -> dict[str, Scores]:
+        return self.evaluate(self.made(models))
+
+    def answer(self, name: str, models: Models) -> dict[str, list[Answer]]:
+        return self.answers(self.made(models))
+
+    def export(self, models: Models, folders: Mapping[str, Path]) -> None:
+        for client, tree in self.made(models):
+            lora.save_adapter(self.model, tree, folders[client])
+
+    def made(self, models: Models) -> Iterator[tuple[str, Tree]]:
+        """The adapters that are named; personal ones a pass at a time."""
+        algorithm, downs = models.algorithm, iter(models.downs)
+        if models.kind == "end":
+            yield from ((client, self.ended.pop(client)) for client, _ in downs)
+        elif models.kind == "global":
+            sent: Tree | None = None
+            for client, down in downs:
+                if down is not sent:  # all are sent the same
+                    sent, tree = down, algorithm.start(self.adapter, down, {})
+                yield client, tree
+        else:
+            while group := dict(itertools.islice(downs, self.width)):
+                mines = self.store.personal(list(group))
+                yield from zip(group, self._begun(algorithm, group, mines), strict=True)
 
     def _begun(
         self, algorithm: Algorithm, downs: Mapping[str, Tree], mines: Sequence[Tree]

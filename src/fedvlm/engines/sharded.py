@@ -16,10 +16,11 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice, pairwise
+from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from fedvlm.algorithms import Algorithm
-from fedvlm.engines.base import Answer, Reply, Scores, Task
+from fedvlm.engines.base import Answer, Models, Reply, Scores, Task
 from fedvlm.engines.reference import ReferenceEngine
 from fedvlm.errors import FedVLMError
 from fedvlm.processes import End, Group
@@ -51,13 +52,17 @@ class Train:
 
 @dataclass(frozen=True)
 class Score:
-    """A process's part of the models to score: clients' names and adapters."""
+    """A process's part of the models to score: clients' names and adapters.
 
-    models: Sequence[tuple[str, Tree]]
+    None is the adapter with which the process has ended the client's training.
+    """
+
+    models: Sequence[tuple[str, Tree | None]]
     texts: bool
 
     def perform(self, engine: ReferenceEngine) -> Mapping[str, Any]:
-        return engine.answers(self.models) if self.texts else engine.evaluate(self.models)
+        made = [(c, engine.ended.pop(c) if tree is None else tree) for c, tree in self.models]
+        return engine.answers(made) if self.texts else engine.evaluate(made)
 
 
 class Sharded:
@@ -70,7 +75,6 @@ class Sharded:
     def __init__(self, engine: ReferenceEngine, group: Group):
         self.engine = engine
         self.group = group
-        self.model = engine.model
         self.adapter = engine.adapter
         self.width = engine.width * group.size
         self._owners: dict[str, int] = {}  # who has met a client in this round, and its answers
@@ -88,16 +92,22 @@ class Sharded:
         if tasks:
             self.engine.store.refresh(tasks[0].round)
 
-    def personal(self, algorithm: Algorithm, downs: Mapping[str, Tree]) -> list[Tree]:
-        return self.engine.personal(algorithm, downs)
+    def score(self, models: Models) -> dict[str, Scores]:
+        return self._scored(self._made(models), texts=False)
 
-    def evaluate(self, models: Iterable[tuple[str, Tree]]) -> dict[str, Scores]:
-        return self._scored(models, texts=False)
+    def answer(self, name: str, models: Models) -> dict[str, list[Answer]]:
+        return self._scored(self._made(models), texts=True)
 
-    def answers(self, models: Iterable[tuple[str, Tree]]) -> dict[str, list[Answer]]:
-        return self._scored(models, texts=True)
+    def export(self, models: Models, folders: Mapping[str, Path]) -> None:
+        self.engine.export(models, folders)
 
-    def _scored(self, models: Iterable[tuple[str, Tree]], texts: bool) -> dict[str, Any]:
+    def _made(self, models: Models) -> Iterable[tuple[str, Tree | None]]:
+        """The adapters, by process 0; those at the end of training are where that was done."""
+        if models.kind == "end":
+            return ((client, None) for client, _ in models.downs)
+        return self.engine.made(models)
+
+    def _scored(self, models: Iterable[tuple[str, Tree | None]], texts: bool) -> dict[str, Any]:
         """A client stays with the process that had it before: what that knows is not done again."""
         found: dict[str, Any] = {}
         left = iter(models)

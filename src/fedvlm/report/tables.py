@@ -33,9 +33,11 @@ def print_run(results: Results) -> None:
     personal = models["personal"]["clients"]
     shown = list(personal) if len(personal) <= 20 else []
     for client in shown:
-        cells = [number(first, models[m]["clients"][client][first]) for m in models_shown()]
+        # A site of a deployment may have been away, or keep its number of rows to itself.
+        scores = [models[m]["clients"].get(client) for m in models_shown()]
+        cells = [number(first, found[first]) if found else "" for found in scores]
         more = [number(metric, personal[client][metric]) for metric in others]
-        out.add_row(client, str(personal[client]["examples"]), *cells, *more)
+        out.add_row(client, str(personal[client].get("examples", "")), *cells, *more)
     out.add_section()
     for key, head in (("mean", "mean"), ("std", "spread (std)"), ("worst10", "worst 10 %")):
         cells = [number(first, results.summary(m)[key]) for m in models_shown()]

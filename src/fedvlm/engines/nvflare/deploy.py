@@ -1,0 +1,328 @@
+"""Runs over real machines, from the server's machine: submit, follow, resume, status, abort."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import time
+import uuid
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
+
+from fedvlm import config as configs
+from fedvlm import store as stores
+from fedvlm.algorithms import TABLE
+from fedvlm.engines.nvflare.processes import read_federation
+from fedvlm.engines.nvflare.project import ADMIN, SERVER_CLASSES, SITE_CLASSES, Project
+from fedvlm.engines.nvflare.server import SITES
+from fedvlm.engines.remote import Limits
+from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.results import Results
+from fedvlm.sections import Config
+
+Tell = Callable[[dict[str, Any]], None]
+
+CONNECT = 20.0  # seconds for the server to answer
+ASKED = 5.0  # seconds between questions to the server how the job is
+AGAIN = 3  # jobs in a row that end without a finished round, before this is an error
+
+
+class Federation:
+    """A provisioned federation, as its server's machine sees it.
+
+    Args:
+        folder: what ``fedvlm deploy init`` has written.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).absolute()
+        self.project: Project = read_federation(self.folder)
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[Session]:
+        """Connected to the server.
+
+        Raises:
+            FedVLMError: it does not answer.
+        """
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                found = new_secure_session(ADMIN, str(self.folder / "admin"), timeout=CONNECT)
+        except Exception as error:
+            address = f"{self.project.server.address}:{self.project.server.admin_port}"
+            raise FedVLMError(
+                f"the server at {address} does not answer ({error}); start it with 'fedvlm deploy "
+                f"server {self.folder}'"
+            ) from None
+        try:
+            yield found
+        finally:
+            with contextlib.suppress(Exception):
+                found.close()
+
+    def connected(self, session: Session) -> list[str]:
+        """The sites that are connected now."""
+        found = {client.name for client in session.get_system_info().client_info}
+        return [site for site in self.project.sites if site in found]
+
+    def jobs(self, session: Session) -> list[dict[str, Any]]:
+        """The jobs that wait or run."""
+        found = [dict(job) for job in session.list_jobs()]
+        return [job for job in found if not _ended(str(job.get("status")))]
+
+    def status(self) -> dict[str, Any]:
+        """Who is connected, and what runs."""
+        with self.session() as session:
+            return {"sites": self.connected(session), "jobs": self.jobs(session)}
+
+    def abort(self, *, readmit: bool = False) -> list[str]:
+        """Ends the jobs that wait or run; finished rounds stay, and ``--resume`` goes on.
+
+        Args:
+            readmit: the ``run`` that follows a job goes on at once, with all sites that are
+                connected then: NVFlare lets nobody join a job that runs.
+        """
+        with self.session() as session:
+            found = [str(job["job_id"]) for job in self.jobs(session)]
+            for job in found:
+                if not readmit:
+                    stores.write_text(self._mark(job), "")
+                session.abort_job(job)
+        return found
+
+    def run(
+        self,
+        config: Config,
+        *,
+        resume: bool = False,
+        limits: Limits | None = None,
+        wait: float = 60.0,
+        tell: Tell = lambda event: None,
+    ) -> Results:
+        """A run over the sites that are connected, to its end.
+
+        A job that ends before the run does (a site's process was killed, say) is followed by
+        another one, which goes on at the next round with whoever is connected then.
+
+        Args:
+            config: of the run; ``output`` is on this machine.
+            resume: go on with the run in ``output``.
+            limits: what the server waits for.
+            wait: seconds for all sites to connect; those that have by then take part.
+            tell: is told what happens.
+
+        Raises:
+            FedVLMError: the run cannot begin, or not go on.
+        """
+        limits = limits or Limits()
+        config = config.model_copy(update={"output": str(Path(config.output).absolute())})
+        check(config, resume)
+        if stores.is_done(config.output):
+            return Results.read(config.output)
+        with self.session() as session:
+            self._clear(session, config, resume)
+        failures, last = 0, _finished(config)
+        while not stores.is_done(config.output):
+            with self.session() as session:
+                sites = self._gathered(session, limits.min_sites, wait, tell)
+                again = resume or begun(config.output)
+                job, events = self._submit(session, config, sites, limits, again, tell)
+                self._follow(session, job, events, config, tell)
+            if stores.is_done(config.output):
+                break
+            if self._mark(job).exists():
+                raise FedVLMError(f"ended by 'fedvlm deploy abort'; {_how(config)}")
+            done = _finished(config)
+            failures, last = (failures + 1 if done == last else 1), done
+            if failures >= AGAIN:
+                raise FedVLMError(
+                    f"{AGAIN} jobs ended without a finished round; '{events}' and "
+                    f"'{self.folder / 'server' / 'nvflare.log'}' say why"
+                )
+            tell({"event": "again", "round": done})
+        return Results.read(config.output)
+
+    def _clear(self, session: Session, config: Config, resume: bool) -> None:
+        """Ends an earlier job of the run that goes on; a server that crashed still lists it.
+
+        Raises:
+            FedVLMError: another run is under way.
+        """
+        for job in (str(job["job_id"]) for job in self.jobs(session)):
+            own = any(
+                json.loads((path.parent / "job.json").read_text())["config"]["output"]
+                == config.output
+                for path in (self.folder / "runs").glob("*/submitted")
+                if path.read_text() == job
+            )
+            if not (resume and own):
+                raise FedVLMError(
+                    f"job {job} is under way; end it with 'fedvlm deploy abort', or wait"
+                )
+            with contextlib.suppress(Exception):  # it may run nowhere
+                session.abort_job(job)
+
+    def _gathered(self, session: Session, least: int, wait: float, tell: Tell) -> list[str]:
+        """The connected sites, once they are all."""
+        until = time.monotonic() + wait
+        found: list[str] = []
+        while len(found) < len(self.project.sites):
+            now = self.connected(session)
+            for site in now:
+                if site not in found:
+                    tell({"event": "connected", "site": site})
+            found = now
+            if time.monotonic() > until:
+                break
+            if len(found) < len(self.project.sites):
+                time.sleep(1.0)
+        if len(found) < least:
+            missing = ", ".join(s for s in self.project.sites if s not in found)
+            raise FedVLMError(
+                f"{len(found)} sites are connected after {wait:.0f} s, and at least {least} are "
+                f"needed (--min-sites); missing: {missing}"
+            )
+        return found
+
+    def _submit(
+        self,
+        session: Session,
+        config: Config,
+        sites: list[str],
+        limits: Limits,
+        resume: bool,
+        tell: Tell,
+    ) -> tuple[str, Path]:
+        """Starts a job; its id, and the file of its events."""
+        folder = self.folder / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        events = folder / "events.jsonl"
+        job = {
+            "config": config.model_dump(),
+            "limits": limits.model_dump(),
+            "events": str(events),
+            "resume": resume,
+        }
+        stores.write_text(folder / "job.json", json.dumps(job, indent=2))
+        definition = write_job(folder / "job", folder / "job.json", sites, limits)
+        number = str(session.submit_job(str(definition)))
+        stores.write_text(folder / "submitted", number)
+        tell({"event": "submitted", "job": number, "sites": sites, "resume": resume})
+        return number, events
+
+    def _mark(self, job: str) -> Path:
+        """A file that says that a person has ended the job."""
+        return self.folder / "runs" / f"{job}.aborted"
+
+    def _follow(self, session: Session, job: str, events: Path, config: Config, tell: Tell) -> None:
+        """Tells a job's events until it has ended.
+
+        Raises:
+            FedVLMError: the run cannot go on, as the server's process says, or the server is gone.
+        """
+        seen, asked = 0, time.monotonic()
+        while True:
+            lines = stores.read_lines(events)
+            for event in lines[seen:]:
+                tell(event)
+                if event["event"] in ("done", "aborted"):
+                    return
+                if event["event"] == "error":
+                    raise FedVLMError(event["why"])
+            seen = len(lines)
+            if time.monotonic() - asked > ASKED:
+                asked = time.monotonic()
+                try:
+                    status = str(session.get_job_meta(job).get("status"))
+                except Exception as error:
+                    raise FedVLMError(f"the server is gone ({error}); {_how(config)}") from None
+                if _ended(status) and len(stores.read_lines(events)) == seen:
+                    tell({"event": "ended", "status": status})
+                    return
+            time.sleep(0.2)
+
+
+def begun(folder: str | Path) -> bool:
+    """Whether a folder holds a deployed run, finished or not."""
+    return stores.is_run(folder) and (Path(folder) / SITES).exists()
+
+
+def check(config: Config, resume: bool) -> None:
+    """Refuses what cannot be run over sites.
+
+    Raises:
+        ConfigError: the settings mean nothing there.
+        FedVLMError: the folder is taken, or holds nothing to go on with.
+    """
+    if TABLE[config.algorithm.name].pools:
+        raise ConfigError(
+            [f"algorithm.name={config.algorithm.name} needs all rows in one place: use fedvlm run"]
+        )
+    if resume and not begun(config.output):
+        raise FedVLMError(f"'{config.output}' holds no deployed run to go on with")
+    if not resume:
+        stores.check_fresh(config.output)
+
+
+def saved(folder: str | Path) -> Config:
+    """The settings of the deployed run in a folder.
+
+    Raises:
+        FedVLMError: it holds none.
+    """
+    if not begun(folder):
+        raise FedVLMError(f"'{folder}' holds no deployed run to go on with")
+    config = configs.load(Path(folder) / stores.CONFIG)
+    return config.model_copy(update={"output": str(folder)})
+
+
+def write_job(folder: Path, job: Path, sites: list[str], limits: Limits) -> Path:
+    """A job as NVFlare takes it: names of classes that the kits allow, and no code."""
+    controller, server = SERVER_CLASSES
+    executor, client = SITE_CLASSES
+    threads = {"max_call_threads": limits.at_once + 4}
+    collab = {"server_obj_id": "_server", "sync_task_timeout": 120, **threads}
+    files = {
+        "meta.json": {
+            "name": "fedvlm",
+            "resource_spec": {},
+            "min_clients": limits.min_sites,
+            "deploy_map": {"at_server": ["server"], "at_site": sites},
+        },
+        "at_server/config/config_fed_server.json": {
+            "format_version": 2,
+            "workflows": [{"id": "controller", "path": controller, "args": collab}],
+            "components": [{"id": "_server", "path": server, "args": {"job": str(job)}}],
+        },
+        "at_site/config/config_fed_client.json": {
+            "format_version": 2,
+            "executors": [
+                {
+                    "tasks": ["*"],
+                    "executor": {
+                        "path": executor,
+                        "args": {"client_obj_id": "_client", "max_call_threads": 4},
+                    },
+                }
+            ],
+            "components": [{"id": "_client", "path": client, "args": {}}],
+        },
+    }
+    for name, tree in files.items():
+        stores.write_text(folder / name, json.dumps(tree, indent=2))
+    return folder
+
+
+def _how(config: Config) -> str:
+    return f"go on with: fedvlm deploy run --resume {config.output}"
+
+
+def _finished(config: Config) -> int | None:
+    return stores.Store(config.output).finished()
+
+
+def _ended(status: str) -> bool:
+    return status.startswith(("FINISHED", "ABORTED", "FAILED", "ABANDONED"))

@@ -1,0 +1,125 @@
+"""Keeps a site's worker process running, from a process that has neither torch nor a model."""
+
+from __future__ import annotations
+
+import json
+import logging
+import socket
+import subprocess
+import sys
+import threading
+import time
+from typing import Any
+
+from fedvlm.engines.nvflare.frames import Closed, Message, receive, send
+
+logger = logging.getLogger("fedvlm")
+
+OPENING = 600.0  # seconds in which a worker has to have loaded data and model
+TRIES = 2
+
+
+class Supervisor:
+    """A worker process, started when it is needed, and again when it has died.
+
+    Args:
+        own: what the worker has to know of its site; see :class:`.worker.Worker`.
+        command: how it is started, before the socket's number and ``own``.
+    """
+
+    def __init__(self, own: dict[str, Any], command: list[str] | None = None):
+        self.own = own
+        self.command = command or [sys.executable, "-m", "fedvlm.engines.nvflare.worker"]
+        self.restarts = 0
+        self._process: subprocess.Popen[bytes] | None = None
+        self._sock: socket.socket | None = None
+        self._opening: dict[str, Any] | None = None
+        self._number = 0
+        self._turn = threading.Lock()
+
+    @property
+    def pid(self) -> int | None:
+        """The worker's, None while there is none."""
+        return self._process.pid if self._process else None
+
+    def call(self, header: dict[str, Any], blob: bytes = b"", limit: float = 60.0) -> Message:
+        """The worker's answer; one call at a time. A worker that dies is replaced, once a call.
+
+        Args:
+            header: ``do``, and what it needs; the last ``open`` is repeated to a new worker.
+            blob: tensors.
+            limit: seconds; a worker that takes longer is ended.
+        """
+        if header["do"] == "ping":  # is the site there; its worker may be at work
+            return {}, b""
+        until = time.monotonic() + limit
+        if not self._turn.acquire(timeout=limit):
+            return {"error": "failed", "message": "the site is busy with another call"}, b""
+        try:
+            if header["do"] == "open":
+                self._opening = header
+            for attempt in range(TRIES):
+                try:
+                    return self._ask(header, blob, until)
+                except Closed:
+                    code = self._reap()
+                    self.restarts += 1
+                    logger.warning(
+                        "the worker died (exit code %s) during '%s'%s",
+                        code,
+                        header["do"],
+                        "; starting another" if attempt + 1 < TRIES else "",
+                    )
+                except TimeoutError:
+                    self.stop()
+                    logger.warning("'%s' took more than %.0f s: ended", header["do"], limit)
+                    message = f"'{header['do']}' took more than {limit:.0f} s at the site"
+                    return {"error": "timeout", "message": message}, b""
+            message = f"the site's worker died {TRIES} times during '{header['do']}'"
+            return {"error": "died", "message": message}, b""
+        finally:
+            self._turn.release()
+
+    def stop(self) -> None:
+        """Ends the worker, if there is one."""
+        if self._process:
+            self._process.kill()
+            self._reap()
+
+    def _ask(self, header: dict[str, Any], blob: bytes, until: float) -> Message:
+        if self._process is None:
+            self._start()
+            if self._opening and header["do"] != "open":
+                left = min(OPENING, until - time.monotonic())
+                answer = self._exchange(self._opening, b"", left)
+                if "error" in answer[0]:
+                    return answer
+        return self._exchange(header, blob, until - time.monotonic())
+
+    def _exchange(self, header: dict[str, Any], blob: bytes, limit: float) -> Message:
+        assert self._sock is not None
+        self._number += 1
+        send(self._sock, {**header, "id": self._number}, blob)
+        return receive(self._sock, max(0.1, limit))
+
+    def _start(self) -> None:
+        ours, theirs = socket.socketpair()
+        with theirs:
+            number = str(theirs.fileno())
+            self._process = subprocess.Popen(
+                [*self.command, number, json.dumps(self.own)], pass_fds=(theirs.fileno(),)
+            )
+        self._sock = ours
+
+    def _reap(self) -> int | None:
+        process, sock = self._process, self._sock
+        self._process = self._sock = None
+        if sock:
+            sock.close()
+        if process is None:
+            return None
+        try:
+            return process.wait(10)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            return process.wait()

@@ -1,0 +1,165 @@
+"""A deployed run with real processes, mutual TLS on, and the commands around it."""
+
+import json
+import os
+import subprocess
+import sys
+import zipfile
+from importlib.util import find_spec
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedvlm import federate, store
+from fedvlm.config import load
+from fedvlm.errors import ConfigError, FedVLMError
+from test_cli import call
+
+needed = pytest.mark.skipif(
+    find_spec("nvflare") is None, reason="needs NVFlare: pip install 'fedvlm[deploy]'"
+)
+SITES = ("north", "south", "west")
+SMALL = ("train.rounds=2", "train.local_steps=2", "eval.max_rows=4", "eval.max_new_tokens=4")
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A small form of ``fedvlm deploy demo``: its folder, and what it printed."""
+    folder = tmp_path_factory.mktemp("deploy") / "demo"
+    command = [sys.executable, "-m", "fedvlm", "deploy", "demo", "--to", str(folder), *SMALL]
+    paths = [str(Path(federate.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, timeout=240, check=False
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    return folder, done.stdout
+
+
+def state(folder, site):
+    (found,) = (folder / "sites" / site / "runs").iterdir()
+    return found
+
+
+@needed
+def test_a_deployed_run_has_the_adapters_and_scores_of_one_process(demo, tmp_path):
+    folder, _ = demo
+    settings = load(folder / "run" / "config.yaml", f"output={tmp_path / 'run'}")
+    here = federate.run(settings)
+    there = json.loads((folder / "run" / "table.json").read_text())
+    for model in ("untuned", "global", "personal"):
+        for site in SITES:
+            theirs = there["models"][model]["clients"][site]
+            assert theirs == pytest.approx(here.table["models"][model]["clients"][site], abs=1e-4)
+    pairs = [(here.adapter(), folder / "run" / "adapters" / "global")]
+    pairs += [(here.adapter(s), state(folder, s) / "adapters" / "personal") for s in SITES]
+    for mine, theirs in pairs:
+        a, b = (store.load_tree(f / "adapter_model.safetensors") for f in (mine, theirs))
+        assert max((a[n] - b[n]).abs().max() for n in a) <= 1e-4
+
+
+@needed
+def test_what_is_personal_is_at_the_sites_only(demo):
+    folder, said = demo
+    at_server = [p for part in ("run", "federation") for p in (folder / part).rglob("*")]
+    assert not [p for p in at_server if "personal" in p.name or p.parent.name == "answers"]
+    for site in SITES:
+        kept = state(folder, site)
+        mine = store.load_tree(kept / "rounds" / "00002" / "mine.safetensors")
+        assert all(".lora_A." in name for name in mine)
+        assert (kept / "answers" / "personal.jsonl").exists()
+    assert "personal adapters and all answers are at the sites" in said
+
+
+@needed
+def test_the_run_can_be_followed(demo):
+    _, said = demo
+    for part in ("north: connected", "west: ready", "south: round 2, loss", "round 2 done"):
+        assert part in said
+
+
+@needed
+def test_a_kit_allows_one_class_and_no_code(demo):
+    folder, _ = demo
+    with zipfile.ZipFile(folder / "federation" / "sites" / "north.zip") as kit:
+        resources = json.loads(kit.read("local/resources.json"))
+        rights = json.loads(kit.read("local/authorization.json"))["permissions"]["project_admin"]
+        names = kit.namelist()
+    assert resources["class_list_enforcement_mode"] == "enforce"
+    assert [c for c in resources["class_allow_list"] if c.startswith("fedvlm")] == [
+        "fedvlm.engines.nvflare.client.Client"
+    ]
+    assert rights["byoc"] == rights["shell_commands"] == "none"
+    assert not [n for n in names if n.endswith(".sh") or "server" in n]
+    mode = (folder / "federation" / "sites" / "north.zip").stat().st_mode
+    assert mode & 0o077 == 0, "its owner alone may read the key"
+
+
+PROJECTS = {
+    "sites: [a]": "server: Field required",
+    "server: {address: 10.0.0.1}\nsites: [a]": "a host name",
+    "server: {address: h}\nsites: [a, a]": "named twice",
+    "server: {address: h}\nsites: ['a b']": "is no name for a site",
+    "server: {address: h, prot: 1}\nsites: [a]": "server.prot",
+}
+
+
+@pytest.mark.parametrize("text", PROJECTS)
+def test_a_wrong_project_says_what_is_wrong(text, tmp_path):
+    from fedvlm.engines.nvflare.project import read_project
+
+    (tmp_path / "project.yml").write_text(text)
+    with pytest.raises(ConfigError, match=PROJECTS[text]):
+        read_project(tmp_path / "project.yml")
+
+
+@needed
+def test_mistakes_are_one_message_and_exit_code_2(tmp_path, capsys, monkeypatch):
+    for words, said in (
+        (("deploy", "init", "no.yml"), "cannot be read"),
+        (("deploy", "server", "-f", str(tmp_path)), "holds no federation"),
+        (("deploy", "run", "-f", str(tmp_path)), "holds no federation"),
+        (("deploy", "run", "--resume", str(tmp_path)), "no deployed run"),
+        (("site", "start", "no.zip", "--data", "x", "--state", "s"), "there is no such file"),
+        (
+            ("site", "start", "no.zip", "--data", str(tmp_path), "--state", str(tmp_path / "s")),
+            "is no start-up kit",
+        ),
+    ):
+        code, _, errors = call(capsys, monkeypatch, *words)
+        assert code == 2
+        assert said in errors
+        assert "Traceback" not in errors
+
+
+def test_without_nvflare_the_command_says_what_to_install(capsys, monkeypatch):
+    monkeypatch.setattr("fedvlm.cli_deploy.find_spec", lambda name: None)
+    code, _, errors = call(capsys, monkeypatch, "deploy", "status")
+    assert code == 2
+    assert "pip install 'fedvlm[deploy]'" in errors
+
+
+def test_pooled_algorithms_are_refused_before_anything_is_sent(tmp_path):
+    pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy]'")
+    from fedvlm.engines.nvflare.deploy import check
+
+    with pytest.raises(FedVLMError, match="all rows in one place"):
+        check(load({"algorithm": {"name": "centralized"}, "output": str(tmp_path / "r")}), False)
+
+
+@needed
+def test_a_unit_for_systemd_is_printed(tmp_path, capsys, monkeypatch):
+    words = ("k.zip", "--data", "d.parquet", "--state", "s", "--systemd")
+    code, text, _ = call(capsys, monkeypatch, "site", "start", *words)
+    assert code == 0
+    assert "Restart=always" in text
+    assert f"--data {Path('d.parquet').absolute()}" in text
+
+
+def test_a_project_is_read_as_it_is_written(tmp_path):
+    from fedvlm.engines.nvflare.project import Project, read_project
+
+    project = Project.model_validate({"server": {"address": "fl.example.org"}, "sites": ["a", "b"]})
+    (tmp_path / "p.yml").write_text(yaml.safe_dump(project.model_dump()))
+    assert read_project(tmp_path / "p.yml") == project

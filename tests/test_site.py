@@ -1,0 +1,377 @@
+"""One client's side of a deployed run, its worker process, and the engine that asks the sites."""
+
+import json
+import os
+import signal
+import sys
+import threading
+import time
+
+import pytest
+import torch
+import yaml
+
+import fedvlm
+from fedvlm import federate, store
+from fedvlm.algorithms import Client, build
+from fedvlm.config import load
+from fedvlm.engines.nvflare.supervisor import Supervisor
+from fedvlm.engines.nvflare.worker import Worker
+from fedvlm.engines.policy import Policy, Refused, read_policy
+from fedvlm.engines.remote import Limits, Remote, Unanswered
+from fedvlm.engines.site import Site
+from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.progress import Quiet
+
+SITES = ("site-0", "site-1", "site-2")
+SETTINGS = {
+    "partition": {"kind": "column", "column": "site", "splits": "alone", "min_rows": 2},
+    "algorithm": {"name": "plora"},
+    "train": {"rounds": 2, "local_steps": 2, "batch_size": 4},
+    "eval": {"every": 0, "max_rows": 3, "max_new_tokens": 2},
+    "lora": {"rank": 2, "alpha": 4},
+    "engine": {"threads": 1, "clients": 1},
+}
+
+
+@pytest.fixture(scope="module")
+def data(tmp_path_factory):
+    """A parquet of each site's rows, and one of all."""
+    folder = tmp_path_factory.mktemp("data")
+    table = fedvlm.scenes(style="concept", sites=3, rows=16).to_pandas()
+    table.to_parquet(folder / "all.parquet", index=False)
+    for site in SITES:
+        table[table["site"] == site].to_parquet(folder / f"{site}.parquet", index=False)
+    return folder
+
+
+def config(data, *overrides):
+    return load(SETTINGS, f"data.path={data / 'all.parquet'}", *overrides)
+
+
+class Here:
+    """The sites' workers in this process; ``down`` are those that do not answer."""
+
+    def __init__(self, data, state, policy=None, sites=SITES):
+        self.own = {s: {"name": s, "data": str(data / f"{s}.parquet")} for s in sites}
+        self.own = {s: o | {"state": str(state / s), "policy": policy} for s, o in self.own.items()}
+        self.workers = {s: Worker(own) for s, own in self.own.items()}
+        self.down, self.slow, self.broken, self.asked = set(), {}, None, []
+        self.wire = []  # all that the sites have sent
+
+    def __call__(self, site, header, blob, limit):
+        self.asked.append((site, header["do"], header.get("round")))
+        time.sleep(self.slow.get(site, 0))
+        if header["do"] == self.broken:
+            return {"error": "died", "message": "x"}, b""
+        if site in self.down:
+            raise Unanswered("it is away")
+        header = json.loads(json.dumps(header))
+        with LOCK:  # torch's global random state is one in this process
+            answer = self.workers[site].perform(header, blob)
+        self.wire.append(json.dumps(answer[0]).encode() + answer[1])
+        return answer
+
+
+LOCK = threading.Lock()
+
+
+def deployed(call, settings, folder, *, resume=None, events=None, **limits):
+    """A run over sites, driven by the one round loop."""
+    tell = (events if events is not None else []).append
+    engine = Remote(call, SITES, Limits(at_once=2, **limits), tell)
+    engine.open("run-1", settings)
+    settings = settings.model_copy(update={"output": str(folder)})
+    kept = store.Store(folder)
+    with kept.locked():
+        federate.begin(settings, kept, {}, resume=bool(resume))
+        return federate.drive(settings, engine, engine.weights, kept, Quiet())
+
+
+@pytest.fixture(scope="module")
+def both(data, tmp_path_factory):
+    """The same run in one process, and over three sites."""
+    folder = tmp_path_factory.mktemp("runs")
+    settings = config(data, f"output={folder / 'here'}")
+    here = federate.run(settings)
+    call, events = Here(data, folder / "state"), []
+    call.slow["site-0"] = 0.05
+    there = deployed(call, settings, folder / "there", events=events)
+    return here, there, folder / "state", events, call
+
+
+def test_sites_get_the_scores_of_one_process(both):
+    here, there, *_ = both
+    for model in ("untuned", "global", "personal", "personal_before"):
+        assert there.table["models"][model]["clients"].keys() == dict.fromkeys(SITES).keys()
+        for site in SITES:
+            mine, theirs = (r.table["models"][model]["clients"][site] for r in (here, there))
+            assert theirs == pytest.approx(mine, abs=1e-4)
+
+
+def test_sites_get_the_adapters_of_one_process(both):
+    here, there, state, *_ = both
+    pairs = [(here.adapter(), there.adapter())]
+    pairs += [(here.adapter(s), state / s / "runs/run-1/adapters/personal") for s in SITES]
+    for mine, theirs in pairs:
+        a, b = (store.load_tree(f / "adapter_model.safetensors") for f in (mine, theirs))
+        assert a.keys() == b.keys()
+        assert max((a[n] - b[n]).abs().max() for n in a) <= 1e-4
+
+
+def test_what_is_personal_stays_at_the_site(both):
+    _, there, *_, call = both
+    assert not (there.folder / "personal").exists()
+    assert not list(there.folder.glob("answers/*"))
+    assert [p.name for p in (there.folder / "adapters").iterdir()] == ["global"]
+    _, blob = call("site-0", {"do": "train", "round": 2}, last_download(call), 9)
+    assert {n.split(".")[-2] for n in torch_names(blob)} == {"lora_B"}, "A is personal"
+
+
+def torch_names(blob):
+    from safetensors.torch import load
+
+    return load(blob)
+
+
+def last_download(call, site="site-0", round_=2):
+    """What the server sent in a round: the state after the one before."""
+    site = call.workers[site].site
+    known = site.store.version(round_ - 1)
+    assert known
+    return LAST[site.name]
+
+
+LAST = {}
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _remember():
+    """Keeps what each site was sent last."""
+    plain = Site.train
+
+    def train(self, round_, down):
+        from safetensors.torch import save
+
+        LAST[self.name] = save(down)
+        return plain(self, round_, down)
+
+    Site.train = train
+    yield
+    Site.train = plain
+
+
+def test_no_message_of_a_site_holds_personal_factors_images_or_text(both, data):
+    import pandas as pd
+
+    *_, call = both
+    sent = b"".join(call.wire)
+    rows = pd.read_parquet(data / "all.parquet")
+    secret = [image["bytes"][100:164] for image in rows["image"]]
+    secret += [text.encode() for text in rows["question"]]
+    secret += [text.encode() for text in rows["chosen"] if len(text) > 6]
+    for site in SITES:
+        kept = call.workers[site].site.store
+        for round_ in kept.rounds():
+            version = kept.version(round_)
+            mine = [tensor.numpy().tobytes() for tensor in version.trees["mine"].values()]
+            secret += [tensor[:32] for tensor in mine]
+            shared = [tensor.numpy().tobytes() for tensor in version.trees["upload"].values()]
+            assert all(tensor[:32] in sent for tensor in shared), "what is sent would be found"
+    assert len(secret) > 100
+    assert not [piece for piece in secret if piece in sent]
+
+
+def test_a_repeated_round_gives_the_saved_reply(both):
+    *_, call = both
+    site = call.workers["site-1"].site
+    saved = site.store.version(2)
+    down = torch_names(LAST["site-1"])
+    site.engine.train = None  # it must not be needed
+    try:
+        again = site.train(2, down)
+    finally:
+        del site.engine.train
+    assert again.loss == saved.loss
+    assert all(torch.equal(again.trees["upload"][n], t) for n, t in saved.trees["upload"].items())
+    assert site.store.rounds() == [1, 2]
+
+
+def test_an_old_round_is_refused(both):
+    *_, call = both
+    header, blob = call("site-1", {"do": "train", "round": 1}, LAST["site-1"], 9)
+    assert (header["error"], blob) == ("refused", b"")
+    assert "round 1 is over" in header["message"]
+
+
+def test_damaged_state_is_named_and_not_used(both, tmp_path):
+    *_, state, _, _ = both
+    kept = SiteCopy(state / "site-2" / "runs" / "run-1", tmp_path)
+    path = tmp_path / "rounds" / "00002" / "mine.safetensors"
+    data = bytearray(path.read_bytes())
+    data[-3] ^= 1
+    path.write_bytes(data)
+    with pytest.raises(FedVLMError, match=r"personal state of round 2 .* is damaged"):
+        kept.personal(["site-2"])
+    import shutil
+
+    shutil.rmtree(path.parent)
+    assert kept.personal(["site-2"])[0], "the version before is there"
+
+
+def SiteCopy(folder, to):
+    import shutil
+
+    from fedvlm.engines.site import SiteStore
+
+    shutil.copytree(folder / "rounds", to / "rounds")
+    return SiteStore(to)
+
+
+def test_a_site_that_is_away_is_left_out_and_comes_back(data, tmp_path):
+    call, events = Here(data, tmp_path / "state"), []
+    settings = config(data)
+    plain = Remote.train
+
+    def train(self, algorithm, tasks):
+        call.down = {"site-1"} if tasks[0].round == 1 else set()
+        yield from plain(self, algorithm, tasks)
+
+    Remote.train = train
+    try:
+        results = deployed(call, settings, tmp_path / "run", events=events)
+    finally:
+        Remote.train = plain
+    lines = store.Store(results.folder).lines()
+    assert [line.get("missing") for line in lines] == [None, ["site-1"], None]
+    (failed,) = [e for e in events if e["event"] == "failed"]
+    assert (failed["site"], failed["round"], failed["why"]) == ("site-1", 1, "it is away")
+    asked = [what for site, *what in call.asked if site == "site-1"]
+    again = asked.index(["train", 2])
+    assert asked[again - 1] == ["ping", None], "it is asked whether it is there, before it trains"
+
+
+def test_no_site_is_an_error_and_the_round_does_not_count(data, tmp_path):
+    call = Here(data, tmp_path / "state")
+    call.broken = "train"
+    with pytest.raises(FedVLMError, match="0 of 3 sites finished round 1"):
+        deployed(call, config(data, "eval.every=0"), tmp_path / "run")
+    assert store.Store(tmp_path / "run").finished() == 0
+
+
+def test_a_full_disk_loses_nothing_and_the_round_can_be_done_again(data, tmp_path, monkeypatch):
+    call = Here(data, tmp_path / "state", sites=("site-0",))
+    opened = {"do": "open", "run": "r", "config": config(data).model_dump()}
+    assert "error" not in call("site-0", opened, b"", 9)[0]
+    site = call.workers["site-0"].site
+    state = site.algorithm.init(site.engine.adapter)
+    down = site.algorithm.download(state, Client("", 1.0))
+    first = site.train(1, down)
+    plain = store.save_tree
+
+    def full(path, tree):
+        if path.name == "mine.safetensors":
+            raise OSError(28, "No space left on device")
+        plain(path, tree)
+
+    monkeypatch.setattr(store, "save_tree", full)
+    with pytest.raises(OSError, match="No space left"):
+        site.train(2, down)
+    monkeypatch.setattr(store, "save_tree", plain)
+    assert site.store.rounds() == [1]
+    kept = site.store.personal(["site-0"])[0]
+    assert all(torch.equal(kept[n], t) for n, t in first.trees["mine"].items())
+    assert site.train(2, down).round == 2
+    assert site.store.rounds() == [1, 2]
+
+
+def test_a_site_refuses_what_its_policy_does_not_allow(data, tmp_path):
+    policy = Policy(rounds=1, algorithms=["lora"], models={"other": "x"})
+    with pytest.raises(Refused) as error:
+        policy.check(config(data))
+    for part in ("2 rounds", "algorithm 'plora'", "model 'tiny'"):
+        assert part in str(error.value)
+    file = tmp_path / "policy.yml"
+    file.write_text(yaml.safe_dump({"bytes_per_round": 100}))
+    own = {"name": "site-0", "data": str(data / "site-0.parquet"), "state": str(tmp_path / "s")}
+    worker = Worker(own | {"policy": str(file)})
+    opened, _ = worker.perform({"do": "open", "run": "r", "config": config(data).model_dump()}, b"")
+    assert opened["rows"]["train"] > 0
+    down = build(config(data).algorithm).download(worker.site.engine.adapter, Client("", 1.0))
+    from safetensors.torch import save
+
+    refused, _ = worker.perform({"do": "train", "round": 1}, save(down))
+    assert refused["error"] == "refused"
+    assert "at most 100 are allowed" in refused["message"]
+
+
+def test_a_site_may_keep_its_row_count_to_itself(data, tmp_path):
+    settings = config(data)
+    site = Site("s", settings, str(data / "site-0.parquet"), tmp_path, Policy(tell_rows=False))
+    assert "rows" not in site.described()
+    assert "examples" not in site.score("global", 0, site.algorithm.init(site.engine.adapter))
+
+
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("rounds: 0", "rounds"),
+        ("algoritms: [lora]", "algoritms"),
+        ("algorithms: [nope]", "there is no 'nope'"),
+        ("set: {train.lr: 1}", "a site sets model, data, engine only"),
+    ],
+)
+def test_a_wrong_policy_says_what_is_wrong(text, said, tmp_path):
+    (tmp_path / "p.yml").write_text(text)
+    with pytest.raises(ConfigError, match=said):
+        read_policy(tmp_path / "p.yml")
+
+
+ECHO = """
+import json, os, socket, sys, time
+from fedvlm.engines.nvflare import worker
+
+class Echo:
+    opened = 0
+    def perform(self, asked, blob):
+        if asked["do"] == "die":
+            os.kill(os.getpid(), 9)
+        if asked["do"] == "die once" and not os.path.exists(asked["mark"]):
+            open(asked["mark"], "w").close()
+            os.kill(os.getpid(), 9)
+        if asked["do"] == "sleep":
+            time.sleep(60)
+        if asked["do"] == "open":
+            self.opened += 1
+        return {"pid": os.getpid(), "opened": self.opened}, blob[::-1]
+
+worker.serve(socket.socket(fileno=int(sys.argv[1])), Echo())
+"""
+
+
+@pytest.fixture
+def supervisor():
+    found = Supervisor({}, [sys.executable, "-c", ECHO])
+    yield found
+    found.stop()
+
+
+def test_a_worker_that_dies_is_replaced_and_asked_again(supervisor, tmp_path):
+    first, blob = supervisor.call({"do": "open"}, bytes(range(256)) * 5000)
+    assert blob == (bytes(range(256)) * 5000)[::-1]
+    assert supervisor.call({"do": "x"})[0]["pid"] == first["pid"], "one process for all calls"
+    after, _ = supervisor.call({"do": "die once", "mark": str(tmp_path / "mark")})
+    assert after["pid"] != first["pid"]
+    assert after["opened"] == 1, "the new worker has opened the run before it was asked"
+    os.kill(supervisor.pid, signal.SIGKILL)
+    assert "pid" in supervisor.call({"do": "x"})[0]
+
+
+def test_a_worker_that_dies_again_and_one_that_hangs_are_reported(supervisor):
+    died, _ = supervisor.call({"do": "die"})
+    assert died["error"] == "died"
+    began = time.monotonic()
+    late, _ = supervisor.call({"do": "sleep"}, limit=3.0)
+    assert late["error"] == "timeout"
+    assert time.monotonic() - began < 10
+    assert "pid" in supervisor.call({"do": "x"})[0]
