@@ -33,6 +33,7 @@ demo: $(VENV)/.stamp-run ## set up, then compare algorithms on eight small sites
 	$(BIN)/fedvlm demo
 
 test: export HF_HUB_OFFLINE = 1
+test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.stamp-dev ## set up, then run the tests
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 

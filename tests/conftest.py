@@ -25,6 +25,15 @@ def _one_thread():
 
 
 @pytest.fixture
+def no_pictures(monkeypatch):
+    """Runs draw nothing, which takes a third of a small one's time: for tests of other things."""
+    from fedvlm.report import plots, skewplot
+
+    monkeypatch.setattr(plots, "plot_run", lambda *args, **options: None)
+    monkeypatch.setattr(skewplot, "plot_partition", lambda *args, **options: None)
+
+
+@pytest.fixture
 def small(tmp_path):
     """Settings of a run that takes a second or two: three sites, two rounds."""
     return {
@@ -63,6 +72,14 @@ CAPABILITIES = {
 
 def pytest_addoption(parser):
     parser.addoption("--families-table", help="write what test_families.py found as Markdown")
+
+
+def pytest_collection_modifyitems(items):
+    """The tests of a model family follow one another: they share its model and its run."""
+    ours = [n for n, item in enumerate(items) if item.path.name == "test_families.py"]
+    by_family = sorted((items[n] for n in ours), key=lambda item: item.callspec.params["family"])
+    for n, item in zip(ours, by_family, strict=True):
+        items[n] = item
 
 
 @pytest.hookimpl(wrapper=True)

@@ -10,6 +10,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import weakref
 
 import numpy as np
 import pytest
@@ -34,15 +35,7 @@ from fedvlm.store import load_tree, read_lines
 from fedvlm.tree import products
 
 TOLERANCE = 1e-4
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    """Two hundred figures are not what is tested here."""
-    from fedvlm.report import plots, skewplot
-
-    monkeypatch.setattr(plots, "plot_run", lambda *args, **options: None)
-    monkeypatch.setattr(skewplot, "plot_partition", lambda *args, **options: None)
+pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def both(tmp_path, settings, *overrides):
@@ -135,7 +128,10 @@ SHARED_RULES = {
     "unequal ranks": ["algorithm.name=plora", "lora.ranks={site-0: 1}"],
     "a server's optimizer": ["algorithm.name=lora", "algorithm.server.name=adam"],
     "a proximal term": ["algorithm.name=plora", "algorithm.prox_mu=0.5"],
-    "parts and layers": ["algorithm.share={'part:vision': B, 'layer:1-2': AB}"],
+    "parts and layers": [
+        "algorithm.name=share",
+        "algorithm.share={'part:vision': B, 'layer:1-2': AB}",
+    ],
     # By AdamW a gradient that is only rounding makes a full step, here in one of 33,000 numbers.
     "auto by sgd": ["algorithm.name=auto", "train.optimizer=sgd", "train.lr=0.1"],
     "scaffold by sgd": ["algorithm.name=scaffold", "train.optimizer=sgd", "train.lr=0.1"],
@@ -301,7 +297,15 @@ def test_a_budget_of_memory_decides_how_many_clients_share_a_pass(small, tmp_pat
 def test_what_is_kept_for_the_backward_pass_is_counted_once():
     layer = torch.nn.Linear(8, 4)
     x = torch.ones(10, 8)
-    assert kept_for_backward(layer, lambda: layer(x).exp() * 2) == (10 * 8 + 10 * 4) * 4
+    results = []
+
+    def forward():
+        results.append(layer(x).exp())
+        return results[0] * 2
+
+    assert kept_for_backward(layer, forward) == (10 * 8 + 10 * 4) * 4
+    freed = weakref.ref(results.pop())
+    assert freed() is None, "the measured graph holds nothing of itself"
 
 
 def test_layers_of_experts_are_left_to_the_reference_engine(caplog):

@@ -51,13 +51,15 @@ def bytes_of(folder):
     }
 
 
-@pytest.fixture(scope="module")
-def finished(tmp_path_factory):
-    """A finished run of each algorithm, on the same clients."""
-    runs = {}
-    for name in ALGORITHMS:
+class Finished(dict):
+    """A finished run of each algorithm that is asked for, on the same clients."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __missing__(self, name):
         config = {
-            "output": str(tmp_path_factory.mktemp("runs") / name),
+            "output": str(self.folder / name),
             "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
             "partition": {"min_rows": 4},
             "algorithm": {"name": name, "ft_steps": 2},
@@ -65,8 +67,13 @@ def finished(tmp_path_factory):
             "eval": {"every": 1, "max_rows": 4, "max_new_tokens": 6},
             "lora": {"rank": 2, "alpha": 4},
         }
-        runs[name] = federate.run(config)
-    return runs
+        self[name] = federate.run(config)
+        return self[name]
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    return Finished(tmp_path_factory.mktemp("runs"))
 
 
 def evaluation(results, round_=-1):
@@ -107,7 +114,7 @@ def test_only_what_is_shared_reaches_the_server(finished, name):
 
 def test_all_algorithms_start_from_the_same_clients_and_the_same_model(finished):
     first = finished["plora"].folder
-    for results in finished.values():
+    for results in (finished[name] for name in ALGORITHMS):
         assert (results.folder / "partition.json").read_bytes() == (
             first / "partition.json"
         ).read_bytes()
@@ -198,7 +205,9 @@ def test_the_average_is_weighted_by_examples(small):
 
 
 def test_cohorts_are_sampled_by_seed_and_round():
-    config = load(None, "train.rounds=6", "train.clients_per_round=3", "eval.every=4")
+    config = load(
+        None, "algorithm.name=lora", "train.rounds=6", "train.clients_per_round=3", "eval.every=4"
+    )
     clients = [f"client-{i}" for i in range(10)]
     rounds = list(federate.plan(config, build(config.algorithm), clients))
     again = list(federate.plan(config, build(config.algorithm), clients))
@@ -317,7 +326,7 @@ def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):
         (["model.name=./no-model"], "no model folder"),
         (["lora.rank=999"], "lora.rank"),
         (["lora.target=nothing_like_it"], "matches none"),
-        (["algorithm.share={nothing_like_it: B}"], "matches none"),
+        (["algorithm.name=share", "algorithm.share={nothing_like_it: B}"], "matches none"),
         (["partition.kind=iid", "partition.clients=1000"], "1000"),
         (["partition.kind=column", "partition.column=hospital"], "hospital"),
         (["partition.kind=dirichlet", "partition.clients=4", "partition.min_rows=12"], "12"),

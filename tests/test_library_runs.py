@@ -17,16 +17,8 @@ from fedvlm.tree import cut, pairs, products
 from test_federate import ALGORITHMS as ELSEWHERE
 from test_federate import Stop, bytes_of
 
+pytestmark = pytest.mark.usefixtures("no_pictures")
 LIBRARY = [name for name in TABLE if name not in (*ELSEWHERE, "share")]
-
-
-@pytest.fixture(autouse=True)
-def _no_pictures(monkeypatch):
-    """Pictures are not what is tested here."""
-    from fedvlm.report import plots, skewplot
-
-    monkeypatch.setattr(plots, "plot_run", lambda *args, **options: None)
-    monkeypatch.setattr(skewplot, "plot_partition", lambda *args, **options: None)
 
 
 def settings(small, name):

@@ -101,7 +101,7 @@ class Federation:
         self.algorithm, self.clients, self.initial = algorithm, clients, initial
         self.state, self.kept = algorithm.init(initial), {c: {} for c in clients}
         self.training, self.round = training, 0
-        self.works, self.uploads = {}, {}
+        self.works, self.uploads, self.messages = {}, {}, {}
 
     def run(self, rounds=1, cohort=None):
         """Some rounds with these clients, all unless named."""
@@ -118,7 +118,8 @@ class Federation:
                 down = one.download(self.state, client)
                 start = one.start(self.initial, down, self.kept[name])
                 work = train(one, start, down, self.kept[name], gradient, **self.training)
-                upload, self.kept[name] = one.finish(work)
+                self.messages[name], self.kept[name] = one.finish(work)
+                upload = one.decode(self.messages[name], down)
                 self.works[name], self.uploads[name] = work, upload
                 uploads.append(Upload(client, upload))
                 if upload and not one.gather:

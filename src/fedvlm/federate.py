@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 from fedvlm import config as configs
 from fedvlm import processes
 from fedvlm import store as stores
-from fedvlm.algorithms import TABLE, Client, State, Upload, build, check_share
+from fedvlm.algorithms import TABLE, Client, State, build, check_share
 from fedvlm.engines.base import Engine, Models, Scores, Task
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.progress import Progress, Quiet
@@ -25,7 +25,8 @@ from fedvlm.results import (
 )
 from fedvlm.schedule import Round, of_round, plan
 from fedvlm.sections import Config
-from fedvlm.tree import Mean, digest, nbytes, saved_bytes
+from fedvlm.tree import digest, nbytes, saved_bytes
+from fedvlm.wire import Fold, Forms
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
@@ -57,6 +58,8 @@ def run(
         DataError: the data cannot be used as asked.
         FedVLMError: the model, the device or the output folder cannot be used.
     """
+    from fedvlm.data import pool
+
     settings = configs.load(config, *overrides)
     progress = progress or Quiet()
     if not resume:
@@ -70,7 +73,9 @@ def run(
             with store.locked():
                 begin(settings, store, {"partition.json": json.dumps(partition.to_dict())}, resume)
                 _draw(partition, store.folder)
-                results = drive(settings, engine, partition.weights, store, progress)
+                pools = TABLE[settings.algorithm.name].pools
+                weights = (pool.pooled(partition) if pools else partition).weights
+                results = drive(settings, engine, weights, store, progress)
     return results
 
 
@@ -106,7 +111,7 @@ def _follow(config: Config, group: processes.Group) -> Results:
     from fedvlm.engines.sharded import serve, together
 
     engine, _, _ = together(group, lambda: prepare(config), _described)
-    algorithm = build(config.algorithm, config.lora)
+    algorithm = build(config.algorithm, config.lora, config.wire)
     serve(group, engine, lambda number: of_round(config, algorithm, number))
     return Results.read(config.output)
 
@@ -186,6 +191,7 @@ def _most_kept(config: Config, partition: Partition) -> int:
         cohort = everyone
     trained = min(everyone, cohort * config.train.rounds)
     states = 2 * trained + (2 * cohort if cohort < trained else 0)
+    states *= 2 if config.wire.compress in ("int8", "topk") else 1  # with what is not sent yet
     return states + len(scored(config, partition.clients)) + 4
 
 
@@ -259,8 +265,8 @@ def drive(
         store: the run's folder, locked and begun.
         progress: told what happens.
     """
-    algorithm, names = build(config.algorithm, config.lora), tuple(weights)
-    clients = scored(config, names)
+    algorithm, names = build(config.algorithm, config.lora, config.wire), tuple(weights)
+    clients, forms = scored(config, names), Forms(engine.adapter, config.wire.max_norm)
     if store.finished() is None:
         state = algorithm.init(engine.adapter)
         untuned = _score_all(engine, Round(0, (), algorithm, True), state, clients)
@@ -274,7 +280,7 @@ def drive(
         if round_.number > done:
             began = time.perf_counter()
             rated = clients if round_.evaluate else ()
-            state, line = _round(round_, engine, weights, state, rated, progress)
+            state, line = _round(round_, engine, weights, state, rated, progress, forms)
             seconds = time.perf_counter() - began
             store.commit(round_.number, state, line, {"round": round_.number, "seconds": seconds})
             progress.round(line, seconds)
@@ -290,43 +296,34 @@ def _round(
     state: State,
     clients: Sequence[str],
     progress: Progress,
+    forms: Forms | None = None,
 ) -> tuple[State, dict[str, Any]]:
     """Downloads, local training, aggregation, and the scores of ``clients``."""
     algorithm, rated = round_.algorithm, frozenset(clients)
     known = _known(weights, round_.cohort)
     down = {c: algorithm.download(state, known[c]) for c in round_.cohort}
     tasks = [Task(c, round_.number, down[c], c in rated) for c in round_.cohort]
-    mean, uploads = Mean(), list[Upload]()
-    losses: dict[str, float] = {}
-    up: dict[str, int] = {}
+    fold = Fold(algorithm, known, down, forms or Forms(engine.adapter))
 
     def ends() -> Iterator[tuple[str, dict[str, Any]]]:
         for reply in engine.train(algorithm, tasks):
-            if reply.upload and algorithm.gather:
-                uploads.append(Upload(known[reply.client], reply.upload))
-            elif reply.upload:
-                mean.add(algorithm.lift(reply.upload, known[reply.client]), reply.weight)
-            losses[reply.client], up[reply.client] = reply.loss, saved_bytes(reply.upload)
+            counts = fold.add(reply)
             progress.trained(reply.client, reply.loss)
-            if reply.client in rated:
+            if counts and reply.client in rated:
                 yield reply.client, {}
 
     # This trains them all; a pass is scored before the next is trained.
     before = engine.score(Models("end", algorithm, ends(), round_.number))
-    old = state
-    if algorithm.gather and uploads:
-        state = algorithm.gather(state, uploads)
-    elif mean.total:
-        state = algorithm.update(state, mean.tree())
+    old, state = state, fold.update(state)
     line: dict[str, Any] = {
         "round": round_.number,
         "cohort": list(round_.cohort),
-        "train_loss": losses,
-        "bytes_up": up,
+        "train_loss": fold.losses,
+        "bytes_up": fold.bytes_up,
         "bytes_down": {c: saved_bytes(tree) for c, tree in down.items()},
         "evaluation": None,
-    }
-    if missing := [c for c in round_.cohort if c not in losses]:
+    } | ({"rejected": fold.rejected} if fold.rejected else {})
+    if missing := [c for c in round_.cohort if c not in fold.losses and c not in fold.rejected]:
         line["missing"] = missing
     if clients:
         idle = [c for c in clients if c not in before]

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedvlm.algorithms import Algorithm, Client, State, Work, build, check_share
+from fedvlm.algorithms import Algorithm, Client, State, build, check_share
 from fedvlm.sections import Config
 from fedvlm.tree import Tree, nbytes, pad, saved_bytes
+from fedvlm.wire import sent_up
 
 if TYPE_CHECKING:
     import torch
@@ -125,8 +126,4 @@ def messages(
 
 def _messages(algorithm: Algorithm, adapter: Tree, state: State, client: Client) -> tuple[int, int]:
     down = algorithm.download(state, client)
-    begun = algorithm.start(adapter, down, {})
-    phases = len(algorithm.phases)
-    work = Work(down, {}, (begun,) * phases, ({"A": 1.0, "B": 1.0},) * phases, begun)
-    upload, _ = algorithm.finish(work)
-    return saved_bytes(upload), saved_bytes(down)
+    return saved_bytes(sent_up(algorithm, adapter, down)), saved_bytes(down)

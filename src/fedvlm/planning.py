@@ -81,7 +81,7 @@ def forecast(config: Config) -> Forecast:
     unknown: list[str] = []
     partition = _partition(config, unknown)
     names = partition.clients if partition else _stated(config)
-    algorithm = build(config.algorithm, config.lora)
+    algorithm = build(config.algorithm, config.lora, config.wire)
     rounds = list(federate.plan(config, algorithm, names or (NOBODY.name,)))
     visits = [(round_.algorithm, client) for round_ in rounds for client in round_.cohort]
     steps, seen = zip(*_work(config, partition, names, visits), strict=True)

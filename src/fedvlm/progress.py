@@ -116,7 +116,7 @@ class Live(Progress):
         if line["round"] > self.config.train.rounds:
             self.bars.update(self.task, note="local tuning done")
         self.bars.update(self.task, completed=done)
-        if line["evaluation"]:
+        if line["evaluation"] or line.get("rejected"):
             self.bars.console.print(describe(line, self.config))
 
 
@@ -159,4 +159,6 @@ def describe(line: dict[str, Any], config: Config) -> str:
             mean = summarize({c: s[metric] for c, s in scores.items()})["mean"]
             parts.append(f"{model} {mean:.1%}")
         parts[-1] += f" {METRICS[metric].head}" + ("" if number else ", before any training")
+    if rejected := line.get("rejected"):
+        parts.append(f"rejected: {', '.join(rejected)}")
     return f"{head}  " + ", ".join(parts)

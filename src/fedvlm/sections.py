@@ -212,6 +212,29 @@ class TrainConfig(Section):
         return 1.0
 
 
+class WireConfig(Section):
+    """How uploads travel, and what the server takes."""
+
+    compress: Literal["none", "bf16", "int8", "topk"] = Field(
+        "none", description="of uploads; int8 and topk send later what they leave out"
+    )
+    topk: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="share of an upload's elements that is sent (compress=topk)"
+    )
+    max_norm: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="largest norm of an upload's change; one above is rejected; empty: any"
+    )
+
+    @model_validator(mode="after")
+    def _share_has_a_meaning(self) -> WireConfig:
+        if self.compress != "topk" and self.topk != 0.1:
+            raise ValueError(
+                f"topk={self.topk:g} has no meaning for compress={self.compress}: leave it out, or "
+                "set compress=topk"
+            )
+        return self
+
+
 class EvalConfig(Section):
     """When and how clients are scored."""
 
@@ -270,6 +293,7 @@ class Config(Section):
     algorithm: AlgorithmConfig = AlgorithmConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
+    wire: WireConfig = WireConfig()
     eval: EvalConfig = EvalConfig()
     engine: EngineConfig = EngineConfig()
 

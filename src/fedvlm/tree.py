@@ -52,6 +52,12 @@ def step(start: Mapping[str, Tensor], end: Mapping[str, Tensor], rate: float) ->
     return {n: t + rate * (end[n] - t) for n, t in start.items()}
 
 
+def change(down: Mapping[str, Tensor], up: Mapping[str, Tensor]) -> Tree:
+    """``up - down``, of the tensors that both have in one shape; the others of ``up`` as is."""
+    both = {n for n, t in up.items() if n in down and down[n].shape == t.shape}
+    return {n: t - down[n] if n in both else t for n, t in up.items()}
+
+
 def named(prefix: str, tree: Mapping[str, Tensor]) -> Tree:
     """The tensors under ``prefix/name``, to travel beside factors of the same names."""
     return {f"{prefix}/{n}": t for n, t in tree.items()}

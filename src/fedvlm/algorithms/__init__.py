@@ -10,6 +10,7 @@ from fedvlm.algorithms import mixing as mixes
 from fedvlm.algorithms.auto import auto
 from fedvlm.algorithms.base import NOBODY, Algorithm, Client, Phase, State, Term, Upload, Work
 from fedvlm.algorithms.client_terms import proximal, scaffold
+from fedvlm.algorithms.compressed import compressed
 from fedvlm.algorithms.dual import fedalt, feddpa, pair
 from fedvlm.algorithms.exact import exact
 from fedvlm.algorithms.flex import flexlora, hetlora, ranked
@@ -20,7 +21,7 @@ from fedvlm.errors import ConfigError
 from fedvlm.tree import module
 
 if TYPE_CHECKING:
-    from fedvlm.sections import AlgorithmConfig, Config, LoraConfig
+    from fedvlm.sections import AlgorithmConfig, Config, LoraConfig, WireConfig
 
 __all__ = [
     "NOBODY",
@@ -54,6 +55,7 @@ class Entry:
         spare: whether it needs ranks that no client trains.
         pools: whether all training rows are in one place; no federation.
         names: whether a question begins with its client's name.
+        partial: why the rest of an upload may not be sent later (``wire.compress=topk``), if so.
         check: what is wrong with a run's settings for it, if anything is.
     """
 
@@ -65,9 +67,12 @@ class Entry:
     spare: bool = False
     pools: bool = False
     names: bool = False
+    partial: str = ""
     check: Callable[[Config], str] = lambda config: ""
 
 
+OWN_START = "may begin a round at a client's own factors, not at what it was sent"
+VALUES = "uploads factors, not steps from what a client was sent"
 MEAN = ("server_lr", "server", "prox_mu", "lora.ranks")
 """What any algorithm takes that averages the factors themselves."""
 
@@ -114,6 +119,7 @@ TABLE: dict[str, Entry] = {
         "ours, the start by validation",
         lambda c, lora: auto(c.ft_steps, c.ft_checks, server_lr=c.server_lr),
         ("ft_steps", "ft_checks", "server_lr", "lora.ranks"),
+        partial=OWN_START,
         check=_validation,
     ),
     "plora": Entry("B", "A", "FedVLM, arXiv 2507.17088", _shares({"": "B"}), MEAN),
@@ -197,6 +203,7 @@ TABLE: dict[str, Entry] = {
         "interpolation, cf. APFL, arXiv 2003.13461",
         lambda c, lora: mixes.mixing(c.mix, server_lr=c.server_lr),
         ("mix_a", "mix_b", "server_lr", "lora.ranks"),
+        partial=OWN_START,
     ),
     "ditto": Entry(
         "A and B, shared model",
@@ -220,6 +227,7 @@ TABLE: dict[str, Entry] = {
         lambda c, lora: exact(lora.rank, spare_ranks("fedex", lora)),
         ("lora.spare",),
         spare=True,
+        partial=VALUES,
     ),
     "flora": Entry(
         "A and B",
@@ -228,6 +236,7 @@ TABLE: dict[str, Entry] = {
         lambda c, lora: exact(lora.rank, spare_ranks("flora", lora), restart=True),
         ("lora.spare",),
         spare=True,
+        partial=VALUES,
     ),
     "flexlora": Entry(
         "A and B",
@@ -235,6 +244,7 @@ TABLE: dict[str, Entry] = {
         "FlexLoRA, arXiv 2402.11505",
         lambda c, lora: flexlora(),
         ("lora.ranks",),
+        partial="factorizes anew every round, so that a rest has no ranks to be added to",
     ),
     "hetlora": Entry(
         "A and B",
@@ -264,6 +274,7 @@ TABLE: dict[str, Entry] = {
         "its half of the ranks",
         "FedALT, arXiv 2503.11880 (without its mixer)",
         lambda c, lora: fedalt(lora.rank),
+        partial=OWN_START,
         check=_even_rank,
     ),
     "similar": Entry(
@@ -298,12 +309,21 @@ TABLE: dict[str, Entry] = {
 }
 
 
-def build(config: AlgorithmConfig, lora: LoraConfig | None = None) -> Algorithm:
-    """The algorithm that a config names, for an adapter as ``lora`` has it (its defaults)."""
+def build(
+    config: AlgorithmConfig, lora: LoraConfig | None = None, wire: WireConfig | None = None
+) -> Algorithm:
+    """The algorithm that a config names.
+
+    Args:
+        config: the section ``algorithm``.
+        lora: the adapter's; None: its defaults.
+        wire: how uploads travel; None: as they are, as they do where nothing is federated.
+    """
     from fedvlm.sections import LoraConfig
 
-    lora = lora or LoraConfig()
-    return ranked(TABLE[config.name].build(config, lora), lora.ranks, lora.rank)
+    lora, entry = lora or LoraConfig(), TABLE[config.name]
+    one = ranked(entry.build(config, lora), lora.ranks, lora.rank)
+    return one if wire is None or entry.pools else compressed(one, wire)
 
 
 def spare_ranks(name: str, lora: LoraConfig) -> int:
@@ -343,6 +363,11 @@ def check_config(config: Config) -> list[str]:
         wrong.append(
             f"algorithm.server_lr={given.server_lr:g} is the step of a plain mean; with "
             f"algorithm.server.name={given.server.name} set algorithm.server.lr"
+        )
+    if entry.partial and config.wire.compress == "topk":
+        wrong.append(
+            "wire.compress=topk sends the rest of an upload later, and algorithm.name="
+            f"{given.name} {entry.partial}: set wire.compress=int8"
         )
     if reason := entry.check(config):
         wrong.append(f"algorithm.name={given.name}: {reason}")

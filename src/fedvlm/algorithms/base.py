@@ -119,6 +119,8 @@ class Algorithm:
         phases: client: what trains, and how long.
         finish: ``(work) -> (upload, mine)``; client: what leaves it, what stays.
         update: ``(state, mean) -> state``; server, from the weighted mean of the uploads.
+        decode: ``(message, down) -> upload``; server: what a client sends as it was before it was
+            compressed; ValueError where no client can have made the message.
         lift: ``(upload, client) -> tree``; server: what of an upload enters the mean.
         gather: ``(state, uploads) -> state``; server: in place of the mean and ``update``, where
             an algorithm needs every upload of a round at once.
@@ -138,6 +140,7 @@ class Algorithm:
     phases: tuple[Phase, ...]
     finish: Callable[[Work], tuple[Tree, Tree]]
     update: Callable[[State, Tree], State]
+    decode: Callable[[Tree, Tree], Tree] = lambda message, down: message
     lift: Callable[[Tree, Client], Tree] = lambda upload, client: upload
     gather: Callable[[State, Sequence[Upload]], State] | None = None
     turns: tuple[Algorithm, ...] = ()

@@ -16,6 +16,7 @@ from fedvlm.algorithms.sharing import sharing
 from fedvlm.tree import Tree, factor, named, part, plain
 
 CONTROL = "control"
+CHANGE = "changes"
 
 
 def towards_download(mu: float) -> Term:
@@ -52,11 +53,11 @@ def scaffold(*, server_lr: float = 1.0) -> Algorithm:
         for name, c in part(work.down, CONTROL).items():
             old = own[name] if own else c.new_zeros(c.shape)
             kept[name] = old - c + (work.down[name] - work.end[name]) / path[factor(name)]
-            upload[f"{CONTROL}/{name}"] = kept[name] - old
+            upload[f"{CHANGE}/{name}"] = kept[name] - old
         return upload, named(CONTROL, kept)
 
     def lift(upload: Tree, client: Client) -> Tree:
-        moved = part(upload, CONTROL).items()
+        moved = part(upload, CHANGE).items()
         return {**plain(upload), **named(CONTROL, {n: client.sampled * t for n, t in moved})}
 
     def update(state: State, mean: Tree) -> State:

@@ -24,6 +24,7 @@ from fedvlm.sections import Config, TrainConfig
 from fedvlm.seeds import derive
 from fedvlm.store import Store
 from fedvlm.tree import Tree, digest, factor
+from fedvlm.wire import Forms
 
 
 class Length(NamedTuple):
@@ -55,6 +56,7 @@ class ReferenceEngine:
         self.adapter = lora.read(self.params)
         self.objective = objectives.build(config.objective)
         self.ended: dict[str, Tree] = {}
+        self._forms = Forms(self.adapter)
         self._answers: dict[tuple[str, str], list[Answer]] = {}
 
     def train(
@@ -73,6 +75,8 @@ class ReferenceEngine:
             self.ended.clear()
         for start in range(0, len(tasks), self.width):
             group = tasks[start : start + self.width]
+            for task in group:
+                self._forms.check_download(algorithm, task.client, task.down)
             mines = self.store.personal([task.client for task in group])
             trees = self._begun(algorithm, {task.client: task.down for task in group}, mines)
             ended = self._train(trees, mines, algorithm.phases, group)

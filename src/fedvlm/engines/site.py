@@ -153,7 +153,7 @@ class Site:
         own = replace(whole, clients=(name,), splits={name: split}, skew={name: skew})
         self.engine, _, _ = federate.prepare(self.config, None, (rows, own), self.store)
         self.rows = own.counts()[name]
-        self.algorithm = build(self.config.algorithm, self.config.lora)
+        self.algorithm = build(self.config.algorithm, self.config.lora, self.config.wire)
 
     def described(self) -> dict[str, Any]:
         """What the server has to know of this site."""
