@@ -251,6 +251,24 @@ def test_a_site_that_is_away_is_left_out_and_comes_back(data, tmp_path):
     assert asked[again - 1] == ["ping", None], "it is asked whether it is there, before it trains"
 
 
+def test_a_bad_upload_is_rejected_by_name_and_the_round_goes_on(data, tmp_path):
+    from safetensors.torch import load, save
+
+    call = Here(data, tmp_path / "state")
+    plain = call.workers["site-2"].perform
+
+    def poisoned(header, blob):
+        about, sent = plain(header, blob)
+        if header["do"] == "train" and header["round"] == 1:
+            sent = save({name: tensor * float("nan") for name, tensor in load(sent).items()})
+        return about, sent
+
+    call.workers["site-2"].perform = poisoned
+    results = deployed(call, config(data), tmp_path / "run")
+    rejected = [line.get("rejected", {}) for line in store.Store(results.folder).lines()]
+    assert [list(r) for r in rejected] == [[], ["site-2"], []]
+
+
 def test_no_site_is_an_error_and_the_round_does_not_count(data, tmp_path):
     call = Here(data, tmp_path / "state")
     call.broken = "train"
@@ -297,7 +315,8 @@ def test_a_site_refuses_what_its_policy_does_not_allow(data, tmp_path):
     worker = Worker(own | {"policy": str(file)})
     opened, _ = worker.perform({"do": "open", "run": "r", "config": config(data).model_dump()}, b"")
     assert opened["rows"]["train"] > 0
-    down = build(config(data).algorithm).download(worker.site.engine.adapter, Client("", 1.0))
+    algorithm = build(config(data).algorithm)
+    down = algorithm.download(algorithm.init(worker.site.engine.adapter), Client("", 1.0))
     from safetensors.torch import save
 
     refused, _ = worker.perform({"do": "train", "round": 1}, save(down))
