@@ -58,7 +58,6 @@ def run(
         DataError: the data cannot be used as asked.
         FedVLMError: the model, the device or the output folder cannot be used.
     """
-    from fedvlm.data import pool
 
     settings = configs.load(config, *overrides)
     progress = progress or Quiet()
