@@ -100,7 +100,7 @@ class Store:
         for path in self._states():
             if int(path.stem) > last:
                 path.unlink()
-        for path in self.folder.glob("**/*.tmp"):
+        for path in filter(_unfinished, self.folder.rglob("*.*")):
             path.unlink()
         self._packs = Packs.rewound(self.folder / "personal", last)
         for name in ("metrics.jsonl", "timing.jsonl"):
@@ -190,10 +190,15 @@ def check_fresh(folder: str | Path) -> None:
         state = "a finished run" if is_done(path) else "an unfinished run"
         hint = "" if is_done(path) else f"continue it with 'fedvlm run --resume {path}', or "
         raise FedVLMError(f"output: '{path}' holds {state}; {hint}choose another with output=DIR")
-    if path.exists() and any(p.name != ".lock" and p.suffix != ".tmp" for p in path.iterdir()):
+    if path.exists() and any(p.name != ".lock" and not _unfinished(p) for p in path.iterdir()):
         raise FedVLMError(
             f"output: '{path}' is not empty and holds no run; choose another folder with output=DIR"
         )
+
+
+def _unfinished(path: Path) -> bool:
+    """Whether a killed process left it half written: ours end in .tmp, safetensors' begin so."""
+    return path.suffix == ".tmp" or path.name.startswith(".tmp")
 
 
 def check_room(folder: str | Path, needed: int) -> None:
