@@ -1,4 +1,4 @@
-"""What ``fedvlm demo`` compares, small enough for three minutes on two cores."""
+"""What ``fedvlm demo`` compares, small enough for two minutes on two cores."""
 
 from __future__ import annotations
 
