@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import ipaddress
 import json
 import os
@@ -19,6 +20,8 @@ from fedvlm.adaptation import Positive, Section
 from fedvlm.engines.policy import check_name
 from fedvlm.errors import ConfigError, FedVLMError
 
+SOON = 30  # days before its end, a certificate is spoken of
+RENEWED = "make a new federation (fedvlm deploy init --to DIR) and hand out its kits"
 ADMIN = "admin@fedvlm.local"
 PROJECT = "project.yml"
 SERVER_CLASSES = (
@@ -233,3 +236,20 @@ def unpacked(kit: str | Path, workspace: Path) -> str:
         ) from None
     workspace.chmod(0o700)
     return check_name(name)
+
+
+def check_certificate(path: Path) -> str:
+    """What a person has to know of a certificate's end; empty while that is far away.
+
+    Raises:
+        FedVLMError: it is over.
+    """
+    from cryptography import x509
+
+    end = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
+    left = end - datetime.datetime.now(datetime.UTC)
+    if left < datetime.timedelta():
+        raise FedVLMError(f"the certificate in '{path}' ended on {end:%Y-%m-%d}: {RENEWED}")
+    if left < datetime.timedelta(days=SOON):
+        return f"the certificate ends on {end:%Y-%m-%d}; before that, {RENEWED}"
+    return ""
