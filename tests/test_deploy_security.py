@@ -15,7 +15,8 @@ import pytest
 import yaml
 
 from fedvlm import federate, store
-from fedvlm.engines.nvflare.project import Project, Server, provision
+from fedvlm.engines.nvflare.project import Project, Server, check_certificate, provision
+from fedvlm.errors import FedVLMError
 from wiretap import Wiretap, are_records, pieces_of, pieces_of_rows
 
 pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy]'")
@@ -45,7 +46,7 @@ def read(kit, name):
 
 
 def expired(folder, kit):
-    """What the authority might have issued, valid until yesterday, for the key in a kit."""
+    """A certificate of the authority, valid until yesterday, for the key in a kit."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
 
@@ -217,7 +218,26 @@ def test_the_server_refuses_all_intruders_and_says_why(seen):
 def test_a_person_is_told_at_once_that_a_certificate_is_over(seen):
     folder, *_ = seen
     assert "ended on" in said(folder, "expired")
-    assert "hand out its kits" in said(folder, "expired")
+    assert "hand out the new kit" in said(folder, "expired")
+
+
+def test_a_certificate_that_ends_is_made_anew_by_the_same_authority(tmp_path):
+    project = Project(server=Server(address="localhost"), sites=list(SITES), days=2000)
+    kits = provision(project, tmp_path)
+    kept = tmp_path / "ca" / "fedvlm" / "state" / "cert.json"
+    made = json.loads(kept.read_text())
+    made["north"]["cert"] = expired(tmp_path, kits["north"]).decode()
+    kept.write_text(json.dumps(made))
+    before = read(kits["south"], "startup/client.crt")
+    root = read(kits["south"], "startup/rootCA.pem")
+    again = provision(project, tmp_path)
+    assert read(again["south"], "startup/client.crt") == before
+    assert read(again["north"], "startup/rootCA.pem") == root
+    (tmp_path / "new.crt").write_bytes(read(again["north"], "startup/client.crt"))
+    assert check_certificate(tmp_path / "new.crt") == "", "its end is far away"
+    (tmp_path / "old.crt").write_bytes(made["north"]["cert"].encode())
+    with pytest.raises(FedVLMError, match="ended on"):
+        check_certificate(tmp_path / "old.crt")
 
 
 def test_a_run_among_intruders_is_that_of_its_own_sites(seen):

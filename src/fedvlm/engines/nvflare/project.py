@@ -16,12 +16,15 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
+from fedvlm import store as stores
 from fedvlm.adaptation import Positive, Section
 from fedvlm.engines.policy import check_name
 from fedvlm.errors import ConfigError, FedVLMError
 
-SOON = 30  # days before its end, a certificate is spoken of
-RENEWED = "make a new federation (fedvlm deploy init --to DIR) and hand out its kits"
+SOON = datetime.timedelta(days=30)  # before its end, a certificate is made anew
+RENEWED = (
+    "on the server's machine, 'fedvlm deploy init project.yml' again; then hand out the new kit"
+)
 ADMIN = "admin@fedvlm.local"
 PROJECT = "project.yml"
 SERVER_CLASSES = (
@@ -100,7 +103,7 @@ def read_project(path: str | Path) -> Project:
 
 
 def provision(project: Project, folder: Path) -> dict[str, Path]:
-    """Writes certificates and kits; again, with new sites or for new certificates, as well.
+    """Writes certificates and kits; again, for new sites or for certificates that end, as well.
 
     Args:
         project: who takes part.
@@ -113,6 +116,7 @@ def provision(project: Project, folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     ca = folder / "ca"
     ca.mkdir(mode=0o700, exist_ok=True)
+    _forget_ending(ca / project.name / "state" / "cert.json")
     described = ca / "nvflare.yml"
     described.write_text(yaml.safe_dump(_nvflare(project), sort_keys=False))
     command = [
@@ -148,6 +152,24 @@ def provision(project: Project, folder: Path) -> dict[str, Path]:
     _restrict(kits["server"] / "local", SERVER_CLASSES)
     (folder / PROJECT).write_text(yaml.safe_dump(project.model_dump(), sort_keys=False))
     return kits
+
+
+def _forget_ending(path: Path) -> None:
+    """Has those certificates made anew that end soon: NVFlare keeps what it has made, over or not.
+
+    Args:
+        path: NVFlare's file of them all, if it has made any.
+    """
+    if not path.exists():
+        return
+    tree = json.loads(path.read_text())
+    kept = {
+        who: made
+        for who, made in tree.items()
+        if not (isinstance(made, dict) and _left(made["cert"].encode())[1] < SOON)
+    }
+    if kept != tree:
+        stores.write_text(path, json.dumps(kept))
 
 
 def _nvflare(project: Project) -> dict[str, Any]:
@@ -244,12 +266,15 @@ def check_certificate(path: Path) -> str:
     Raises:
         FedVLMError: it is over.
     """
+    end, left = _left(path.read_bytes())
+    if left < datetime.timedelta():
+        raise FedVLMError(f"the certificate '{path}' ended on {end}: {RENEWED}")
+    return f"the certificate ends on {end}; {RENEWED}" if left < SOON else ""
+
+
+def _left(certificate: bytes) -> tuple[str, datetime.timedelta]:
+    """The day on which a certificate ends, and how long that is from now."""
     from cryptography import x509
 
-    end = x509.load_pem_x509_certificate(path.read_bytes()).not_valid_after_utc
-    left = end - datetime.datetime.now(datetime.UTC)
-    if left < datetime.timedelta():
-        raise FedVLMError(f"the certificate in '{path}' ended on {end:%Y-%m-%d}: {RENEWED}")
-    if left < datetime.timedelta(days=SOON):
-        return f"the certificate ends on {end:%Y-%m-%d}; before that, {RENEWED}"
-    return ""
+    end = x509.load_pem_x509_certificate(certificate).not_valid_after_utc
+    return f"{end:%Y-%m-%d}", end - datetime.datetime.now(datetime.UTC)
