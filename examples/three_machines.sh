@@ -3,7 +3,7 @@
 # namespaces with an address of their own each, joined by a bridge; all they share is the kits that
 # are handed over. Needs root, Linux and iproute2; leaves nothing but the folder that it works in.
 #
-#   sudo PYTHON=$(which python) examples/three_machines.sh [FOLDER]     about two minutes
+#   sudo PYTHON=$(which python) examples/three_machines.sh [FOLDER]     two to three minutes
 #
 # Each step is told, and checked: the script ends with an error where one fails.
 set -euo pipefail
@@ -170,7 +170,7 @@ done
 [[ -z $(find "$work/fl" -name 'personal*') ]] || fail "the server's machine has something personal"
 ls "$work/fl/runs/run"
 
-say "a site more: the others keep their kits"
+say "a site more: the others keep their kits, and nothing but it is started"
 sed -i 's/west\]/west, east]/' "$work/fl/project.yml"
 fedvlm fl deploy init project.yml
 for site in "${sites[@]}"; do
@@ -182,5 +182,9 @@ machine east 5
 start east site site start east.zip --data rows.parquet --state state
 until_true 90 grep -q "connected to the server" "$work/east/site.log"
 fedvlm fl deploy status
+fedvlm fl deploy run config.yaml train.rounds=2 output=runs/four >"$work/fl/four.log" 2>&1 ||
+  fail "the run of four sites did not end well"
+grep "round 2" "$work/fl/four.log"
+grep -q "east: round 2" "$work/fl/four.log" || fail "east has not taken part"
 
 say "all done; logs and results are in $work"

@@ -1,5 +1,6 @@
 """Intruders at a deployed run, and what somebody on the network sees: real processes, loopback."""
 
+import contextlib
 import datetime
 import json
 import os
@@ -98,16 +99,16 @@ def knock(port, root, pair=None):
         return type(error).__name__
 
 
-def in_plain_text(port, message):
-    """What comes back to a client that does not speak TLS."""
-    with socket.create_connection(("localhost", port), 10) as plain:
+def raw(port, message):
+    """What comes back to a client that sends these bytes."""
+    found = b""
+    with (
+        socket.create_connection(("localhost", port), 10) as plain,
+        contextlib.suppress(OSError),
+    ):
         plain.sendall(message)
-        found = b""
-        try:
-            while part := plain.recv(2**12):
-                found += part
-        except OSError:
-            pass
+        while part := plain.recv(2**12):
+            found += part
     return found
 
 
@@ -161,12 +162,14 @@ def seen(tmp_path_factory):
             knocks = {n: knock(port, root, pair) for n, pair in certificates.items()}
             knocks["nobody"] = knock(port, root)
             secret = pieces_of_rows(folder / "data" / "north.parquet")[0]
-            plain = in_plain_text(port, PREFACE + secret)
-            in_plain_text(tap.port, PREFACE + secret)
+            plain = raw(port, PREFACE + secret)
+            raw(tap.port, PREFACE + secret)
+            again = raw(port, bytes(tap.sealed[0].up))
+            assert run.poll() is None, "all that was during the run"
             code = run.wait(240)
         until(lambda: len(refusals(folder)) == len(REFUSED), 30)
     assert code == 0, said(folder, "said")
-    return folder, knocks, plain, tap
+    return folder, knocks, (plain, again), tap
 
 
 REFUSED = {
@@ -174,6 +177,7 @@ REFUSED = {
     "expired": "CERTIFICATE_VERIFY_FAILED: certificate has expired",
     "nobody": "PEER_DID_NOT_RETURN_A_CERTIFICATE",
     "plain text": "WRONG_VERSION_NUMBER",
+    "a site's connection, sent again": "BAD_DECRYPT",
     "another": "authenticated as 'north' but claimed endpoint 'south' requires identity 'south'",
 }
 """Who is refused -> why, in NVFlare's words at the server."""
@@ -202,13 +206,14 @@ def said(folder, name):
 
 
 def test_the_server_refuses_all_intruders_and_says_why(seen):
-    folder, knocks, plain, _ = seen
+    folder, knocks, (plain, again), _ = seen
     assert refusals(folder) == REFUSED.keys()
     assert knocks.pop("north") == knocks.pop("south") == "let in"
     assert knocks.pop("another") == "let in", "the certificate is north's own: TLS has no objection"
     assert "let in" not in knocks.values()
     assert knocks.keys() == {"foreign", "expired", "nobody"}
-    assert not plain or are_records(plain), "no answer but a TLS alert"
+    for answer in (plain, again):
+        assert not answer or are_records(answer), "no answer, or one of TLS"
     assert "refused: the kit's certificate is another site's" in said(folder, "server")
     for name in ("foreign", "expired", "another"):
         assert "connected to the server" not in said(folder, name)
