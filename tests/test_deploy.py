@@ -149,6 +149,28 @@ def test_pooled_algorithms_are_refused_before_anything_is_sent(tmp_path):
 
 
 @needed
+def test_a_job_that_is_over_is_in_nobodys_way(tmp_path):
+    from fedvlm.engines.nvflare.deploy import Federation
+
+    class Session:
+        def list_jobs(self):
+            return [{"job_id": "j1", "status": "RUNNING"}]
+
+    (tmp_path / "server").mkdir()
+    (tmp_path / "project.yml").write_text("server: {address: h}\nsites: [a]")
+    job = tmp_path / "runs" / "1"
+    job.mkdir(parents=True)
+    (job / "submitted").write_text("j1")
+    (job / "job.json").write_text(json.dumps({"config": {"output": "elsewhere"}}))
+    store.append_line(job / "events.jsonl", {"event": "round"})
+    federation, settings = Federation(tmp_path), load({"output": str(tmp_path / "run")})
+    with pytest.raises(FedVLMError, match="j1 is under way"):
+        federation._clear(Session(), settings, False)
+    store.append_line(job / "events.jsonl", {"event": "done"})
+    federation._clear(Session(), settings, False)
+
+
+@needed
 def test_a_unit_for_systemd_is_printed(tmp_path, capsys, monkeypatch):
     words = ("k.zip", "--data", "d.parquet", "--state", "s", "--systemd")
     code, text, _ = call(capsys, monkeypatch, "site", "start", *words)

@@ -1,9 +1,7 @@
-"""One client's side of a deployed run, its worker process, and the engine that asks the sites."""
+"""One client's side of a deployed run, and the engine that asks the sites."""
 
 import json
-import os
-import signal
-import sys
+import shutil
 import threading
 import time
 
@@ -15,12 +13,12 @@ import fedvlm
 from fedvlm import federate, store
 from fedvlm.algorithms import Client, build
 from fedvlm.config import load
-from fedvlm.engines.nvflare.supervisor import Supervisor
+from fedvlm.engines.base import Models, Task
 from fedvlm.engines.nvflare.worker import Worker
-from fedvlm.engines.policy import Policy, Refused, read_policy
+from fedvlm.engines.policy import Policy, Refused
 from fedvlm.engines.remote import Limits, Remote, Unanswered
 from fedvlm.engines.site import Site
-from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.errors import FedVLMError
 from fedvlm.progress import Quiet
 
 SITES = ("site-0", "site-1", "site-2")
@@ -213,15 +211,11 @@ def test_damaged_state_is_named_and_not_used(both, tmp_path):
     path.write_bytes(data)
     with pytest.raises(FedVLMError, match=r"personal state of round 2 .* is damaged"):
         kept.personal(["site-2"])
-    import shutil
-
     shutil.rmtree(path.parent)
     assert kept.personal(["site-2"])[0], "the version before is there"
 
 
 def SiteCopy(folder, to):
-    import shutil
-
     from fedvlm.engines.site import SiteStore
 
     shutil.copytree(folder / "rounds", to / "rounds")
@@ -267,6 +261,44 @@ def test_a_bad_upload_is_rejected_by_name_and_the_round_goes_on(data, tmp_path):
     results = deployed(call, config(data), tmp_path / "run")
     rejected = [line.get("rejected", {}) for line in store.Store(results.folder).lines()]
     assert [list(r) for r in rejected] == [[], ["site-2"], []]
+
+
+NAN = float("nan")
+MALFORMED = {
+    ("open", "'adapter'"): lambda a, b: ({}, b""),
+    ("open", "numbers of rows"): lambda a, b: (a | {"rows": a["rows"] | {"train": 10.5}}, b),
+    ("open", "'val'"): lambda a, b: (a | {"rows": {"train": 10**9}, "event": "done"}, b),
+    ("train", "no safetensors file"): lambda a, b: (a, b"\x80\x04" + b[2:]),
+    ("train", "'loss'"): lambda a, b: ({}, b),
+    ("train", "its loss is nan"): lambda a, b: (a | {"loss": NAN}, b),
+    ("train", "bytes are more than 2000000"): lambda a, b: (a, b + bytes(2_000_000)),
+    ("score", "its scores are"): lambda a, b: ({"scores": {"done": 1.0}}, b),
+    ("score", "not finite"): lambda a, b: ({"scores": a["scores"] | {"loss": NAN}}, b),
+}
+
+
+@pytest.mark.parametrize(("do", "said"), MALFORMED)
+def test_a_site_that_answers_malformed_is_left_out_by_name(do, said, both, data, monkeypatch):
+    *_, call = both  # its sites answer round 1 again, as they did
+    plain, events = call.workers["site-2"].perform, []
+
+    def perform(header, blob):
+        answer = plain(header, blob)
+        return MALFORMED[do, said](*answer) if header["do"] == do else answer
+
+    monkeypatch.setattr(call.workers["site-2"], "perform", perform)
+    engine = Remote(call, SITES, Limits(max_bytes=2_000_000), events.append)
+    engine.open("run-1", config(data))
+    algorithm = build(config(data).algorithm)
+    down = algorithm.download(algorithm.init(engine.adapter), Client("", 1.0))
+    replies = list(engine.train(algorithm, [Task(site, 1, down) for site in engine.sites]))
+    scores = engine.score(Models("end", algorithm, [(reply.client, {}) for reply in replies], 1))
+    (failed,) = [event for event in events if event["event"] == "failed"]
+    assert failed["site"] == "site-2"
+    assert said in failed["why"]
+    assert [reply.client for reply in replies][:2] == list(scores)[:2] == ["site-0", "site-1"]
+    assert ("site-2" in engine.sites) == (do != "open")
+    assert not [event for event in events if event["event"] == "done"]
 
 
 def test_no_site_is_an_error_and_the_round_does_not_count(data, tmp_path):
@@ -329,68 +361,3 @@ def test_a_site_may_keep_its_row_count_to_itself(data, tmp_path):
     site = Site("s", settings, str(data / "site-0.parquet"), tmp_path, Policy(tell_rows=False))
     assert "rows" not in site.described()
     assert "examples" not in site.score("global", 0, site.algorithm.init(site.engine.adapter))
-
-
-@pytest.mark.parametrize(
-    ("text", "said"),
-    [
-        ("rounds: 0", "rounds"),
-        ("algoritms: [lora]", "algoritms"),
-        ("algorithms: [nope]", "there is no 'nope'"),
-        ("set: {train.lr: 1}", "a site sets model, data, engine only"),
-    ],
-)
-def test_a_wrong_policy_says_what_is_wrong(text, said, tmp_path):
-    (tmp_path / "p.yml").write_text(text)
-    with pytest.raises(ConfigError, match=said):
-        read_policy(tmp_path / "p.yml")
-
-
-ECHO = """
-import json, os, socket, sys, time
-from fedvlm.engines.nvflare import worker
-
-class Echo:
-    opened = 0
-    def perform(self, asked, blob):
-        if asked["do"] == "die":
-            os.kill(os.getpid(), 9)
-        if asked["do"] == "die once" and not os.path.exists(asked["mark"]):
-            open(asked["mark"], "w").close()
-            os.kill(os.getpid(), 9)
-        if asked["do"] == "sleep":
-            time.sleep(60)
-        if asked["do"] == "open":
-            self.opened += 1
-        return {"pid": os.getpid(), "opened": self.opened}, blob[::-1]
-
-worker.serve(socket.socket(fileno=int(sys.argv[1])), Echo())
-"""
-
-
-@pytest.fixture
-def supervisor():
-    found = Supervisor({}, [sys.executable, "-c", ECHO])
-    yield found
-    found.stop()
-
-
-def test_a_worker_that_dies_is_replaced_and_asked_again(supervisor, tmp_path):
-    first, blob = supervisor.call({"do": "open"}, bytes(range(256)) * 5000)
-    assert blob == (bytes(range(256)) * 5000)[::-1]
-    assert supervisor.call({"do": "x"})[0]["pid"] == first["pid"], "one process for all calls"
-    after, _ = supervisor.call({"do": "die once", "mark": str(tmp_path / "mark")})
-    assert after["pid"] != first["pid"]
-    assert after["opened"] == 1, "the new worker has opened the run before it was asked"
-    os.kill(supervisor.pid, signal.SIGKILL)
-    assert "pid" in supervisor.call({"do": "x"})[0]
-
-
-def test_a_worker_that_dies_again_and_one_that_hangs_are_reported(supervisor):
-    died, _ = supervisor.call({"do": "die"})
-    assert died["error"] == "died"
-    began = time.monotonic()
-    late, _ = supervisor.call({"do": "sleep"}, limit=3.0)
-    assert late["error"] == "timeout"
-    assert time.monotonic() - began < 10
-    assert "pid" in supervisor.call({"do": "x"})[0]

@@ -43,6 +43,11 @@ METRICS = {
 """All scores, in the order of the tables. A run has those that its objective gives."""
 
 
+def measured(objective: str) -> set[str]:
+    """The scores of a run with an objective (``sft`` or ``dpo``)."""
+    return {n for n in METRICS if objective == "dpo" or not n.startswith("reward_")}
+
+
 def score_texts(predictions: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
     """Scores every prediction against its reference; all but ``length`` are between 0 and 1.
 

@@ -22,6 +22,7 @@ from fedvlm.adaptation import Positive, Section
 from fedvlm.algorithms import Algorithm
 from fedvlm.engines.base import Answer, Models, Reply, Scores, Task
 from fedvlm.errors import FedVLMError
+from fedvlm.metrics import measured
 from fedvlm.sections import Config
 from fedvlm.store import save_tree
 from fedvlm.tree import Tree, digest
@@ -83,6 +84,7 @@ class Remote:
         self.weights: dict[str, float] = {}
         self.rows: dict[str, dict[str, int]] = {}
         self._peft: dict[str, Any] = {}
+        self._measured: set[str] = set()
         self._bench = {site: Bench() for site in sites}
         self._round = 0
 
@@ -98,11 +100,13 @@ class Remote:
             FedVLMError: too few sites can take part, or they differ from those of before.
         """
         asked = {"do": "open", "run": run, "config": config.model_dump()}
+        self._measured = measured(config.objective.name)
         found: dict[str, dict[str, Any]] = {}
-        for site, outcome in self._each(self.sites, lambda s: (asked, b"", self.limits.open_s)):
+        opened = self._each(self.sites, lambda s: (asked, b"", self.limits.open_s), _described)
+        for site, outcome in opened:
             if not isinstance(outcome, Unanswered):
-                found[site] = outcome[0]
-                self._tell({"event": "opened", "site": site, **outcome[0]})
+                found[site] = outcome
+                self._tell({**outcome, "event": "opened", "site": site})
         self._enough(len(found), "could open the run")
         self._agree(found)
         self.rows = {s: about["rows"] for s, about in found.items() if "rows" in about}
@@ -123,16 +127,18 @@ class Remote:
         for site in list(found):
             try:
                 about, blob = self._ask(site, {"do": "adapter"}, b"", self.limits.open_s)
-                self.adapter, self._peft = self._read(blob), about["peft"]
+                self.adapter, self._peft = self._read(blob), dict(about["peft"])
                 break
-            except Unanswered as error:
+            except (Unanswered, KeyError, TypeError, ValueError) as wrong:
+                error = wrong if isinstance(wrong, Unanswered) else _uncounted(wrong)
                 self._failed(site, error)
                 found.pop(site)
+        self._enough(len(found), "gave their initial adapter")
         own = digest(self.adapter)
         odd = sorted(site for site, about in found.items() if about["adapter"] != own)
-        if odd or not found:
+        if odd:
             raise FedVLMError(
-                f"{', '.join(odd) or 'all sites'}: the initial adapter is not that of the other "
+                f"{', '.join(odd)}: the initial adapter is not that of the other "
                 "sites; all need the same model and the same versions of the packages"
             )
 
@@ -163,8 +169,12 @@ class Remote:
             scores = header.get("scores")
             if not isinstance(scores, dict) or not scores:
                 raise Unanswered("it gave no scores")
+            if scores.keys() - {"examples"} != self._measured:
+                raise Unanswered(f"its scores are {sorted(scores)}"[:500])
+            if not all(math.isfinite(value) for value in scores.values()):
+                raise Unanswered("its scores are not finite")
             whole = {"examples": int}
-            return {str(n): whole.get(n, float)(value) for n, value in scores.items()}
+            return {n: whole.get(n, float)(value) for n, value in scores.items()}
 
         found = self._about(models, {"do": "score", "round": models.round}, checked)
         return {site: scores for site, scores in found if not isinstance(scores, Unanswered)}
@@ -237,7 +247,7 @@ class Remote:
             except Unanswered as error:
                 return error
             except (KeyError, TypeError, ValueError, FedVLMError) as error:
-                return Unanswered(f"its answer does not count: {error}")
+                return _uncounted(error)
 
         with ThreadPoolExecutor(self.limits.at_once) as pool:
 
@@ -291,6 +301,23 @@ class Remote:
                 f"{count} of {len(self.sites)} sites {what}, and at least {self.limits.min_sites} "
                 "are needed (min_sites); the log says why. Then: fedvlm deploy run --resume"
             )
+
+
+def _described(site: str, about: dict[str, Any], blob: bytes, seconds: float) -> dict[str, Any]:
+    """What a site says of itself when it has opened a run, and nothing else that it may say."""
+    adapter, rows = about["adapter"], about.get("rows")
+    if not isinstance(adapter, str):
+        raise Unanswered("it does not say from which adapter it begins")
+    if rows is None:
+        return {"adapter": adapter}
+    counts = {split: rows[split] for split in ("train", "val", "test")}
+    if not all(type(n) is int and n >= 0 for n in counts.values()) or not counts["train"]:
+        raise Unanswered(f"its numbers of rows are {counts}"[:500])
+    return {"adapter": adapter, "rows": counts}
+
+
+def _uncounted(error: Exception) -> Unanswered:
+    return Unanswered(f"its answer does not count: {error!r:.500}")
 
 
 def write(tree: Tree) -> bytes:

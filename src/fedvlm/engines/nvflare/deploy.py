@@ -28,6 +28,8 @@ Tell = Callable[[dict[str, Any]], None]
 
 CONNECT = 20.0  # seconds for the server to answer
 ASKED = 5.0  # seconds between questions to the server how the job is
+EVENTS = "events.jsonl"
+OVER = ("done", "aborted", "error")  # a job's last event
 AGAIN = 3  # jobs in a row that end without a finished round, before this is an error
 
 
@@ -153,18 +155,19 @@ class Federation:
             FedVLMError: another run is under way.
         """
         for job in (str(job["job_id"]) for job in self.jobs(session)):
-            own = any(
-                json.loads((path.parent / "job.json").read_text())["config"]["output"]
-                == config.output
-                for path in (self.folder / "runs").glob("*/submitted")
-                if path.read_text() == job
-            )
-            if not (resume and own):
+            folder = next((p.parent for p in self._submitted() if p.read_text() == job), None)
+            events = stores.read_lines(folder / EVENTS) if folder else []
+            if resume and folder and _output(folder) == config.output:
+                with contextlib.suppress(Exception):  # it may run nowhere
+                    session.abort_job(job)
+            elif not (events and events[-1]["event"] in OVER):  # else NVFlare is about to end it
                 raise FedVLMError(
                     f"job {job} is under way; end it with 'fedvlm deploy abort', or wait"
                 )
-            with contextlib.suppress(Exception):  # it may run nowhere
-                session.abort_job(job)
+
+    def _submitted(self) -> Iterator[Path]:
+        """Files with the numbers of the jobs that were submitted."""
+        return (self.folder / "runs").glob("*/submitted")
 
     def _gathered(self, session: Session, least: int, wait: float, tell: Tell) -> list[str]:
         """The connected sites, once they are all."""
@@ -199,7 +202,7 @@ class Federation:
     ) -> tuple[str, Path]:
         """Starts a job; its id, and the file of its events."""
         folder = self.folder / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
-        events = folder / "events.jsonl"
+        events = folder / EVENTS
         job = {
             "config": config.model_dump(),
             "limits": limits.model_dump(),
@@ -314,6 +317,11 @@ def write_job(folder: Path, job: Path, sites: list[str], limits: Limits) -> Path
     for name, tree in files.items():
         stores.write_text(folder / name, json.dumps(tree, indent=2))
     return folder
+
+
+def _output(folder: Path) -> str:
+    """Where the results of a job go."""
+    return str(json.loads((folder / "job.json").read_text())["config"]["output"])
 
 
 def _how(config: Config) -> str:

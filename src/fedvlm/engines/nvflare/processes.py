@@ -15,7 +15,13 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
-from fedvlm.engines.nvflare.project import PROJECT, Project, read_project, unpacked
+from fedvlm.engines.nvflare.project import (
+    PROJECT,
+    Project,
+    check_certificate,
+    read_project,
+    unpacked,
+)
 from fedvlm.engines.policy import read_policy
 from fedvlm.errors import FedVLMError
 
@@ -34,6 +40,10 @@ NOTED = {
     "requires identity": "refused: the kit's certificate is another site's",
 }
 """Lines in NVFlare's log -> what they mean to a person; each is said when it is new."""
+UNHEARD = (
+    f"not connected after {QUICK:.0f} s; still trying. Is the server running, its port open, and "
+    "the kit of its federation? The server's lines say whom it refuses"
+)
 
 
 def serve(folder: Path, say: Callable[[str], None]) -> None:
@@ -55,6 +65,8 @@ def serve(folder: Path, say: Callable[[str], None]) -> None:
     path.write_text(json.dumps(tree, indent=2))
     (server / "transfer").mkdir(exist_ok=True)
     command = _command("server.server_train", server, "fed_server.json")
+    if warning := check_certificate(server / "startup" / "server.crt"):
+        say(warning)
     names = ", ".join(project.sites)
     say(f"server of '{project.name}' on port {project.server.port}; its sites: {names}")
     with only_one(server):
@@ -87,6 +99,8 @@ def start_site(
     with only_one(state):
         workspace = state / "nvflare"
         name = unpacked(kit, workspace)
+        if warning := check_certificate(workspace / "startup" / "client.crt"):
+            say(warning)
         own = {
             "name": name,
             "data": str(Path(data).absolute()),
@@ -98,7 +112,8 @@ def start_site(
         command = _command("client.client_train", workspace, "fed_client.json", f"uid={name}")
         target = json.loads((workspace / "startup" / "fed_client.json").read_text())
         say(f"site '{name}', connecting to {target['servers'][0]['service']['target']}")
-        _keep(command, workspace, environment, state / "nvflare.log", say, state / LOG)
+        logs = state / "nvflare.log", state / LOG
+        _keep(command, workspace, environment, logs[0], say, shown=logs[1], silence=UNHEARD)
 
 
 def systemd_unit(kit: str, data: str, state: str, policy: str | None) -> str:
@@ -163,7 +178,9 @@ def _keep(
     environment: dict[str, str],
     log: Path,
     say: Callable[[str], None],
+    *,
     shown: Path | None = None,
+    silence: str = "",
 ) -> None:
     """Runs a command until this process is told to end; starts it again when it has ended.
 
@@ -174,6 +191,7 @@ def _keep(
         log: gets its output.
         say: gets lines for a person.
         shown: a file whose new lines are for a person too.
+        silence: is said where none of ``NOTED`` is in the log for a while.
     """
     if paths := environment.get("PYTHONPATH"):  # relative ones mean something here only
         environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
@@ -208,6 +226,9 @@ def _keep(
                             if found and found != noted:
                                 say(found)
                                 noted = found
+                        if silence and not noted and time.monotonic() - began > QUICK:
+                            noted = silence
+                            say(silence)
                 finally:
                     _end(process, mark)
                 failures = failures + 1 if time.monotonic() - began < QUICK else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import ipaddress
 import json
 import os
@@ -15,10 +16,15 @@ from typing import Annotated, Any
 import yaml
 from pydantic import Field, ValidationError, field_validator
 
+from fedvlm import store as stores
 from fedvlm.adaptation import Positive, Section
 from fedvlm.engines.policy import check_name
 from fedvlm.errors import ConfigError, FedVLMError
 
+SOON = datetime.timedelta(days=30)  # before its end, a certificate is made anew
+RENEWED = (
+    "on the server's machine, 'fedvlm deploy init project.yml' again; then hand out the new kit"
+)
 ADMIN = "admin@fedvlm.local"
 PROJECT = "project.yml"
 SERVER_CLASSES = (
@@ -97,7 +103,7 @@ def read_project(path: str | Path) -> Project:
 
 
 def provision(project: Project, folder: Path) -> dict[str, Path]:
-    """Writes certificates and kits; again, with new sites or for new certificates, as well.
+    """Writes certificates and kits; again, for new sites or for certificates that end, as well.
 
     Args:
         project: who takes part.
@@ -110,6 +116,7 @@ def provision(project: Project, folder: Path) -> dict[str, Path]:
     folder.mkdir(parents=True, exist_ok=True)
     ca = folder / "ca"
     ca.mkdir(mode=0o700, exist_ok=True)
+    _forget_ending(ca / project.name / "state" / "cert.json")
     described = ca / "nvflare.yml"
     described.write_text(yaml.safe_dump(_nvflare(project), sort_keys=False))
     command = [
@@ -145,6 +152,24 @@ def provision(project: Project, folder: Path) -> dict[str, Path]:
     _restrict(kits["server"] / "local", SERVER_CLASSES)
     (folder / PROJECT).write_text(yaml.safe_dump(project.model_dump(), sort_keys=False))
     return kits
+
+
+def _forget_ending(path: Path) -> None:
+    """Has those certificates made anew that end soon: NVFlare keeps what it has made, over or not.
+
+    Args:
+        path: NVFlare's file of them all, if it has made any.
+    """
+    if not path.exists():
+        return
+    tree = json.loads(path.read_text())
+    kept = {
+        who: made
+        for who, made in tree.items()
+        if not (isinstance(made, dict) and _left(made["cert"].encode())[1] < SOON)
+    }
+    if kept != tree:
+        stores.write_text(path, json.dumps(kept))
 
 
 def _nvflare(project: Project) -> dict[str, Any]:
@@ -233,3 +258,23 @@ def unpacked(kit: str | Path, workspace: Path) -> str:
         ) from None
     workspace.chmod(0o700)
     return check_name(name)
+
+
+def check_certificate(path: Path) -> str:
+    """What a person has to know of a certificate's end; empty while that is far away.
+
+    Raises:
+        FedVLMError: it is over.
+    """
+    end, left = _left(path.read_bytes())
+    if left < datetime.timedelta():
+        raise FedVLMError(f"the certificate '{path}' ended on {end}: {RENEWED}")
+    return f"the certificate ends on {end}; {RENEWED}" if left < SOON else ""
+
+
+def _left(certificate: bytes) -> tuple[str, datetime.timedelta]:
+    """The day on which a certificate ends, and how long that is from now."""
+    from cryptography import x509
+
+    end = x509.load_pem_x509_certificate(certificate).not_valid_after_utc
+    return f"{end:%Y-%m-%d}", end - datetime.datetime.now(datetime.UTC)

@@ -1,0 +1,304 @@
+"""Intruders at a deployed run, and what somebody on the network sees: real processes, loopback."""
+
+import contextlib
+import datetime
+import json
+import os
+import socket
+import ssl
+import subprocess
+import sys
+import time
+import zipfile
+from pathlib import Path
+
+import pytest
+import yaml
+
+from fedvlm import federate, store
+from fedvlm.engines.nvflare.project import Project, Server, check_certificate, provision
+from fedvlm.errors import FedVLMError
+from wiretap import Wiretap, are_records, pieces_of, pieces_of_rows
+
+pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy]'")
+pytestmark = pytest.mark.slow
+
+SITES = ("north", "south")
+SMALL = {
+    "algorithm": {"name": "plora"},
+    "train": {"rounds": 2, "local_steps": 2, "batch_size": 4, "lr": 5e-3},
+    "eval": {"every": 0, "max_rows": 3, "max_new_tokens": 3},
+    "engine": {"clients": 1, "threads": 1},
+}
+PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
+
+
+def altered(kit, to, **files):
+    """A kit with other files."""
+    with zipfile.ZipFile(kit) as old, zipfile.ZipFile(to, "w") as new:
+        for name in old.namelist():
+            new.writestr(name, files.get(Path(name).name.replace(".", "_"), old.read(name)))
+    return to
+
+
+def read(kit, name):
+    with zipfile.ZipFile(kit) as archive:
+        return archive.read(name)
+
+
+def expired(folder, kit):
+    """A certificate of the authority, valid until yesterday, for the key in a kit."""
+    from cryptography import x509
+    from cryptography.hazmat.primitives import hashes, serialization
+
+    made = json.loads((folder / "ca" / "fedvlm" / "state" / "cert.json").read_text())
+    key = serialization.load_pem_private_key(made["root_pri_key"].encode(), None)
+    old = x509.load_pem_x509_certificate(read(kit, "startup/client.crt"))
+    today = datetime.datetime.now(datetime.UTC)
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(old.subject)
+        .issuer_name(old.issuer)
+        .public_key(old.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(today - datetime.timedelta(days=9))
+        .not_valid_after(today - datetime.timedelta(days=1))
+    )
+    for extension in old.extensions:
+        builder = builder.add_extension(extension.value, extension.critical)
+    return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
+
+
+def pairs(kits, folder):
+    """Certificate and key of each kit, as files."""
+    found = {}
+    for name, kit in kits.items():
+        found[name] = tuple(folder / f"{name}.{end}" for end in ("crt", "key"))
+        for path in found[name]:
+            path.write_bytes(read(kit, f"startup/client{path.suffix}"))
+    return found
+
+
+def knock(port, root, pair=None):
+    """How the server takes a client with some certificate: ``let in``, or why it is not."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.load_verify_locations(root)
+    context.set_alpn_protocols(["h2"])
+    if pair:
+        context.load_cert_chain(*pair)
+    try:
+        with (
+            socket.create_connection(("localhost", port), 10) as plain,
+            context.wrap_socket(plain, server_hostname="localhost") as sealed,
+        ):
+            sealed.sendall(PREFACE)
+            return "let in" if sealed.recv(9) else "closed"
+    except ssl.SSLError as error:
+        return error.reason
+    except OSError as error:
+        return type(error).__name__
+
+
+def raw(port, message):
+    """What comes back to a client that sends these bytes."""
+    found = b""
+    with (
+        socket.create_connection(("localhost", port), 10) as plain,
+        contextlib.suppress(OSError),
+    ):
+        plain.sendall(message)
+        while part := plain.recv(2**12):
+            found += part
+    return found
+
+
+@pytest.fixture(scope="module")
+def seen(tmp_path_factory):
+    """A run of two sites behind a wiretap, while intruders try to take part."""
+    from fedvlm.engines.nvflare.demo import Started, free_ports, rows
+
+    folder = tmp_path_factory.mktemp("security")
+    rows(folder / "data")
+    port, admin_port = free_ports(2)
+    server = Server(address="localhost", port=port, admin_port=admin_port)
+    project = Project(server=server, sites=list(SITES))
+    home, other = folder / "federation", folder / "other"
+    kits, foreign = provision(project, home), provision(project, other)
+    root = home / "server" / "startup" / "rootCA.pem"
+    late = altered(kits["north"], folder / "expired.zip", client_crt=expired(home, kits["north"]))
+    liar = altered(
+        kits["north"],
+        folder / "another.zip",
+        fedvlm_json=json.dumps({"site": "south"}),
+        fed_client_json=read(kits["south"], "startup/fed_client.json"),
+    )
+    intruders = {"foreign": foreign["north"], "expired": late, "another": liar}
+    certificates = pairs({s: kits[s] for s in SITES} | intruders, folder)
+    servers = tuple(home / "server" / "startup" / f"server.{end}" for end in ("crt", "key"))
+    config = folder / "config.yaml"
+    config.write_text(yaml.safe_dump(SMALL | {"output": str(folder / "run")}))
+    paths = [str(Path(federate.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+    with (
+        pytest.MonkeyPatch.context() as patch,
+        Wiretap(port, root, servers, {s: certificates[s] for s in SITES}) as tap,
+        Started(folder) as started,
+    ):
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        started.start("server", "deploy", "server", "-f", str(home))
+        for name in SITES:
+            target = json.loads(read(kits[name], "startup/fed_client.json"))
+            target["servers"][0]["service"]["target"] = f"localhost:{tap.port}"
+            kit = altered(kits[name], folder / f"{name}.zip", fed_client_json=json.dumps(target))
+            begin(started, folder, name, kit)
+        for name, kit in intruders.items():
+            begin(started, folder, name, kit)
+        command = [sys.executable, "-m", "fedvlm", "deploy", "run", str(config)]
+        command += ["-f", str(home), "--min-sites", "2"]
+        with open(folder / "said.log", "wb") as log:
+            time.sleep(5)
+            run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
+            until(lambda: (folder / "run" / "metrics.jsonl").exists(), 120)
+            knocks = {n: knock(port, root, pair) for n, pair in certificates.items()}
+            knocks["nobody"] = knock(port, root)
+            secret = pieces_of_rows(folder / "data" / "north.parquet")[0]
+            plain = raw(port, PREFACE + secret)
+            raw(tap.port, PREFACE + secret)
+            again = raw(port, bytes(tap.sealed[0].up))
+            assert run.poll() is None, "all that was during the run"
+            code = run.wait(240)
+        until(lambda: len(refusals(folder)) == len(REFUSED), 30)
+    assert code == 0, said(folder, "said")
+    return folder, knocks, (plain, again), tap
+
+
+REFUSED = {
+    "foreign": "CERTIFICATE_VERIFY_FAILED: unable to get local issuer certificate",
+    "expired": "CERTIFICATE_VERIFY_FAILED: certificate has expired",
+    "nobody": "PEER_DID_NOT_RETURN_A_CERTIFICATE",
+    "plain text": "WRONG_VERSION_NUMBER",
+    "a site's connection, sent again": "BAD_DECRYPT",
+    "another": "authenticated as 'north' but claimed endpoint 'south' requires identity 'south'",
+}
+"""Who is refused -> why, in NVFlare's words at the server."""
+
+
+def refusals(folder):
+    """Which of them the server's log has."""
+    log = (folder / "federation" / "server" / "nvflare.log").read_text()
+    return {who for who, why in REFUSED.items() if why in log}
+
+
+def begin(started, folder, name, kit):
+    rows = folder / "data" / f"{name if name in SITES else 'west'}.parquet"
+    state = str(folder / "sites" / name)
+    started.start(name, "site", "start", str(kit), "--data", str(rows), "--state", state)
+
+
+def until(what, seconds):
+    end = time.monotonic() + seconds
+    while not what() and time.monotonic() < end:
+        time.sleep(0.2)
+
+
+def said(folder, name):
+    return (folder / f"{name}.log").read_text()
+
+
+def test_the_server_refuses_all_intruders_and_says_why(seen):
+    folder, knocks, (plain, again), _ = seen
+    assert refusals(folder) == REFUSED.keys()
+    assert knocks.pop("north") == knocks.pop("south") == "let in"
+    assert knocks.pop("another") == "let in", "the certificate is north's own: TLS has no objection"
+    assert "let in" not in knocks.values()
+    assert knocks.keys() == {"foreign", "expired", "nobody"}
+    for answer in (plain, again):
+        assert not answer or are_records(answer), "no answer, or one of TLS"
+    assert "refused: the kit's certificate is another site's" in said(folder, "server")
+    for name in ("foreign", "expired", "another"):
+        assert "connected to the server" not in said(folder, name)
+        assert not (folder / "sites" / name / "runs").exists()
+
+
+def test_a_person_is_told_at_once_that_a_certificate_is_over(seen):
+    folder, *_ = seen
+    assert "ended on" in said(folder, "expired")
+    assert "hand out the new kit" in said(folder, "expired")
+
+
+def test_a_certificate_that_ends_is_made_anew_by_the_same_authority(tmp_path):
+    project = Project(server=Server(address="localhost"), sites=list(SITES), days=2000)
+    kits = provision(project, tmp_path)
+    kept = tmp_path / "ca" / "fedvlm" / "state" / "cert.json"
+    made = json.loads(kept.read_text())
+    made["north"]["cert"] = expired(tmp_path, kits["north"]).decode()
+    kept.write_text(json.dumps(made))
+    before = read(kits["south"], "startup/client.crt")
+    root = read(kits["south"], "startup/rootCA.pem")
+    again = provision(project, tmp_path)
+    assert read(again["south"], "startup/client.crt") == before
+    assert read(again["north"], "startup/rootCA.pem") == root
+    (tmp_path / "new.crt").write_bytes(read(again["north"], "startup/client.crt"))
+    assert check_certificate(tmp_path / "new.crt") == "", "its end is far away"
+    (tmp_path / "old.crt").write_bytes(made["north"]["cert"].encode())
+    with pytest.raises(FedVLMError, match="ended on"):
+        check_certificate(tmp_path / "old.crt")
+
+
+def test_a_run_among_intruders_is_that_of_its_own_sites(seen):
+    folder, *_ = seen
+    assert json.loads((folder / "run" / "sites.json").read_text())["weights"].keys() == set(SITES)
+    lines = store.Store(folder / "run").lines()
+    assert [line["round"] for line in lines] == [0, 1, 2]
+    assert not [line for line in lines if line.get("missing") or line.get("rejected")]
+    for line in lines[1:]:
+        assert line["train_loss"].keys() == set(SITES)
+
+
+def test_the_network_sees_tls_records_and_nothing_else(seen):
+    folder, _, _, tap = seen
+    *flows, plain = tap.sealed
+    assert not are_records(plain.up), "a client without TLS would be seen"
+    streams = streams_of(flows)
+    assert len(streams) >= 4
+    assert all(are_records(stream) for stream in streams)
+    personal, shared, rows = searched(folder)
+    assert sum(map(len, streams)) > sum(line_bytes(folder)), "all uploads have passed here"
+    assert not found(personal + shared + rows, streams)
+    assert found(rows, [bytes(plain.up)]), "what is sent without TLS would be found"
+
+
+def test_with_tls_taken_off_what_is_shared_is_there_and_what_is_private_is_not(seen):
+    folder, _, _, tap = seen
+    streams = streams_of(tap.opened)
+    personal, shared, rows = searched(folder)
+    assert min(len(personal), len(shared), len(rows)) > 200
+    assert len(found(shared, streams)) > 0.99 * len(shared), "a frame may begin within a piece"
+    assert not found(personal + rows, streams)
+    state = str(folder / "sites")
+    assert not found([state.encode(), b".parquet"], streams), "nor are the sites' paths"
+
+
+def streams_of(flows):
+    return [bytes(way) for flow in flows for way in (flow.up, flow.down) if way]
+
+
+def found(pieces, streams):
+    return [piece for piece in pieces if any(piece in stream for stream in streams)]
+
+
+def searched(folder):
+    """Pieces of what is personal, of what is shared, and of the rows, of both sites."""
+    personal, shared, rows = [], [], []
+    for site in SITES:
+        rows += pieces_of_rows(folder / "data" / f"{site}.parquet")
+        for kept in (folder / "sites" / site / "runs").glob("*/rounds/*"):
+            personal += pieces_of(kept / "mine.safetensors")
+            shared += pieces_of(kept / "upload.safetensors")
+    return personal, shared, rows
+
+
+def line_bytes(folder):
+    """What each site has sent in each round, as the run says."""
+    lines = store.Store(folder / "run").lines()[1:]
+    return [size for line in lines for size in line["bytes_up"].values()]
