@@ -80,7 +80,7 @@ def quick() -> Form:
         "data": {"scenes": {"sites": 3}},
         "lora": {"rank": 2, "alpha": 4},
     }
-    return Form((Cell("mixed", 1.0, 24),), ("lora", "plora"), (0,), extra, rate=0.01)
+    return Form((Cell("iid", 0.0, 24),), ("lora", "plora"), (0,), extra, rate=0.002)
 
 
 def tuning(form: Form, output: Path) -> Iterator[Job]:
