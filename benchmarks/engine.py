@@ -141,7 +141,7 @@ def main() -> None:
         if options.clients in (None, rest[0]) and options.batch in (None, rest[1])
     ]
     if options.quick:
-        cases = [Case("tiny", "all-linear", 10, 4, 2)]
+        cases = [Case("tiny", "all-linear", 10, 2, 2)]
     if not cases:
         parser.error("no setting is left")
     print(environment())
