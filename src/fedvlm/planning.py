@@ -1,6 +1,6 @@
 """What a run would do: its clients, steps, messages and memory, without weights, nothing written.
 
-Rows are partitioned as the run partitions them, rounds are :func:`fedvlm.federate.plan`'s, and the
+Rows are partitioned as the run partitions them, rounds are :func:`fedvlm.schedule.plan`'s, and the
 messages are what the algorithm itself makes of an adapter that has shapes and no values.
 """
 
@@ -17,6 +17,7 @@ from fedvlm import federate, footprint
 from fedvlm.algorithms import NOBODY, TABLE, Algorithm, build
 from fedvlm.errors import FedVLMError
 from fedvlm.footprint import Footprint
+from fedvlm.schedule import plan
 from fedvlm.sections import Config
 
 if TYPE_CHECKING:
@@ -82,7 +83,7 @@ def forecast(config: Config) -> Forecast:
     partition = _partition(config, unknown)
     names = partition.clients if partition else _stated(config)
     algorithm = build(config.algorithm, config.lora, config.wire)
-    rounds = list(federate.plan(config, algorithm, names or (NOBODY.name,)))
+    rounds = list(plan(config, algorithm, names or (NOBODY.name,)))
     visits = [(round_.algorithm, client) for round_ in rounds for client in round_.cohort]
     steps, seen = zip(*_work(config, partition, names, visits), strict=True)
     size, sent = None, dict[str, tuple[int, ...]]()

@@ -69,18 +69,12 @@ class Store:
         """
         with writable(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
-            handle = open(self.folder / ".lock", "w")  # noqa: SIM115
-        with handle:
-            until = time.monotonic() + patience
-            while not _locks(handle):
-                if time.monotonic() >= until:
-                    raise FedVLMError(
-                        f"another process is working on the run in '{self.folder}'; wait for it, "
-                        "or choose another folder with output=DIR"
-                    )
-                time.sleep(0.5)
-            with writable(self.folder):
-                yield
+        taken = (
+            f"another process is working on the run in '{self.folder}'; wait for it, or choose "
+            "another folder with output=DIR"
+        )
+        with only_one(self.folder, taken, patience), writable(self.folder):
+            yield
 
     # -- rounds
 
@@ -157,6 +151,29 @@ class Store:
     def lines(self) -> list[dict[str, Any]]:
         """The metrics so far, a dict a round."""
         return read_lines(self.folder / "metrics.jsonl")
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, taken: str, patience: float = 0.0) -> Iterator[None]:
+    """Keeps a second process off a folder.
+
+    Args:
+        folder: is there already.
+        taken: what to say where another process has it.
+        patience: seconds to wait for that one to end.
+
+    Raises:
+        FedVLMError: it has not ended, or the folder cannot be written.
+    """
+    with writable(folder):
+        handle = open(folder / ".lock", "w")  # noqa: SIM115
+    with handle:
+        until = time.monotonic() + patience
+        while not _locks(handle):
+            if time.monotonic() >= until:
+                raise FedVLMError(taken)
+            time.sleep(0.5)
+        yield
 
 
 def _locks(handle: IO[str]) -> bool:

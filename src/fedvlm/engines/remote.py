@@ -157,7 +157,7 @@ class Remote:
             header = {"do": "train", "round": self._round}
             return header, write(due[site].down), self.limits.train_s
 
-        for site, outcome in self._each(list(due), asked, self._arrived(algorithm, due)):
+        for site, outcome in self._each(list(due), asked, self._arrived(due)):
             if not isinstance(outcome, Unanswered):
                 self._bench[site] = Bench()
                 count += 1
@@ -210,7 +210,7 @@ class Remote:
 
         return self._each(list(downs), asked, checked)
 
-    def _arrived(self, algorithm: Algorithm, tasks: Mapping[str, Task]) -> Any:
+    def _arrived(self, tasks: Mapping[str, Task]) -> Any:
         """The one place where an upload comes in; one that is not accepted does not count."""
 
         def checked(site: str, header: dict[str, Any], blob: bytes, seconds: float) -> Reply:

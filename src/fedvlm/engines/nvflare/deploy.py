@@ -58,7 +58,7 @@ class Federation:
             address = f"{self.project.server.address}:{self.project.server.admin_port}"
             raise FedVLMError(
                 f"the server at {address} does not answer ({error}); start it with 'fedvlm deploy "
-                f"server {self.folder}'"
+                f"server -f {self.folder}'"
             ) from None
         try:
             yield found

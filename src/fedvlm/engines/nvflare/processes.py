@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import ctypes
-import fcntl
 import json
 import os
 import signal
@@ -24,12 +23,14 @@ from fedvlm.engines.nvflare.project import (
 )
 from fedvlm.engines.policy import read_policy
 from fedvlm.errors import FedVLMError
+from fedvlm.store import only_one
 
 QUICK = 30.0  # seconds: a process that ends sooner has failed to start
 MOST = 5  # such failures in a row end the command
 SITE = "FEDVLM_SITE"
 """The environment variable with what ``fedvlm site start`` says of the site, as JSON."""
 LOG = "site.log"
+TAKEN = "'{}' is in use by another fedvlm process"
 MARK = "FEDVLM_PROCESSES_OF"
 """The environment variable by which a command's processes are found, whoever started them."""
 NOTED = {
@@ -69,7 +70,7 @@ def serve(folder: Path, say: Callable[[str], None]) -> None:
         say(warning)
     names = ", ".join(project.sites)
     say(f"server of '{project.name}' on port {project.server.port}; its sites: {names}")
-    with only_one(server):
+    with only_one(server, TAKEN.format(server)):
         _keep(command, server, dict(os.environ), server / "nvflare.log", say)
 
 
@@ -96,7 +97,7 @@ def start_site(
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise FedVLMError(f"--state '{state}' cannot be used: {error.strerror}") from None
-    with only_one(state):
+    with only_one(state, TAKEN.format(state)):
         workspace = state / "nvflare"
         name = unpacked(kit, workspace)
         if warning := check_certificate(workspace / "startup" / "client.crt"):
@@ -149,21 +150,6 @@ def read_federation(folder: Path) -> Project:
             f"'{folder}' holds no federation; make one with 'fedvlm deploy init project.yml'"
         )
     return read_project(folder / PROJECT)
-
-
-@contextlib.contextmanager
-def only_one(folder: Path) -> Iterator[None]:
-    """Keeps a second command off a folder.
-
-    Raises:
-        FedVLMError: one has it.
-    """
-    with open(folder / ".lock", "w") as handle:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            raise FedVLMError(f"'{folder}' is in use by another fedvlm process") from None
-        yield
 
 
 def _command(module: str, workspace: Path, start: str, *more: str) -> list[str]:
