@@ -9,10 +9,11 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from _deploy_watch import Outcome, Watch
+from _deploy_watch import Outcome, Watch, check_memory
 
 NAMES = {"runner_process": "job", "server_train": "server", "deploy server": "command"}
 MODELS = {"tiny": 68_096, "wide": 117_760}  # -> bytes of all LoRA factors of rank 1
+NEEDS = {"tiny": 650, "wide": 1000}  # MB of memory for each site
 MOST = 128  # the largest rank that tiny takes
 
 
@@ -41,6 +42,7 @@ def measure(folder: Path, sites: int, megabytes: float, repeats: int, at_once: i
     from fedvlm.errors import FedVLMError
     from fedvlm.store import load_tree
 
+    check_memory(sites, NEEDS[chosen(megabytes)[0]])
     names = [f"site-{number}" for number in range(sites)]
     _write_rows(folder, sites)
     settings = _settings(folder, megabytes, repeats + 2)

@@ -122,6 +122,14 @@ def _status(pid: int) -> dict[str, float]:
     return {name.rstrip(":"): int(kib) * 1024 / MB for name, kib, _ in sizes}
 
 
+def check_memory(clients: int, each: int) -> None:
+    """Ends where the machine has too little memory free, before it kills what it should not."""
+    lines = Path("/proc/meminfo").read_text().splitlines()
+    free = next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line) // MB
+    if free < (wanted := clients * each + 2000):
+        raise SystemExit(f"{clients} clients need about {wanted} MB, and {free} MB are available")
+
+
 @contextlib.contextmanager
 def limited(seconds: int, what: str) -> Iterator[None]:
     """Raises where a piece of work takes longer, or this process is told to end."""
