@@ -7,6 +7,7 @@ import sys
 import zipfile
 from importlib.util import find_spec
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import yaml
@@ -185,3 +186,24 @@ def test_a_project_is_read_as_it_is_written(tmp_path):
     project = Project.model_validate({"server": {"address": "fl.example.org"}, "sites": ["a", "b"]})
     (tmp_path / "p.yml").write_text(yaml.safe_dump(project.model_dump()))
     assert read_project(tmp_path / "p.yml") == project
+
+
+@needed
+def test_a_site_that_is_heard_again_is_let_in_and_not_for_ever():
+    from fedvlm.engines.nvflare.deploy import AGAIN, Away
+
+    def heard(when):
+        return [SimpleNamespace(name="a", last_connect_time=when)]
+
+    away = Away()
+    away.note({"event": "failed", "site": "a", "gone": False, "time": 5.0})
+    assert not away.since, "a site that answers is asked again by the job that runs"
+    for attempt in range(AGAIN):
+        away.note({"event": "failed", "site": "a", "gone": True, "time": 10.0})
+        assert away.back(heard(9.0)) == [], "nothing was heard of it since"
+        assert away.back(heard(11.0)) == ["a"], attempt
+    away.note({"event": "failed", "site": "a", "gone": True, "time": 10.0})
+    assert away.back(heard(11.0)) == []
+    away.note({"event": "trained", "site": "a"})
+    away.note({"event": "failed", "site": "a", "gone": True, "time": 20.0})
+    assert away.back(heard(21.0)) == ["a"]

@@ -56,15 +56,19 @@ class Here:
         self.workers = {s: Worker(own) for s, own in self.own.items()}
         self.down, self.slow, self.broken, self.asked = set(), {}, None, []
         self.wire = []  # all that the sites have sent
+        self.configs = []  # all that they were told of the run
 
     def __call__(self, site, header, blob, limit):
         self.asked.append((site, header["do"], header.get("round")))
         time.sleep(self.slow.get(site, 0))
+        if header["do"] == "ping" and site not in self.down:
+            return {}, b""
         if header["do"] == self.broken:
             return {"error": "died", "message": "x"}, b""
         if site in self.down:
             raise Unanswered("it is away")
         header = json.loads(json.dumps(header))
+        self.configs += [header["config"]] if "config" in header else []
         with LOCK:  # torch's global random state is one in this process
             answer = self.workers[site].perform(header, blob)
         self.wire.append(json.dumps(answer[0]).encode() + answer[1])
@@ -361,3 +365,24 @@ def test_a_site_may_keep_its_row_count_to_itself(data, tmp_path):
     site = Site("s", settings, str(data / "site-0.parquet"), tmp_path, Policy(tell_rows=False))
     assert "rows" not in site.described()
     assert "examples" not in site.score("global", 0, site.algorithm.init(site.engine.adapter))
+
+
+def test_a_download_to_be_scored_is_checked_as_one_to_be_trained(both):
+    from safetensors.torch import load, save
+
+    *_, call = both
+    down = load(LAST["site-1"])
+    name = next(iter(down))
+    for do in ("score", "answer", "export"):
+        header = {"do": do, "kind": "global", "round": 2, "name": "x"}
+        assert "error" not in call("site-1", header, save(down), 9)[0]
+        for wrong in (down | {name: down[name] * NAN}, {n: down[n] for n in down if n != name}):
+            refused, _ = call("site-1", header, save(wrong), 9)
+            assert "'site-1' refuses what the server sent" in refused["message"]
+
+
+def test_the_server_tells_the_sites_none_of_its_paths(both, data):
+    *_, call = both
+    assert call.configs
+    for told in call.configs:
+        assert str(data.parent) not in json.dumps(told)

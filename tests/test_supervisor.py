@@ -4,6 +4,7 @@ import os
 import signal
 import sys
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -57,3 +58,14 @@ def test_a_worker_that_dies_again_and_one_that_hangs_are_reported(supervisor):
     assert late["error"] == "timeout"
     assert time.monotonic() - began < 10
     assert "pid" in supervisor.call({"do": "x"})[0]
+
+
+def test_a_worker_that_is_ended_under_way_is_not_replaced(supervisor):
+    supervisor.call({"do": "open"})
+    with ThreadPoolExecutor(1) as pool:
+        under_way = pool.submit(supervisor.call, {"do": "sleep"})
+        time.sleep(0.5)
+        supervisor.end()
+        assert under_way.result(10)[0] == {"error": "died", "message": "the run has ended"}
+    assert supervisor.pid is None
+    assert supervisor.restarts == 0

@@ -11,6 +11,7 @@ from typing import Annotated
 import typer
 
 from fedvlm import cli_deploy, processes
+from fedvlm.cli_options import QuietOption, Words, parse
 from fedvlm.errors import ConfigError, FedVLMError
 
 app = typer.Typer(
@@ -20,16 +21,6 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
-
-Words = Annotated[
-    list[str] | None,
-    typer.Argument(
-        metavar="[CONFIG.yaml] [KEY=VALUE]...",
-        help="a configuration file, and settings such as train.rounds=20",
-        show_default=False,
-    ),
-]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print only the final table")]
 
 RunFolder = Annotated[str, typer.Argument(metavar="DIR", help="the folder of a finished run")]
 ClientOption = Annotated[
@@ -87,7 +78,7 @@ def run(
         )
     if resume is not None and dry_run:
         raise ConfigError(["--dry-run is of a new run; leave out --resume"])
-    source, overrides = _parse(words)
+    source, overrides = parse(words)
     if print_config:
         text = configs.dump(configs.load(source, *overrides))
         if processes.rank() == 0:
@@ -127,7 +118,7 @@ def compare(
     """Compare algorithms on the same clients and the same initial weights."""
     from fedvlm import config as configs
 
-    source, overrides = _parse(words)
+    source, overrides = parse(words)
     settings = configs.load(source, *overrides)
     if settings.output == configs.Config().output:
         settings = settings.model_copy(update={"output": "runs/compare"})
@@ -146,7 +137,7 @@ def demo(
     from fedvlm import config as configs
     from fedvlm.demo import ALGORITHMS, INTRODUCTION, SETTINGS
 
-    source, overrides = _parse(words)
+    source, overrides = parse(words)
     if source:
         raise ConfigError([f"the demo has its own configuration; leave out '{source}'"])
     settings = configs.load(SETTINGS, *overrides)
@@ -295,13 +286,6 @@ def _compare(names: list[str], settings, seeds: int, jobs: int, quiet: bool) -> 
     with _interruptible(again), board(names, settings, seeds, quiet) as tell:
         comparison = run_comparison(names, settings, seeds=seeds, jobs=jobs, tell=tell)
     print_comparison(comparison)
-
-
-def _parse(words: list[str] | None) -> tuple[str | None, list[str]]:
-    """A configuration file, if the first word is none of the form key=value, and the settings."""
-    words = list(words or [])
-    source = words.pop(0) if words and "=" not in words[0] else None
-    return source, words
 
 
 @contextlib.contextmanager

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedvlm.cli_options import QuietOption, Words, parse
 from fedvlm.errors import ConfigError, FedVLMError
 
 HOME = "federation"
@@ -20,7 +21,6 @@ site = typer.Typer(no_args_is_help=True, help="Take part with one site's rows.")
 Folder = Annotated[
     str, typer.Option("--federation", "-f", metavar="DIR", help="what 'deploy init' has written")
 ]
-QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print only the final table")]
 
 
 @deploy.callback()
@@ -56,14 +56,7 @@ def server(folder: Folder = HOME) -> None:
 
 @deploy.command()
 def run(
-    words: Annotated[
-        list[str] | None,
-        typer.Argument(
-            metavar="[CONFIG.yaml] [KEY=VALUE]...",
-            help="a configuration file, and settings such as train.rounds=20",
-            show_default=False,
-        ),
-    ] = None,
+    words: Words = None,
     resume: Annotated[
         str | None, typer.Option(metavar="DIR", help="go on with the unfinished run in DIR")
     ] = None,
@@ -79,11 +72,10 @@ def run(
     from fedvlm.engines.remote import Limits
     from fedvlm.report.tables import print_run
 
-    words = list(words or [])
     if resume and words:
         raise ConfigError(["--resume takes the run's own configuration; leave out the others"])
-    source = words.pop(0) if words and "=" not in words[0] else None
-    settings = runs.saved(resume) if resume else configs.load(source, *words)
+    source, overrides = parse(words)
+    settings = runs.saved(resume) if resume else configs.load(source, *overrides)
     federation = runs.Federation(folder)
     if not 1 <= min_sites <= len(federation.project.sites):
         raise ConfigError(
@@ -133,11 +125,12 @@ def abort(folder: Folder = HOME) -> None:
 
 @deploy.command()
 def readmit(folder: Folder = HOME) -> None:
-    """Let sites that were away take part again, from the last finished round on."""
+    """Let sites that were away take part again, from the next round on."""
     from fedvlm.engines.nvflare.deploy import Federation
 
-    found = Federation(folder).abort(readmit=True)
-    typer.echo("the run goes on with all sites that are connected" if found else "no job is there")
+    found = Federation(folder).readmit()
+    told = "after this round, the 'fedvlm deploy run' that follows goes on with all connected sites"
+    typer.echo(told if found else "no job is under way")
 
 
 @deploy.command()
@@ -213,5 +206,6 @@ def line(event: dict[str, Any]) -> str:
         verb = "resumed" if event["resume"] else "submitted"
         return f"job {event['job']} {verb}, for {', '.join(event['sites'])}"
     if kind == "again":
-        return f"the job ended early; going on after round {event['round']}"
+        why = "the job ended early; " if event["early"] else ""
+        return f"{why}going on after round {event['round']} with all sites that are connected"
     return f"job {event['status']}" if kind == "ended" else ""

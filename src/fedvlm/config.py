@@ -9,13 +9,15 @@ from __future__ import annotations
 import difflib
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
 from fedvlm.errors import ConfigError
 from fedvlm.sections import Config
+
+S = TypeVar("S", bound=BaseModel)
 
 
 def load(source: str | Path | dict[str, Any] | Config | None = None, *overrides: str) -> Config:
@@ -45,7 +47,7 @@ def load(source: str | Path | dict[str, Any] | Config | None = None, *overrides:
     try:
         config = Config.model_validate(tree)
     except ValidationError as error:
-        problems.extend(_describe(e, tree) for e in error.errors())
+        problems.extend(_describe(e, Config) for e in error.errors())
         raise ConfigError(problems) from None
     if problems:
         raise ConfigError(problems)
@@ -78,6 +80,28 @@ def _read(source: str | Path | dict[str, Any] | Config | None) -> dict[str, Any]
     return _numbers(tree)
 
 
+def read_file(path: str | Path, kind: type[S], what: str) -> S:
+    """A file with settings of its own kind, such as a site's policy.
+
+    Args:
+        path: a YAML file.
+        kind: what it has to hold.
+        what: its name in messages.
+
+    Raises:
+        ConfigError: naming everything that is wrong in it.
+    """
+    try:
+        tree = yaml.safe_load(Path(path).read_text("utf-8")) or {}
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise ConfigError([f"the {what} '{path}' cannot be read: {error}"]) from None
+    try:
+        return kind.model_validate(tree)
+    except ValidationError as error:
+        found = [_describe(one, kind) for one in error.errors()]
+        raise ConfigError([f"{what} '{path}': {text}" for text in found]) from None
+
+
 def _number(text: str) -> float | None:
     """YAML 1.1 reads 3e-4 as a string; people mean the number."""
     try:
@@ -106,18 +130,18 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> list[str]:
     return []
 
 
-def _describe(error: Any, tree: dict[str, Any]) -> str:
+def _describe(error: Any, kind: type[BaseModel]) -> str:
     where = ".".join(str(p) for p in error["loc"])
     if error["type"] == "extra_forbidden":
-        return f"unknown key '{where}'" + _nearest(where)
+        return f"unknown key '{where}'" + _nearest(where, kind)
     message = error["msg"].removeprefix("Value error, ")
     if not where or isinstance(error["input"], BaseModel | dict):
         return f"{where}: {message}" if where else message
     return f"{where}: {message} (got {error['input']!r})"
 
 
-def _nearest(where: str) -> str:
-    keys = list(_keys(Config))
+def _nearest(where: str, kind: type[BaseModel]) -> str:
+    keys = list(_keys(kind))
     close = difflib.get_close_matches(where, keys, n=1, cutoff=0.6)
     leaf = where.rpartition(".")[2]
     by_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
@@ -125,11 +149,7 @@ def _nearest(where: str) -> str:
         leaves = {k.rpartition(".")[2]: k for k in keys}
         by_leaf = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)]
     best = by_leaf or close
-    return (
-        f": did you mean '{best[0]}'?"
-        if best
-        else f"; the sections are {', '.join(Config.model_fields)}"
-    )
+    return f": did you mean '{best[0]}'?" if best else f"; there are {', '.join(kind.model_fields)}"
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

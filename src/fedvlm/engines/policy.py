@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
 from fedvlm import config as configs
 from fedvlm.adaptation import Positive, Section
@@ -159,13 +159,7 @@ def read_policy(path: str | Path | None) -> Policy:
     """
     if path is None:
         return Policy()
-    try:
-        policy = Policy.model_validate(yaml.safe_load(Path(path).read_text("utf-8")) or {})
-    except (OSError, yaml.YAMLError, UnicodeDecodeError) as error:
-        raise ConfigError([f"the policy '{path}' cannot be read: {error}"]) from None
-    except ValidationError as error:
-        problems = [f"{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise ConfigError([f"policy '{path}': {text}" for text in problems]) from None
+    policy = configs.read_file(path, Policy, "policy")
     odd = [key for key in policy.set if key.split(".")[0] not in SETTABLE]
     unknown = [name for name in policy.algorithms or () if name not in TABLE]
     problems = [f"set.{key}: a site sets {', '.join(SETTABLE)} only" for key in odd]

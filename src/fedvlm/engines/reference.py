@@ -39,6 +39,7 @@ class ReferenceEngine:
 
     Attributes:
         width: clients in a pass; the cohort engine has more than one.
+        forms: what a download has to be.
         ended: the adapters of ``rated`` tasks when their training ended, until they are scored.
     """
 
@@ -55,7 +56,7 @@ class ReferenceEngine:
         self.params = lora.handles(model)
         self.adapter = lora.read(self.params)
         self.objective = objectives.build(config.objective)
-        self._forms = Forms(self.adapter)
+        self.forms = Forms(self.adapter)
         self.ended: dict[str, Tree] = {}
         self._answers: dict[tuple[str, str], list[Answer]] = {}
 
@@ -76,7 +77,7 @@ class ReferenceEngine:
         for start in range(0, len(tasks), self.width):
             group = tasks[start : start + self.width]
             for task in group:
-                self._forms.check_download(algorithm, task.client, task.down)
+                self.forms.check_download(algorithm, task.client, task.down)
             mines = self.store.personal([task.client for task in group])
             trees = self._begun(algorithm, {task.client: task.down for task in group}, mines)
             ended = self._train(trees, mines, algorithm.phases, group)

@@ -31,11 +31,15 @@ Call = Callable[[str, dict[str, Any], bytes, float], tuple[dict[str, Any], bytes
 """``(site, header, tensors, seconds) -> (header, tensors)``; raises :class:`Unanswered`."""
 
 
-PING = 10.0  # seconds in which a site that failed has to say that it is there again
+PING = 5.0  # seconds in which a site that failed has to say that it is there again
 
 
 class Unanswered(Exception):
     """A site gave no answer, or one that does not count."""
+
+
+class Gone(Unanswered):
+    """Nobody answers there: its machine, or the way to it, may be down."""
 
 
 class Limits(Section):
@@ -99,7 +103,7 @@ class Remote:
         Raises:
             FedVLMError: too few sites can take part, or they differ from those of before.
         """
-        asked = {"do": "open", "run": run, "config": config.model_dump()}
+        asked = {"do": "open", "run": run, "config": _told(config)}
         self._measured = measured(config.objective.name)
         found: dict[str, dict[str, Any]] = {}
         opened = self._each(self.sites, lambda s: (asked, b"", self.limits.open_s), _described)
@@ -291,6 +295,7 @@ class Remote:
                 "site": site,
                 "round": self._round,
                 "why": str(error),
+                "gone": isinstance(error, Gone),
                 "again_in_round": bench.until,
             }
         )
@@ -301,6 +306,13 @@ class Remote:
                 f"{count} of {len(self.sites)} sites {what}, and at least {self.limits.min_sites} "
                 "are needed (min_sites); the log says why. Then: fedvlm deploy run --resume"
             )
+
+
+def _told(config: Config) -> dict[str, Any]:
+    """A run's settings without the server's own paths; each site puts its own in their place."""
+    tree = config.model_dump()
+    tree["output"], tree["data"]["path"] = "here", None
+    return tree
 
 
 def _described(site: str, about: dict[str, Any], blob: bytes, seconds: float) -> dict[str, Any]:

@@ -226,10 +226,11 @@ class Site:
                 self.engine.ended[self.name] = dict(saved.trees["end"])
         else:
             self._arrived(down)
+            self.engine.forms.check_download(self._algorithm(round_), self.name, down)
         return Models(kind, self._algorithm(round_), [(self.name, down)], round_)
 
     def _arrived(self, down: Tree) -> None:
-        """The one place where a download comes in; it is checked before anything is done with it.
+        """The one place where a download comes in; the engine checks its form when it trains.
 
         Raises:
             Refused: it is not accepted.

@@ -14,6 +14,7 @@ from typing import Any
 
 from nvflare.collab import collab
 
+from fedvlm.engines.nvflare.calls import Desk
 from fedvlm.engines.nvflare.processes import SITE
 from fedvlm.engines.nvflare.supervisor import Supervisor
 from fedvlm.engines.nvflare.worker import log_to
@@ -29,6 +30,7 @@ class Client:
 
     def __init__(self) -> None:
         self.supervisor: Supervisor | None = None
+        self.desk: Desk | None = None
 
     @collab.init
     def begin(self) -> None:
@@ -37,6 +39,7 @@ class Client:
             raise RuntimeError(f"this is site '{own['name']}', and not '{collab.site_name}'")
         log_to(own["log"])
         self.supervisor = Supervisor(own)
+        self.desk = Desk(self.supervisor.call)
 
     @collab.publish
     def ask(self, header: str, blob: bytes) -> list[Any]:
@@ -44,12 +47,11 @@ class Client:
         if collab.caller != "server":
             logger.warning("refused a call by '%s'", collab.caller)
             return [json.dumps({"error": "refused", "message": "only the server may ask"}), b""]
-        assert self.supervisor is not None
-        asked = json.loads(header)
-        answer, tensors = self.supervisor.call(asked, blob, float(asked.pop("limit")))
+        assert self.desk is not None
+        answer, tensors = self.desk.ask(json.loads(header), blob)
         return [json.dumps(answer), tensors]
 
     @collab.final
     def end(self) -> None:
         if self.supervisor:
-            self.supervisor.stop()
+            self.supervisor.end()

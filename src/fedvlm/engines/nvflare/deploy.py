@@ -7,7 +7,8 @@ import io
 import json
 import time
 import uuid
-from collections.abc import Callable, Iterator
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,7 @@ from fedvlm import store as stores
 from fedvlm.algorithms import TABLE
 from fedvlm.engines.nvflare.processes import read_federation
 from fedvlm.engines.nvflare.project import ADMIN, SERVER_CLASSES, SITE_CLASSES, Project
-from fedvlm.engines.nvflare.server import SITES
+from fedvlm.engines.nvflare.server import RENEW, SITES
 from fedvlm.engines.remote import Limits
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.results import Results
@@ -27,9 +28,10 @@ from fedvlm.sections import Config
 Tell = Callable[[dict[str, Any]], None]
 
 CONNECT = 20.0  # seconds for the server to answer
+HEARD = 100.0  # seconds since the last sign of a site that is connected; it gives one every 30
 ASKED = 5.0  # seconds between questions to the server how the job is
 EVENTS = "events.jsonl"
-OVER = ("done", "aborted", "error")  # a job's last event
+OVER = ("done", "renewed", "aborted", "error")  # a job's last event
 AGAIN = 3  # jobs in a row that end without a finished round, before this is an error
 
 
@@ -67,8 +69,9 @@ class Federation:
                 found.close()
 
     def connected(self, session: Session) -> list[str]:
-        """The sites that are connected now."""
-        found = {client.name for client in session.get_system_info().client_info}
+        """The sites that are connected now: NVFlare lists those that are gone for ten minutes."""
+        heard = session.get_system_info().client_info
+        found = {c.name for c in heard if time.time() - (c.last_connect_time or 0) < HEARD}
         return [site for site in self.project.sites if site in found]
 
     def jobs(self, session: Session) -> list[dict[str, Any]]:
@@ -81,19 +84,26 @@ class Federation:
         with self.session() as session:
             return {"sites": self.connected(session), "jobs": self.jobs(session)}
 
-    def abort(self, *, readmit: bool = False) -> list[str]:
-        """Ends the jobs that wait or run; finished rounds stay, and ``--resume`` goes on.
-
-        Args:
-            readmit: the ``run`` that follows a job goes on at once, with all sites that are
-                connected then: NVFlare lets nobody join a job that runs.
-        """
+    def abort(self) -> list[str]:
+        """Ends the jobs that wait or run; finished rounds stay, and ``--resume`` goes on."""
         with self.session() as session:
             found = [str(job["job_id"]) for job in self.jobs(session)]
             for job in found:
-                if not readmit:
-                    stores.write_text(self._mark(job), "")
+                stores.write_text(self._mark(job), "")
                 session.abort_job(job)
+        return found
+
+    def readmit(self) -> list[str]:
+        """Ends the jobs that run with the round that is under way.
+
+        The ``run`` that follows goes on with all sites that are connected then: NVFlare lets nobody
+        join a job that runs.
+        """
+        with self.session() as session:
+            found = [str(job["job_id"]) for job in self.jobs(session)]
+        for path in self._submitted():
+            if path.read_text() in found:
+                stores.write_text(path.with_name(RENEW), "")
         return found
 
     def run(
@@ -108,7 +118,8 @@ class Federation:
         """A run over the sites that are connected, to its end.
 
         A job that ends before the run does (a site's process was killed, say) is followed by
-        another one, which goes on at the next round with whoever is connected then.
+        another one, which goes on at the next round with whoever is connected then. So is one that
+        ends with a round because a site is back that was gone.
 
         Args:
             config: of the run; ``output`` is on this machine.
@@ -127,15 +138,16 @@ class Federation:
             return Results.read(config.output)
         with self.session() as session:
             self._clear(session, config, resume)
-        failures, last = 0, _finished(config)
+        failures, last, away, first = 0, _finished(config), Away(), True
         while not stores.is_done(config.output):
             with self.session() as session:
-                sites = self._gathered(session, limits.min_sites, wait, tell)
+                sites = self._gathered(session, limits.min_sites, wait, first, tell)
                 again = resume or begun(config.output)
                 job, events = self._submit(session, config, sites, limits, again, tell)
-                self._follow(session, job, events, config, tell)
+                how = self._follow(session, job, events, config, away, tell)
             if stores.is_done(config.output):
                 break
+            first = False
             if self._mark(job).exists():
                 raise FedVLMError(f"ended by 'fedvlm deploy abort'; {_how(config)}")
             done = _finished(config)
@@ -145,7 +157,7 @@ class Federation:
                     f"{AGAIN} jobs ended without a finished round; '{events}' and "
                     f"'{self.folder / 'server' / 'nvflare.log'}' say why"
                 )
-            tell({"event": "again", "round": done})
+            tell({"event": "again", "round": done, "early": how != "renewed"})
         return Results.read(config.output)
 
     def _clear(self, session: Session, config: Config, resume: bool) -> None:
@@ -169,8 +181,10 @@ class Federation:
         """Files with the numbers of the jobs that were submitted."""
         return (self.folder / "runs").glob("*/submitted")
 
-    def _gathered(self, session: Session, least: int, wait: float, tell: Tell) -> list[str]:
-        """The connected sites, once they are all."""
+    def _gathered(
+        self, session: Session, least: int, wait: float, first: bool, tell: Tell
+    ) -> list[str]:
+        """The connected sites, once they are all, or enough for a job that follows another."""
         until = time.monotonic() + wait
         found: list[str] = []
         while len(found) < len(self.project.sites):
@@ -179,7 +193,7 @@ class Federation:
                 if site not in found:
                     tell({"event": "connected", "site": site})
             found = now
-            if time.monotonic() > until:
+            if time.monotonic() > until or (not first and len(found) >= least):
                 break
             if len(found) < len(self.project.sites):
                 time.sleep(1.0)
@@ -220,8 +234,16 @@ class Federation:
         """A file that says that a person has ended the job."""
         return self.folder / "runs" / f"{job}.aborted"
 
-    def _follow(self, session: Session, job: str, events: Path, config: Config, tell: Tell) -> None:
-        """Tells a job's events until it has ended.
+    def _follow(
+        self,
+        session: Session,
+        job: str,
+        events: Path,
+        config: Config,
+        away: Away,
+        tell: Tell,
+    ) -> str:
+        """Tells a job's events until it has ended, and how it has.
 
         Raises:
             FedVLMError: the run cannot go on, as the server's process says, or the server is gone.
@@ -231,21 +253,60 @@ class Federation:
             lines = stores.read_lines(events)
             for event in lines[seen:]:
                 tell(event)
-                if event["event"] in ("done", "aborted"):
-                    return
+                away.note(event)
                 if event["event"] == "error":
                     raise FedVLMError(event["why"])
+                if event["event"] in OVER:
+                    return str(event["event"])
             seen = len(lines)
             if time.monotonic() - asked > ASKED:
                 asked = time.monotonic()
                 try:
                     status = str(session.get_job_meta(job).get("status"))
+                    if away.since and away.back(session.get_system_info().client_info):
+                        stores.write_text(events.with_name(RENEW), "")
                 except Exception as error:
                     raise FedVLMError(f"the server is gone ({error}); {_how(config)}") from None
                 if _ended(status) and len(stores.read_lines(events)) == seen:
                     tell({"event": "ended", "status": status})
-                    return
+                    return status
             time.sleep(0.2)
+
+
+class Away:
+    """Sites that did not answer; each is waited for, and let in again when it is back.
+
+    Attributes:
+        since: site -> when it did not answer, in seconds since 1970.
+    """
+
+    def __init__(self) -> None:
+        self.since: dict[str, float] = {}
+        self._tried: Counter[str] = Counter()
+
+    def note(self, event: dict[str, Any]) -> None:
+        """Takes one of a job's events."""
+        site = event.get("site", "")
+        if event["event"] == "failed" and event.get("gone"):
+            self.since[site] = event["time"]
+        elif event["event"] in ("opened", "trained"):
+            self.since.pop(site, None)
+        if event["event"] == "trained":
+            self._tried.pop(site, None)
+
+    def back(self, clients: Sequence[Any]) -> list[str]:
+        """The sites that are heard again; one that then does not answer is not tried for ever.
+
+        Args:
+            clients: of NVFlare's server, each with ``name`` and ``last_connect_time``.
+        """
+        heard = {client.name: client.last_connect_time or 0 for client in clients}
+        found = [site for site, since in self.since.items() if heard.get(site, 0) > since]
+        found = [site for site in found if self._tried[site] < AGAIN]
+        self._tried.update(found)
+        for site in found:
+            del self.since[site]
+        return found
 
 
 def begun(folder: str | Path) -> bool:

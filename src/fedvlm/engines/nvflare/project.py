@@ -14,8 +14,9 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, ValidationError, field_validator
+from pydantic import Field, field_validator
 
+from fedvlm import config as configs
 from fedvlm import store as stores
 from fedvlm.adaptation import Positive, Section
 from fedvlm.engines.policy import check_name
@@ -88,18 +89,7 @@ def read_project(path: str | Path) -> Project:
     Raises:
         ConfigError: naming everything that is wrong.
     """
-    try:
-        tree = yaml.safe_load(Path(path).read_text("utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError([f"the project '{path}' cannot be read: {error}"]) from None
-    try:
-        return Project.model_validate(tree or {})
-    except ValidationError as error:
-        found = [
-            f"{'.'.join(map(str, e['loc']))}: {e['msg'].removeprefix('Value error, ')}"
-            for e in error.errors()
-        ]
-        raise ConfigError([f"project '{path}': {text}" for text in found]) from None
+    return configs.read_file(path, Project, "project")
 
 
 def provision(project: Project, folder: Path) -> dict[str, Path]:

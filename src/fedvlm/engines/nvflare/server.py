@@ -14,15 +14,17 @@ from nvflare.collab.api.exceptions import CollabCallError
 
 from fedvlm import config as configs
 from fedvlm import federate
-from fedvlm.engines.remote import Limits, Remote, Unanswered
+from fedvlm.engines.nvflare.calls import Late, asking
+from fedvlm.engines.remote import Gone, Limits, Remote, Unanswered
 from fedvlm.errors import FedVLMError
 from fedvlm.progress import Progress
 from fedvlm.store import Store, append_line
 from fedvlm.tree import digest
 
 SITES = "sites.json"
+RENEW = "renew"
+"""A file beside a job's events: the job ends with the round that is under way."""
 PATIENCE = 60.0  # seconds for the process of an earlier job to end
-GRACE = 20.0  # seconds more than the site has, so that the site tells what took too long
 
 
 class Server:
@@ -44,9 +46,11 @@ class Server:
 
         try:
             proxies = {client.name: client for client in collab.clients}
-            call = asking(proxies, collab.context.is_aborted)
+            call = calling(proxies, collab.context.is_aborted)
             perform(self.job, call, sorted(proxies), tell)
             tell({"event": "done"})
+        except Renewed:
+            tell({"event": "renewed"})
         except Aborted:
             tell({"event": "aborted"})
             raise
@@ -62,21 +66,22 @@ class Aborted(Exception):
     """NVFlare has ended the job: a person did, or a site's process died."""
 
 
-def asking(proxies: dict[str, Any], aborted: Callable[[], bool]) -> Callable[..., Any]:
+class Renewed(Exception):
+    """The job has ended with a round, for another one of all sites that are connected."""
+
+
+def calling(proxies: dict[str, Any], aborted: Callable[[], bool]) -> Callable[..., Any]:
     """How a site is asked; once a job is aborted nobody is."""
 
-    def call(
-        site: str, header: dict[str, Any], blob: bytes, limit: float
+    def exchange(
+        site: str, header: dict[str, Any], blob: bytes, seconds: float
     ) -> tuple[dict[str, Any], bytes]:
-        if site not in proxies:
-            raise Unanswered("it was not connected when this job began")
-        text = json.dumps({**header, "limit": limit})
         try:
-            answer = proxies[site](timeout=limit + min(GRACE, limit)).ask(text, blob)
+            answer = proxies[site](timeout=seconds).ask(json.dumps(header), blob)
         except CollabCallError as error:
             if aborted():
                 raise Aborted from None
-            raise Unanswered(f"no answer: {error.cause}") from None
+            raise Gone(f"no answer: {error.cause}") from None
         if not (isinstance(answer, list | tuple) and len(answer) == 2):
             raise Unanswered("its answer has another form")
         about, tensors = answer
@@ -86,6 +91,18 @@ def asking(proxies: dict[str, Any], aborted: Callable[[], bool]) -> Callable[...
         if not isinstance(found, dict):
             raise Unanswered("its answer has another form")
         return found, bytes(tensors)
+
+    patient = asking(exchange)
+
+    def call(
+        site: str, header: dict[str, Any], blob: bytes, limit: float
+    ) -> tuple[dict[str, Any], bytes]:
+        if site not in proxies:
+            raise Gone("it was not connected when this job began")
+        try:
+            return patient(site, header, blob, limit)
+        except Late as error:
+            raise Unanswered(str(error)) from None
 
     return call
 
@@ -121,14 +138,22 @@ def perform(
             text = json.dumps(about | {"adapter": digest(engine.adapter)}, indent=2) + "\n"
             federate.begin(config, store, {SITES: text}, resume=False)
         tell({"event": "begun", "sites": list(engine.sites)})
-        federate.drive(config, engine, engine.weights, store, Told(tell))
+        told = Told(tell, Path(job["events"]).with_name(RENEW))
+        federate.drive(config, engine, engine.weights, store, told)
 
 
 class Told(Progress):
-    """Progress as events."""
+    """Progress as events; after a round the job may have to end.
 
-    def __init__(self, tell: Callable[..., None]):
-        self.tell = tell
+    Args:
+        tell: gets the events.
+        renew: a file that says so.
+    """
+
+    def __init__(self, tell: Callable[..., None], renew: Path):
+        self.tell, self.renew = tell, renew
 
     def round(self, line: dict[str, Any], seconds: float) -> None:
         self.tell({"event": "round", "round": line["round"], "seconds": seconds})
+        if self.renew.exists():
+            raise Renewed

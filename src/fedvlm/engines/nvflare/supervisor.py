@@ -35,6 +35,7 @@ class Supervisor:
         self._sock: socket.socket | None = None
         self._opening: dict[str, Any] | None = None
         self._number = 0
+        self._over = False
         self._turn = threading.Lock()
 
     @property
@@ -50,8 +51,6 @@ class Supervisor:
             blob: tensors.
             limit: seconds; a worker that takes longer is ended.
         """
-        if header["do"] == "ping":  # is the site there; its worker may be at work
-            return {}, b""
         until = time.monotonic() + limit
         if not self._turn.acquire(timeout=limit):
             return {"error": "failed", "message": "the site is busy with another call"}, b""
@@ -63,6 +62,8 @@ class Supervisor:
                     return self._ask(header, blob, until)
                 except Closed:
                     code = self._reap()
+                    if self._over:
+                        return {"error": "died", "message": "the run has ended"}, b""
                     self.restarts += 1
                     logger.warning(
                         "the worker died (exit code %s) during '%s'%s",
@@ -80,8 +81,13 @@ class Supervisor:
         finally:
             self._turn.release()
 
+    def end(self) -> None:
+        """Ends the worker for good."""
+        self._over = True
+        self.stop()
+
     def stop(self) -> None:
-        """Ends the worker, if there is one."""
+        """Ends the worker, if there is one; the next call starts another."""
         if self._process:
             self._process.kill()
             self._reap()

@@ -1,0 +1,73 @@
+"""Calls between server and site that take longer than a message may."""
+
+import threading
+import time
+
+import pytest
+
+from fedvlm.engines.nvflare import calls
+from fedvlm.engines.nvflare.calls import Desk, Late, asking
+
+
+class Site:
+    """A site's work, which lasts until it is let go."""
+
+    def __init__(self):
+        self.done, self.calls = threading.Event(), []
+
+    def __call__(self, header, blob, limit):
+        self.calls.append((header["do"], limit))
+        self.done.wait(10)
+        return {"did": header["do"]}, blob[::-1]
+
+
+@pytest.fixture
+def site(monkeypatch):
+    monkeypatch.setattr(calls, "PATIENCE", 0.05)
+    monkeypatch.setattr(calls, "GRACE", 0.2)
+    found = Site()
+    yield found
+    found.done.set()
+
+
+def test_a_long_call_is_asked_again_until_it_is_answered(site):
+    desk, messages = Desk(site), []
+
+    def exchange(name, header, blob, seconds):
+        messages.append((header["do"], len(blob), seconds))
+        if len(messages) == 4:
+            site.done.set()
+        return desk.ask(dict(header), blob)
+
+    assert asking(exchange)("a", {"do": "train"}, b"abc", 30) == ({"did": "train"}, b"cba")
+    assert [what for what, *_ in messages[:4]] == ["train", "wait", "wait", "wait"]
+    assert {size for _, size, _ in messages[1:]} == {0}, "tensors are sent once"
+    assert max(seconds for *_, seconds in messages) < 1, "a site that is gone is known soon"
+    assert site.calls == [("train", 30)]
+
+
+def test_a_site_says_that_it_is_there_while_it_works(site):
+    desk = Desk(site)
+    at_work = ({"at_work": True}, b"")
+    assert desk.ask({"do": "train", "number": "1", "limit": 9}, b"") == at_work
+    assert desk.ask({"do": "ping", "number": "2", "limit": 9}, b"") == ({}, b"")
+    assert desk.ask({"do": "wait", "number": "1"}, b"") == at_work
+    assert desk.ask({"do": "wait", "number": "2"}, b"")[0]["error"] == "failed"
+
+
+def test_the_deadline_holds_for_work_and_for_bytes_that_trickle(site):
+    began = time.monotonic()
+    always = asking(lambda *_: ({"at_work": not time.sleep(0.05)}, b""))
+    with pytest.raises(Late, match="no answer within 1 s"):
+        always("a", {"do": "train"}, b"", 1)
+    with pytest.raises(Late):
+        asking(lambda *_: time.sleep(5))("a", {"do": "train"}, b"", 0.1)
+    assert time.monotonic() - began < 4
+
+
+def test_what_goes_wrong_on_the_way_is_raised_where_it_was_asked():
+    def broken(*_):
+        raise ConnectionError("no way there")
+
+    with pytest.raises(ConnectionError, match="no way there"):
+        asking(broken)("a", {"do": "train"}, b"", 1)
