@@ -329,8 +329,10 @@ def test_a_full_disk_loses_nothing_and_the_round_can_be_done_again(data, tmp_pat
         plain(path, tree)
 
     monkeypatch.setattr(store, "save_tree", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(FedVLMError, match="disk is full, and round 2 is not kept") as error:
         site.train(2, down)
+    assert str(tmp_path) not in str(error.value), "the server is told"
+    assert [path.name for path in (site.store.folder / "rounds").iterdir()] == ["00001"]
     monkeypatch.setattr(store, "save_tree", plain)
     assert site.store.rounds() == [1]
     kept = site.store.personal(["site-0"])[0]
