@@ -99,7 +99,7 @@ class Supervisor:
             return f"the site's new worker was still opening the run after {limit:.0f} s"
         self.stop()
         logger.warning("'%s' took more than %.0f s: ended", header["do"], limit)
-        if self._opening and header["do"] != "open":
+        if self._opening and header["do"] != "open" and not self._over:
             with contextlib.suppress(Closed):  # the next call finds out, and starts another
                 self._start()
         return f"'{header['do']}' took more than {limit:.0f} s at the site"
