@@ -76,11 +76,14 @@ def calling(proxies: dict[str, Any], aborted: Callable[[], bool]) -> Callable[..
     def exchange(
         site: str, header: dict[str, Any], blob: bytes, seconds: float
     ) -> tuple[dict[str, Any], bytes]:
+        until = time.monotonic() + seconds
         try:
             answer = proxies[site](timeout=seconds).ask(json.dumps(header), blob)
         except CollabCallError as error:
             if aborted():
                 raise Aborted from None
+            if isinstance(error.cause, TimeoutError) and time.monotonic() < until - 1:
+                raise Unanswered("its answer was broken off: too large, or cut short") from None
             raise Gone(f"no answer: {error.cause}") from None
         if not (isinstance(answer, list | tuple) and len(answer) == 2):
             raise Unanswered("its answer has another form")
