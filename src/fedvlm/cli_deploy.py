@@ -177,7 +177,13 @@ class Shown:
     def tell(self, event: dict[str, Any]) -> None:
         text = line(event)
         if text:
-            typer.echo(text)
+            typer.echo(plain(text))
+
+
+def plain(text: str) -> str:
+    """Text without what would steer a terminal: part of it is a site's own words."""
+    whole = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    return whole.replace("\n", "\n    ")
 
 
 def line(event: dict[str, Any]) -> str:
