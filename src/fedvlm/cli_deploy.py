@@ -202,6 +202,8 @@ def line(event: dict[str, Any]) -> str:
         )
     if kind == "failed":
         return f"  {name}: FAILED in round {event['round']}: {event['why']}"
+    if kind == "rejected":
+        return f"  {name}: REJECTED in round {event['round']}: {event['why']}"
     if kind == "benched":
         return f"  {name}: left out of round {event['round']}, since it failed before"
     if kind == "round" and not event["round"]:

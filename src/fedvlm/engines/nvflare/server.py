@@ -157,6 +157,8 @@ class Told(Progress):
         self.tell, self.renew = tell, renew
 
     def round(self, line: dict[str, Any], seconds: float) -> None:
+        for site, why in line.get("rejected", {}).items():
+            self.tell({"event": "rejected", "site": site, "round": line["round"], "why": why})
         self.tell({"event": "round", "round": line["round"], "seconds": seconds})
         if self.renew.exists():
             raise Renewed
