@@ -207,3 +207,10 @@ def test_a_site_that_is_heard_again_is_let_in_and_not_for_ever():
     away.note({"event": "trained", "site": "a"})
     away.note({"event": "failed", "site": "a", "gone": True, "time": 20.0})
     assert away.back(heard(21.0)) == ["a"]
+
+
+def test_what_a_site_says_does_not_steer_the_terminal():
+    from fedvlm.cli_deploy import line, plain
+
+    event = {"event": "failed", "site": "north", "round": 1, "why": "\x1b[2Jno\nround 9 done"}
+    assert plain(line(event)) == "  north: FAILED in round 1: ?[2Jno\n    round 9 done"

@@ -3,7 +3,6 @@
 import contextlib
 import datetime
 import json
-import os
 import socket
 import ssl
 import subprocess
@@ -15,9 +14,10 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedvlm import federate, store
+from fedvlm import store
 from fedvlm.engines.nvflare.project import Project, Server, check_certificate, provision
 from fedvlm.errors import FedVLMError
+from loopback import begin, processes, project, read, said, serve, until
 from wiretap import Wiretap, are_records, pieces_of, pieces_of_rows
 
 pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy]'")
@@ -39,11 +39,6 @@ def altered(kit, to, **files):
         for name in old.namelist():
             new.writestr(name, files.get(Path(name).name.replace(".", "_"), old.read(name)))
     return to
-
-
-def read(kit, name):
-    with zipfile.ZipFile(kit) as archive:
-        return archive.read(name)
 
 
 def expired(folder, kit):
@@ -115,15 +110,14 @@ def raw(port, message):
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """A run of two sites behind a wiretap, while intruders try to take part."""
-    from fedvlm.engines.nvflare.demo import Started, free_ports, rows
+    from fedvlm.engines.nvflare.demo import rows
 
     folder = tmp_path_factory.mktemp("security")
     rows(folder / "data")
-    port, admin_port = free_ports(2)
-    server = Server(address="localhost", port=port, admin_port=admin_port)
-    project = Project(server=server, sites=list(SITES))
+    ours = project(SITES)
+    port = ours.server.port
     home, other = folder / "federation", folder / "other"
-    kits, foreign = provision(project, home), provision(project, other)
+    kits, foreign = provision(ours, home), provision(ours, other)
     root = home / "server" / "startup" / "rootCA.pem"
     late = altered(kits["north"], folder / "expired.zip", client_crt=expired(home, kits["north"]))
     liar = altered(
@@ -137,22 +131,18 @@ def seen(tmp_path_factory):
     servers = tuple(home / "server" / "startup" / f"server.{end}" for end in ("crt", "key"))
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(SMALL | {"output": str(folder / "run")}))
-    paths = [str(Path(federate.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     with (
-        pytest.MonkeyPatch.context() as patch,
         Wiretap(port, root, servers, {s: certificates[s] for s in SITES}) as tap,
-        Started(folder) as started,
+        processes(folder) as started,
     ):
-        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
-        patch.setenv("OMP_NUM_THREADS", "1")
-        started.start("server", "deploy", "server", "-f", str(home))
+        serve(started, home)
         for name in SITES:
             target = json.loads(read(kits[name], "startup/fed_client.json"))
             target["servers"][0]["service"]["target"] = f"localhost:{tap.port}"
             kit = altered(kits[name], folder / f"{name}.zip", fed_client_json=json.dumps(target))
-            begin(started, folder, name, kit)
+            begin(started, name, kit, folder / "data" / f"{name}.parquet", folder / "sites" / name)
         for name, kit in intruders.items():
-            begin(started, folder, name, kit)
+            begin(started, name, kit, folder / "data" / "west.parquet", folder / "sites" / name)
         command = [sys.executable, "-m", "fedvlm", "deploy", "run", str(config)]
         command += ["-f", str(home), "--min-sites", "2"]
         with open(folder / "said.log", "wb") as log:
@@ -187,22 +177,6 @@ def refusals(folder):
     """Which of them the server's log has."""
     log = (folder / "federation" / "server" / "nvflare.log").read_text()
     return {who for who, why in REFUSED.items() if why in log}
-
-
-def begin(started, folder, name, kit):
-    rows = folder / "data" / f"{name if name in SITES else 'west'}.parquet"
-    state = str(folder / "sites" / name)
-    started.start(name, "site", "start", str(kit), "--data", str(rows), "--state", state)
-
-
-def until(what, seconds):
-    end = time.monotonic() + seconds
-    while not what() and time.monotonic() < end:
-        time.sleep(0.2)
-
-
-def said(folder, name):
-    return (folder / f"{name}.log").read_text()
 
 
 def test_the_server_refuses_all_intruders_and_says_why(seen):

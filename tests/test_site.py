@@ -267,16 +267,21 @@ def test_a_bad_upload_is_rejected_by_name_and_the_round_goes_on(data, tmp_path):
     assert [list(r) for r in rejected] == [[], ["site-2"], []]
 
 
-NAN = float("nan")
+NAN, HUGE = float("nan"), 10**400
 MALFORMED = {
     ("open", "'adapter'"): lambda a, b: ({}, b""),
     ("open", "numbers of rows"): lambda a, b: (a | {"rows": a["rows"] | {"train": 10.5}}, b),
+    ("open", "numbers of rows are"): lambda a, b: (a | {"rows": dict(a["rows"], train=HUGE)}, b),
     ("open", "'val'"): lambda a, b: (a | {"rows": {"train": 10**9}, "event": "done"}, b),
     ("train", "no safetensors file"): lambda a, b: (a, b"\x80\x04" + b[2:]),
     ("train", "'loss'"): lambda a, b: ({}, b),
+    ("train", "int too large"): lambda a, b: (a | {"loss": HUGE}, b),
+    ("train", "recursion"): lambda a, b: (json.loads("[" * 10**5), b),
+    ("train", "could not convert"): lambda a, b: (a | {"seconds": "x" * 10**6}, b),
     ("train", "its loss is nan"): lambda a, b: (a | {"loss": NAN}, b),
     ("train", "bytes are more than 2000000"): lambda a, b: (a, b + bytes(2_000_000)),
     ("score", "its scores are"): lambda a, b: ({"scores": {"done": 1.0}}, b),
+    ("score", "int too large"): lambda a, b: ({"scores": a["scores"] | {"loss": HUGE}}, b),
     ("score", "not finite"): lambda a, b: ({"scores": a["scores"] | {"loss": NAN}}, b),
 }
 
@@ -329,8 +334,10 @@ def test_a_full_disk_loses_nothing_and_the_round_can_be_done_again(data, tmp_pat
         plain(path, tree)
 
     monkeypatch.setattr(store, "save_tree", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(FedVLMError, match="disk is full, and round 2 is not kept") as error:
         site.train(2, down)
+    assert str(tmp_path) not in str(error.value), "the server is told"
+    assert [path.name for path in (site.store.folder / "rounds").iterdir()] == ["00001"]
     monkeypatch.setattr(store, "save_tree", plain)
     assert site.store.rounds() == [1]
     kept = site.store.personal(["site-0"])[0]

@@ -69,3 +69,29 @@ def test_a_worker_that_is_ended_under_way_is_not_replaced(supervisor):
         assert under_way.result(10)[0] == {"error": "died", "message": "the run has ended"}
     assert supervisor.pid is None
     assert supervisor.restarts == 0
+
+
+def test_a_worker_that_is_stopped_takes_no_message_and_is_replaced(supervisor):
+    first, _ = supervisor.call({"do": "open"})
+    os.kill(supervisor.pid, signal.SIGSTOP)
+    began = time.monotonic()
+    late, _ = supervisor.call({"do": "x"}, bytes(2**24), limit=2.0)
+    assert late["error"] == "timeout"
+    assert time.monotonic() - began < 10, "more than a socket's buffer was to be sent"
+    assert supervisor.call({"do": "x"})[0]["pid"] != first["pid"]
+
+
+def test_a_run_that_opens_longer_than_a_call_may_take_is_opened_by_the_next_calls(tmp_path):
+    slow = ECHO.replace("            self.opened += 1", "            self.opened += nap()")
+    nap = f"def nap(): time.sleep(os.path.exists({str(tmp_path / 'nap')!r}) * 6); return 1\n"
+    found = Supervisor({}, [sys.executable, "-c", nap + slow])
+    try:
+        found.call({"do": "open"})
+        (tmp_path / "nap").touch()
+        assert found.call({"do": "sleep"}, limit=1.0)[0]["error"] == "timeout"
+        pid = found.pid
+        late, _ = found.call({"do": "x"}, limit=1.0)
+        assert "still opening the run" in late["message"]
+        assert found.call({"do": "x"}, limit=60.0)[0] == {"id": 3, "pid": pid, "opened": 1}
+    finally:
+        found.stop()

@@ -177,7 +177,13 @@ class Shown:
     def tell(self, event: dict[str, Any]) -> None:
         text = line(event)
         if text:
-            typer.echo(text)
+            typer.echo(plain(text))
+
+
+def plain(text: str) -> str:
+    """Text without what would steer a terminal: part of it is a site's own words."""
+    whole = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
+    return whole.replace("\n", "\n    ")
 
 
 def line(event: dict[str, Any]) -> str:
@@ -196,6 +202,8 @@ def line(event: dict[str, Any]) -> str:
         )
     if kind == "failed":
         return f"  {name}: FAILED in round {event['round']}: {event['why']}"
+    if kind == "rejected":
+        return f"  {name}: REJECTED in round {event['round']}: {event['why']}"
     if kind == "benched":
         return f"  {name}: left out of round {event['round']}, since it failed before"
     if kind == "round" and not event["round"]:

@@ -191,7 +191,7 @@ def _unlike(tree: Tree, form: Tree) -> str:
 
 
 def _named(names: Sequence[str]) -> str:
-    return f"'{names[0]}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
+    return f"'{names[0]:.200}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
 def _described(tensor: Any) -> str:

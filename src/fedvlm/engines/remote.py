@@ -34,6 +34,10 @@ Call = Callable[[str, dict[str, Any], bytes, float], tuple[dict[str, Any], bytes
 PING = 5.0  # seconds in which a site that failed has to say that it is there again
 
 
+MALFORMED = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
+"""What reading an answer of another form raises: 1e400 as digits, say, or lists a mile deep."""
+
+
 class Unanswered(Exception):
     """A site gave no answer, or one that does not count."""
 
@@ -133,7 +137,7 @@ class Remote:
                 about, blob = self._ask(site, {"do": "adapter"}, b"", self.limits.open_s)
                 self.adapter, self._peft = self._read(blob), dict(about["peft"])
                 break
-            except (Unanswered, KeyError, TypeError, ValueError) as wrong:
+            except (Unanswered, *MALFORMED) as wrong:
                 error = wrong if isinstance(wrong, Unanswered) else _uncounted(wrong)
                 self._failed(site, error)
                 found.pop(site)
@@ -229,7 +233,7 @@ class Remote:
                     "loss": loss,
                     "bytes_up": len(blob),
                     "seconds": round(seconds, 3),
-                    "seconds_there": header.get("seconds"),
+                    "seconds_there": float(header.get("seconds", 0.0)),
                 }
             )
             return Reply(site, upload, self.weights[site], loss)
@@ -250,7 +254,7 @@ class Remote:
                 return checked(site, header, blob, taken) if checked else (header, blob)
             except Unanswered as error:
                 return error
-            except (KeyError, TypeError, ValueError, FedVLMError) as error:
+            except (*MALFORMED, FedVLMError) as error:
                 return _uncounted(error)
 
         with ThreadPoolExecutor(self.limits.at_once) as pool:
@@ -323,7 +327,7 @@ def _described(site: str, about: dict[str, Any], blob: bytes, seconds: float) ->
     if rows is None:
         return {"adapter": adapter}
     counts = {split: rows[split] for split in ("train", "val", "test")}
-    if not all(type(n) is int and n >= 0 for n in counts.values()) or not counts["train"]:
+    if not all(type(n) is int and 0 <= n < 2**53 for n in counts.values()) or not counts["train"]:
         raise Unanswered(f"its numbers of rows are {counts}"[:500])
     return {"adapter": adapter, "rows": counts}
 

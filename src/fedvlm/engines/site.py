@@ -9,6 +9,7 @@ a server which has lost it may ask anew. Layout of a run's folder at a site::
 
 from __future__ import annotations
 
+import errno
 import json
 import shutil
 from collections.abc import Mapping, Sequence
@@ -88,9 +89,27 @@ class SiteStore(stores.Store):
         return Version(round_, about["down"], about["loss"], about["weight"], trees)
 
     def save(self, version: Version) -> None:
-        """Adds a version, whole or not at all, and drops those before the one before it."""
-        folder, scratch = self._of(version.round), self._of(version.round).with_suffix(".tmp")
-        shutil.rmtree(scratch, ignore_errors=True)
+        """Adds a version, whole or not at all, and drops those before the one before it.
+
+        Raises:
+            FedVLMError: the disk is full.
+        """
+        for scratch in (self.folder / "rounds").glob("*.tmp"):  # a killed process left it
+            shutil.rmtree(scratch, ignore_errors=True)
+        scratch = self._of(version.round).with_suffix(".tmp")
+        try:
+            self._write(version, scratch)
+        except OSError as error:
+            shutil.rmtree(scratch, ignore_errors=True)
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):
+                raise FedVLMError(
+                    f"the site's disk is full, and round {version.round} is not kept there; what "
+                    "was finished before is. The site takes part again when it has room"
+                ) from error
+            raise
+
+    def _write(self, version: Version, scratch: Path) -> None:
+        folder = self._of(version.round)
         for name, tree in version.trees.items():
             stores.save_tree(scratch / f"{name}.safetensors", tree)
         about = {

@@ -18,7 +18,7 @@ from fedvlm import config as configs
 from fedvlm import store as stores
 from fedvlm.algorithms import TABLE
 from fedvlm.engines.nvflare.processes import read_federation
-from fedvlm.engines.nvflare.project import ADMIN, SERVER_CLASSES, SITE_CLASSES, Project
+from fedvlm.engines.nvflare.project import ADMIN, Project, write_job
 from fedvlm.engines.nvflare.server import RENEW, SITES
 from fedvlm.engines.remote import Limits
 from fedvlm.errors import ConfigError, FedVLMError
@@ -341,43 +341,6 @@ def saved(folder: str | Path) -> Config:
         raise FedVLMError(f"'{folder}' holds no deployed run to go on with")
     config = configs.load(Path(folder) / stores.CONFIG)
     return config.model_copy(update={"output": str(folder)})
-
-
-def write_job(folder: Path, job: Path, sites: list[str], limits: Limits) -> Path:
-    """A job as NVFlare takes it: names of classes that the kits allow, and no code."""
-    controller, server = SERVER_CLASSES
-    executor, client = SITE_CLASSES
-    threads = {"max_call_threads": limits.at_once + 4}
-    collab = {"server_obj_id": "_server", "sync_task_timeout": 120, **threads}
-    files = {
-        "meta.json": {
-            "name": "fedvlm",
-            "resource_spec": {},
-            "min_clients": limits.min_sites,
-            "deploy_map": {"at_server": ["server"], "at_site": sites},
-        },
-        "at_server/config/config_fed_server.json": {
-            "format_version": 2,
-            "workflows": [{"id": "controller", "path": controller, "args": collab}],
-            "components": [{"id": "_server", "path": server, "args": {"job": str(job)}}],
-        },
-        "at_site/config/config_fed_client.json": {
-            "format_version": 2,
-            "executors": [
-                {
-                    "tasks": ["*"],
-                    "executor": {
-                        "path": executor,
-                        "args": {"client_obj_id": "_client", "max_call_threads": 4},
-                    },
-                }
-            ],
-            "components": [{"id": "_client", "path": client, "args": {}}],
-        },
-    }
-    for name, tree in files.items():
-        stores.write_text(folder / name, json.dumps(tree, indent=2))
-    return folder
 
 
 def _output(folder: Path) -> str:

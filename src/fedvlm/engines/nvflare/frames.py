@@ -19,19 +19,24 @@ class Closed(Exception):
     """The other end is gone."""
 
 
-def send(sock: socket.socket, header: dict[str, Any], blob: bytes = b"") -> None:
-    """Sends one message.
+def send(
+    sock: socket.socket, header: dict[str, Any], blob: bytes = b"", limit: float | None = None
+) -> None:
+    """Sends one message; the other end has to take it within ``limit`` seconds.
 
     Raises:
         Closed: nobody receives it.
+        TimeoutError: it took too long.
     """
     text = json.dumps(header).encode()
     if len(text) > HEADER or len(blob) > BLOB:
         raise ValueError(f"a message of {len(text)} and {len(blob)} bytes is too large")
     try:
-        sock.settimeout(None)
+        sock.settimeout(limit)
         sock.sendall(_SIZES.pack(len(text), len(blob)) + text)
         sock.sendall(blob)
+    except TimeoutError:
+        raise
     except OSError as error:
         raise Closed(str(error)) from error
 

@@ -41,6 +41,8 @@ NOTED = {
     "requires identity": "refused: the kit's certificate is another site's",
 }
 """Lines in NVFlare's log -> what they mean to a person; each is said when it is new."""
+LARGEST = 2**30 + 2**24
+"""Bytes: NVFlare refuses a message that is larger before it holds it; its own limit is 4 GiB."""
 UNHEARD = (
     f"not connected after {QUICK:.0f} s; still trying. Is the server running, its port open, and "
     "the kit of its federation? The server's lines say whom it refuses"
@@ -183,6 +185,7 @@ def _keep(
         environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("MALLOC_ARENA_MAX", "4")
+    environment.setdefault("NVFLARE_STREAMING_MAX_BLOB_SIZE", str(LARGEST))
     mark = environment[MARK] = str(folder)
     _end_all(mark)  # what a killed command has left
     before = signal.signal(signal.SIGTERM, _interrupt)

@@ -1,4 +1,4 @@
-"""A federation's names, certificates and start-up kits."""
+"""A federation's names, certificates, start-up kits, and jobs: what NVFlare reads."""
 
 from __future__ import annotations
 
@@ -20,6 +20,7 @@ from fedvlm import config as configs
 from fedvlm import store as stores
 from fedvlm.adaptation import Positive, Section
 from fedvlm.engines.policy import check_name
+from fedvlm.engines.remote import Limits
 from fedvlm.errors import ConfigError, FedVLMError
 
 SOON = datetime.timedelta(days=30)  # before its end, a certificate is made anew
@@ -268,3 +269,40 @@ def _left(certificate: bytes) -> tuple[str, datetime.timedelta]:
 
     end = x509.load_pem_x509_certificate(certificate).not_valid_after_utc
     return f"{end:%Y-%m-%d}", end - datetime.datetime.now(datetime.UTC)
+
+
+def write_job(folder: Path, job: Path, sites: list[str], limits: Limits) -> Path:
+    """A job as NVFlare takes it: names of classes that the kits allow, and no code."""
+    controller, server = SERVER_CLASSES
+    executor, client = SITE_CLASSES
+    threads = {"max_call_threads": limits.at_once + 4}
+    collab = {"server_obj_id": "_server", "sync_task_timeout": 120, **threads}
+    files = {
+        "meta.json": {
+            "name": "fedvlm",
+            "resource_spec": {},
+            "min_clients": limits.min_sites,
+            "deploy_map": {"at_server": ["server"], "at_site": sites},
+        },
+        "at_server/config/config_fed_server.json": {
+            "format_version": 2,
+            "workflows": [{"id": "controller", "path": controller, "args": collab}],
+            "components": [{"id": "_server", "path": server, "args": {"job": str(job)}}],
+        },
+        "at_site/config/config_fed_client.json": {
+            "format_version": 2,
+            "executors": [
+                {
+                    "tasks": ["*"],
+                    "executor": {
+                        "path": executor,
+                        "args": {"client_obj_id": "_client", "max_call_threads": 4},
+                    },
+                }
+            ],
+            "components": [{"id": "_client", "path": client, "args": {}}],
+        },
+    }
+    for name, tree in files.items():
+        stores.write_text(folder / name, json.dumps(tree, indent=2))
+    return folder

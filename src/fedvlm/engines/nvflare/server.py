@@ -76,11 +76,14 @@ def calling(proxies: dict[str, Any], aborted: Callable[[], bool]) -> Callable[..
     def exchange(
         site: str, header: dict[str, Any], blob: bytes, seconds: float
     ) -> tuple[dict[str, Any], bytes]:
+        until = time.monotonic() + seconds
         try:
             answer = proxies[site](timeout=seconds).ask(json.dumps(header), blob)
         except CollabCallError as error:
             if aborted():
                 raise Aborted from None
+            if isinstance(error.cause, TimeoutError) and time.monotonic() < until - 1:
+                raise Unanswered("its answer was broken off: too large, or cut short") from None
             raise Gone(f"no answer: {error.cause}") from None
         if not (isinstance(answer, list | tuple) and len(answer) == 2):
             raise Unanswered("its answer has another form")
@@ -154,6 +157,8 @@ class Told(Progress):
         self.tell, self.renew = tell, renew
 
     def round(self, line: dict[str, Any], seconds: float) -> None:
+        for site, why in line.get("rejected", {}).items():
+            self.tell({"event": "rejected", "site": site, "round": line["round"], "why": why})
         self.tell({"event": "round", "round": line["round"], "seconds": seconds})
         if self.renew.exists():
             raise Renewed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import logging
 import socket
@@ -34,6 +35,7 @@ class Supervisor:
         self._process: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
         self._opening: dict[str, Any] | None = None
+        self._opens_until = 0.0  # a new worker opens the run, and has not said that it has
         self._number = 0
         self._over = False
         self._turn = threading.Lock()
@@ -49,7 +51,8 @@ class Supervisor:
         Args:
             header: ``do``, and what it needs; the last ``open`` is repeated to a new worker.
             blob: tensors.
-            limit: seconds; a worker that takes longer is ended.
+            limit: seconds; a worker that takes longer is ended, and the next one opens the run
+                meanwhile. That may take longer than a call, which then finds it at that.
         """
         until = time.monotonic() + limit
         if not self._turn.acquire(timeout=limit):
@@ -72,10 +75,7 @@ class Supervisor:
                         "; starting another" if attempt + 1 < TRIES else "",
                     )
                 except TimeoutError:
-                    self.stop()
-                    logger.warning("'%s' took more than %.0f s: ended", header["do"], limit)
-                    message = f"'{header['do']}' took more than {limit:.0f} s at the site"
-                    return {"error": "timeout", "message": message}, b""
+                    return {"error": "timeout", "message": self._late(header, limit)}, b""
             message = f"the site's worker died {TRIES} times during '{header['do']}'"
             return {"error": "died", "message": message}, b""
         finally:
@@ -92,23 +92,39 @@ class Supervisor:
             self._process.kill()
             self._reap()
 
+    def _late(self, header: dict[str, Any], limit: float) -> str:
+        """What became of a call that took too long."""
+        if time.monotonic() < self._opens_until:
+            logger.warning("no '%s': the new worker is still opening the run", header["do"])
+            return f"the site's new worker was still opening the run after {limit:.0f} s"
+        self.stop()
+        logger.warning("'%s' took more than %.0f s: ended", header["do"], limit)
+        if self._opening and header["do"] != "open" and not self._over:
+            with contextlib.suppress(Closed):  # the next call finds out, and starts another
+                self._start()
+        return f"'{header['do']}' took more than {limit:.0f} s at the site"
+
     def _ask(self, header: dict[str, Any], blob: bytes, until: float) -> Message:
         if self._process is None:
-            self._start()
-            if self._opening and header["do"] != "open":
-                left = min(OPENING, until - time.monotonic())
-                answer = self._exchange(self._opening, b"", left)
-                if "error" in answer[0]:
-                    return answer
-        return self._exchange(header, blob, until - time.monotonic())
+            self._start(opens=header["do"] != "open")
+        if self._opens_until:
+            assert self._sock is not None
+            answer = receive(self._sock, max(0.1, min(until, self._opens_until) - time.monotonic()))
+            self._opens_until = 0.0
+            if "error" in answer[0]:
+                self.stop()  # the next call tries again
+                return answer
+        return self._exchange(header, blob, until)
 
-    def _exchange(self, header: dict[str, Any], blob: bytes, limit: float) -> Message:
+    def _exchange(self, header: dict[str, Any], blob: bytes, until: float) -> Message:
         assert self._sock is not None
         self._number += 1
-        send(self._sock, {**header, "id": self._number}, blob)
-        return receive(self._sock, max(0.1, limit))
+        asked = {**header, "id": self._number}
+        send(self._sock, asked, blob, max(0.1, until - time.monotonic()))
+        return receive(self._sock, max(0.1, until - time.monotonic()))
 
-    def _start(self) -> None:
+    def _start(self, opens: bool = True) -> None:
+        """A new worker, which opens the run that the one before had, if there was one."""
         ours, theirs = socket.socketpair()
         with theirs:
             number = str(theirs.fileno())
@@ -116,16 +132,22 @@ class Supervisor:
                 [*self.command, number, json.dumps(self.own)], pass_fds=(theirs.fileno(),)
             )
         self._sock = ours
+        if opens and self._opening:
+            self._opens_until = time.monotonic() + OPENING
+            send(self._sock, self._opening, b"", OPENING)
 
     def _reap(self) -> int | None:
         process, sock = self._process, self._sock
         self._process = self._sock = None
+        self._opens_until = 0.0
         if sock:
             sock.close()
         if process is None:
             return None
-        try:
-            return process.wait(10)
-        except subprocess.TimeoutExpired:
-            process.kill()
-            return process.wait()
+        for _ in range(2):
+            try:
+                return process.wait(10)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        logger.warning("the worker %d does not end: the system holds it", process.pid)
+        return None

@@ -43,7 +43,10 @@ class Worker:
             return {"error": "refused", "message": str(error)}, b""
         except Exception as error:
             # What is wrong with the rows is told here; the server is told that something is.
-            logger.exception("'%s' failed", asked.get("do"))
+            if isinstance(error, FedVLMError):
+                logger.error("'%s' failed: %s", asked.get("do"), error)
+            else:
+                logger.exception("'%s' failed", asked.get("do"))
             told = isinstance(error, FedVLMError) and not isinstance(error, DataError)
             message = str(error) if told else f"{type(error).__name__}; see the site's log"
             return {"error": "failed", "message": message}, b""

@@ -1,0 +1,69 @@
+"""A server and sites on this machine, as real processes with mutual TLS: what such tests share."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import time
+import zipfile
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from fedvlm import federate
+from fedvlm.engines.nvflare.project import Project, Server
+
+if TYPE_CHECKING:
+    from fedvlm.engines.nvflare.demo import Started
+
+
+def project(sites: Sequence[str]) -> Project:
+    """A federation whose server is this machine, on ports that are free."""
+    from fedvlm.engines.nvflare.demo import free_ports
+
+    port, admin_port = free_ports(2)
+    server = Server(address="localhost", port=port, admin_port=admin_port)
+    return Project(server=server, sites=list(sites))
+
+
+@contextlib.contextmanager
+def processes(folder: Path) -> Iterator[Started]:
+    """Starts commands of this checkout, one thread each; ended on leaving."""
+    from fedvlm.engines.nvflare.demo import Started
+
+    with pytest.MonkeyPatch.context() as patch, Started(folder) as started:
+        paths = [str(Path(federate.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
+        patch.setenv("PYTHONPATH", os.pathsep.join(paths))
+        patch.setenv("OMP_NUM_THREADS", "1")
+        yield started
+
+
+def serve(started: Started, home: Path) -> None:
+    """Starts the server of a federation."""
+    started.start("server", "deploy", "server", "-f", str(home))
+
+
+def begin(started: Started, name: str, kit: Path, rows: Path, state: Path) -> None:
+    """Starts a site."""
+    words = ("site", "start", str(kit), "--data", str(rows), "--state", str(state))
+    started.start(name, *words)
+
+
+def until(what: Callable[[], object], seconds: float) -> None:
+    """Waits until something is so, or the time is over."""
+    end = time.monotonic() + seconds
+    while not what() and time.monotonic() < end:
+        time.sleep(0.2)
+
+
+def said(folder: Path, name: str) -> str:
+    """What a command has printed."""
+    return (folder / f"{name}.log").read_text()
+
+
+def read(kit: Path, name: str) -> bytes:
+    """A file of a kit."""
+    with zipfile.ZipFile(kit) as archive:
+        return archive.read(name)
