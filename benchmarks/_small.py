@@ -1,4 +1,4 @@
-"""What the benchmarks share: a model of one layer, rows that cost next to nothing, a paused run."""
+"""What the benchmarks share: a model of another size, cheap rows, a paused run."""
 
 from __future__ import annotations
 
@@ -7,8 +7,14 @@ from pathlib import Path
 from typing import Any
 
 
-def write_model(folder: Path) -> str:
-    """The bundled model's classes and processor with one layer on either side, weights random."""
+def write_model(folder: Path, width: int = 32, layers: int | None = 1) -> str:
+    """The bundled model's classes and processor in another size, weights random.
+
+    Args:
+        folder: gets it.
+        width: of the hidden states on either side.
+        layers: on either side; None: as many as the bundled model has.
+    """
     import torch
     import transformers as hf
 
@@ -17,12 +23,11 @@ def write_model(folder: Path) -> str:
     source, _ = locate("tiny")
     config = hf.AutoConfig.from_pretrained(source)
     for part in (config.text_config, config.vision_config):
-        part.num_hidden_layers = 1
-    config.text_config.hidden_size = config.vision_config.hidden_size = 32
-    config.text_config.intermediate_size = config.vision_config.intermediate_size = 64
-    config.text_config.num_attention_heads = config.vision_config.num_attention_heads = 2
+        part.num_hidden_layers = layers or part.num_hidden_layers
+        part.hidden_size, part.intermediate_size = width, 2 * width
+        part.num_attention_heads = 2
     config.text_config.num_key_value_heads = 2
-    config.text_config.head_dim = 16
+    config.text_config.head_dim = width // 2
     torch.manual_seed(0)
     model = hf.AutoModelForImageTextToText.from_config(config)
     model.generation_config = hf.GenerationConfig.from_pretrained(source)

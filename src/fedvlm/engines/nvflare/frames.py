@@ -57,8 +57,9 @@ def receive(sock: socket.socket, limit: float | None = None) -> Message:
 
 
 def _exactly(sock: socket.socket, size: int, until: float | None) -> bytes:
-    parts = bytearray()
-    while len(parts) < size:
+    whole = bytearray(size)
+    view, done = memoryview(whole), 0
+    while done < size:
         if until is not None:
             left = until - time.monotonic()
             if left <= 0:
@@ -67,12 +68,12 @@ def _exactly(sock: socket.socket, size: int, until: float | None) -> bytes:
         else:
             sock.settimeout(None)
         try:
-            part = sock.recv(min(size - len(parts), 2**20))
+            count = sock.recv_into(view[done:])
         except TimeoutError:
             raise
         except OSError as error:
             raise Closed(str(error)) from error
-        if not part:
+        if not count:
             raise Closed("the other end has closed")
-        parts += part
-    return bytes(parts)
+        done += count
+    return bytes(whole)

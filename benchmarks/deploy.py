@@ -1,0 +1,132 @@
+"""What a deployed round costs beyond the sites' training, beside Flower's deployment runtime.
+
+    python benchmarks/deploy.py [--quick] [--sites 3,10] [--megabytes 1,16] [--venv DIR]
+
+Real processes on this machine, over loopback, with TLS: `fedvlm deploy server`, a `fedvlm site
+start` for every site, and a run; `flower-superlink`, a `flower-supernode` for every client, and
+`flwr run`. Server and clients share this machine's cores, and so are in each other's way, on either
+side.
+
+- fedvlm: `lora`, whose factors travel down and up, with one step of batch 1; the rank makes the
+  size. 1 MB is of the bundled model, 16 MB of one that is twice as wide, with random weights.
+- flower: FedAvg on arrays of the same shapes, and a client of numpy alone that returns what it was
+  sent plus a little. It has no model, nothing to compute and nothing to save, and no certificate of
+  its own, as ours have; the server has one.
+
+Overhead is a round's wall time, from the end of the round before to its own end, less the slowest
+client's own seconds. So it has in it the messages down and up, TLS, what processes wait for each
+other and for a core, the checks of what comes in, the fold, the server's checkpoint. A client's own
+seconds are, at ours, those from the tensors it was sent to the upload's tensors; they include the
+writing of its state to the disk, which Flower's client does not do, and which has a column
+(`saves s`: the median of the last two rounds of all sites): overhead with it is the sum of the two.
+At Flower's they are those of the ClientApp's function, with its arrays' conversion. The first round
+is not counted, nor our last one, in which sites evaluate.
+
+Memory is the peak resident one (VmHWM) of the process with the round loop (`job`), and of the one
+that it belongs to (`server`); of a client, what its processes have allocated at most, all together,
+in the mean of all clients.
+
+Flower is installed as by `peers.py`; NVFlare comes with `pip install 'fedvlm[deploy]'`. The last
+line is `RATIO <number> <what>`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import statistics
+import tempfile
+from collections.abc import Callable
+from importlib.util import find_spec
+from pathlib import Path
+
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+
+import _deploy_flower
+import _deploy_ours
+from _common import environment
+from _deploy_watch import Outcome, limited
+from peers import QUIET, VENV, install
+
+LIMIT = 900  # seconds for one side of one case
+HEAD = ("side", "sites", "MB up", "overhead s", "range", "round s", "own s", "saves s")
+MEMORY = ("server job MB", "server MB", "a client MB")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--quick", action="store_true", help="2 sites, 0.07 MB, 1 round")
+    parser.add_argument("--sites", default="3,10", help="how many (default: %(default)s)")
+    parser.add_argument("--megabytes", default="1,16", help="an upload's (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=5, help="rounds after the first")
+    parser.add_argument("--at-once", type=int, default=16, help="our server's calls under way")
+    parser.add_argument("--only", choices=("fedvlm", "flower"), help="one side alone")
+    parser.add_argument("--venv", type=Path, default=VENV, help="Flower's environment")
+    options = parser.parse_args()
+    if find_spec("nvflare") is None:
+        print("nothing measured: NVFlare is missing, see pip install 'fedvlm[deploy]'")
+        return
+    if options.quick:
+        options.sites, options.megabytes, options.repeats = "2", "0.07", 1
+    flower = options.only != "fedvlm"
+    if options.quick:
+        flower = flower and (options.venv / "bin" / "flower-superlink").exists()
+    elif flower:
+        install(options.venv)
+    print(environment())
+    print(f"load of the machine before: {os.getloadavg()[0]:.1f} on {os.cpu_count()} cores\n")
+    print(f"| {' | '.join((*HEAD, *MEMORY))} |")
+    print("| " + " | ".join("---" for _ in (*HEAD, *MEMORY)) + " |", flush=True)
+    ratios = [
+        compare(sites, size, options, flower)
+        for size in map(float, options.megabytes.split(","))
+        for sites in map(int, options.sites.split(","))
+    ]
+    print(f"\nload of the machine after: {os.getloadavg()[0]:.1f}")
+    what = "Flower's overhead of a round / fedvlm's, the smallest of all cases"
+    if options.only or not flower:
+        what = "seconds of overhead, the smallest of all cases; one side alone"
+    print(f"RATIO {min(ratios):.2f} {what}")
+
+
+def compare(sites: int, size: float, options: argparse.Namespace, flower: bool) -> float:
+    """Measures and prints a case; how many times ours Flower's overhead is, or a side's alone."""
+    found: dict[str, Outcome] = {}
+
+    def ours(folder: Path) -> Outcome:
+        return _deploy_ours.measure(folder, sites, size, options.repeats, options.at_once)
+
+    def theirs(folder: Path) -> Outcome:
+        shapes = found["fedvlm"].shapes if "fedvlm" in found else _deploy_ours.shapes(size)
+        programs = options.venv.absolute() / "bin"
+        return _deploy_flower.measure(folder, programs, QUIET, sites, shapes, options.repeats)
+
+    sides: dict[str, Callable[[Path], Outcome]] = {}
+    if options.only != "flower":
+        sides["fedvlm"] = ours
+    if flower:
+        sides["flower"] = theirs
+    for name, measure in sides.items():
+        prefix = f"fedvlm-deploy-{name}-"
+        with tempfile.TemporaryDirectory(prefix=prefix) as folder, limited(LIMIT, name):
+            found[name] = measure(Path(folder))
+        show(name, sites, found[name])
+    overheads = [outcome.overhead for outcome in found.values()]
+    return overheads[-1] / overheads[0] if len(found) == 2 else overheads[0]
+
+
+def show(name: str, sites: int, found: Outcome) -> None:
+    spread = f"{min(found.overheads):.2f} to {max(found.overheads):.2f}"
+    walls, own = statistics.median(found.walls), statistics.median(found.there)
+    row = [name, str(sites), f"{found.sent / 1e6:.2f}", f"{found.overhead:.3f}", spread]
+    row += [f"{walls:.3f}", f"{own:.3f}", f"{found.saving:.3f}" if found.saving else ""]
+    row += [f"{found.peaks.get(which, 0):.0f}" for which in ("job", "server", "a client")]
+    print(f"| {' | '.join(row)} |", flush=True)
+
+
+if __name__ == "__main__":
+    main()
