@@ -71,3 +71,17 @@ def test_what_goes_wrong_on_the_way_is_raised_where_it_was_asked():
 
     with pytest.raises(ConnectionError, match="no way there"):
         asking(broken)("a", {"do": "train"}, b"", 1)
+
+
+def test_clients_that_are_sent_the_same_share_its_bytes():
+    import torch
+    from safetensors.torch import load
+
+    from fedvlm.engines.remote import Written
+
+    written, a, b = Written(), torch.ones(3), torch.zeros(2)
+    first = written({"a": a, "b": b})
+    assert written({"b": b, "a": a}) is first
+    assert load(written({"a": a + 1, "b": b}))["a"].tolist() == [2, 2, 2]
+    assert load(written({"a": a}))["a"].tolist() == [1, 1, 1]
+    assert written({}) == b""

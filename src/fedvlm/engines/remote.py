@@ -159,11 +159,11 @@ class Remote:
             due = {t.client: t for t in tasks}
         for site in (t.client for t in tasks if t.client not in due):
             self._tell({"event": "benched", "site": site, "round": self._round})
-        count = 0
+        count, written = 0, Written()
 
         def asked(site: str) -> tuple[dict[str, Any], bytes, float]:
             header = {"do": "train", "round": self._round}
-            return header, write(due[site].down), self.limits.train_s
+            return header, written(due[site].down), self.limits.train_s
 
         for site, outcome in self._each(list(due), asked, self._arrived(due)):
             if not isinstance(outcome, Unanswered):
@@ -208,13 +208,10 @@ class Remote:
     def _about(self, models: Models, header: dict[str, Any], checked: Any = None) -> Iterator[Any]:
         """Asks the clients of some models about them."""
         downs = {c: down for c, down in models.downs if self._bench[c].until <= self._round}
-        sent: tuple[Tree | None, bytes] = (None, b"")
+        written = Written()
 
         def asked(site: str) -> tuple[dict[str, Any], bytes, float]:
-            nonlocal sent
-            if downs[site] is not sent[0]:
-                sent = downs[site], write(downs[site])
-            return {**header, "kind": models.kind}, sent[1], self.limits.score_s
+            return {**header, "kind": models.kind}, written(downs[site]), self.limits.score_s
 
         return self._each(list(downs), asked, checked)
 
@@ -334,6 +331,20 @@ def _described(site: str, about: dict[str, Any], blob: bytes, seconds: float) ->
 
 def _uncounted(error: Exception) -> Unanswered:
     return Unanswered(f"its answer does not count: {error!r:.500}")
+
+
+class Written:
+    """Downloads as bytes; clients that are sent the same tensors, one after another, share them."""
+
+    def __init__(self) -> None:
+        self._last: Tree = {}
+        self._bytes = b""
+
+    def __call__(self, tree: Tree) -> bytes:
+        known = self._last
+        if tree.keys() != known.keys() or any(t is not known[n] for n, t in tree.items()):
+            self._last, self._bytes = tree, write(tree)
+        return self._bytes
 
 
 def write(tree: Tree) -> bytes:
