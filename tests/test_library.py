@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import pytest
 import torch
 
 from fedvlm.algorithms import Client, Work
+from fedvlm.algorithms.auto import auto
 from fedvlm.algorithms.client_terms import CONTROL, proximal, scaffold
 from fedvlm.algorithms.mixing import apfl, ditto, mixing
 from fedvlm.algorithms.server import optimized
@@ -93,6 +96,17 @@ def test_tuning_that_stops_early_keeps_the_adapter_of_the_lowest_validation_loss
     ):
         work = Work({}, {}, tuple(trees[1:]), start=trees[0], scores=scores)
         upload, mine = last.finish(work)
+        assert not upload
+        assert mine[A][0, 0] == best
+
+
+def test_auto_ends_with_the_mean_over_its_tuning_of_the_lowest_validation_loss():
+    last = auto(steps=9, checks=3).final
+    trees = [{A: torch.full((2, 5), float(k))} for k in (0, 6, 0, 2)]
+    work = Work({}, {}, tuple(trees[1:]), start=trees[0])
+    assert [tree[A][0, 0] for tree in last.tried(work)] == [0, 3, 2, 2]
+    for scores, best in (((4.0, 1.0, 2.0, 3.0), 3), ((1.0, 2.0, 3.0, 4.0), 0)):
+        upload, mine = last.finish(replace(work, scores=scores))
         assert not upload
         assert mine[A][0, 0] == best
 

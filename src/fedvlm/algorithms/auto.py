@@ -4,7 +4,7 @@ The server averages A and B as FedAvg does. A client begins a round with one of 
 own factors and the downloaded mean: the one with the lowest loss on its validation rows. They are
 what simpler algorithms begin with: the mean (lora), the mean of B on its own A (plora), its own B
 on the mean of A (fedsa), halves of both (mix), its own factors (local). After the last round every
-client tunes until its validation loss rises; what it then uses is the best of all these.
+client tunes, and uses the running mean of its adapter that has the lowest validation loss.
 
 It sends what lora sends. A round costs five forward passes over the validation rows besides. How it
 was found, and what lost against it: docs/research-log.md.
@@ -17,7 +17,7 @@ from dataclasses import replace
 
 from fedvlm.algorithms.base import Algorithm
 from fedvlm.algorithms.mixing import Mix, blend, mixing
-from fedvlm.algorithms.sharing import stopped
+from fedvlm.algorithms.sharing import averaged, stopped
 from fedvlm.tree import Tree
 
 STARTS: tuple[Mix, ...] = (
@@ -45,4 +45,4 @@ def auto(
         return [{**adapter, **blend(mix, down, mine)} for mix in starts] if mine else []
 
     halves = mixing({"A": 0.5, "B": 0.5}, server_lr=server_lr)
-    return stopped(replace(halves, options=options), steps, checks)
+    return stopped(replace(halves, options=options), steps, checks, averaged)

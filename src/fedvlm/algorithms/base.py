@@ -89,8 +89,8 @@ class Work:
         mine: what it kept before.
         ends: its whole adapter after each phase; the last one is its model.
         start: its adapter before the first phase.
-        scores: where the algorithm validates, the loss on the client's validation rows of the
-            adapter before the first phase and of those after each; empty without such rows.
+        scores: the losses on the client's validation rows of the adapters that the algorithm has
+            ``tried``; empty without such rows.
         paths: of each phase, the sum of the learning rates of all steps, by factor (A, B).
     """
 
@@ -130,8 +130,8 @@ class Algorithm:
         options: ``(adapter, down, mine) -> trees``; client: what it chooses from in place of
             ``start``: the adapter with the lowest loss on its validation rows. Without such rows,
             and with fewer than two of them, ``start`` decides.
-        validates: whether ``finish`` needs the validation losses of a round's adapters; a client's
-            model is then what ``start`` makes of what it keeps.
+        tried: ``(work) -> trees``; client: the adapters whose validation losses ``finish`` needs; a
+            client's model is then what ``start`` makes of what it keeps.
     """
 
     init: Callable[[Tree], State]
@@ -146,7 +146,7 @@ class Algorithm:
     turns: tuple[Algorithm, ...] = ()
     final: Algorithm | None = None
     options: Callable[[Tree, Tree, Tree], Sequence[Tree]] | None = None
-    validates: bool = False
+    tried: Callable[[Work], Sequence[Tree]] | None = None
 
     def at(self, round_: int) -> Algorithm:
         """The algorithm of a round, from 1."""

@@ -18,12 +18,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
 from fedvlm.algorithms.base import Algorithm, Phase, State, Work
-from fedvlm.tree import Select, Tree, factor, module, split, step
+from fedvlm.tree import Mean, Select, Tree, factor, module, split, step
 
 IAT = {"part:language": "A", "": "B"}
 
@@ -85,19 +85,40 @@ def tuned(algorithm: Algorithm, steps: int) -> Algorithm:
     return replace(algorithm, final=last)
 
 
-def stopped(algorithm: Algorithm, steps: int, checks: int) -> Algorithm:
+def reached(work: Work) -> list[Tree]:
+    """A client's adapter before its phases and after each."""
+    return [work.start, *work.ends]
+
+
+def averaged(work: Work) -> list[Tree]:
+    """The same, each the mean of itself and those before: stochastic weight averaging.
+
+    Izmailov et al., arXiv 1803.05407.
+    """
+    mean, found = Mean(), []
+    for tree in reached(work):
+        mean.add(tree, 1.0)
+        found.append(mean.tree())
+    return found
+
+
+def stopped(
+    algorithm: Algorithm,
+    steps: int,
+    checks: int,
+    tried: Callable[[Work], Sequence[Tree]] = reached,
+) -> Algorithm:
     """``algorithm``, then local tuning of all factors that stops early.
 
     It goes on for ``steps`` in ``checks`` stretches, each with an optimizer of its own, and keeps
-    the adapter of the lowest validation loss, be it the one before; the last, without such rows.
+    of those ``tried`` the adapter of the lowest validation loss; the last, without such rows.
     """
     whole, rest = divmod(steps, checks)
     lengths = [whole + (n < rest) for n in range(checks)]
 
     def best(work: Work) -> Tree:
-        tried = (work.start, *work.ends)
         lowest = min(range(len(work.scores)), key=work.scores.__getitem__, default=-1)
-        return dict(tried[lowest])
+        return dict(tried(work)[lowest])
 
     tuning = tuned(algorithm, steps).final
     assert tuning is not None
@@ -105,7 +126,7 @@ def stopped(algorithm: Algorithm, steps: int, checks: int) -> Algorithm:
         tuning,
         phases=tuple(Phase(lambda name: True, steps=n) for n in lengths if n),
         finish=lambda work: ({}, best(work)),
-        validates=True,
+        tried=tried,
     )
     return replace(algorithm, final=last)
 

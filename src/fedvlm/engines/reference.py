@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -85,11 +86,13 @@ class ReferenceEngine:
             for task, mine, begun, (ends, loss) in zip(group, mines, trees, ended, strict=True):
                 self._check_finite(task, ends[-1], loss)
                 paths = tuple(self._path(phase, task) for phase in algorithm.phases)
-                scores = self._validated(task.client, [begun, *ends]) if algorithm.validates else ()
-                work = Work(task.down, mine, tuple(ends), paths, begun, scores)
+                work = Work(task.down, mine, tuple(ends), paths, begun)
+                if algorithm.tried:
+                    scores = self._validated(task.client, algorithm.tried(work))
+                    work = replace(work, scores=scores)
                 upload, kept[task.client] = algorithm.finish(work)
                 weight, end = len(self.partition.splits[task.client].train), ends[-1]
-                if algorithm.validates:
+                if algorithm.tried:
                     (end,) = self._begun(algorithm, {task.client: task.down}, [kept[task.client]])
                 if task.rated:
                     self.ended[task.client] = end
