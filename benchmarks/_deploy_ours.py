@@ -35,9 +35,9 @@ def measure(folder: Path, sites: int, megabytes: float, repeats: int, at_once: i
         at_once: calls of the server under way.
     """
     from fedvlm import config as configs
-    from fedvlm.engines.nvflare.demo import Started, free_ports
+    from fedvlm.engines.nvflare.demo import Started, loopback
     from fedvlm.engines.nvflare.deploy import Federation
-    from fedvlm.engines.nvflare.project import Project, Server, provision
+    from fedvlm.engines.nvflare.project import provision
     from fedvlm.engines.remote import Limits
     from fedvlm.errors import FedVLMError
     from fedvlm.store import load_tree
@@ -46,9 +46,7 @@ def measure(folder: Path, sites: int, megabytes: float, repeats: int, at_once: i
     names = [f"site-{number}" for number in range(sites)]
     _write_rows(folder, sites)
     settings = _settings(folder, megabytes, repeats + 2)
-    port, admin_port = free_ports(2)
-    server = Server(address="localhost", port=port, admin_port=admin_port)
-    kits = provision(Project(server=server, sites=names), folder / "federation")
+    kits = provision(loopback(names), folder / "federation")
     limits = Limits(min_sites=sites, at_once=at_once, open_s=600, train_s=120, score_s=300)
     with Watch(NAMES) as watch, Started(folder) as started:
         started.start("server", "deploy", "server", "-f", str(folder / "federation"))

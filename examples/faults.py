@@ -25,9 +25,9 @@ from typing import Any
 import fedvlm
 from fedvlm import config as configs
 from fedvlm import store
-from fedvlm.engines.nvflare.demo import SETTINGS, SITES, Started, free_ports, rows
+from fedvlm.engines.nvflare.demo import SETTINGS, SITES, Started, loopback, rows
 from fedvlm.engines.nvflare.processes import MARK
-from fedvlm.engines.nvflare.project import Project, Server, provision
+from fedvlm.engines.nvflare.project import provision
 
 ROUNDS = 12
 MORE = ("train.local_steps=40", f"train.rounds={ROUNDS}", "eval.max_rows=4")
@@ -47,10 +47,7 @@ class Faults:
             SETTINGS, *MORE, f"output={folder / 'run'}", f"data.path={data}"
         )
         store.write_text(folder / "config.yaml", json.dumps(self.settings.model_dump()))
-        port, admin = free_ports(2)
-        server = Server(address="localhost", port=port, admin_port=admin)
-        project = Project(name="faults", server=server, sites=list(SITES))
-        self.kits = provision(project, folder / "federation")
+        self.kits = provision(loopback(SITES, "faults"), folder / "federation")
 
     # -- processes
 

@@ -6,26 +6,16 @@ import contextlib
 import os
 import time
 import zipfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
 
 from fedvlm import federate
-from fedvlm.engines.nvflare.project import Project, Server
 
 if TYPE_CHECKING:
     from fedvlm.engines.nvflare.demo import Started
-
-
-def project(sites: Sequence[str]) -> Project:
-    """A federation whose server is this machine, on ports that are free."""
-    from fedvlm.engines.nvflare.demo import free_ports
-
-    port, admin_port = free_ports(2)
-    server = Server(address="localhost", port=port, admin_port=admin_port)
-    return Project(server=server, sites=list(sites))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from fedvlm.engines.nvflare.worker import Worker
 from fedvlm.engines.remote import Limits, Remote, Unanswered
 from fedvlm.engines.site import SiteStore
 from fedvlm.progress import Quiet
-from loopback import begin, processes, project, said, serve
+from loopback import begin, processes, said, serve
 
 pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy]'")
 pytestmark = pytest.mark.slow
@@ -82,6 +82,7 @@ class Watch:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, disk):
     """The run of all four: its folder, and what was seen of it."""
+    from fedvlm.engines.nvflare.demo import loopback
     from fedvlm.engines.nvflare.deploy import Federation
 
     folder = tmp_path_factory.mktemp("faults")
@@ -93,7 +94,7 @@ def run(tmp_path_factory, disk):
     (folder / "sites").mkdir()
     (folder / "sites" / "full").symlink_to(disk)
     watch, home = Watch(folder / "sites" / "full"), folder / "federation"
-    kits = provision(project(SITES), home)
+    kits = provision(loopback(SITES), home)
     with processes(folder) as started, pytest.MonkeyPatch.context() as patch:
         patch.setenv("NVFLARE_STREAMING_MAX_BLOB_SIZE", str(LARGEST))
         serve(started, home)

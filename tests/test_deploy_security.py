@@ -17,7 +17,7 @@ import yaml
 from fedvlm import store
 from fedvlm.engines.nvflare.project import Project, Server, check_certificate, provision
 from fedvlm.errors import FedVLMError
-from loopback import begin, processes, project, read, said, serve, until
+from loopback import begin, processes, read, said, serve, until
 from wiretap import Wiretap, are_records, pieces_of, pieces_of_rows
 
 pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy]'")
@@ -110,11 +110,11 @@ def raw(port, message):
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """A run of two sites behind a wiretap, while intruders try to take part."""
-    from fedvlm.engines.nvflare.demo import rows
+    from fedvlm.engines.nvflare.demo import loopback, rows
 
     folder = tmp_path_factory.mktemp("security")
     rows(folder / "data")
-    ours = project(SITES)
+    ours = loopback(SITES)
     port = ours.server.port
     home, other = folder / "federation", folder / "other"
     kits, foreign = provision(ours, home), provision(ours, other)

@@ -7,7 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -42,9 +42,7 @@ def demo(folder: Path, overrides: list[str], tell: Callable[[dict[str, Any]], No
     rows(folder / "data")
     path = folder / "data" / "all.parquet"
     settings = configs.load(SETTINGS, *overrides, f"output={folder / 'run'}", f"data.path={path}")
-    port, admin_port = free_ports(2)
-    server = Server(address="localhost", port=port, admin_port=admin_port)
-    kits = provision(Project(name="demo", server=server, sites=list(SITES)), folder / "federation")
+    kits = provision(loopback(SITES, "demo"), folder / "federation")
     with Started(folder) as started:
         started.start("server", "deploy", "server", "-f", str(folder / "federation"))
         for name in SITES:
@@ -67,6 +65,13 @@ def rows(folder: Path) -> None:
     table.to_parquet(folder / "all.parquet", index=False)
     for name in SITES:
         table[table["site"] == name].to_parquet(folder / f"{name}.parquet", index=False)
+
+
+def loopback(sites: Sequence[str], name: str = "fedvlm") -> Project:
+    """A federation whose server is this machine, on ports that are free."""
+    port, admin_port = free_ports(2)
+    server = Server(address="localhost", port=port, admin_port=admin_port)
+    return Project(name=name, server=server, sites=list(sites))
 
 
 def free_ports(count: int) -> list[int]:
