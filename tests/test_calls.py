@@ -1,7 +1,10 @@
 """Calls between server and site that take longer than a message may."""
 
+import gc
 import threading
 import time
+import weakref
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
@@ -39,9 +42,15 @@ def test_a_long_call_is_asked_again_until_it_is_answered(site):
             site.done.set()
         return desk.ask(dict(header), blob)
 
-    assert asking(exchange)("a", {"do": "train"}, b"abc", 30) == ({"did": "train"}, b"cba")
+    call = asking(exchange)
+    kept, nothing = call("a", {"do": "train"}, b"abc", 30)
+    assert not nothing
     assert [what for what, *_ in messages[:4]] == ["train", "wait", "wait", "wait"]
     assert {size for _, size, _ in messages[1:]} == {0}, "tensors are sent once"
+    for _ in range(2):  # again, if the answer was lost
+        fetched = call("a", {"do": "fetch", "number": kept["kept"]}, b"", 30)
+        assert fetched == ({"did": "train"}, b"cba")
+    assert call("a", {"do": "fetch", "number": "0"}, b"", 30)[0]["error"] == "failed"
     assert max(seconds for *_, seconds in messages) < 1, "a site that is gone is known soon"
     assert site.calls == [("train", 30)]
 
@@ -53,6 +62,70 @@ def test_a_site_says_that_it_is_there_while_it_works(site):
     assert desk.ask({"do": "ping", "number": "2", "limit": 9}, b"") == ({}, b"")
     assert desk.ask({"do": "wait", "number": "1"}, b"") == at_work
     assert desk.ask({"do": "wait", "number": "2"}, b"")[0]["error"] == "failed"
+
+
+def test_an_answer_without_tensors_is_given_at_once(site):
+    site.done.set()
+    desk = Desk(site)
+    assert asking(lambda _, header, blob, s: desk.ask(dict(header), blob))(
+        "a", {"do": "score"}, b"", 9
+    ) == ({"did": "score"}, b"")
+
+
+def test_few_messages_with_tensors_are_on_their_way_at_a_time(monkeypatch):
+    monkeypatch.setattr(calls, "SENDS", 2)
+    now, most, lock = 0, 0, threading.Lock()
+
+    def exchange(name, header, blob, seconds):
+        nonlocal now, most
+        with lock:
+            now += 1
+            most = max(most, now)
+        time.sleep(0.05)
+        with lock:
+            now -= 1
+        return {"did": name}, b""
+
+    call = asking(exchange)
+    with ThreadPoolExecutor(6) as pool:
+        done = list(pool.map(lambda n: call(n, {"do": "train"}, b"abc", 9), "abcdef"))
+    assert [header["did"] for header, _ in done] == list("abcdef")
+    assert most == 2
+
+
+def test_who_receives_slowly_keeps_others_waiting_for_a_while_only(monkeypatch):
+    monkeypatch.setattr(calls, "SENDS", 1)
+    monkeypatch.setattr(calls, "TURN", 0.1)
+    let = threading.Event()
+
+    def exchange(name, header, blob, seconds):
+        if name == "slow":
+            let.wait(10)
+        return {"did": name}, b""
+
+    call = asking(exchange)
+    with ThreadPoolExecutor(2) as pool:
+        slow = pool.submit(call, "slow", {"do": "train"}, b"abc", 9)
+        time.sleep(0.05)
+        assert call("fast", {"do": "train"}, b"abc", 9)[0]["did"] == "fast"
+        assert not slow.done()
+        let.set()
+        assert slow.result()[0]["did"] == "slow"
+
+
+def test_messages_that_hold_themselves_are_freed():
+    class Task:
+        def __init__(self):
+            self.own = self
+
+    gc.disable()
+    try:
+        seen = weakref.ref(Task())
+        assert seen() is not None
+        calls.release()
+        assert seen() is None
+    finally:
+        gc.enable()
 
 
 def test_the_deadline_holds_for_work_and_for_bytes_that_trickle(site):

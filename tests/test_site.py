@@ -10,7 +10,7 @@ import torch
 import yaml
 
 import fedvlm
-from fedvlm import federate, store
+from fedvlm import federate, store, tree
 from fedvlm.algorithms import Client, build
 from fedvlm.config import load
 from fedvlm.engines.base import Models, Task
@@ -75,13 +75,32 @@ class Here:
         return answer
 
 
+class Keeping(Here):
+    """Sites that keep the tensors of an answer until they are fetched, as over a network."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.kept = {}
+
+    def __call__(self, site, header, blob, limit):
+        if header["do"] == "fetch":
+            time.sleep(0.02)
+            return self.kept.pop(header["number"])
+        answer = super().__call__(site, header, blob, limit)
+        if not answer[1]:
+            return answer
+        number = f"{site} {header}"
+        self.kept[number] = answer
+        return {"kept": number}, b""
+
+
 LOCK = threading.Lock()
 
 
 def deployed(call, settings, folder, *, resume=None, events=None, **limits):
     """A run over sites, driven by the one round loop."""
     tell = (events if events is not None else []).append
-    engine = Remote(call, SITES, Limits(at_once=2, **limits), tell)
+    engine = Remote(call, SITES, Limits(**{"at_once": 2} | limits), tell)
     engine.open("run-1", settings)
     settings = settings.model_copy(update={"output": str(folder)})
     kept = store.Store(folder)
@@ -119,6 +138,34 @@ def test_sites_get_the_adapters_of_one_process(both):
         a, b = (store.load_tree(f / "adapter_model.safetensors") for f in (mine, theirs))
         assert a.keys() == b.keys()
         assert max((a[n] - b[n]).abs().max() for n in a) <= 1e-4
+
+
+def test_tensors_are_fetched_by_few_and_give_the_same_run(both, data, tmp_path):
+    _, there, *_ = both
+    call, begun = Keeping(data, tmp_path / "state"), []
+    call.slow["site-0"] = 0.2  # the others have their answers first, and wait for their turn
+    plain, now = call.__call__, set()
+
+    def watched(site, header, blob, limit):
+        if header["do"] == "fetch":
+            now.add(site)
+            begun.append((site, len(now)))
+        try:
+            return plain(site, header, blob, limit)
+        finally:
+            now.discard(site)
+
+    results = deployed(watched, config(data), tmp_path / "run", held=1, at_once=3)
+    assert not call.kept
+    assert max(count for _, count in begun) == 1, "as many as the server may hold"
+    adapter, *trained = [site for site, _ in begun]
+    assert adapter == "site-0"
+    assert trained == [*SITES, *SITES], "in the cohort's order"
+    assert digest(results.adapter()) == digest(there.adapter())
+
+
+def digest(folder):
+    return tree.digest(store.load_tree(folder / "adapter_model.safetensors"))
 
 
 def test_what_is_personal_stays_at_the_site(both):

@@ -3,7 +3,8 @@
 How a message travels is not known here; :mod:`fedvlm.engines.nvflare.server` brings that. A client
 that does not answer, or not as it should, is left out of the round, and of the next ones for a
 while. Replies are handed on in the cohort's order, so that sums have the same bits whoever was
-first; at most ``at_once`` of them are under way or waiting for their turn.
+first. A site keeps the tensors of its answer until they are fetched: at most ``at_once`` sites are
+at work or waiting for their turn, and at most ``held`` answers are here.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
@@ -28,10 +30,14 @@ from fedvlm.store import save_tree
 from fedvlm.tree import Tree, digest
 
 Call = Callable[[str, dict[str, Any], bytes, float], tuple[dict[str, Any], bytes]]
-"""``(site, header, tensors, seconds) -> (header, tensors)``; raises :class:`Unanswered`."""
+"""``(site, header, tensors, seconds) -> (header, tensors)``; raises :class:`Unanswered`.
+
+Tensors may be left for a call of their own: then the header is ``kept``, with the number to fetch.
+"""
 
 
 PING = 5.0  # seconds in which a site that failed has to say that it is there again
+FETCH = 60.0  # seconds at least for the tensors of an answer, however little of its time is left
 
 
 MALFORMED = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
@@ -51,6 +57,7 @@ class Limits(Section):
 
     min_sites: Positive = 1
     at_once: Positive = 16
+    held: Positive = 4
     open_s: Positive = 900
     train_s: Positive = 3600
     score_s: Positive = 1800
@@ -134,7 +141,8 @@ class Remote:
         """All sites have to start from one adapter, which the server gets from the first."""
         for site in list(found):
             try:
-                about, blob = self._ask(site, {"do": "adapter"}, b"", self.limits.open_s)
+                answer = self._ask(site, {"do": "adapter"}, b"", self.limits.open_s)
+                about, blob = self._fetched(site, *answer, self.limits.open_s)
                 self.adapter, self._peft = self._read(blob), dict(about["peft"])
                 break
             except (Unanswered, *MALFORMED) as wrong:
@@ -241,32 +249,43 @@ class Remote:
         """Sites and what they answered, in order; failures are told, and are answers too."""
         left = iter(sites)
 
-        def work(site: str, message: tuple[dict[str, Any], bytes, float]) -> Any:
+        def work(site: str, header: dict[str, Any], blob: bytes, limit: float) -> Any:
             began = time.perf_counter()
+            if self._bench[site].failures:  # a whole deadline is not waited for again
+                self._ask(site, {"do": "ping"}, b"", PING)
+            answer = self._ask(site, header, blob, limit)
+            return *answer, limit, time.perf_counter() - began
+
+        def take(site: str, working: Future[Any]) -> Any:
             try:
-                if self._bench[site].failures:  # a whole deadline is not waited for again
-                    self._ask(site, {"do": "ping"}, b"", PING)
-                header, blob = self._ask(site, *message)
-                taken = time.perf_counter() - began
+                header, blob, limit, taken = working.result()
+                began = time.perf_counter()
+                header, blob = self._fetched(site, header, blob, limit - taken)
+                taken += time.perf_counter() - began
                 return checked(site, header, blob, taken) if checked else (header, blob)
             except Unanswered as error:
                 return error
             except (*MALFORMED, FedVLMError) as error:
                 return _uncounted(error)
 
-        with ThreadPoolExecutor(self.limits.at_once) as pool:
-
-            def start(number: int) -> list[tuple[str, Future[Any]]]:
-                return [(s, pool.submit(work, s, asked(s))) for s in islice(left, number)]
-
-            waiting = start(self.limits.at_once)
-            while waiting:
-                site, future = waiting.pop(0)
+        most, held = self.limits.at_once, self.limits.held
+        with ThreadPoolExecutor(most) as workers, ThreadPoolExecutor(held) as takers:
+            working: deque[tuple[str, Future[Any]]] = deque()
+            taking: deque[tuple[str, Future[Any]]] = deque()
+            while True:
+                for site in islice(left, most - len(working) - len(taking)):
+                    working.append((site, workers.submit(work, site, *asked(site))))
+                while working and len(taking) < held:
+                    site, future = working.popleft()
+                    taking.append((site, takers.submit(take, site, future)))
+                if not taking:
+                    return
+                site, future = taking.popleft()
                 outcome = future.result()
                 if isinstance(outcome, Unanswered):
                     self._failed(site, outcome)
                 yield site, outcome
-                waiting += start(1)
+                del future, outcome
 
     def _ask(self, site: str, header: dict[str, Any], blob: bytes, limit: float) -> Any:
         answer, tensors = self._call(site, header, blob, limit)
@@ -275,6 +294,13 @@ class Remote:
         if len(tensors) > self.limits.max_bytes:
             raise Unanswered(f"{len(tensors)} bytes are more than {self.limits.max_bytes}")
         return answer, tensors
+
+    def _fetched(self, site: str, header: dict[str, Any], blob: bytes, limit: float) -> Any:
+        """An answer with its tensors, if the site has kept them for a call of their own."""
+        if "kept" not in header:
+            return header, blob
+        fetch = {"do": "fetch", "number": header["kept"]}
+        return self._ask(site, fetch, b"", max(FETCH, limit))
 
     def _read(self, blob: bytes) -> Tree:
         from safetensors import SafetensorError

@@ -2,11 +2,16 @@
 
 Training takes as long as a round may, and an NVFlare call says nothing until it ends. So a site
 answers within :data:`PATIENCE`, if only that it is at work, and is asked again: one that is gone is
-known in seconds, whatever the deadline of a round.
+known in seconds, whatever the deadline of a round. Tensors have messages of their own: a site keeps
+those of its answer until they are fetched, so the server says how many it holds at a time.
+
+Where messages are large their memory is freed at once (:func:`settle`, :func:`release`).
 """
 
 from __future__ import annotations
 
+import contextlib
+import gc
 import threading
 import time
 import uuid
@@ -18,6 +23,8 @@ from fedvlm.engines.nvflare.frames import Message
 
 PATIENCE = 10.0  # seconds after which a site says that it is at work
 GRACE = 10.0  # seconds more for the ways there and back
+SENDS = 4  # messages with tensors on their way to sites at a time
+TURN = 30.0  # seconds after which a message that is still on its way keeps no other one waiting
 
 Exchange = Callable[[str, dict[str, Any], bytes, float], Message]
 """``(site, header, tensors, seconds) -> (header, tensors)``: one message, and its answer."""
@@ -40,19 +47,26 @@ class Desk:
         self._answer: Future[Message] = Future()
 
     def ask(self, header: dict[str, Any], blob: bytes) -> Message:
-        """The answer, or ``at_work``; a ``ping`` is answered whatever is under way."""
-        number = header.pop("number")
-        if header["do"] == "ping":
+        """The answer; ``at_work`` before it is there, ``kept`` where its tensors are to be fetched.
+
+        A ``ping`` is answered whatever is under way, and who sends tensors is not kept waiting.
+        """
+        number, do = header.pop("number"), header["do"]
+        if do == "ping":
             return {}, b""
-        if header["do"] != "wait":
+        if do not in ("wait", "fetch"):
             limit = float(header.pop("limit"))
             self._answer = background(lambda: self._call(header, blob, limit))
             self._number = number
         elif number != self._number:
             return {"error": "failed", "message": "this site was asked something else since"}, b""
+        release()
         answer = self._answer
-        wait([answer], PATIENCE)
-        return answer.result() if answer.done() else ({"at_work": True}, b"")
+        wait([answer], 0 if blob else PATIENCE)
+        if not answer.done():
+            return {"at_work": True}, b""
+        about, tensors = answer.result()
+        return ({"kept": number}, b"") if tensors and do != "fetch" else (about, tensors)
 
 
 def asking(exchange: Exchange) -> Exchange:
@@ -63,27 +77,52 @@ def asking(exchange: Exchange) -> Exchange:
 
     Returns:
         The same, for calls; it raises :class:`Late` where the answer is not there ``seconds`` and
-        :data:`GRACE` after it was asked, even if bytes still trickle in.
+        :data:`GRACE` after it was asked, even if bytes still trickle in. An answer ``kept: N`` has
+        tensors, which are those of the call ``do: fetch, number: N``.
     """
+    sending = threading.BoundedSemaphore(SENDS)
 
     def call(site: str, header: dict[str, Any], blob: bytes, seconds: float) -> Message:
-        until = time.monotonic() + seconds + GRACE
-        number = uuid.uuid4().hex
-        asked, sent = {**header, "limit": seconds}, blob
-        while (left := until - time.monotonic()) > 0:
+        number = header.get("number") or uuid.uuid4().hex
+        limit = min(PATIENCE, seconds) + GRACE / 2
+
+        def message(asked: dict[str, Any], sent: bytes) -> Future[Message]:
             said = {**asked, "number": number}
-            limit = min(PATIENCE, seconds) + GRACE / 2
-            one = background(lambda said=said, sent=sent, s=limit: exchange(site, said, sent, s))  # type: ignore[misc]
+            return background(lambda: exchange(site, said, sent, limit))
+
+        with sending if blob else contextlib.nullcontext():
+            until = time.monotonic() + seconds + GRACE
+            one = message({**header, "limit": seconds}, blob)
+            wait([one], min(TURN, seconds + GRACE))
+        while (left := until - time.monotonic()) > 0:
             wait([one], left)
             if not one.done():
                 break
             answer = one.result()
             if not answer[0].get("at_work"):
                 return answer
-            asked, sent = {"do": "wait"}, b""
+            one = message({"do": "wait"}, b"")
         raise Late(f"no answer within {seconds:.0f} s")
 
     return call
+
+
+def settle() -> None:
+    """To be called once, when all is loaded: from then on :func:`release` takes milliseconds.
+
+    What there is by now is left out of later searches for garbage.
+    """
+    gc.collect()
+    gc.freeze()
+
+
+def release() -> None:
+    """Frees the messages that have gone.
+
+    NVFlare's tasks that send refer to themselves and to what they sent, so that it is only freed
+    when Python next looks for such circles: seldom where there are many objects, as with torch.
+    """
+    gc.collect()
 
 
 def background(function: Callable[[], Any]) -> Future[Any]:

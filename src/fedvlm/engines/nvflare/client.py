@@ -14,7 +14,7 @@ from typing import Any
 
 from nvflare.collab import collab
 
-from fedvlm.engines.nvflare.calls import Desk
+from fedvlm.engines.nvflare.calls import Desk, settle
 from fedvlm.engines.nvflare.processes import SITE
 from fedvlm.engines.nvflare.supervisor import Supervisor
 from fedvlm.engines.nvflare.worker import log_to
@@ -40,6 +40,7 @@ class Client:
         log_to(own["log"])
         self.supervisor = Supervisor(own)
         self.desk = Desk(self.supervisor.call)
+        settle()
 
     @collab.publish
     def ask(self, header: str, blob: bytes) -> list[Any]:

@@ -14,7 +14,7 @@ from nvflare.collab.api.exceptions import CollabCallError
 
 from fedvlm import config as configs
 from fedvlm import federate
-from fedvlm.engines.nvflare.calls import Late, asking
+from fedvlm.engines.nvflare.calls import Late, asking, release, settle
 from fedvlm.engines.remote import Gone, Limits, Remote, Unanswered
 from fedvlm.errors import FedVLMError
 from fedvlm.progress import Progress
@@ -45,6 +45,7 @@ class Server:
             append_line(events, {"time": round(time.time(), 3), **event})
 
         try:
+            settle()
             proxies = {client.name: client for client in collab.clients}
             call = calling(proxies, collab.context.is_aborted)
             perform(self.job, call, sorted(proxies), tell)
@@ -85,6 +86,8 @@ def calling(proxies: dict[str, Any], aborted: Callable[[], bool]) -> Callable[..
             if isinstance(error.cause, TimeoutError) and time.monotonic() < until - 1:
                 raise Unanswered("its answer was broken off: too large, or cut short") from None
             raise Gone(f"no answer: {error.cause}") from None
+        finally:
+            release()
         if not (isinstance(answer, list | tuple) and len(answer) == 2):
             raise Unanswered("its answer has another form")
         about, tensors = answer
