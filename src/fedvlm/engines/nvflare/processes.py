@@ -30,6 +30,11 @@ MOST = 5  # such failures in a row end the command
 SITE = "FEDVLM_SITE"
 """The environment variable with what ``fedvlm site start`` says of the site, as JSON."""
 LOG = "site.log"
+RETURNING = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(2**18)}
+"""Has the server's processes return the memory of large messages; what trains does better without.
+
+These are glibc's; other systems' allocators do not know them.
+"""
 TAKEN = "'{}' is in use by another fedvlm process"
 MARK = "FEDVLM_PROCESSES_OF"
 """The environment variable by which a command's processes are found, whoever started them."""
@@ -73,7 +78,7 @@ def serve(folder: Path, say: Callable[[str], None]) -> None:
     names = ", ".join(project.sites)
     say(f"server of '{project.name}' on port {project.server.port}; its sites: {names}")
     with only_one(server, TAKEN.format(server)):
-        _keep(command, server, dict(os.environ), server / "nvflare.log", say)
+        _keep(command, server, {**RETURNING, **os.environ}, server / "nvflare.log", say)
 
 
 def start_site(
