@@ -28,6 +28,7 @@ class Site:
 def site(monkeypatch):
     monkeypatch.setattr(calls, "PATIENCE", 0.05)
     monkeypatch.setattr(calls, "GRACE", 0.2)
+    monkeypatch.setattr(calls, "SILENCE", 0.5)
     found = Site()
     yield found
     found.done.set()

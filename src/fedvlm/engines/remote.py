@@ -141,8 +141,8 @@ class Remote:
         """All sites have to start from one adapter, which the server gets from the first."""
         for site in list(found):
             try:
-                answer = self._ask(site, {"do": "adapter"}, b"", self.limits.open_s)
-                about, blob = self._fetched(site, *answer, self.limits.open_s)
+                about, blob = self._ask(site, {"do": "adapter"}, b"", self.limits.open_s)
+                about, blob = self._fetched(site, about, blob, self.limits.open_s)
                 self.adapter, self._peft = self._read(blob), dict(about["peft"])
                 break
             except (Unanswered, *MALFORMED) as wrong:

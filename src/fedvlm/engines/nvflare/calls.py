@@ -21,7 +21,8 @@ from typing import Any
 
 from fedvlm.engines.nvflare.frames import Message
 
-PATIENCE = 10.0  # seconds after which a site says that it is at work
+PATIENCE = 5.0  # seconds after which a site says that it is at work
+SILENCE = 20.0  # seconds after which a site that says nothing is gone: it may have a busy machine
 GRACE = 10.0  # seconds more for the ways there and back
 SENDS = 4  # messages with tensors on their way to sites at a time
 TURN = 30.0  # seconds after which a message that is still on its way keeps no other one waiting
@@ -84,7 +85,7 @@ def asking(exchange: Exchange) -> Exchange:
 
     def call(site: str, header: dict[str, Any], blob: bytes, seconds: float) -> Message:
         number = header.get("number") or uuid.uuid4().hex
-        limit = min(PATIENCE, seconds) + GRACE / 2
+        limit = min(SILENCE, seconds + GRACE / 2)
 
         def message(asked: dict[str, Any], sent: bytes) -> Future[Message]:
             said = {**asked, "number": number}
