@@ -45,7 +45,6 @@ class Server:
             append_line(events, {"time": round(time.time(), 3), **event})
 
         try:
-            settle()
             proxies = {client.name: client for client in collab.clients}
             call = calling(proxies, collab.context.is_aborted)
             perform(self.job, call, sorted(proxies), tell)
@@ -87,7 +86,8 @@ def calling(proxies: dict[str, Any], aborted: Callable[[], bool]) -> Callable[..
                 raise Unanswered("its answer was broken off: too large, or cut short") from None
             raise Gone(f"no answer: {error.cause}") from None
         finally:
-            release()
+            if blob or header["do"] == "fetch":
+                release()
         if not (isinstance(answer, list | tuple) and len(answer) == 2):
             raise Unanswered("its answer has another form")
         about, tensors = answer
@@ -143,6 +143,7 @@ def perform(
             about = {"run": run, "weights": engine.weights, "rows": engine.rows}
             text = json.dumps(about | {"adapter": digest(engine.adapter)}, indent=2) + "\n"
             federate.begin(config, store, {SITES: text}, resume=False)
+        settle()
         tell({"event": "begun", "sites": list(engine.sites)})
         told = Told(tell, Path(job["events"]).with_name(RENEW))
         federate.drive(config, engine, engine.weights, store, told)
