@@ -187,7 +187,7 @@ def digest(tree: Mapping[str, Tensor]) -> str:
 
 def saved_bytes(tree: Mapping[str, Tensor]) -> int:
     """Bytes of the tensors as a safetensors file; none where there is nothing to save."""
-    form = tuple((name, t.dtype, t.shape) for name, t in tree.items())
+    form = tuple((name, tree[name].dtype, tree[name].shape) for name in sorted(tree))
     return _saved_bytes(form) if form else 0
 
 
