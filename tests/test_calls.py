@@ -29,6 +29,7 @@ def site(monkeypatch):
     monkeypatch.setattr(calls, "PATIENCE", 0.05)
     monkeypatch.setattr(calls, "GRACE", 0.2)
     monkeypatch.setattr(calls, "SILENCE", 0.5)
+    monkeypatch.setattr(calls, "SMALL", 2)
     found = Site()
     yield found
     found.done.set()
@@ -65,16 +66,22 @@ def test_a_site_says_that_it_is_there_while_it_works(site):
     assert desk.ask({"do": "wait", "number": "2"}, b"")[0]["error"] == "failed"
 
 
-def test_an_answer_without_tensors_is_given_at_once(site):
+@pytest.mark.parametrize("blob", [b"", b"ab"])
+def test_an_answer_with_few_tensors_takes_one_message(site, blob):
     site.done.set()
-    desk = Desk(site)
-    assert asking(lambda _, header, blob, s: desk.ask(dict(header), blob))(
-        "a", {"do": "score"}, b"", 9
-    ) == ({"did": "score"}, b"")
+    desk, messages = Desk(site), []
+
+    def exchange(name, header, blob, seconds):
+        messages.append(header["do"])
+        return desk.ask(dict(header), blob)
+
+    assert asking(exchange)("a", {"do": "score"}, blob, 9) == ({"did": "score"}, blob[::-1])
+    assert messages == ["score"]
 
 
 def test_few_messages_with_tensors_are_on_their_way_at_a_time(monkeypatch):
     monkeypatch.setattr(calls, "SENDS", 2)
+    monkeypatch.setattr(calls, "SMALL", 2)
     now, most, lock = 0, 0, threading.Lock()
 
     def exchange(name, header, blob, seconds):
@@ -96,6 +103,7 @@ def test_few_messages_with_tensors_are_on_their_way_at_a_time(monkeypatch):
 
 def test_who_receives_slowly_keeps_others_waiting_for_a_while_only(monkeypatch):
     monkeypatch.setattr(calls, "SENDS", 1)
+    monkeypatch.setattr(calls, "SMALL", 2)
     monkeypatch.setattr(calls, "TURN", 0.1)
     let = threading.Event()
 

@@ -2,8 +2,8 @@
 
 Training takes as long as a round may, and an NVFlare call says nothing until it ends. So a site
 answers within :data:`PATIENCE`, if only that it is at work, and is asked again: one that is gone is
-known in seconds, whatever the deadline of a round. Tensors have messages of their own: a site keeps
-those of its answer until they are fetched, so the server says how many it holds at a time.
+known in seconds, whatever the deadline of a round. Large tensors have messages of their own: a site
+keeps those of its answer until they are fetched, so the server says how many it holds at a time.
 
 Where messages are large their memory is freed at once (:func:`settle`, :func:`release`).
 """
@@ -24,7 +24,8 @@ from fedvlm.engines.nvflare.frames import Message
 PATIENCE = 5.0  # seconds after which a site says that it is at work
 SILENCE = 20.0  # seconds after which a site that says nothing is gone: it may have a busy machine
 GRACE = 10.0  # seconds more for the ways there and back
-SENDS = 4  # messages with tensors on their way to sites at a time
+SMALL = 2**21  # bytes of tensors that are no reason for messages of their own
+SENDS = 4  # large messages on their way to sites at a time
 TURN = 30.0  # seconds after which a message that is still on its way keeps no other one waiting
 
 Exchange = Callable[[str, dict[str, Any], bytes, float], Message]
@@ -50,7 +51,7 @@ class Desk:
     def ask(self, header: dict[str, Any], blob: bytes) -> Message:
         """The answer; ``at_work`` before it is there, ``kept`` where its tensors are to be fetched.
 
-        A ``ping`` is answered whatever is under way, and who sends tensors is not kept waiting.
+        A ``ping`` is answered whatever is under way, and who sends much is not kept waiting.
         """
         number, do = header.pop("number"), header["do"]
         if do == "ping":
@@ -63,11 +64,12 @@ class Desk:
             return {"error": "failed", "message": "this site was asked something else since"}, b""
         release()
         answer = self._answer
-        wait([answer], 0 if blob else PATIENCE)
+        wait([answer], 0 if len(blob) > SMALL else PATIENCE)
         if not answer.done():
             return {"at_work": True}, b""
         about, tensors = answer.result()
-        return ({"kept": number}, b"") if tensors and do != "fetch" else (about, tensors)
+        kept = len(tensors) > SMALL and do != "fetch"
+        return ({"kept": number}, b"") if kept else (about, tensors)
 
 
 def asking(exchange: Exchange) -> Exchange:
@@ -91,7 +93,7 @@ def asking(exchange: Exchange) -> Exchange:
             said = {**asked, "number": number}
             return background(lambda: exchange(site, said, sent, limit))
 
-        with sending if blob else contextlib.nullcontext():
+        with sending if len(blob) > SMALL else contextlib.nullcontext():
             until = time.monotonic() + seconds + GRACE
             one = message({**header, "limit": seconds}, blob)
             wait([one], min(TURN, seconds + GRACE))
@@ -101,6 +103,8 @@ def asking(exchange: Exchange) -> Exchange:
                 break
             answer = one.result()
             if not answer[0].get("at_work"):
+                if blob or answer[1]:
+                    release()
                 return answer
             one = message({"do": "wait"}, b"")
         raise Late(f"no answer within {seconds:.0f} s")

@@ -14,7 +14,7 @@ from nvflare.collab.api.exceptions import CollabCallError
 
 from fedvlm import config as configs
 from fedvlm import federate
-from fedvlm.engines.nvflare.calls import Late, asking, release, settle
+from fedvlm.engines.nvflare.calls import Late, asking, settle
 from fedvlm.engines.remote import Gone, Limits, Remote, Unanswered
 from fedvlm.errors import FedVLMError
 from fedvlm.progress import Progress
@@ -85,9 +85,6 @@ def calling(proxies: dict[str, Any], aborted: Callable[[], bool]) -> Callable[..
             if isinstance(error.cause, TimeoutError) and time.monotonic() < until - 1:
                 raise Unanswered("its answer was broken off: too large, or cut short") from None
             raise Gone(f"no answer: {error.cause}") from None
-        finally:
-            if blob or header["do"] == "fetch":
-                release()
         if not (isinstance(answer, list | tuple) and len(answer) == 2):
             raise Unanswered("its answer has another form")
         about, tensors = answer
