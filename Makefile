@@ -4,6 +4,8 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
+# Of 18,000 files few are used: those are compiled when they are first imported.
+INSTALL := $(PIP) install --quiet --no-compile
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
 QUICK ?= --quick
@@ -84,14 +86,14 @@ $(VENV)/.stamp-venv:
 
 # The pinned PyTorch comes first: a range would let pip choose another, larger build.
 $(VENV)/.stamp-torch: constraints.txt | $(VENV)/.stamp-venv
-	$(PIP) install --quiet '$(TORCH)' -c constraints.txt \
+	$(INSTALL) '$(TORCH)' -c constraints.txt \
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
 	@touch $@
 
 $(VENV)/.stamp-run: pyproject.toml constraints.txt $(VENV)/.stamp-torch
-	$(PIP) install --quiet -e . -c constraints.txt
+	$(INSTALL) -e . -c constraints.txt
 	@touch $@
 
 $(VENV)/.stamp-dev: pyproject.toml constraints.txt $(VENV)/.stamp-torch
-	$(PIP) install --quiet -e '.[dev]' -c constraints.txt
+	$(INSTALL) -e '.[dev]' -c constraints.txt
 	@touch $(VENV)/.stamp-run $@

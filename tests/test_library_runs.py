@@ -28,6 +28,8 @@ def settings(small, name):
     tree["train"] |= {"rounds": 3, "local_steps": 1, "clients_per_round": 2}
     tree["eval"] |= {"every": 0, "max_rows": 2, "max_new_tokens": 2}
     tree["algorithm"] = {"name": name}
+    if "ft_steps" in TABLE[name].settings:
+        tree["algorithm"]["ft_steps"] = 4
     if name == "scaffold":
         tree["train"] |= {"optimizer": "sgd", "lr": 0.1}
     return tree

@@ -181,8 +181,8 @@ def test_on_sentences_that_people_wrote(shared_data, tmp_path):
     from fedvlm.data.images import open_image
 
     frame = pd.read_parquet(shared_data / "statements.parquet")
-    frame.iloc[:600].to_parquet(tmp_path / "run.parquet", index=False)
-    frame.iloc[600:680].to_parquet(tmp_path / "new.parquet", index=False)
+    frame.iloc[:200].to_parquet(tmp_path / "run.parquet", index=False)
+    frame.iloc[600:640].to_parquet(tmp_path / "new.parquet", index=False)
     run = tmp_path / "run"
     words = ("partition.clients=3", "train.rounds=2", "train.local_steps=4", "lora.rank=4")
     scored = ("eval.every=0", "eval.max_rows=20", "eval.max_new_tokens=4", "engine.threads=1")

@@ -1,0 +1,87 @@
+"""A federation's sites in this process: their workers, and a run over them."""
+
+import json
+import threading
+import time
+
+from fedvlm import federate, store
+from fedvlm.config import load
+from fedvlm.engines.nvflare.worker import Worker
+from fedvlm.engines.remote import Limits, Remote, Unanswered
+from fedvlm.progress import Quiet
+
+SITES = ("site-0", "site-1", "site-2")
+SETTINGS = {
+    "partition": {"kind": "column", "column": "site", "splits": "alone", "min_rows": 2},
+    "algorithm": {"name": "plora"},
+    "train": {"rounds": 2, "local_steps": 2, "batch_size": 4},
+    "eval": {"every": 0, "max_rows": 3, "max_new_tokens": 2},
+    "lora": {"rank": 2, "alpha": 4},
+    "engine": {"threads": 1, "clients": 1},
+}
+
+
+def config(data, *overrides):
+    return load(SETTINGS, f"data.path={data / 'all.parquet'}", *overrides)
+
+
+class Here:
+    """The sites' workers in this process; ``down`` are those that do not answer."""
+
+    def __init__(self, data, state, policy=None, sites=SITES):
+        self.own = {s: {"name": s, "data": str(data / f"{s}.parquet")} for s in sites}
+        self.own = {s: o | {"state": str(state / s), "policy": policy} for s, o in self.own.items()}
+        self.workers = {s: Worker(own) for s, own in self.own.items()}
+        self.down, self.slow, self.broken, self.asked = set(), {}, None, []
+        self.wire = []  # all that the sites have sent
+        self.configs = []  # all that they were told of the run
+
+    def __call__(self, site, header, blob, limit):
+        self.asked.append((site, header["do"], header.get("round")))
+        time.sleep(self.slow.get(site, 0))
+        if header["do"] == "ping" and site not in self.down:
+            return {}, b""
+        if header["do"] == self.broken:
+            return {"error": "died", "message": "x"}, b""
+        if site in self.down:
+            raise Unanswered("it is away")
+        header = json.loads(json.dumps(header))
+        self.configs += [header["config"]] if "config" in header else []
+        with LOCK:  # torch's global random state is one in this process
+            answer = self.workers[site].perform(header, blob)
+        self.wire.append(json.dumps(answer[0]).encode() + answer[1])
+        return answer
+
+
+class Keeping(Here):
+    """Sites that keep the tensors of an answer until they are fetched, as over a network."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.kept = {}
+
+    def __call__(self, site, header, blob, limit):
+        if header["do"] == "fetch":
+            time.sleep(0.02)
+            return self.kept.pop(header["number"])
+        answer = super().__call__(site, header, blob, limit)
+        if not answer[1]:
+            return answer
+        number = f"{site} {header}"
+        self.kept[number] = answer
+        return {"kept": number}, b""
+
+
+LOCK = threading.Lock()
+
+
+def deployed(call, settings, folder, *, resume=None, events=None, **limits):
+    """A run over sites, driven by the one round loop."""
+    tell = (events if events is not None else []).append
+    engine = Remote(call, SITES, Limits(**{"at_once": 2} | limits), tell)
+    engine.open("run-1", settings)
+    settings = settings.model_copy(update={"output": str(folder)})
+    kept = store.Store(folder)
+    with kept.locked():
+        federate.begin(settings, kept, {}, resume=bool(resume))
+        return federate.drive(settings, engine, engine.weights, kept, Quiet())
