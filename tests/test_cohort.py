@@ -118,7 +118,7 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_trains_the_same_adapters(small, tmp_path, name):
     small["data"]["scenes"] |= {"style": "quantity", "sites": 4, "rows": 14}
-    small["train"] |= {"rounds": 2, "lr": 0.001}
+    small["train"] |= {"rounds": 3, "lr": 0.001}
     assert_same(*both(tmp_path, small, *SETTINGS[name]))
 
 
