@@ -4,8 +4,10 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip
-# Of 18,000 files few are used: those are compiled when they are first imported.
+# Of 18,000 files few are used: those are compiled when they are first imported. What is compiled
+# has to be kept then, or every process compiles it again, which doubles the time of the tests.
 INSTALL := $(PIP) install --quiet --no-compile
+unexport PYTHONDONTWRITEBYTECODE
 TORCH := torch==2.13.0
 TORCH_INDEX ?=
 QUICK ?= --quick
