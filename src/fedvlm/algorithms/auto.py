@@ -4,7 +4,8 @@ The server averages A and B as FedAvg does. A client begins a round with one of 
 own factors and the downloaded mean: the one with the lowest loss on its validation rows. They are
 what simpler algorithms begin with: the mean (lora), the mean of B on its own A (plora), its own B
 on the mean of A (fedsa), halves of both (mix), its own factors (local). After the last round every
-client tunes, and uses the running mean of its adapter that has the lowest validation loss.
+client tunes, keeps the running mean of its adapter that has the lowest validation loss, and uses
+the best mixture of that and the last download.
 
 It sends what lora sends. A round costs five forward passes over the validation rows besides. How it
 was found, and what lost against it: docs/research-log.md.
