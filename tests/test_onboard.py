@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from dataclasses import replace
 
 import pandas as pd
 import peft
@@ -10,9 +11,9 @@ import pytest
 import torch
 
 import fedvlm
-from fedvlm.after.onboard import _personal, _steps
+from fedvlm.after.onboard import _personal, _steps, _tuning
 from fedvlm.after.opened import open_run
-from fedvlm.algorithms import TABLE, Client, build, spare_ranks
+from fedvlm.algorithms import TABLE, Client, Work, build, spare_ranks
 from fedvlm.errors import FedVLMError
 from fedvlm.models import lora
 from fedvlm.models.load import load_model
@@ -98,6 +99,26 @@ def test_its_name_works_as_a_clients_from_then_on(joined, new_rows, tmp_path):
     text = (exported / "README.md").read_text()
     assert f"{site.scores['personal']['loss']:.3f}" in text
     assert "site-0" not in text
+
+
+def test_tuning_that_harms_is_not_used():
+    def tree(number):
+        return {f"m.lora_{f}.weight": torch.full((2, 2), float(number)) for f in "AB"}
+
+    tuning = _tuning(tree(0), {"m.lora_A.weight"}, 7)
+    assert [phase.steps for phase in tuning.phases] == [2, 2, 1, 1, 1]
+    assert [n for n in tree(0) if tuning.phases[0].trains(n)] == ["m.lora_A.weight"]
+    work = Work({}, {}, tuple(map(tree, (1, 5, 0, 0, 0))), start=tree(0))
+    means = [t["m.lora_A.weight"][0, 0].item() for t in tuning.tried(work)]
+    assert means == [0, 0.5, 2, 1.5, pytest.approx(1.2), 1]
+    for lowest, expected in ((0, 0.0), (2, 2.0)):
+        losses = [3.0] * 6
+        losses[lowest] = 1.0
+        _, mine = tuning.finish(replace(work, scores=tuple(losses)))
+        assert {n: t.unique().item() for n, t in mine.items()} == {"m.lora_A.weight": expected}
+        model = tuning.start(tree(9), {}, mine)
+        assert model["m.lora_B.weight"].unique().item() == 0, "the server's"
+        assert model["m.lora_A.weight"].unique().item() == expected
 
 
 def test_what_a_killed_process_left_is_no_site(joined, tmp_path):

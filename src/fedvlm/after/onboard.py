@@ -15,13 +15,15 @@ from fedvlm import store as stores
 from fedvlm.after import card, export
 from fedvlm.after.evaluate import on_new_data
 from fedvlm.after.opened import ONBOARDED, Opened, open_run
-from fedvlm.algorithms import Algorithm, Client, Phase, Work, build
+from fedvlm.algorithms import Algorithm, Client, Work, build
+from fedvlm.algorithms.sharing import averaged, stopped
 from fedvlm.engines.base import Task
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.sections import Config
 from fedvlm.tree import Tree
 
 MOST_STEPS = 100
+CHECKS = 5  # validations on the way
 
 
 @dataclass(frozen=True)
@@ -53,9 +55,10 @@ def onboard(
     """Gives a new site its own model, from what a finished run shares and the site's own rows.
 
     The site downloads what the server sends a client, tunes only what the run's algorithm keeps
-    personal (everything, where nothing is), and is scored on rows held out as in the run. The run's
-    own files are not changed; the site's are in ``FOLDER/onboarded/NAME``, and its name works as a
-    client's from then on.
+    personal (everything, where nothing is), and keeps what has the lowest loss on its validation
+    rows: what was downloaded, or a mean of adapters on the way. It is scored on rows held out as in
+    the run. The run's own files are not changed; the site's are in ``FOLDER/onboarded/NAME``, and
+    its name works as a client's from then on.
 
     Args:
         folder: the run's folder.
@@ -148,15 +151,22 @@ def _work(algorithm: Algorithm, down: Tree, end: Tree) -> Work:
 
 
 def _tuning(start: Tree, trained: set[str], steps: int) -> Algorithm:
-    """Local steps from ``start`` on some factors; nothing is sent."""
-    return Algorithm(
+    """Local steps from ``start`` on some factors; nothing is sent.
+
+    Of ``start`` and the means of the adapters up to some points on the way, the one with the lowest
+    validation loss is kept; the last, without validation rows.
+    """
+    still = Algorithm(
         init=lambda adapter: {},
         download=lambda state, client: {},
-        start=lambda adapter, down, mine: dict(start),
-        phases=(Phase(lambda name: name in trained, steps=steps),),
+        start=lambda adapter, down, mine: {**start, **mine},
+        phases=(),
         finish=lambda work: ({}, {}),
         update=lambda state, mean: state,
     )
+    last = stopped(still, steps, CHECKS, averaged, lambda name: name in trained).final
+    assert last is not None
+    return last
 
 
 def _train(engine: Any, algorithm: Algorithm, site: str, config: Config) -> Tree:

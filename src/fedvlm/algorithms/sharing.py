@@ -73,12 +73,16 @@ def alternating(*, server_lr: float = 1.0) -> Algorithm:
     return replace(turn("B"), turns=(turn("B"), turn("A")))
 
 
+def everything(name: str) -> bool:
+    """Takes every factor."""
+    return True
+
+
 def tuned(algorithm: Algorithm, steps: int) -> Algorithm:
     """``algorithm``, then ``steps`` of local tuning of all factors; the results stay local."""
-    everything = Phase(lambda name: True, steps=steps)
     last = replace(
         algorithm,
-        phases=(everything,),
+        phases=(Phase(everything, steps=steps),),
         finish=lambda work: ({}, dict(work.end)),
         update=lambda state, mean: state,
     )
@@ -107,8 +111,9 @@ def stopped(
     steps: int,
     checks: int,
     tried: Callable[[Work], Sequence[Tree]] = reached,
+    trains: Select = everything,
 ) -> Algorithm:
-    """``algorithm``, then local tuning of all factors that stops early.
+    """``algorithm``, then local tuning of all factors, or of those it ``trains``, that stops early.
 
     It goes on for ``steps`` in ``checks`` stretches, each with an optimizer of its own, and keeps
     of those ``tried`` the adapter of the lowest validation loss; the last, without such rows.
@@ -124,8 +129,8 @@ def stopped(
     assert tuning is not None
     last = replace(
         tuning,
-        phases=tuple(Phase(lambda name: True, steps=n) for n in lengths if n),
-        finish=lambda work: ({}, best(work)),
+        phases=tuple(Phase(trains, steps=n) for n in lengths if n),
+        finish=lambda work: ({}, split(best(work), trains)[0]),
         tried=tried,
     )
     return replace(algorithm, final=last)
