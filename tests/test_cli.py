@@ -8,6 +8,7 @@ import sys
 import time
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 from typer.testing import CliRunner
@@ -150,6 +151,36 @@ def test_ctrl_c_leaves_a_run_that_goes_on_and_says_how(tmp_path):
     assert f"fedvlm run --resume {out}" in errors
     assert "Traceback" not in errors
     assert store.Store(out).finished() >= 2
+
+
+SLEEPERS = """
+import os, time
+from pathlib import Path
+from fedvlm import comparison
+
+def work(name, config, tell):
+    Path(name).write_text(str(os.getpid()))
+    time.sleep(600)
+
+if __name__ == "__main__":
+    comparison.each(work, {"one": None, "two": None}, jobs=2)
+"""
+
+
+def test_when_a_comparison_is_killed_its_processes_end(tmp_path):
+    (tmp_path / "sleepers.py").write_text(SLEEPERS)
+    parent = subprocess.Popen([sys.executable, "sleepers.py"], cwd=tmp_path)
+    names, end = [tmp_path / "one", tmp_path / "two"], time.monotonic() + 60
+    while not all(path.exists() and path.read_text() for path in names):
+        assert parent.poll() is None
+        assert time.monotonic() < end
+        time.sleep(0.05)
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert {int(path.read_text()) for path in names} < {child.pid for child in children}
+    parent.kill()
+    parent.wait()
+    _, left = psutil.wait_procs(children, timeout=30)
+    assert all(child.status() == psutil.STATUS_ZOMBIE for child in left), "they outlive it"
 
 
 def test_compare_skips_what_is_done_and_reports_the_gain(tmp_path, capsys, monkeypatch):

@@ -164,9 +164,12 @@ def run_one(name: str, config: Config, tell: Tell) -> None:
 def _in_processes(work: Work, runs: Mapping[str, Config], jobs: int, tell: Tell) -> None:
     import multiprocessing
     import threading
+    from multiprocessing.managers import SyncManager
 
     spawn = multiprocessing.get_context("spawn")
-    with spawn.Manager() as manager, _pool(jobs, spawn) as pool:
+    manager = SyncManager(ctx=spawn)
+    manager.start(_ends_with_its_parent)
+    with manager, _pool(jobs, spawn) as pool:
         events = manager.Queue()
 
         def forward() -> None:
@@ -187,7 +190,7 @@ def _in_processes(work: Work, runs: Mapping[str, Config], jobs: int, tell: Tell)
 @contextlib.contextmanager
 def _pool(jobs: int, context: Any) -> Iterator[ProcessPoolExecutor]:
     """A pool that stops at once on an error or Ctrl-C; unfinished runs can be gone on with."""
-    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_thread)
+    pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_run)
     try:
         yield pool
     except BaseException:
@@ -198,12 +201,29 @@ def _pool(jobs: int, context: Any) -> Iterator[ProcessPoolExecutor]:
     pool.shutdown()
 
 
-def _one_thread() -> None:
+def _one_run() -> None:
     import os
-    import signal
 
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent decides
+    _ends_with_its_parent()
+
+
+def _ends_with_its_parent() -> None:
+    """Ctrl-C is for the parent to decide on; when that dies, however, this process ends."""
+    import multiprocessing
+    import os
+    import signal
+    import threading
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def watch() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=watch, daemon=True).start()
 
 
 def _conclude(folder: Path, algorithms: Sequence[str], runs: dict[str, Config]) -> Comparison:
