@@ -36,11 +36,10 @@ help: ## print this list
 demo: $(VENV)/.stamp-run ## set up, then compare algorithms on eight small sites (2 minutes)
 	$(BIN)/fedvlm demo
 
-# Tests of real processes wait for one another: three at a time keep two cores busy.
 test: export HF_HUB_OFFLINE = 1
 test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.stamp-dev ## set up, then run the tests
-	$(BIN)/python -m pytest --numprocesses=3 --dist=worksteal
+	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
 check: $(VENV)/.stamp-dev ## lint, formatting and types
 	$(BIN)/ruff check .
