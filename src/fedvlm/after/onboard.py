@@ -16,7 +16,7 @@ from fedvlm.after import card, export
 from fedvlm.after.evaluate import on_new_data
 from fedvlm.after.opened import ONBOARDED, Opened, open_run
 from fedvlm.algorithms import Algorithm, Client, Work, build
-from fedvlm.algorithms.sharing import averaged, stopped
+from fedvlm.algorithms.sharing import means_and_points, stopped
 from fedvlm.engines.base import Task
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.sections import Config
@@ -56,9 +56,9 @@ def onboard(
 
     The site downloads what the server sends a client, tunes only what the run's algorithm keeps
     personal (everything, where nothing is), and keeps what has the lowest loss on its validation
-    rows: what was downloaded, or a mean of adapters on the way. It is scored on rows held out as in
-    the run. The run's own files are not changed; the site's are in ``FOLDER/onboarded/NAME``, and
-    its name works as a client's from then on.
+    rows: what was downloaded, a point on the way, or a mean of such points. It is scored on rows
+    held out as in the run. The run's own files are not changed; the site's are in
+    ``FOLDER/onboarded/NAME``, and its name works as a client's from then on.
 
     Args:
         folder: the run's folder.
@@ -153,8 +153,8 @@ def _work(algorithm: Algorithm, down: Tree, end: Tree) -> Work:
 def _tuning(start: Tree, trained: set[str], steps: int) -> Algorithm:
     """Local steps from ``start`` on some factors; nothing is sent.
 
-    Of ``start`` and the means of the adapters up to some points on the way, the one with the lowest
-    validation loss is kept; the last, without validation rows.
+    Of ``start``, some points on the way, and the means of the adapters up to each, the one with the
+    lowest validation loss is kept; the last point, without validation rows.
     """
     still = Algorithm(
         init=lambda adapter: {},
@@ -164,7 +164,7 @@ def _tuning(start: Tree, trained: set[str], steps: int) -> Algorithm:
         finish=lambda work: ({}, {}),
         update=lambda state, mean: state,
     )
-    last = stopped(still, steps, CHECKS, averaged, lambda name: name in trained).final
+    last = stopped(still, steps, CHECKS, means_and_points, lambda name: name in trained).final
     assert last is not None
     return last
 

@@ -106,6 +106,11 @@ def averaged(work: Work) -> list[Tree]:
     return found
 
 
+def means_and_points(work: Work) -> list[Tree]:
+    """Both: means where tuning is short, and points where the start has to be left behind."""
+    return [*averaged(work), *reached(work)]
+
+
 def stopped(
     algorithm: Algorithm,
     steps: int,
