@@ -92,7 +92,6 @@ SETTINGS = {
         "train.lr_a=0.002",
         "train.lr_b=0.0005",
         "train.weight_decay=0.1",
-        "train.rounds=3",
         "train.schedule=cosine",
         "train.warmup_rounds=1",
     ],
@@ -119,14 +118,14 @@ SETTINGS = {
 @pytest.mark.parametrize("name", SETTINGS)
 def test_every_setting_trains_the_same_adapters(small, tmp_path, name):
     small["data"]["scenes"] |= {"style": "quantity", "sites": 4, "rows": 14}
-    small["train"] |= {"lr": 0.001}
+    small["train"] |= {"rounds": 3, "lr": 0.001}
     assert_same(*both(tmp_path, small, *SETTINGS[name]))
 
 
 @pytest.mark.parametrize("name", ["plain", "rounds of local epochs", "preferences"])
 def test_without_adams_amplification_they_agree_to_rounding(small, tmp_path, name):
     small["data"]["scenes"] |= {"style": "quantity", "sites": 4, "rows": 14}
-    small["train"] |= {"optimizer": "sgd", "lr": 0.1}
+    small["train"] |= {"rounds": 3, "optimizer": "sgd", "lr": 0.1}
     assert_same(*both(tmp_path, small, *SETTINGS[name]), tolerance=1e-6)
 
 

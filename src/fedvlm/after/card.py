@@ -106,7 +106,7 @@ def of_site(
     facts = {
         "base model": f"`{base}`",
         **_training(run.config, tree),
-        "joined after training": f"{told['steps']} steps, on {told['trained']}",
+        "joined after training": f"up to {told['steps']} steps, on {told['trained']}",
         "data": told["data"],
         "rows": _rows(told["rows"]),
     }

@@ -18,7 +18,7 @@ from dataclasses import replace
 
 from fedvlm.algorithms.base import Algorithm, Phase, Work
 from fedvlm.algorithms.client_terms import towards_download
-from fedvlm.algorithms.sharing import sharing
+from fedvlm.algorithms.sharing import everything, sharing
 from fedvlm.tree import Tree, factor, split
 
 Mix = Mapping[str, float]
@@ -50,7 +50,7 @@ def ditto(mu: float, *, server_lr: float = 1.0) -> Algorithm:
         phases=(
             _shared(),
             Phase(
-                lambda name: True,
+                everything,
                 begin=lambda down, mine, now: {**now, **down, **mine},
                 terms=(towards_download(mu),),
             ),
@@ -75,7 +75,7 @@ def apfl(mix: Mix, *, server_lr: float = 1.0) -> Algorithm:
         phases=(
             _shared(),
             Phase(
-                lambda name: True,
+                everything,
                 begin=lambda down, mine, now: {**now, **blend(mix, down, mine)},
             ),
         ),
@@ -93,4 +93,4 @@ def blend(mix: Mix, down: Tree, mine: Tree) -> Tree:
 
 
 def _shared() -> Phase:
-    return Phase(lambda name: True, begin=lambda down, mine, now: {**now, **down})
+    return Phase(everything, begin=lambda down, mine, now: {**now, **down})

@@ -108,7 +108,7 @@ def averaged(work: Work) -> list[Tree]:
 
 def means_and_points(work: Work) -> list[Tree]:
     """Both: means where tuning is short, and points where the start has to be left behind."""
-    return [*averaged(work), *reached(work)]
+    return [*averaged(work), *work.ends]
 
 
 def stopped(

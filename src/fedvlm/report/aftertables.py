@@ -67,7 +67,8 @@ def print_onboarded(site: Onboarded) -> None:
     console = console_for_tables()
     console.print(_scores(title, named))
     console.print(
-        f"trained: {table['trained']}; {table['steps']} steps on {table['rows']['train']} rows\n"
+        f"trained: {table['trained']}; up to {table['steps']} steps on "
+        f"{table['rows']['train']} rows\n"
         f"everything is in {site.folder}: the adapter, personal.safetensors, scores.json, "
         "README.md",
         highlight=False,
