@@ -12,6 +12,7 @@ from fedvlm.progress import Quiet
 
 SITES = ("site-0", "site-1", "site-2")
 SETTINGS = {
+    "model": {"dtype": "float64"},  # in single precision AdamW makes steps of rounding
     "partition": {"kind": "column", "column": "site", "splits": "alone", "min_rows": 2},
     "algorithm": {"name": "plora"},
     "train": {"rounds": 2, "local_steps": 2, "batch_size": 4},

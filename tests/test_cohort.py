@@ -2,7 +2,8 @@
 
 AdamW turns the rounding noise of an element that has next to no gradient into steps of the learning
 rate: three more padding tokens move the reference engine itself by 7e-5 at a rate of 3e-3, and by
-2e-3 at 1e-2. So the tests train at 1e-3; plain SGD agrees to 1e-6 at any rate.
+2e-3 at 1e-2, and which element it is depends on the processor. So AdamW is compared in double
+precision, where the engines agree to 1e-13; in single precision plain SGD agrees to 1e-6.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ from fedvlm.sections import EngineConfig
 from fedvlm.store import load_tree, read_lines
 from fedvlm.tree import products
 
-TOLERANCE = 1e-4
+TOLERANCE = 1e-7
+EXACT = "model.dtype=float64"
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
@@ -119,7 +121,7 @@ SETTINGS = {
 def test_every_setting_trains_the_same_adapters(small, tmp_path, name):
     small["data"]["scenes"] |= {"style": "quantity", "sites": 4, "rows": 14}
     small["train"] |= {"rounds": 3, "lr": 0.001}
-    assert_same(*both(tmp_path, small, *SETTINGS[name]))
+    assert_same(*both(tmp_path, small, EXACT, *SETTINGS[name]))
 
 
 @pytest.mark.parametrize("name", ["plain", "rounds of local epochs", "preferences"])
@@ -137,23 +139,16 @@ SHARED_RULES = {
         "algorithm.name=share",
         "algorithm.share={'part:vision': B, 'layer:1-2': AB}",
     ],
-    # By AdamW a gradient that is only rounding makes a full step, here in one of 33,000 numbers.
-    "auto by sgd": [
-        "algorithm.name=auto",
-        "algorithm.ft_steps=3",
-        "train.optimizer=sgd",
-        "train.lr=0.1",
-    ],
     "scaffold by sgd": ["algorithm.name=scaffold", "train.optimizer=sgd", "train.lr=0.1"],
 }
-ALGORITHMS = [name for name in TABLE if name not in ("auto", "share", "scaffold")]
+ALGORITHMS = [name for name in TABLE if name not in ("share", "scaffold")]
 
 
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, *SHARED_RULES])
 def test_every_algorithm_trains_the_same_adapters(small, tmp_path, algorithm):
     small["train"] |= {"lr": 0.001}
     rule = SHARED_RULES.get(algorithm, [f"algorithm.name={algorithm}", "algorithm.ft_steps=3"])
-    assert_same(*both(tmp_path, small, *rule))
+    assert_same(*both(tmp_path, small, EXACT, *rule))
 
 
 def test_adapters_beside_one_another_have_the_losses_they_have_alone(small, tmp_path):
@@ -178,7 +173,8 @@ def test_clients_do_not_touch_each_other(small, tmp_path):
     """A client's adapter is the same whoever trains beside it."""
     small["algorithm"] = {"name": "local"}
     wide, narrow = (
-        fedvlm.run(small, f"output={tmp_path / str(n)}", f"engine.clients={n}") for n in (3, 1)
+        fedvlm.run(small, EXACT, f"output={tmp_path / str(n)}", f"engine.clients={n}")
+        for n in (3, 1)
     )
     for name, tree in adapters(wide).items():
         other = adapters(narrow)[name]

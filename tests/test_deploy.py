@@ -22,13 +22,14 @@ needed = pytest.mark.skipif(
 )
 SITES = ("north", "south", "west")
 SMALL = ("train.rounds=2", "train.local_steps=2", "eval.max_rows=4", "eval.max_new_tokens=4")
+EXACT = "model.dtype=float64"  # what AdamW makes of rounding is no difference between engines
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     """A small form of ``fedvlm deploy demo``: its folder, and what it printed."""
     folder = tmp_path_factory.mktemp("deploy") / "demo"
-    command = [sys.executable, "-m", "fedvlm", "deploy", "demo", "--to", str(folder), *SMALL]
+    command = [sys.executable, "-m", "fedvlm", "deploy", "demo", "--to", str(folder), *SMALL, EXACT]
     paths = [str(Path(federate.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(paths)}
     done = subprocess.run(
@@ -57,7 +58,7 @@ def test_a_deployed_run_has_the_adapters_and_scores_of_one_process(demo, tmp_pat
     pairs += [(here.adapter(s), state(folder, s) / "adapters" / "personal") for s in SITES]
     for mine, theirs in pairs:
         a, b = (store.load_tree(f / "adapter_model.safetensors") for f in (mine, theirs))
-        assert max((a[n] - b[n]).abs().max() for n in a) <= 1e-4
+        assert max((a[n] - b[n]).abs().max() for n in a) <= 1e-7
 
 
 @needed

@@ -121,7 +121,9 @@ class ModelConfig(Section):
     """The frozen vision-language model."""
 
     name: str = Field("tiny", description="bundled 'tiny', a hub name, or a local folder")
-    dtype: Literal["float32", "bfloat16", "float16"] = Field("float32")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        "float32", description="of the frozen weights; float64: to compare runs exactly"
+    )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none", description="of the frozen weights, by bitsandbytes; 4bit: NF4, double"

@@ -162,15 +162,22 @@ class Mean:
         if self._sum:
             import torch
 
-            tensors = [tree[name].float() for name in self._sum]
+            tensors = [wide(tree[name]) for name in self._sum]
             torch._foreach_add_(list(self._sum.values()), tensors, alpha=weight)
         else:
-            self._sum = {name: tensor.float() * weight for name, tensor in tree.items()}
+            self._sum = {name: wide(tensor) * weight for name, tensor in tree.items()}
         self.total += weight
 
     def tree(self) -> Tree:
         """The mean of what was folded; empty if nothing was."""
         return {n: t / self.total for n, t in self._sum.items()}
+
+
+def wide(tensor: Tensor) -> Tensor:
+    """What sums are made of: single precision at least."""
+    import torch
+
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def digest(tree: Mapping[str, Tensor]) -> str:

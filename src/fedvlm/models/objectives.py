@@ -20,6 +20,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from fedvlm.tree import wide
+
 if TYPE_CHECKING:
     from fedvlm.data.prompts import Features
     from fedvlm.sections import ObjectiveConfig
@@ -152,9 +154,9 @@ def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
     scored = labels != IGNORE
     rows, columns = scored.nonzero(as_tuple=True)
     token_nll = F.cross_entropy(
-        logits[rows, columns].float(), labels[rows, columns], reduction="none"
+        wide(logits[rows, columns]), labels[rows, columns], reduction="none"
     )
-    nll = torch.zeros(len(labels), device=token_nll.device).index_add(0, rows, token_nll)
+    nll = token_nll.new_zeros(len(labels)).index_add(0, rows, token_nll)
     return nll, scored.sum(1)
 
 
