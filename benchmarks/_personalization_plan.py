@@ -10,6 +10,7 @@ from typing import Any
 
 import _personalization_cells as cells
 from _personalization_cells import Cell
+from _personalization_record import Rates, read_rates
 from _personalization_runs import Job, read
 
 COLUMNS = (
@@ -28,8 +29,6 @@ COLUMNS = (
 TUNING: dict[str, Any] = {"eval": {"split": "val", "every": 0}}
 TUNING_SEED = 0
 SECONDS_A_STEP = 0.12  # of one client, evaluations included, where nothing is measured yet
-
-Rates = Mapping[tuple[str, str], float]  # (kind of regime, algorithm) -> learning rate
 
 
 @dataclass(frozen=True)
@@ -84,12 +83,17 @@ def quick() -> Form:
 
 
 def tuning(form: Form, output: Path) -> Iterator[Job]:
-    """The runs that choose learning rates: two an algorithm and kind of regime, one seed."""
+    """The runs that choose learning rates: two an algorithm and kind of regime, one seed.
+
+    Those whose rate was chosen before are left out.
+    """
     if form.rate is not None:
         return
+    kept = read_rates(output)
     for kind in dict.fromkeys(cells.kind(cell) for cell in form.cells):
         for algorithm in form.algorithms:
-            yield from (job for _, job in _candidates(form, kind, algorithm, output))
+            if (kind, algorithm) not in kept:
+                yield from (job for _, job in _candidates(form, kind, algorithm, output))
 
 
 def _candidates(form: Form, kind: str, algorithm: str, output: Path) -> Iterator[tuple[float, Job]]:
@@ -101,12 +105,18 @@ def _candidates(form: Form, kind: str, algorithm: str, output: Path) -> Iterator
 
 
 def chosen(form: Form, output: Path) -> dict[tuple[str, str], float]:
-    """The rates of the highest validation score, of lower loss where that is equal."""
-    found = {}
+    """The rates of the highest validation score, of lower loss where that is equal.
+
+    A rate that was chosen before stays.
+    """
+    found, kept = {}, read_rates(output)
     for kind in dict.fromkeys(cells.kind(cell) for cell in form.cells):
         for algorithm in form.algorithms:
             if form.rate is not None:
                 found[kind, algorithm] = form.rate
+                continue
+            if (kind, algorithm) in kept:
+                found[kind, algorithm] = kept[kind, algorithm]
                 continue
             tried = [(r, read(job)) for r, job in _candidates(form, kind, algorithm, output)]
             if all(record for _, record in tried):

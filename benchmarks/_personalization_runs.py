@@ -154,7 +154,7 @@ def join(name: str, config: Config, tell: comparison.Tell) -> None:
 
     folder = Path(config.output)
     try:
-        if not (folder / MEASURED).exists():
+        if not (folder / MEASURED).exists() or not stores.is_run(folder):
             measure(name, config, tell)
         if not (folder / MEASURED).exists():
             return

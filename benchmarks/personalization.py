@@ -11,10 +11,11 @@ folder and skipped by the next start, also after kill -9 or with other filters.
     python benchmarks/personalization.py --all      # every cell, every algorithm
     python benchmarks/personalization.py --cells mixed-1-80 --algorithms lora,plora --seeds 0,1
     python benchmarks/personalization.py --dry-run  # what there is to do, and how long it takes
+    python benchmarks/personalization.py --add --publish  # only what is not published, and publish
 
 Writes personalization.csv, personalization.md and two figures to the output folder; `--publish`
-writes them to benchmarks/results and docs/personalization.md instead. The last line is
-`RATIO <number> <what>`.
+writes them to benchmarks/results and docs/personalization.md instead, with all that was measured in
+personalization.jsonl, to which `--add` adds. The last line is `RATIO <number> <what>`.
 """
 
 from __future__ import annotations
@@ -39,6 +40,7 @@ import _personalization_cells as cells
 import _personalization_figures as figures
 import _personalization_pages as pages
 import _personalization_plan as plans
+import _personalization_record as record
 from _common import ROOT
 from _personalization_runs import Job, do, read
 from fedvlm.errors import FedVLMError
@@ -64,13 +66,18 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _benchmark(form: plans.Form, whole: plans.Form, output: Path, asked: argparse.Namespace) -> int:
     try:
+        if asked.add:
+            print(f"{record.unpack(RESULTS / record.NAME, output)} published runs count as done")
         _announce(form, whole, output, asked.jobs)
         failed: list[str] = []
         if not (asked.dry_run or asked.tables):
             print("learning rates, on validation rows", flush=True)
             failed = do(plans.tuning(form, output), asked.jobs, _tell)
             print("the runs that are compared", flush=True)
-            jobs = list(plans.runs(form, plans.chosen(form, output), output))
+            rates = plans.chosen(form, output)
+            if form.rate is None:
+                record.keep_rates(output, record.read_rates(output) | rates)
+            jobs = list(plans.runs(form, rates, output))
             for seed in form.seeds:
                 failed += do([j for j in jobs if j.seed == seed], asked.jobs, _tell)
     finally:
@@ -96,6 +103,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--output", default="runs/personalization", help="where runs are kept")
     parser.add_argument("--dry-run", action="store_true", help="only the estimate")
     parser.add_argument("--tables", action="store_true", help="no runs: write what is measured")
+    parser.add_argument("--add", action="store_true", help="what is published counts as done")
     parser.add_argument("--publish", action="store_true", help="write into this repository")
     return parser
 
@@ -192,8 +200,8 @@ def _write(whole: plans.Form, output: Path, publish: bool) -> None:
         return
     results = RESULTS if publish else output
     write_text(results / "personalization.csv", as_csv(rows))
-    state = stated(done, todo)
     rates = plans.chosen(whole, output)
+    state = stated(done, todo, 2 * len(record.read_rates(output)))
     images = PAGE.parent / "images" if publish else output
     seeds = len({row["seed"] for row in rows})
     part = ", a part of all that there is" if todo else ""
@@ -204,6 +212,7 @@ def _write(whole: plans.Form, output: Path, publish: bool) -> None:
         results / "personalization.md", f"# Personalization\n\n{state}\n\n{pages.details(rows)}\n"
     )
     if publish:
+        record.pack(output, RESULTS / record.NAME)
         write_text(PAGE, placed(PAGE.read_text(encoding="utf-8"), text))
     print(f"\n{text}\n\nwritten to {results}\n\n{ratio(rows)}", flush=True)
 
@@ -218,10 +227,10 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     return out.getvalue()
 
 
-def stated(done: Sequence[tuple[Job, dict[str, Any]]], todo: Sequence[Job]) -> str:
-    """What was run, and what was not."""
+def stated(done: Sequence[tuple[Job, dict[str, Any]]], todo: Sequence[Job], before: int = 0) -> str:
+    """What was run, and what was not; ``before``: runs for rates that were chosen before."""
     compared = [(job, found) for job, found in done if not job.tunes]
-    tuned = len(done) - len(compared)
+    tuned = len(done) - len(compared) + before
     missing = [job for job in todo if not job.tunes]
     total = len(compared) + len(missing)
     found = [f for _, f in done]

@@ -14,6 +14,7 @@ import _personalization_cells as cells
 import _personalization_pages as pages
 import _personalization_plan as plans
 import _personalization_ranks as ranking
+import _personalization_record as record
 import _personalization_runs as runs
 import personalization
 from _personalization_cells import Cell
@@ -249,6 +250,37 @@ def test_the_rate_of_the_best_validation_score_is_taken(fake, tmp_path):
         ("differ", "lora"): 0.005,
         ("differ", "plora"): 0.005,
     }
+
+
+def test_what_is_published_is_added_to_and_not_run_again(fake, tmp_path):
+    here, there, file = tmp_path / "here", tmp_path / "there", tmp_path / "all.jsonl"
+    form = small_form()
+    rows = plans.rows(everything(form, here))
+    record.keep_rates(here, plans.chosen(form, here))
+    record.pack(here, file)
+    ran = len(fake)
+    assert record.unpack(file, there) == 4
+    assert plans.rows(everything(form, there)) == rows
+    assert len(fake) == ran, "neither runs nor learning rates"
+    everything(plans.Form((MIXED,), ("lora", "plora", "local"), (0,)), there)
+    assert len(fake) == ran + 2 + 1
+    record.pack(there, file)
+    assert len(file.read_text().splitlines()) == 1 + 4 + 1
+    assert record.unpack(file, there) == 0
+    assert {a for _, a in record.read_rates(there)} == {"lora", "plora"}, "as they were chosen"
+
+
+def test_clients_join_a_run_of_which_only_the_numbers_are_there(fake, tmp_path, monkeypatch):
+    (job,) = everything(plans.Form((MIXED,), ("lora",), (0,)), tmp_path / "here")
+    record.pack(tmp_path / "here", tmp_path / "all.jsonl")
+    record.unpack(tmp_path / "all.jsonl", tmp_path / "there")
+    folder = tmp_path / "there" / job.folder.relative_to(tmp_path / "here")
+    assert not store.is_run(folder)
+    monkeypatch.setattr(runs, "_new_sites", lambda config: {})
+    ran = len(fake)
+    runs.join("x", job.config.model_copy(update={"output": str(folder)}), lambda event: None)
+    assert len(fake) == ran + 1
+    assert store.is_run(folder)
 
 
 def test_the_raw_results_have_exactly_the_promised_columns(fake, tmp_path):
