@@ -66,13 +66,17 @@ TUNED_ON = {
     "alike": Cell("iid", 0.0, MIDDLE),
     "differ": Cell("mixed", 1.0, MIDDLE),
     "photos": Cell("photos", None, MIDDLE),
+    "partial": Cell("partial", 1.0, AMOUNTS[0]),
 }
 """Kind of regime -> the cell in which its learning rates are chosen."""
 
 
 def kind(cell: Cell) -> str:
     """The kind of regime that a cell is tuned with."""
-    return {"iid": "alike", "quantity": "alike", "photos": "photos"}.get(cell.base.regime, "differ")
+    regime = cell.base.regime
+    return {"iid": "alike", "quantity": "alike"}.get(
+        regime, regime if regime in TUNED_ON else "differ"
+    )
 
 
 def full() -> list[Cell]:

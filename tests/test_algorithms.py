@@ -97,8 +97,8 @@ def trained(algorithm, start, seed=1):
 
 def work(algorithm, down, end, mine=None):
     """A round whose phases all ended with the same adapter."""
-    n = len(algorithm.phases)
-    return Work(down, mine or {}, (end,) * n, ({"A": 1.0, "B": 1.0},) * n)
+    n, start = len(algorithm.phases), algorithm.start(end, down, mine or {})
+    return Work(down, mine or {}, (end,) * n, ({"A": 1.0, "B": 1.0},) * n, start)
 
 
 def aggregated(algorithm, state, upload, client=CLIENT):

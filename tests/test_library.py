@@ -111,6 +111,21 @@ def test_auto_ends_with_the_mean_over_its_tuning_of_the_lowest_validation_loss()
         assert mine[A][0, 0] == best
 
 
+def test_auto_sends_what_it_was_sent_moved_as_its_own_factors_have_moved():
+    algorithm = auto(steps=9, checks=3)
+    down, own, end = ({A: torch.full((2, 5), v)} for v in (10.0, 1.0, 4.0))
+    for start, sent in ((own, 13.0), (down, 4.0)):
+        upload, mine = algorithm.finish(Work(down, own, (end,), start=start))
+        assert upload[A][0, 0] == sent
+        assert mine[A][0, 0] == 4.0
+    state = algorithm.init(down)
+    for _ in range(2):  # of two clients, of which one does not move
+        still, _ = algorithm.finish(Work(state, own, (own,), start=own))
+        moved, _ = algorithm.finish(Work(state, own, (end,), start=own))
+        state = algorithm.update(state, {A: (still[A] + moved[A]) / 2})
+    assert state[A][0, 0] == 13.0, "the steps add up, and what does not move stays"
+
+
 # Server optimizers
 
 

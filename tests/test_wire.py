@@ -42,8 +42,8 @@ def feed(tree, seed=0):
 
 
 def work(down, end):
-    """A client's round without phases."""
-    return Work(down, {}, (end,), ({"A": 1.0, "B": 1.0},))
+    """A client's round without phases, begun at what it was sent."""
+    return Work(down, {}, (end,), ({"A": 1.0, "B": 1.0},), {**end, **down})
 
 
 def message_of(algorithm, whole, client=SITE):

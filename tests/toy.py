@@ -85,7 +85,7 @@ def train(algorithm, start, down, mine, gradient, *, lr=0.1, steps=1):
             extras.after()
         ends.append({n: p.detach().clone() for n, p in params.items()})
         paths.append({"A": lr * count, "B": lr * count})
-    return Work(down, mine, tuple(ends), tuple(paths))
+    return Work(down, mine, tuple(ends), tuple(paths), start)
 
 
 class Federation:

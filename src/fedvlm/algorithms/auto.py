@@ -1,11 +1,13 @@
 """``auto``: every client chooses, round by round, how much of the others it takes.
 
-The server averages A and B as FedAvg does. A client begins a round with one of five mixtures of its
-own factors and the downloaded mean: the one with the lowest loss on its validation rows. They are
-what simpler algorithms begin with: the mean (lora), the mean of B on its own A (plora), its own B
-on the mean of A (fedsa), halves of both (mix), its own factors (local). After the last round every
-client tunes, keeps the running mean of its adapter that has the lowest validation loss, and uses
-the best mixture of that and the last download.
+A client begins a round with one of five mixtures of its own factors and what it was sent: the one
+with the lowest loss on its validation rows. They are what simpler algorithms begin with: the
+server's factors (lora), its B on the own A (plora), the own B on its A (fedsa), halves of both
+(mix), the own factors (local). What it uploads is what it was sent, moved as its own factors have
+moved in the round, so that the server's factors take the steps of all clients, wherever these began
+them; where all begin at what they were sent, that is FedAvg. After the last round every client
+tunes, keeps the running mean of its adapter that has the lowest validation loss, and uses the best
+mixture of that and the last download.
 
 It sends what lora sends. A round costs five forward passes over the validation rows besides. How it
 was found, and what lost against it: docs/research-log.md.
@@ -16,7 +18,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
-from fedvlm.algorithms.base import Algorithm
+from fedvlm.algorithms.base import Algorithm, Work
 from fedvlm.algorithms.mixing import Mix, blend, mixing
 from fedvlm.algorithms.sharing import averaged, stopped
 from fedvlm.tree import Tree
@@ -33,7 +35,7 @@ STARTS: tuple[Mix, ...] = (
 def auto(
     steps: int, checks: int, *, server_lr: float = 1.0, starts: Sequence[Mix] = STARTS
 ) -> Algorithm:
-    """FedAvg of both factors, with each client's start by validation, and tuning in the end.
+    """The mean of all steps, with each client's start by validation, and tuning in the end.
 
     Args:
         steps: of tuning after the last round.
@@ -45,5 +47,9 @@ def auto(
     def options(adapter: Tree, down: Tree, mine: Tree) -> list[Tree]:
         return [{**adapter, **blend(mix, down, mine)} for mix in starts] if mine else []
 
+    def finish(work: Work) -> tuple[Tree, Tree]:
+        moved = {n: t + (work.end[n] - work.start[n]) for n, t in work.down.items()}
+        return moved, dict(work.end)
+
     halves = mixing({"A": 0.5, "B": 0.5}, server_lr=server_lr)
-    return stopped(replace(halves, options=options), steps, checks, averaged)
+    return stopped(replace(halves, options=options, finish=finish), steps, checks, averaged)
