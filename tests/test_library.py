@@ -111,19 +111,26 @@ def test_auto_ends_with_the_mean_over_its_tuning_of_the_lowest_validation_loss()
         assert mine[A][0, 0] == best
 
 
-def test_auto_sends_what_it_was_sent_moved_as_its_own_factors_have_moved():
+def test_auto_sends_its_factors_and_of_its_own_start_the_cohorts_share_alone():
     algorithm = auto(steps=9, checks=3)
-    down, own, end = ({A: torch.full((2, 5), v)} for v in (10.0, 1.0, 4.0))
-    for start, sent in ((own, 13.0), (down, 4.0)):
+    state, own, end = ({A: torch.full((2, 5), v)} for v in (10.0, 2.0, 5.0))
+    for share, start, sent in (
+        (1.0, own, 5.0),  # all take part: the mean of their factors, as FedAvg's
+        (0.25, own, 11.0),  # 3 learnt, and a quarter of the 8 that its start was away
+        (0.25, state, 5.0),  # began at what it was sent, as FedAvg's
+    ):
+        down = algorithm.download(state, Client("a", 1.0, share))
         upload, mine = algorithm.finish(Work(down, own, (end,), start=start))
+        assert upload.keys() == mine.keys() == {A}
         assert upload[A][0, 0] == sent
-        assert mine[A][0, 0] == 4.0
-    state = algorithm.init(down)
-    for _ in range(2):  # of two clients, of which one does not move
-        still, _ = algorithm.finish(Work(state, own, (own,), start=own))
-        moved, _ = algorithm.finish(Work(state, own, (end,), start=own))
-        state = algorithm.update(state, {A: (still[A] + moved[A]) / 2})
-    assert state[A][0, 0] == 13.0, "the steps add up, and what does not move stays"
+        assert mine[A][0, 0] == 5.0
+
+
+def test_clients_of_a_round_are_sent_the_same_objects_by_auto():
+    algorithm, state = auto(steps=9, checks=3), {A: torch.ones(2, 5)}
+    one, other = (algorithm.download(state, Client(name, 1.0, 0.3)) for name in "ab")
+    assert all(one[n] is t for n, t in other.items())
+    assert algorithm.download(state, Client("c", 1.0, 0.4)).keys() == one.keys()
 
 
 # Server optimizers

@@ -119,6 +119,7 @@ TABLE: dict[str, Entry] = {
         "ours, the start by validation",
         lambda c, lora: auto(c.ft_steps, c.ft_checks, server_lr=c.server_lr),
         ("ft_steps", "ft_checks", "server_lr", "lora.ranks"),
+        partial=OWN_START,
         check=_validation,
     ),
     "plora": Entry("B", "A", "FedVLM, arXiv 2507.17088", _shares({"": "B"}), MEAN),

@@ -3,11 +3,14 @@
 A client begins a round with one of five mixtures of its own factors and what it was sent: the one
 with the lowest loss on its validation rows. They are what simpler algorithms begin with: the
 server's factors (lora), its B on the own A (plora), the own B on its A (fedsa), halves of both
-(mix), the own factors (local). What it uploads is what it was sent, moved as its own factors have
-moved in the round, so that the server's factors take the steps of all clients, wherever these began
-them; where all begin at what they were sent, that is FedAvg. After the last round every client
-tunes, keeps the running mean of its adapter that has the lowest validation loss, and uses the best
-mixture of that and the last download.
+(mix), the own factors (local). After the last round every client tunes, keeps the running mean of
+its adapter that has the lowest validation loss, and uses the best mixture of that and the last
+download.
+
+The server's factors are the mean of the clients' where all take part. Where few do, the mean of
+these few would lose what the others have learnt: so a client sends its factors with its start moved
+towards what it was sent, all but the share of examples that the round's cohort has of all. What it
+learnt in the round counts in full, where it began only as much as it does among all clients.
 
 It sends what lora sends. A round costs five forward passes over the validation rows besides. How it
 was found, and what lost against it: docs/research-log.md.
@@ -17,11 +20,18 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
+from typing import TYPE_CHECKING
 
-from fedvlm.algorithms.base import Algorithm, Work
+from fedvlm.algorithms.base import Algorithm, Client, State, Work
 from fedvlm.algorithms.mixing import Mix, blend, mixing
 from fedvlm.algorithms.sharing import averaged, stopped
-from fedvlm.tree import Tree
+from fedvlm.tree import Tree, named, part, plain
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+COHORT = "cohort"
 
 STARTS: tuple[Mix, ...] = (
     {"A": 1.0, "B": 1.0},
@@ -35,7 +45,7 @@ STARTS: tuple[Mix, ...] = (
 def auto(
     steps: int, checks: int, *, server_lr: float = 1.0, starts: Sequence[Mix] = STARTS
 ) -> Algorithm:
-    """The mean of all steps, with each client's start by validation, and tuning in the end.
+    """A mean of both factors, with each client's start by validation, and tuning in the end.
 
     Args:
         steps: of tuning after the last round.
@@ -43,13 +53,33 @@ def auto(
         server_lr: the server moves this far from its state to the clients' mean.
         starts: the mean's part in each factor, of the mixtures that are chosen from.
     """
+    halves = mixing({"A": 0.5, "B": 0.5}, server_lr=server_lr)
+
+    def download(state: State, client: Client) -> Tree:
+        told = named(COHORT, {"share": _number(client.sampled)})
+        return {**halves.download(state, client), **told}
 
     def options(adapter: Tree, down: Tree, mine: Tree) -> list[Tree]:
-        return [{**adapter, **blend(mix, down, mine)} for mix in starts] if mine else []
+        return [{**adapter, **blend(mix, plain(down), mine)} for mix in starts] if mine else []
 
     def finish(work: Work) -> tuple[Tree, Tree]:
-        moved = {n: t + (work.end[n] - work.start[n]) for n, t in work.down.items()}
+        less = 1 - part(work.down, COHORT)["share"]
+        moved = {n: work.end[n] - less * (work.start[n] - t) for n, t in plain(work.down).items()}
         return moved, dict(work.end)
 
-    halves = mixing({"A": 0.5, "B": 0.5}, server_lr=server_lr)
-    return stopped(replace(halves, options=options, finish=finish), steps, checks, averaged)
+    choosing = replace(
+        halves,
+        download=download,
+        start=lambda adapter, down, mine: halves.start(adapter, plain(down), mine),
+        finish=finish,
+        options=options,
+    )
+    return stopped(choosing, steps, checks, averaged)
+
+
+@cache
+def _number(value: float) -> Tensor:
+    """One object for one value: clients that are sent the same share its bytes."""
+    import torch
+
+    return torch.tensor(value)
