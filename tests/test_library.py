@@ -7,12 +7,12 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedvlm.algorithms import Client, Work
+from fedvlm.algorithms import NOBODY, Client, Work
 from fedvlm.algorithms.auto import auto
 from fedvlm.algorithms.client_terms import CONTROL, proximal, scaffold
 from fedvlm.algorithms.mixing import apfl, ditto, mixing
-from fedvlm.algorithms.server import optimized
-from fedvlm.algorithms.sharing import IAT, alternating, select, sharing, stopped
+from fedvlm.algorithms.server import late_mean, optimized
+from fedvlm.algorithms.sharing import IAT, alternating, select, sharing, stopped, tuned
 from fedvlm.config import load
 from fedvlm.errors import ConfigError
 from fedvlm.sections import ServerConfig
@@ -100,15 +100,42 @@ def test_tuning_that_stops_early_keeps_the_adapter_of_the_lowest_validation_loss
         assert mine[A][0, 0] == best
 
 
-def test_auto_ends_with_the_mean_over_its_tuning_of_the_lowest_validation_loss():
-    last = auto(steps=9, checks=3).final
-    trees = [{A: torch.full((2, 5), float(k))} for k in (0, 6, 0, 2)]
-    work = Work({}, {}, tuple(trees[1:]), start=trees[0])
-    assert [tree[A][0, 0] for tree in last.tried(work)] == [0, 3, 2, 2]
-    for scores, best in (((4.0, 1.0, 2.0, 3.0), 3), ((1.0, 2.0, 3.0, 4.0), 0)):
+def test_auto_ends_with_the_best_mixture_of_the_mean_over_its_tuning_and_the_servers_mean():
+    algorithm = auto(steps=9, checks=3)
+    last, state = algorithm.final, algorithm.init({A: torch.zeros(2, 5), B: torch.zeros(7, 2)})
+    assert [phase.steps for phase in last.phases] == [3, 3, 3]
+    for value in (4.0, 8.0):
+        mean = {A: torch.full((2, 5), value), B: torch.full((7, 2), -value)}
+        state = algorithm.update(state, mean)
+    weight = (2 - 1) / (2 + 3)  # of the first of two rounds, see Shamir and Zhang
+    late = weight * 4 + (1 - weight) * 8
+    down = last.download(state, Client("a", 1.0))
+    assert torch.allclose(down[A], torch.full((2, 5), late))
+    trees = [{A: torch.full((2, 5), v), B: torch.full((7, 2), v)} for v in (0.0, 6.0, 0.0, 2.0)]
+    work = Work(down, {}, tuple(trees[1:]), start=trees[0])
+    mixtures = [(late, -late), (2, -late), (late, 2), ((late + 2) / 2, (2 - late) / 2), (2, 2)]
+    tried = last.tried(work)
+    found = torch.tensor([(t[A][0, 0], t[B][0, 0]) for t in tried])
+    assert torch.allclose(found, torch.tensor(mixtures))
+    for best in range(5):
+        scores = tuple(float(k != best) for k in range(5))
         upload, mine = last.finish(replace(work, scores=scores))
         assert not upload
-        assert mine[A][0, 0] == best
+        for one in (algorithm, last):  # whatever it is sent from then on
+            assert not one.options({}, down, mine)
+            assert all(torch.equal(t, tried[best][n]) for n, t in one.start({}, {}, mine).items())
+
+
+@pytest.mark.parametrize("rounds", [1, 2, 7])
+def test_the_mean_of_the_rounds_weighs_them_by_a_polynomial(rounds):
+    algorithm = late_mean(tuned(FEDAVG, 1), power=1)
+    state = algorithm.init({B: torch.tensor([[9.0]])})
+    for n in range(1, rounds + 1):
+        state = algorithm.update(state, {B: torch.tensor([[float(n)]])})
+    weights = range(1, rounds + 1)  # with power 1, exactly the number of the round
+    late = sum(n * w for n, w in zip(range(1, rounds + 1), weights, strict=True)) / sum(weights)
+    assert algorithm.final.download(state, NOBODY)[B].item() == pytest.approx(late)
+    assert algorithm.download(state, NOBODY)[B].item() == rounds
 
 
 def test_auto_sends_its_factors_and_of_its_own_start_the_cohorts_share_alone():

@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedvlm.algorithms import Client, Upload, build
+from fedvlm.algorithms import TABLE, Client, Upload, build
 from fedvlm.algorithms.exact import exact
 from fedvlm.algorithms.flex import flexlora, hetlora, ranked
 from fedvlm.algorithms.similarity import clustered, similar
@@ -115,10 +115,10 @@ def test_hetlora_weighs_by_the_norm_of_the_product():
     assert torch.allclose(state[A], torch.full((2, 5), (1 * 1 + 3 * 3) / 4))
 
 
-RANKED = ("plora", "lora", "fedsa", "ffa", "rolora", "local", "mix", "ditto", "apfl", "fedprox")
+RANKED = [n for n, e in TABLE.items() if "lora.ranks" in e.settings and n != "share"]
 
 
-@pytest.mark.parametrize("name", [*RANKED, "flexlora", "hetlora", "scaffold", "similar"])
+@pytest.mark.parametrize("name", RANKED)
 def test_a_client_of_a_lower_rank_has_and_sends_no_more(name):
     lora = LoraConfig(rank=2, ranks={"c0": 1})
     algorithm = build(AlgorithmConfig(name=name), lora)

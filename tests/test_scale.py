@@ -18,14 +18,14 @@ from fedvlm.tree import saved_bytes
 SITES = ["site-0", "site-1", "site-2"]
 
 
-@pytest.fixture(scope="module")
-def both(tmp_path_factory):
+@pytest.fixture(scope="module", params=["plora", "auto"])
+def both(request, tmp_path_factory):
     """The same run with all clients scored, and with one of them."""
     folder = tmp_path_factory.mktemp("scale")
     settings = {
         "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
         "partition": {"min_rows": 4},
-        "algorithm": {"name": "plora"},
+        "algorithm": {"name": request.param, "ft_steps": 2},
         "train": {"rounds": 2, "clients_per_round": 2, "local_steps": 2, "batch_size": 4},
         "eval": {"every": 1, "max_rows": 4, "max_new_tokens": 6},
         "lora": {"rank": 2, "alpha": 4},

@@ -180,7 +180,8 @@ def _most_kept(config: Config, partition: Partition) -> int:
     """How many adapters a run's folder may come to hold.
 
     Twice the personal states of all who are ever trained, as packs keep them, and a round's new and
-    merged ones where it does not replace all; the exported ones; the server's state, old and new.
+    merged ones where it does not replace all; the exported ones; the server's state, old and new,
+    with what an optimizer or a mean over rounds remembers.
     """
     everyone = len(partition.clients)
     cohort = min(everyone, config.train.clients_per_round or everyone)
@@ -189,7 +190,7 @@ def _most_kept(config: Config, partition: Partition) -> int:
     trained = min(everyone, cohort * config.train.rounds)
     states = 2 * trained + (2 * cohort if cohort < trained else 0)
     states *= 2 if config.wire.compress in ("int8", "topk") else 1  # with what is not sent yet
-    return states + len(scored(config, partition.clients)) + 4
+    return states + len(scored(config, partition.clients)) + 7
 
 
 def divide(config: Config) -> tuple[Any, Partition]:

@@ -75,7 +75,7 @@ def write_results(config: Config, names: Sequence[str], store: Store, engine: En
     from fedvlm.report.plots import plot_run
 
     lines = store.lines()
-    algorithm, state = build(config.algorithm, config.lora, config.wire), store.server()
+    algorithm, state = build(config.algorithm, config.lora, config.wire).last, store.server()
     clients = scored(config, names)
     answers = {"untuned": read_lines(store.folder / "answers" / "untuned.jsonl")}
     for kind, models in (("global", global_models), ("personal", personal_models)):

@@ -81,9 +81,8 @@ def onboard(
     if count < 1:
         raise FedVLMError(f"--steps {count}: give at least one")
     state = stores.Store(run.folder).server()
-    algorithm = build(config.algorithm, config.lora)
-    down = algorithm.download(state, Client(site, float(len(split.train))))
-    last = algorithm.final or algorithm
+    last = build(config.algorithm, config.lora).last
+    down = last.download(state, Client(site, float(len(split.train))))
     shared = last.start(run.initial, down, {})
     personal = _personal(last, down, shared)
     with TemporaryDirectory() as scratch:

@@ -123,7 +123,7 @@ class Opened:
         folder = self.folder / "adapters" / f"client-{self._slugs[client]}"
         if not folder.exists():
             algorithm, store = (
-                build(self.config.algorithm, self.config.lora, self.config.wire),
+                build(self.config.algorithm, self.config.lora, self.config.wire).last,
                 stores.Store(self.folder),
             )
             down = algorithm.download(store.server(), Client(client, 1.0))

@@ -3,9 +3,12 @@
 A client begins a round with one of five mixtures of its own factors and what it was sent: the one
 with the lowest loss on its validation rows. They are what simpler algorithms begin with: the
 server's factors (lora), its B on the own A (plora), the own B on its A (fedsa), halves of both
-(mix), the own factors (local). After the last round every client tunes, keeps the running mean of
-its adapter that has the lowest validation loss, and uses the best mixture of that and the last
-download.
+(mix), the own factors (local).
+
+After the last round the server sends the mean of its rounds, the later ones weighing more
+(:func:`fedvlm.algorithms.server.late_mean`). Every client chooses and tunes once more, takes the
+mean of its adapter over the tuning (stochastic weight averaging, Izmailov et al., arXiv
+1803.05407), and uses the best of the same five mixtures of that and what it was sent.
 
 The server's factors are the mean of the clients' where all take part. Where few do, the mean of
 these few would lose what the others have learnt: so a client sends its factors with its start moved
@@ -25,13 +28,15 @@ from typing import TYPE_CHECKING
 
 from fedvlm.algorithms.base import Algorithm, Client, State, Work
 from fedvlm.algorithms.mixing import Mix, blend, mixing
+from fedvlm.algorithms.server import late_mean
 from fedvlm.algorithms.sharing import averaged, stopped
 from fedvlm.tree import Tree, named, part, plain
 
 if TYPE_CHECKING:
     from torch import Tensor
 
-COHORT = "cohort"
+COHORT, TUNED = "cohort", "tuned"
+HALVES: Mix = {"A": 0.5, "B": 0.5}
 
 STARTS: tuple[Mix, ...] = (
     {"A": 1.0, "B": 1.0},
@@ -49,32 +54,44 @@ def auto(
 
     Args:
         steps: of tuning after the last round.
-        checks: validations while tuning.
+        checks: points of the tuning, evenly spaced, that count in its mean besides its start.
         server_lr: the server moves this far from its state to the clients' mean.
         starts: the mean's part in each factor, of the mixtures that are chosen from.
     """
-    halves = mixing({"A": 0.5, "B": 0.5}, server_lr=server_lr)
+    halves = mixing(HALVES, server_lr=server_lr)
 
     def download(state: State, client: Client) -> Tree:
         told = named(COHORT, {"share": _number(client.sampled)})
         return {**halves.download(state, client), **told}
 
+    def start(adapter: Tree, down: Tree, mine: Tree) -> Tree:
+        return {**adapter, **(part(mine, TUNED) or blend(HALVES, plain(down), mine))}
+
     def options(adapter: Tree, down: Tree, mine: Tree) -> list[Tree]:
-        return [{**adapter, **blend(mix, plain(down), mine)} for mix in starts] if mine else []
+        if not mine or part(mine, TUNED):
+            return []
+        return [{**adapter, **tree} for tree in mixtures(down, mine)]
+
+    def mixtures(down: Tree, own: Tree) -> list[Tree]:
+        return [blend(mix, plain(down), own) for mix in starts]
 
     def finish(work: Work) -> tuple[Tree, Tree]:
         less = 1 - part(work.down, COHORT)["share"]
         moved = {n: work.end[n] - less * (work.start[n] - t) for n, t in plain(work.down).items()}
         return moved, dict(work.end)
 
-    choosing = replace(
-        halves,
-        download=download,
-        start=lambda adapter, down, mine: halves.start(adapter, plain(down), mine),
-        finish=finish,
-        options=options,
-    )
-    return stopped(choosing, steps, checks, averaged)
+    def tried(work: Work) -> list[Tree]:
+        return mixtures(work.down, averaged(work)[-1])
+
+    choosing = replace(halves, download=download, start=start, finish=finish, options=options)
+    last = stopped(choosing, steps, checks, tried).final
+    assert last is not None
+
+    def ended(work: Work) -> tuple[Tree, Tree]:
+        upload, mine = last.finish(work)
+        return upload, named(TUNED, mine)
+
+    return late_mean(replace(choosing, final=replace(last, finish=ended)))
 
 
 @cache

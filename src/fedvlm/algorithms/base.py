@@ -152,6 +152,11 @@ class Algorithm:
         """The algorithm of a round, from 1."""
         return self.turns[(round_ - 1) % len(self.turns)] if self.turns else self
 
+    @property
+    def last(self) -> Algorithm:
+        """That of the last round, which says what clients have when the run is over."""
+        return self.final or self
+
 
 def everywhere(change: Callable[[Algorithm], Algorithm], algorithm: Algorithm) -> Algorithm:
     """``change`` made to an algorithm, to its turns and to its last round."""

@@ -30,7 +30,7 @@ from fedvlm.algorithms.base import (
     everywhere,
 )
 from fedvlm.algorithms.sharing import sharing
-from fedvlm.tree import Tree, cut, factorized, pad, pairs, products, rank
+from fedvlm.tree import Tree, cut, factorized, pad, pairs, products, rank, split
 
 RANK = "rank"
 NORM = "norm"
@@ -81,11 +81,16 @@ def ranked(algorithm: Algorithm, ranks: Mapping[str, int] | None, largest: int) 
         return next((r for p, r in patterns if p.search(client.name)), largest)
 
     def full(tree: Tree) -> Tree:
-        own = {n: t for n, t in tree.items() if n != RANK}
-        return pad(own, 0, largest - rank(own)) if own else {}
+        own, told = split(tree, lambda n: tree[n].ndim > 0)
+        told.pop(RANK, None)
+        return {**pad(own, 0, largest - rank(own)), **told} if own else told
 
     def own_ranks(down: Tree, tree: Tree) -> Tree:
-        return cut(tree, 0, int(down[RANK]))
+        return only(tree, int(down[RANK]))
+
+    def only(tree: Tree, r: int) -> Tree:
+        own, told = split(tree, lambda n: tree[n].ndim > 0)  # numbers that are no factors
+        return {**cut(own, 0, r), **told}
 
     def begun(begin: Callable[[Tree, Tree, Tree], Tree]) -> Callable[[Tree, Tree, Tree], Tree]:
         return lambda down, mine, now: full(own_ranks(down, begin(full(down), full(mine), now)))
@@ -102,7 +107,7 @@ def ranked(algorithm: Algorithm, ranks: Mapping[str, int] | None, largest: int) 
             import torch
 
             r = rank_of(client)
-            return {**cut(one.download(state, client), 0, r), RANK: torch.tensor(r)}
+            return {**only(one.download(state, client), r), RANK: torch.tensor(r)}
 
         def start(adapter: Tree, down: Tree, mine: Tree) -> Tree:
             return full(own_ranks(down, one.start(adapter, full(down), full(mine))))
@@ -112,10 +117,16 @@ def ranked(algorithm: Algorithm, ranks: Mapping[str, int] | None, largest: int) 
             found = one.options(adapter, full(down), full(mine))
             return [full(own_ranks(down, tree)) for tree in found]
 
+        def whole(work: Work) -> Work:
+            return replace(work, down=full(work.down), mine=full(work.mine))
+
         def finish(work: Work) -> tuple[Tree, Tree]:
-            whole = replace(work, down=full(work.down), mine=full(work.mine))
-            upload, mine = one.finish(whole)
+            upload, mine = one.finish(whole(work))
             return own_ranks(work.down, upload), own_ranks(work.down, mine)
+
+        def tried(work: Work) -> list[Tree]:
+            assert one.tried is not None
+            return [full(own_ranks(work.down, tree)) for tree in one.tried(whole(work))]
 
         def gather(state: State, uploads: Sequence[Upload]) -> State:
             assert one.gather is not None
@@ -130,6 +141,7 @@ def ranked(algorithm: Algorithm, ranks: Mapping[str, int] | None, largest: int) 
             lift=lambda upload, client: one.lift(full(upload), client),
             gather=gather if one.gather else None,
             options=options if one.options else None,
+            tried=tried if one.tried else None,
         )
 
     return everywhere(change, algorithm)

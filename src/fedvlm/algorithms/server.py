@@ -1,8 +1,8 @@
-"""Optimizers at the server, to which a round's change is a gradient.
+"""What the server makes of the rounds' means: steps of an optimizer, or a mean over the rounds.
 
-FedAdagrad, FedYogi and FedAdam: Reddi et al., arXiv 2003.00295, algorithm 2: no bias correction,
-and the second moment begins at tau squared. FedAvgM: Hsu et al., arXiv 1909.06335: the momentum is
-a sum, not a mean, of the rounds' changes.
+Optimizers, to which a round's change is a gradient. FedAdagrad, FedYogi and FedAdam: Reddi et al.,
+arXiv 2003.00295, algorithm 2: no bias correction, and the second moment begins at tau squared.
+FedAvgM: Hsu et al., arXiv 1909.06335: the momentum is a sum, not a mean, of the rounds' changes.
 """
 
 from __future__ import annotations
@@ -71,3 +71,43 @@ def optimized(algorithm: Algorithm, server: ServerConfig) -> Algorithm:
         return replace(one, init=init, download=download, update=update)
 
     return everywhere(change, algorithm)
+
+
+def late_mean(algorithm: Algorithm, power: int = 3) -> Algorithm:
+    """``algorithm``, whose last round, ``final``, is sent a mean of the states after all others.
+
+    Round ``t`` of ``T`` weighs about ``(t / T) ** power``: polynomial-decay averaging, Shamir and
+    Zhang, arXiv 1212.1824. So it is mostly of the last quarter, however many rounds there are.
+
+    Args:
+        algorithm: with a last round, in which its state stays as it is.
+        power: 0 is the plain mean of all rounds.
+    """
+    last = algorithm.final
+    assert last is not None
+
+    def init(adapter: Tree) -> State:
+        import torch
+
+        state = algorithm.init(adapter)
+        late = {n: t.clone() for n, t in state.items()}  # a checkpoint has every tensor once
+        return {**state, **named("late", late), **named("late_mean", {"rounds": torch.tensor(0)})}
+
+    def update(state: State, mean: Tree) -> State:
+        new, late = algorithm.update(plain(state), mean), part(state, "late")
+        rounds = part(state, "late_mean")["rounds"] + 1
+        weight = (power + 1) / (int(rounds) + power)
+        late = {n: t.lerp(new[n], weight) for n, t in late.items()}
+        return {**new, **named("late", late), **named("late_mean", {"rounds": rounds})}
+
+    return replace(
+        algorithm,
+        init=init,
+        download=lambda state, client: algorithm.download(plain(state), client),
+        update=update,
+        final=replace(
+            last,
+            init=init,
+            download=lambda state, client: last.download(part(state, "late"), client),
+        ),
+    )
