@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import _personalization_ranks as ranking
-from _personalization_cells import REFERENCES, Cell
+from _personalization_cells import MAIN, REFERENCES, Cell
 from fedvlm.report.series import mean, standard_error
 
 Row = Mapping[str, Any]
@@ -30,10 +30,15 @@ def ranked(found: Mapping[Any, Mapping[str, Any]]) -> list[str]:
     return [name for name in names if name not in REFERENCES]
 
 
+def main(rows: Sequence[Row]) -> list[Row]:
+    """The rows of the algorithms that are run in all cells; all rows, where none of these was."""
+    return [row for row in rows if row["algorithm"] in MAIN["algorithms"]] or list(rows)
+
+
 def overview(rows: Sequence[Row]) -> str:
     """Average ranks, cells won or tied, over the cells that have all algorithms."""
     found = scores(rows)
-    table = ranking.overview(found, scores(rows, "worst10"), ranked(found))
+    placed = ranking.overview(found, scores(rows, "worst10"), ranked(found))
     head = ("algorithm", "average rank", "won or tied", "mean", "worst 10 %")
     body = [
         (
@@ -43,9 +48,9 @@ def overview(rows: Sequence[Row]) -> str:
             _percent(row.mean),
             _percent(row.worst10),
         )
-        for row in table
+        for row in placed
     ]
-    return _table(head, body) if body else "No cell has all algorithms yet."
+    return table(head, body) if body else "No cell has all algorithms yet."
 
 
 def pays(rows: Sequence[Row]) -> str:
@@ -68,7 +73,7 @@ def pays(rows: Sequence[Row]) -> str:
             )
         )
     head = ("cell", "seeds", "`local`", "`lora`", "best", "collaboration", "personalization")
-    return _table(head, body)
+    return table(head, body)
 
 
 def regimes(rows: Sequence[Row]) -> str:
@@ -85,8 +90,39 @@ def regimes(rows: Sequence[Row]) -> str:
         ]
         untuned = scores(rows, of=("untuned", "start"))
         body.append(("(untuned)", *(_untuned(untuned.get(c, {})) for c in cells)))
-        parts.append(f"### {regime}\n\n{_table(('algorithm', *map(_title, cells)), body)}")
+        parts.append(f"### {regime}\n\n{table(('algorithm', *map(_title, cells)), body)}")
     return "\n\n".join(parts)
+
+
+def everyone(rows: Sequence[Row]) -> str:
+    """All algorithms, in the cells in which more than the main ones were run."""
+    few = {row["algorithm"] for row in main(rows)}
+    found = {c: own for c, own in scores(rows).items() if own.keys() - few}
+    if not found:
+        return "Only the algorithms above were run yet."
+    shared = {c: frozenset.intersection(*map(frozenset, own.values())) for c, own in found.items()}
+    compared = {
+        c: {a: {s: v for s, v in seeds.items() if s in shared[c]} for a, seeds in own.items()}
+        for c, own in found.items()
+    }
+    places = {
+        c: ranking.ranks({a: seeds for a, seeds in own.items() if a not in REFERENCES})
+        for c, own in compared.items()
+    }
+    names = dict.fromkeys(name for own in compared.values() for name in own)
+    ranks = {n: [place[n] for place in places.values() if n in place] for n in names}
+    order = sorted(names, key=lambda n: (-len(ranks[n]), mean(ranks[n]) if ranks[n] else 0.0))
+    won = {c: _winners(own) for c, own in compared.items()}
+    body = [
+        (
+            f"`{n}`",
+            f"{mean(ranks[n]):.1f}" if len(ranks[n]) == len(compared) else "",
+            *(_cell(own.get(n), n in won[c]) for c, own in compared.items()),
+        )
+        for n in order
+    ]
+    seeds = [f"{c.name}, seeds {', '.join(map(str, sorted(shared[c])))}" for c in compared]
+    return table(("algorithm", "average rank", *seeds), body)
 
 
 def details(rows: Sequence[Row]) -> str:
@@ -112,7 +148,7 @@ def details(rows: Sequence[Row]) -> str:
             line.append(f"{mean(sent[cell][name].values()) / 1e6:.1f}")
             body.append((f"`{name}`", str(len(algorithms[name])), *line))
         head = ("algorithm", "seeds", *kinds, "worst 10 %", "rounds to 90 %", "MB up")
-        parts.append(f"### {cell.name}\n\n{_table(head, body)}")
+        parts.append(f"### {cell.name}\n\n{table(head, body)}")
     return "\n\n".join(parts)
 
 
@@ -124,7 +160,7 @@ def rates(chosen: Mapping[tuple[str, str], float]) -> str:
         (f"`{name}`", *(f"{chosen[k, name]:g}" if (k, name) in chosen else "" for k in kinds))
         for name in names
     ]
-    return _table(("algorithm", *kinds), body)
+    return table(("algorithm", *kinds), body)
 
 
 def _winners(cell: Mapping[str, Mapping[int, float]]) -> set[str]:
@@ -163,6 +199,7 @@ def _percent(value: float) -> str:
     return f"{100 * value:.1f}"
 
 
-def _table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+def table(head: Sequence[str], body: Iterable[Sequence[str]]) -> str:
+    """A table in Markdown."""
     lines = [head, ["---"] * len(head), *body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)

@@ -41,6 +41,7 @@ import _personalization_figures as figures
 import _personalization_pages as pages
 import _personalization_plan as plans
 import _personalization_record as record
+import _personalization_targets as targets
 from _common import ROOT
 from _personalization_runs import Job, do, read
 from fedvlm.errors import FedVLMError
@@ -206,7 +207,7 @@ def _write(whole: plans.Form, output: Path, publish: bool) -> None:
     seeds = len({row["seed"] for row in rows})
     part = ", a part of all that there is" if todo else ""
     title = f"Personalization{part}: {seeds} seed{'s' if seeds > 1 else ''}"
-    figures.draw(rows, images, title)
+    figures.draw(pages.main(rows), images, title)
     text = written(rows, state, rates, "images" if publish else ".")
     write_text(
         results / "personalization.md", f"# Personalization\n\n{state}\n\n{pages.details(rows)}\n"
@@ -252,16 +253,21 @@ def _list(words: Any) -> str:
 
 def written(rows: Sequence[dict[str, Any]], state: str, rates: Any, images: str) -> str:
     """The part of the page that is written from the results."""
+    some = pages.main(rows)
     return "\n\n".join(
         [
             state,
             f"![Algorithms by cells]({images}/personalization-overview.png)",
             "## Overview",
-            pages.overview(rows),
+            pages.overview(some),
+            f"## What `{targets.DEFAULT}` was to reach",
+            targets.targets(some),
             "## What pays",
-            pages.pays(rows),
+            pages.pays(some),
+            "## All algorithms",
+            pages.everyone(rows),
             "## By regime",
-            pages.regimes(rows),
+            pages.regimes(some),
             f"![A panel a cell]({images}/personalization-cells.png)",
             "## Learning rates",
             pages.rates(rates),

@@ -1,4 +1,4 @@
-"""The personalization benchmark: its ranks, what it measures of a run, and that it goes on."""
+"""The personalization benchmark: its plan, what it measures of a run, and that it goes on."""
 
 from __future__ import annotations
 
@@ -11,9 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import _personalization_cells as cells
-import _personalization_pages as pages
 import _personalization_plan as plans
-import _personalization_ranks as ranking
 import _personalization_record as record
 import _personalization_runs as runs
 import personalization
@@ -24,73 +22,6 @@ from fedvlm.config import dump
 from fedvlm.errors import FedVLMError
 
 MIXED = Cell("mixed", 1.0, 24)
-
-
-# Ranks
-
-
-def seeds(*scores: float) -> dict[int, float]:
-    return dict(enumerate(scores))
-
-
-def test_ranks_count_who_is_ahead_and_share_a_place_within_one_standard_error():
-    scores = {
-        "first": seeds(0.50, 0.60, 0.70),
-        "close": seeds(0.52, 0.57, 0.69),  # -0.02, 0.03, 0.01 behind: 0.007 with an error of 0.015
-        "last": seeds(0.10, 0.20, 0.30),
-    }
-    assert ranking.ranks(scores) == {"first": 1.5, "close": 1.5, "last": 3.0}
-    assert ranking.winners(scores) == {"first", "close"}
-    assert ranking.best(scores) == "first"
-
-
-def test_a_lead_that_every_seed_has_is_no_tie_however_much_the_seeds_differ():
-    scores = {"ahead": seeds(0.11, 0.51, 0.91), "behind": seeds(0.10, 0.50, 0.90)}
-    assert ranking.ranks(scores) == {"ahead": 1.0, "behind": 2.0}
-    assert ranking.winners(scores) == {"ahead"}
-
-
-def test_with_one_seed_only_equal_scores_are_tied():
-    scores = {"a": seeds(0.5), "b": seeds(0.5), "c": seeds(0.499)}
-    assert ranking.ranks(scores) == {"a": 1.5, "b": 1.5, "c": 3.0}
-
-
-def test_clearly_behind_is_two_standard_errors():
-    scores = {"best": seeds(0.4, 0.6), "near": seeds(0.37, 0.55)}  # 0.04 behind, error 0.01
-    assert ranking.clearly_behind(scores, "near")
-    scores["near"] = seeds(0.39, 0.53)  # 0.04 behind, error 0.03: a loss, and not a clear one
-    assert ranking.winners(scores) == {"best"}
-    assert not ranking.clearly_behind(scores, "near")
-    assert not ranking.clearly_behind(scores, "best")
-
-
-def test_the_overview_leaves_out_cells_that_lack_an_algorithm_or_a_seed():
-    whole = {"a": seeds(0.5, 0.6), "b": seeds(0.3, 0.4)}
-    worst = {"a": seeds(0.2, 0.4), "b": seeds(0.1, 0.1)}
-    found = {
-        "whole": whole,
-        "lacks b": {"a": seeds(0.1, 0.1)},
-        "lacks a seed": {"a": seeds(0.1, 0.1), "b": seeds(0.9)},
-    }
-    rows = ranking.overview(found, dict.fromkeys(found, worst), ["a", "b"])
-    assert [(r.algorithm, r.rank, r.won, r.cells) for r in rows] == [("a", 1, 1, 1), ("b", 2, 0, 1)]
-    assert rows[0].mean == pytest.approx(0.55)
-    assert rows[0].worst10 == pytest.approx(0.3)
-
-
-@pytest.mark.parametrize(
-    ("curve", "round_"),
-    [
-        ({0: 0.1, 2: 0.44, 4: 0.46, 6: 0.5}, 4),
-        ({0: 0.5, 2: 0.3, 4: 0.5}, 0),  # what is not learnt needs no round
-        ({0: 0.9, 2: 0.3, 4: 0.5}, 0),
-        ({0: 0.0, 2: 0.0}, None),
-        ({}, None),
-        ({4: 1.0, 2: 0.9, 0: 0.0}, 2),
-    ],
-)
-def test_rounds_to_90_is_the_first_evaluated_round_at_nine_tenths_of_the_last(curve, round_):
-    assert ranking.rounds_to(curve) == round_
 
 
 # The plan
@@ -308,32 +239,6 @@ def test_a_part_of_the_benchmark_says_that_it_is_one(fake, tmp_path):
     assert "A part of all that there is" in state
     assert f"4 of {total} results, 4 runs for learning rates" in state
     assert "Cells: mixed-1-24. Algorithms: plora, lora. Seeds: 0, 1." in state
-
-
-def test_the_tables_show_the_best_and_leave_pooled_rows_out_of_the_ranks():
-    def row(algorithm: str, seed: int, value: float) -> dict:
-        return {
-            "regime": "mixed",
-            "strength": 1.0,
-            "rows_per_client": 24,
-            "seed": seed,
-            "algorithm": algorithm,
-            "model": "personal",
-            "when": "after",
-            "mean": value,
-            "worst10": value / 2,
-            "bytes_up": 2e6,
-            "rounds_to_90": 4,
-        }
-
-    values = {"lora": (0.2, 0.3), "plora": (0.5, 0.6), "centralized": (0.9, 0.9)}
-    rows = [row(a, seed, v) for a, both in values.items() for seed, v in enumerate(both)]
-    assert "| `plora` | 1.00 | 1 of 1 | 55.0 | 27.5 |" in pages.overview(rows)
-    assert "centralized" not in pages.overview(rows)
-    assert "| `plora` | **55.0 ± 5.0** |" in pages.regimes(rows)
-    assert "| `centralized` | 90.0 ± 0.0 |" in pages.regimes(rows)
-    assert "| mixed-1-24 | 2 |  | 25.0 | 55.0 (`plora`) | no | yes |" in pages.pays(rows)
-    assert "| `plora` | 2 | 55.0 ± 5.0 |" in pages.details(rows)
 
 
 def test_the_page_keeps_what_people_wrote():
