@@ -103,7 +103,8 @@ class AlgorithmConfig(Section):
         20, description="steps of local tuning after the last round (auto, lora+ft, lora+es)"
     )
     ft_checks: Positive = Field(
-        5, description="auto, lora+es: how often validation is asked during ft_steps"
+        5,
+        description="lora+es: validations during ft_steps; auto: points of it that are averaged",
     )
     prox_mu: Annotated[float, Field(ge=0)] | None = Field(
         None,
