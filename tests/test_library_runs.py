@@ -124,8 +124,9 @@ def test_auto_begins_with_the_mixture_of_the_lowest_loss_and_ends_with_it(small,
     assert all(personal[site] <= shared[site] + 1e-6 for site in shared)
 
 
-def test_a_run_with_unequal_ranks_sends_fewer_bytes_from_the_smaller_clients(small):
-    tree = settings(small, "plora") | {"lora": {"rank": 4, "ranks": {"site-0": 1, "1$": 2}}}
+@pytest.mark.parametrize("name", ["plora", "auto"])
+def test_a_run_with_unequal_ranks_sends_fewer_bytes_from_the_smaller_clients(small, name):
+    tree = settings(small, name) | {"lora": {"rank": 4, "ranks": {"site-0": 1, "1$": 2}}}
     tree["train"]["clients_per_round"] = None
     results = fedvlm.run(tree)
     sent = store.read_lines(results.folder / "metrics.jsonl")[1]["bytes_up"]
