@@ -42,8 +42,7 @@ def both(data, tmp_path_factory):
     return here, there, folder / "state", events, call
 
 
-def test_sites_get_the_scores_of_one_process(both):
-    here, there, *_ = both
+def check_scores(here, there):
     for model in ("untuned", "global", "personal", "personal_before"):
         assert there.table["models"][model]["clients"].keys() == dict.fromkeys(SITES).keys()
         for site in SITES:
@@ -51,14 +50,32 @@ def test_sites_get_the_scores_of_one_process(both):
             assert theirs == pytest.approx(mine, abs=1e-4)
 
 
-def test_sites_get_the_adapters_of_one_process(both):
-    here, there, state, *_ = both
+def check_adapters(here, there, state):
     pairs = [(here.adapter(), there.adapter())]
     pairs += [(here.adapter(s), state / s / "runs/run-1/adapters/personal") for s in SITES]
     for mine, theirs in pairs:
         a, b = (store.load_tree(f / "adapter_model.safetensors") for f in (mine, theirs))
         assert a.keys() == b.keys()
         assert max((a[n] - b[n]).abs().max() for n in a) <= 1e-7
+
+
+def test_sites_get_the_scores_of_one_process(both):
+    here, there, *_ = both
+    check_scores(here, there)
+
+
+def test_sites_get_the_adapters_of_one_process(both):
+    here, there, state, *_ = both
+    check_adapters(here, there, state)
+
+
+def test_sites_get_the_same_from_the_default_algorithm(data, tmp_path):
+    own = "algorithm.name=auto", "algorithm.ft_steps=2", "algorithm.ft_checks=2"
+    settings = config(data, *own, "train.lr=0.02", f"output={tmp_path / 'here'}")
+    here = federate.run(settings)
+    there = deployed(Here(data, tmp_path / "state"), settings, tmp_path / "there")
+    check_scores(here, there)
+    check_adapters(here, there, tmp_path / "state")
 
 
 def test_tensors_are_fetched_by_few_and_give_the_same_run(both, data, tmp_path):
