@@ -66,7 +66,6 @@ TUNED_ON = {
     "alike": Cell("iid", 0.0, MIDDLE),
     "differ": Cell("mixed", 1.0, MIDDLE),
     "photos": Cell("photos", None, MIDDLE),
-    "partial": Cell("partial", 1.0, AMOUNTS[0]),
 }
 """Kind of regime -> the cell in which its learning rates are chosen."""
 

@@ -60,7 +60,7 @@ def test_rates_are_tuned_with_the_same_budget_on_validation_rows(tmp_path):
 def test_the_small_form_is_a_part_of_the_whole(tmp_path):
     rates = {("alike", a): 0.003 for a in cells.ALGORITHMS}
     rates |= {("differ", a): 0.01 for a in cells.ALGORITHMS}
-    rates |= {(kind, a): 0.01 for kind in ("photos", "partial") for a in cells.ALGORITHMS}
+    rates |= {("photos", a): 0.01 for a in cells.ALGORITHMS}
     every = {job.folder: job for job in plans.runs(plans.whole(), rates, tmp_path)}
     for form, count in ((plans.small(), 2 * 4 * 2), (plans.main(), 14 * 8 * 5)):
         some = {job.folder: job.config for job in plans.runs(form, rates, tmp_path)}
