@@ -132,7 +132,7 @@ def test_a_client_sends_and_keeps_what_the_table_says(name):
     assert factors(mine) == KEEPS[name]
     if name not in SENDS_WHAT_IT_KEEPS | SENDS_AND_KEEPS_TWO_MODELS:
         assert not upload.keys() & mine.keys(), "what is personal never leaves"
-    told = {"cohort/share"} if name == "auto" else set()  # how much of all a cohort is
+    told = {"cohort/few"} if name == "auto" else set()  # whether less than half take part
     assert plain(upload).keys() <= down.keys() <= state.keys() | told
 
 

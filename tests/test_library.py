@@ -123,7 +123,7 @@ def test_auto_ends_with_the_best_mixture_of_the_mean_over_its_tuning_and_the_ser
         assert not upload
         for one in (algorithm, last):  # whatever it is sent from then on
             assert not one.options({}, down, mine)
-            assert all(torch.equal(t, tried[best][n]) for n, t in one.start({}, {}, mine).items())
+            assert all(torch.equal(t, tried[best][n]) for n, t in one.start({}, down, mine).items())
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 7])
@@ -138,26 +138,23 @@ def test_the_mean_of_the_rounds_weighs_them_by_a_polynomial(rounds):
     assert algorithm.download(state, NOBODY)[B].item() == rounds
 
 
-def test_auto_sends_its_factors_and_of_its_own_start_the_cohorts_share_alone():
+def test_auto_begins_at_the_servers_factors_where_less_than_half_take_part():
     algorithm = auto(steps=9, checks=3)
     state, own, end = ({A: torch.full((2, 5), v)} for v in (10.0, 2.0, 5.0))
-    for share, start, sent in (
-        (1.0, own, 5.0),  # all take part: the mean of their factors, as FedAvg's
-        (0.25, own, 11.0),  # 3 learnt, and a quarter of the 8 that its start was away
-        (0.25, state, 5.0),  # began at what it was sent, as FedAvg's
-    ):
+    for share, options in ((1.0, (10, 2, 10, 6, 2)), (0.5, (10, 2, 10, 6, 2)), (0.4, ())):
         down = algorithm.download(state, Client("a", 1.0, share))
-        upload, mine = algorithm.finish(Work(down, own, (end,), start=start))
-        assert upload.keys() == mine.keys() == {A}
-        assert upload[A][0, 0] == sent
-        assert mine[A][0, 0] == 5.0
+        found = algorithm.options({}, down, own)
+        assert tuple(t[A][0, 0] for t in found) == options
+        assert algorithm.start({}, down, own)[A][0, 0] == (6 if options else 10)
+        upload, mine = algorithm.finish(Work(down, own, (end,), start=own))
+        assert upload[A][0, 0] == mine[A][0, 0] == 5
 
 
 def test_clients_of_a_round_are_sent_the_same_objects_by_auto():
     algorithm, state = auto(steps=9, checks=3), {A: torch.ones(2, 5)}
     one, other = (algorithm.download(state, Client(name, 1.0, 0.3)) for name in "ab")
     assert all(one[n] is t for n, t in other.items())
-    assert algorithm.download(state, Client("c", 1.0, 0.4)).keys() == one.keys()
+    assert algorithm.download(state, Client("c", 1.0, 0.6)).keys() == one.keys()
 
 
 # Server optimizers

@@ -10,10 +10,9 @@ After the last round the server sends the mean of its rounds, the later ones wei
 mean of its adapter over the tuning (stochastic weight averaging, Izmailov et al., arXiv
 1803.05407), and uses the best of the same five mixtures of that and what it was sent.
 
-The server's factors are the mean of the clients' where all take part. Where few do, the mean of
-these few would lose what the others have learnt: so a client sends its factors with its start moved
-towards what it was sent, all but the share of examples that the round's cohort has of all. What it
-learnt in the round counts in full, where it began only as much as it does among all clients.
+Where less than half of all take part in a round, its clients begin at the server's factors: their
+own are old, and what many have trained from is what tunes best in the end (FedAvg as
+meta-learning: Jiang et al., arXiv 1909.12488).
 
 It sends what lora sends. A round costs five forward passes over the validation rows besides. How it
 was found, and what lost against it: docs/research-log.md.
@@ -36,6 +35,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 COHORT, TUNED = "cohort", "tuned"
+FEW = 0.5  # of all examples: in a round with fewer, a client begins at what it is sent
 HALVES: Mix = {"A": 0.5, "B": 0.5}
 
 STARTS: tuple[Mix, ...] = (
@@ -50,7 +50,7 @@ STARTS: tuple[Mix, ...] = (
 def auto(
     steps: int, checks: int, *, server_lr: float = 1.0, starts: Sequence[Mix] = STARTS
 ) -> Algorithm:
-    """A mean of both factors, with each client's start by validation, and tuning in the end.
+    """FedAvg of both factors, with each client's start by validation, and tuning in the end.
 
     Args:
         steps: of tuning after the last round.
@@ -61,29 +61,25 @@ def auto(
     halves = mixing(HALVES, server_lr=server_lr)
 
     def download(state: State, client: Client) -> Tree:
-        told = named(COHORT, {"share": _number(client.sampled)})
+        told = named(COHORT, {"few": _flag(client.sampled < FEW)})
         return {**halves.download(state, client), **told}
 
     def start(adapter: Tree, down: Tree, mine: Tree) -> Tree:
-        return {**adapter, **(part(mine, TUNED) or blend(HALVES, plain(down), mine))}
+        own = {} if few(down) else mine
+        return {**adapter, **(part(mine, TUNED) or blend(HALVES, plain(down), own))}
 
     def options(adapter: Tree, down: Tree, mine: Tree) -> list[Tree]:
-        if not mine or part(mine, TUNED):
+        if not mine or part(mine, TUNED) or few(down):
             return []
         return [{**adapter, **tree} for tree in mixtures(down, mine)]
 
     def mixtures(down: Tree, own: Tree) -> list[Tree]:
         return [blend(mix, plain(down), own) for mix in starts]
 
-    def finish(work: Work) -> tuple[Tree, Tree]:
-        less = 1 - part(work.down, COHORT)["share"]
-        moved = {n: work.end[n] - less * (work.start[n] - t) for n, t in plain(work.down).items()}
-        return moved, dict(work.end)
-
     def tried(work: Work) -> list[Tree]:
         return mixtures(work.down, averaged(work)[-1])
 
-    choosing = replace(halves, download=download, start=start, finish=finish, options=options)
+    choosing = replace(halves, download=download, start=start, options=options)
     last = stopped(choosing, steps, checks, tried).final
     assert last is not None
 
@@ -94,8 +90,13 @@ def auto(
     return late_mean(replace(choosing, final=replace(last, finish=ended)))
 
 
+def few(down: Tree) -> bool:
+    """Whether the client was sent this with less than half of all."""
+    return bool(part(down, COHORT)["few"])
+
+
 @cache
-def _number(value: float) -> Tensor:
+def _flag(value: bool) -> Tensor:
     """One object for one value: clients that are sent the same share its bytes."""
     import torch
 
