@@ -10,9 +10,9 @@ After the last round the server sends the mean of its rounds, the later ones wei
 mean of its adapter over the tuning (stochastic weight averaging, Izmailov et al., arXiv
 1803.05407), and uses the best of the same five mixtures of that and what it was sent.
 
-Where less than half of all take part in a round, its clients begin at the server's factors: their
-own are old, and what many have trained from is what tunes best in the end (FedAvg as
-meta-learning: Jiang et al., arXiv 1909.12488).
+Where less than half of all take part in a round, its clients begin at the server's factors and keep
+none: these would be old when they are needed, and what many have trained from is what tunes best in
+the end (FedAvg as meta-learning: Jiang et al., arXiv 1909.12488).
 
 It sends what lora sends. A round costs five forward passes over the validation rows besides. How it
 was found, and what lost against it: docs/research-log.md.
@@ -68,6 +68,9 @@ def auto(
         own = {} if few(down) else mine
         return {**adapter, **(part(mine, TUNED) or blend(HALVES, plain(down), own))}
 
+    def finish(work: Work) -> tuple[Tree, Tree]:
+        return dict(work.end), {} if few(work.down) else dict(work.end)
+
     def options(adapter: Tree, down: Tree, mine: Tree) -> list[Tree]:
         if not mine or part(mine, TUNED) or few(down):
             return []
@@ -79,7 +82,7 @@ def auto(
     def tried(work: Work) -> list[Tree]:
         return mixtures(work.down, averaged(work)[-1])
 
-    choosing = replace(halves, download=download, start=start, options=options)
+    choosing = replace(halves, download=download, start=start, finish=finish, options=options)
     last = stopped(choosing, steps, checks, tried).final
     assert last is not None
 
