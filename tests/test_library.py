@@ -112,11 +112,13 @@ def test_auto_ends_with_the_best_mixture_of_the_mean_over_its_tuning_and_the_ser
     down = last.download(state, Client("a", 1.0))
     assert torch.allclose(down[A], torch.full((2, 5), late))
     trees = [{A: torch.full((2, 5), v), B: torch.full((7, 2), v)} for v in (0.0, 6.0, 0.0, 2.0)]
-    work = Work(down, {}, tuple(trees[1:]), start=trees[0])
+    work = Work(down, trees[0], tuple(trees[1:]), start=trees[0])
     mixtures = [(late, -late), (2, -late), (late, 2), ((late + 2) / 2, (2 - late) / 2), (2, 2)]
     tried = last.tried(work)
     found = torch.tensor([(t[A][0, 0], t[B][0, 0]) for t in tried])
     assert torch.allclose(found, torch.tensor(mixtures))
+    far = last.tried(replace(work, mine={}))  # began far away: the second half of the points
+    assert torch.allclose(far[4][A], torch.full((2, 5), (0.0 + 2.0) / 2))
     for best in range(5):
         scores = tuple(float(k != best) for k in range(5))
         upload, mine = last.finish(replace(work, scores=scores))

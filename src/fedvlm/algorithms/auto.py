@@ -8,7 +8,8 @@ server's factors (lora), its B on the own A (plora), the own B on its A (fedsa),
 After the last round the server sends the mean of its rounds, the later ones weighing more
 (:func:`fedvlm.algorithms.server.late_mean`). Every client chooses and tunes once more, takes the
 mean of its adapter over the tuning (stochastic weight averaging, Izmailov et al., arXiv
-1803.05407), and uses the best of the same five mixtures of that and what it was sent.
+1803.05407; over its second half, where the client has no factors of its own to begin with), and
+uses the best of the same five mixtures of that and what it was sent.
 
 Where less than half of all take part in a round, its clients begin at the server's factors and keep
 none: these would be old when they are needed, and what many have trained from is what tunes best in
@@ -28,8 +29,8 @@ from typing import TYPE_CHECKING
 from fedvlm.algorithms.base import Algorithm, Client, State, Work
 from fedvlm.algorithms.mixing import Mix, blend, mixing
 from fedvlm.algorithms.server import late_mean
-from fedvlm.algorithms.sharing import averaged, stopped
-from fedvlm.tree import Tree, named, part, plain
+from fedvlm.algorithms.sharing import reached, stopped
+from fedvlm.tree import Mean, Tree, named, part, plain
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -80,7 +81,11 @@ def auto(
         return [blend(mix, plain(down), own) for mix in starts]
 
     def tried(work: Work) -> list[Tree]:
-        return mixtures(work.down, averaged(work)[-1])
+        points, mean = reached(work), Mean()
+        near = bool(plain(work.mine))  # with nothing of its own, a client begins far from its end
+        for point in points if near else points[len(points) // 2 :]:
+            mean.add(point, 1.0)
+        return mixtures(work.down, mean.tree())
 
     choosing = replace(halves, download=download, start=start, finish=finish, options=options)
     last = stopped(choosing, steps, checks, tried).final
