@@ -109,7 +109,7 @@ MAIN = {
     "algorithms": ("auto", "plora", "lora", "fedsa", "local", "lora+ft", "lora+es", "mix"),
     "seeds": tuple(range(SEEDS)),
 }
-"""What is run unless asked otherwise: four to five hours on two cores; all of it takes six times as
+"""What is run unless asked otherwise: four to five hours on two cores; all of it takes five times as
 long."""
 
 SMALL = {
