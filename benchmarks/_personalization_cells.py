@@ -109,8 +109,8 @@ MAIN = {
     "algorithms": ("auto", "plora", "lora", "fedsa", "local", "lora+ft", "lora+es", "mix"),
     "seeds": tuple(range(SEEDS)),
 }
-"""What is run unless asked otherwise: four to five hours on two cores; all of it takes five times as
-long."""
+"""What is run unless asked otherwise: four to five hours on two cores; all of it takes five times
+as long."""
 
 SMALL = {
     "cells": ("iid-0-80", "mixed-1-80"),
