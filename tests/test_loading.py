@@ -82,9 +82,12 @@ def test_a_processor_saved_again_has_its_class_and_gives_the_same_inputs(family,
     processor.save_pretrained(tmp_path)
     files = [json.loads((Path(p) / "processor_config.json").read_text("utf-8"))
              for p in (folder(family), tmp_path)]  # fmt: skip
+    if importlib.util.find_spec("torchvision"):  # then a part for videos is made, and saved in full
+        for file in files:
+            file["video_processor"] = file.get("video_processor", {}).get("video_processor_type")
     assert files[0] == files[1]
     assert getattr(hf, files[1]["processor_class"]) in type(processor).mro()
-    assert ("video_processor" in files[1]) == (family in VIDEO)
+    assert bool(files[1].get("video_processor")) == (family in VIDEO)
     again = load_processor(str(tmp_path), True)
     one, other = (encode(p, "what is it", RED) for p in (processor, again))
     assert one.keys() == other.keys()
