@@ -58,7 +58,7 @@ def floor(bare: Any, engine: ReferenceEngine, partition: Any) -> Work:
             if not kept:
                 batch["pixel_values"].requires_grad_(True)
             with images.given(list(rows)) if images else contextlib.nullcontext():
-                loss, weight = answer_nll(bare, batch)
+                loss, weight, _ = answer_nll(bare, batch)
             shape = (len(step), -1)
             (loss.view(shape).sum(1) / weight.view(shape).sum(1)).sum().backward()
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import json
 import os
+import sys
 import weakref
 
 import numpy as np
@@ -21,8 +22,9 @@ from PIL import Image
 
 import families
 import fedvlm
-from fedvlm.algorithms import TABLE
+from fedvlm.algorithms import TABLE, Phase
 from fedvlm.engines import engine_class
+from fedvlm.engines.base import Task
 from fedvlm.engines.cohort import CohortEngine, uniform
 from fedvlm.engines.memory import kept_for_backward
 from fedvlm.engines.reference import ReferenceEngine
@@ -151,14 +153,34 @@ def test_every_algorithm_trains_the_same_adapters(small, tmp_path, algorithm):
     assert_same(*both(tmp_path, small, EXACT, *rule))
 
 
-def test_adapters_beside_one_another_have_the_losses_they_have_alone(small, tmp_path):
+def test_adapters_beside_one_another_have_the_validation_they_have_alone(small, tmp_path):
     small |= {"engine": {"clients": 4}, "eval": {"batch_size": 5}}
     engine, partition, _ = prepare(fedvlm.load_config(small))
     rows = partition.splits["site-0"].train
     trees = [{n: t + k * torch.randn(t.shape) for n, t in engine.adapter.items()} for k in range(3)]
-    found = engine._losses(trees, rows)
-    assert found == pytest.approx([engine._losses([tree], rows)[0] for tree in trees], rel=1e-5)
+    found = engine._validation(trees, rows)
+    assert found == pytest.approx([engine._validation([tree], rows)[0] for tree in trees], rel=1e-5)
     assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize("engine", ["reference", "cohort"])
+def test_a_phase_that_resumes_goes_on_with_the_optimizer_of_the_one_before(
+    small, monkeypatch, engine
+):
+    made = []
+    module = sys.modules[f"fedvlm.engines.{engine}"]
+    make = module.make_optimizer
+    monkeypatch.setattr(module, "make_optimizer", lambda *a: made.append(make(*a)) or made[-1])
+    small |= {"engine": {"name": engine}}
+    trainer, partition, _ = prepare(fedvlm.load_config(small))
+    task, tree = Task(partition.clients[0], 1, {}), trainer.adapter
+    for resumes, optimizers, steps in ((False, 2, 2), (True, 1, 4)):
+        made.clear()
+        phases = [Phase(lambda name: True, steps=2, resumes=resumes) for _ in range(2)]
+        (ends, _), *_ = trainer._train([tree], [{}], phases, [task])
+        assert len(made) == optimizers
+        assert all(state["step"] == steps for state in made[-1].state.values())
+        assert any(not torch.equal(t, ends[1][n]) for n, t in ends[0].items())
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

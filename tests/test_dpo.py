@@ -100,14 +100,15 @@ def test_rewards_are_log_ratios_to_the_model_with_its_adapter_off(tuned):
     _, model, _, collator = tuned
     batch = collator.training([0, 3, 5])
     with torch.no_grad():
-        policy, _ = objectives.answer_nll(model, batch)
+        policy, *_ = objectives.answer_nll(model, batch)
         with model.disable_adapter():
-            reference, _ = objectives.answer_nll(model, batch)
+            reference, *_ = objectives.answer_nll(model, batch)
     rewards = BETA * (reference - policy)
     terms = ours(tuned, [0, 3, 5])
     margin = rewards[:3] - rewards[3:]
     assert terms.metrics["reward_margin"].tolist() == pytest.approx(margin.tolist(), abs=1e-5)
     assert terms.metrics["reward_accuracy"].tolist() == [float(m > 0) for m in margin]
+    assert terms.wrong.tolist() == [float(m < 0) for m in margin]
     assert terms.loss.tolist() == pytest.approx((-F.logsigmoid(margin)).tolist(), abs=1e-5)
     assert margin.abs().min() > 1e-3
 

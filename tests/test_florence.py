@@ -99,7 +99,7 @@ def test_a_tokenizer_that_marks_begin_and_end_itself_gets_no_second_end(loaded, 
 @torch.no_grad()
 def test_the_loss_is_the_models_own_and_padding_changes_nothing(model, collator):
     batch = collator.training([0, 1])
-    nll, tokens = answer_nll(model, batch)
+    nll, tokens, _ = answer_nll(model, batch)
     assert sft_terms(model, batch).mean().item() == pytest.approx(
         model(**batch).loss.item(), rel=1e-5
     )

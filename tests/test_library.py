@@ -7,7 +7,7 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedvlm.algorithms import NOBODY, Client, Work
+from fedvlm.algorithms import NOBODY, Client, Validation, Work
 from fedvlm.algorithms.auto import auto
 from fedvlm.algorithms.client_terms import CONTROL, proximal, scaffold
 from fedvlm.algorithms.mixing import apfl, ditto, mixing
@@ -88,12 +88,13 @@ def test_tuning_that_stops_early_keeps_the_adapter_of_the_lowest_validation_loss
     last = stopped(FEDAVG, steps=7, checks=3).final
     assert [phase.steps for phase in last.phases] == [3, 2, 2]
     trees = [{A: torch.full((2, 5), float(k))} for k in range(4)]
-    for scores, best in (
+    for losses, best in (
         ((3.0, 1.0, 2.0, 4.0), 1),
         ((1.0, 2.0, 3.0, 4.0), 0),
         ((4.0, 3.0, 2.0, 1.0), 3),
         ((), 3),
     ):
+        scores = tuple(Validation(loss, 0.5) for loss in losses)
         work = Work({}, {}, tuple(trees[1:]), start=trees[0], scores=scores)
         upload, mine = last.finish(work)
         assert not upload
@@ -117,10 +118,8 @@ def test_auto_ends_with_the_best_mixture_of_the_mean_over_its_tuning_and_the_ser
     tried = last.tried(work)
     found = torch.tensor([(t[A][0, 0], t[B][0, 0]) for t in tried])
     assert torch.allclose(found, torch.tensor(mixtures))
-    far = last.tried(replace(work, mine={}))  # began far away: the second half of the points
-    assert torch.allclose(far[4][A], torch.full((2, 5), (0.0 + 2.0) / 2))
     for best in range(5):
-        scores = tuple(float(k != best) for k in range(5))
+        scores = tuple(Validation(float(k != best), 0.0) for k in range(5))
         upload, mine = last.finish(replace(work, scores=scores))
         assert not upload
         for one in (algorithm, last):  # whatever it is sent from then on
@@ -138,6 +137,38 @@ def test_the_mean_of_the_rounds_weighs_them_by_a_polynomial(rounds):
     late = sum(n * w for n, w in zip(range(1, rounds + 1), weights, strict=True)) / sum(weights)
     assert algorithm.final.download(state, NOBODY)[B].item() == pytest.approx(late)
     assert algorithm.download(state, NOBODY)[B].item() == rounds
+
+
+def test_auto_keeps_what_is_wrong_less_often_where_a_client_had_no_factors_of_its_own():
+    """Of what it was sent, and the mean over the second half of its tuning."""
+    last = auto(steps=9, checks=3).final
+    down = last.download({f"late/{A}": torch.full((2, 5), 7.0)}, Client("a", 1.0))
+    trees = [{A: torch.full((2, 5), v)} for v in (7.0, 6.0, 0.0, 2.0)]
+    work = Work(down, {}, tuple(trees[1:]), start=trees[0])
+    assert [t[A][0, 0] for t in last.tried(work)] == [7, (0 + 2) / 2]
+    for scores, kept in (
+        ((), 1),
+        (((0.1, 0.5), (9.0, 0.4)), 1),
+        (((9.0, 0.5), (0.1, 0.6)), 7),
+        (((0.2, 0.5), (0.1, 0.5)), 1),
+    ):
+        found = tuple(Validation(*each) for each in scores)
+        _, mine = last.finish(replace(work, scores=found))
+        assert last.start({}, down, mine)[A][0, 0] == kept
+
+
+def test_auto_chooses_in_a_clients_second_round_and_in_every_third_from_then_on():
+    algorithm = auto(steps=9, checks=3)
+    down = algorithm.download({A: torch.full((2, 5), 10.0)}, Client("a", 1.0))
+    end, mine, asked = {A: torch.full((2, 5), 2.0)}, {}, []
+    for round_ in range(1, 9):
+        options = algorithm.options({}, down, mine)
+        asked.append(round_ if options else 0)
+        begun, chosen = (options[1], 1) if options else (algorithm.start({}, down, mine), None)
+        assert begun[A][0, 0] == (10 if round_ == 1 else 2), "the server's, then the own A"
+        _, mine = algorithm.finish(Work(down, mine, (end,), start=begun, chosen=chosen))
+    assert asked == [0, 2, 0, 0, 5, 0, 0, 8]
+    assert len(algorithm.final.options({}, down, mine)) == 5, "before it tunes it always chooses"
 
 
 def test_auto_begins_at_the_servers_factors_where_less_than_half_take_part():

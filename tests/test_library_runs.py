@@ -91,7 +91,7 @@ def test_auto_begins_with_the_mixture_of_the_lowest_loss_and_ends_with_it(small,
     from fedvlm.engines.cohort import CohortEngine
 
     asked, begun = [], []
-    losses, train = CohortEngine._losses, CohortEngine._train
+    losses, train = CohortEngine._validation, CohortEngine._train
 
     def seen(engine, trees, rows):
         found = losses(engine, trees, rows)
@@ -102,7 +102,7 @@ def test_auto_begins_with_the_mixture_of_the_lowest_loss_and_ends_with_it(small,
         begun.append(trees)
         return train(engine, trees, *rest)
 
-    monkeypatch.setattr(CohortEngine, "_losses", seen)
+    monkeypatch.setattr(CohortEngine, "_validation", seen)
     monkeypatch.setattr(CohortEngine, "_train", started)
     tree = settings(small, "auto")
     tree["train"] |= {"rounds": 2, "clients_per_round": 3, "lr": 0.02}

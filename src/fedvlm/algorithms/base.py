@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from fedvlm.tree import Select, Tree
 
@@ -66,6 +66,7 @@ class Phase:
     Attributes:
         trains: takes the names of the factors that are trained; the others are constant.
         steps: optimizer steps, or None for the length that ``train`` in the config says.
+        resumes: goes on with the optimizer of the phase before, which trained the same factors.
         begin: ``(down, mine, now) -> tree``: the adapter that this phase begins with; None goes on
             with the one that the phase before has left.
         terms: extra gradients, added before clipping.
@@ -75,9 +76,23 @@ class Phase:
 
     trains: Select
     steps: int | None = None
+    resumes: bool = False
     begin: Callable[[Tree, Tree, Tree], Tree] | None = None
     terms: tuple[Term, ...] = ()
     mask: Callable[[str, Tensor], Tensor] | None = None
+
+
+class Validation(NamedTuple):
+    """What an adapter is worth on a client's validation rows; the lower the better.
+
+    Attributes:
+        loss: in nats a token, or DPO's.
+        wrong: the share of the answers' tokens that are not the likeliest, or of pairs whose
+            rejected answer is preferred.
+    """
+
+    loss: float
+    wrong: float
 
 
 @dataclass(frozen=True)
@@ -89,8 +104,10 @@ class Work:
         mine: what it kept before.
         ends: its whole adapter after each phase; the last one is its model.
         start: its adapter before the first phase.
-        scores: the losses on the client's validation rows of the adapters that the algorithm has
-            ``tried``; empty without such rows.
+        chosen: the place among the algorithm's ``options`` of the one that it began with; None
+            where ``start`` decided.
+        scores: on the client's validation rows, of the adapters that the algorithm has ``tried``;
+            empty without such rows.
         paths: of each phase, the sum of the learning rates of all steps, by factor (A, B).
     """
 
@@ -99,7 +116,8 @@ class Work:
     ends: tuple[Tree, ...]
     paths: tuple[Mapping[str, float], ...] = ()
     start: Tree = field(default_factory=dict)
-    scores: tuple[float, ...] = ()
+    chosen: int | None = None
+    scores: tuple[Validation, ...] = ()
 
     @property
     def end(self) -> Tree:
@@ -130,7 +148,7 @@ class Algorithm:
         options: ``(adapter, down, mine) -> trees``; client: what it chooses from in place of
             ``start``: the adapter with the lowest loss on its validation rows. Without such rows,
             and with fewer than two of them, ``start`` decides.
-        tried: ``(work) -> trees``; client: the adapters whose validation losses ``finish`` needs; a
+        tried: ``(work) -> trees``; client: the adapters whose validation scores ``finish`` needs; a
             client's model is then what ``start`` makes of what it keeps.
     """
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
 
-from fedvlm.algorithms.base import Algorithm, Phase, State, Work
+from fedvlm.algorithms.base import Algorithm, Phase, State, Validation, Work
 from fedvlm.tree import Mean, Select, Tree, factor, module, split, step
 
 IAT = {"part:language": "A", "": "B"}
@@ -111,30 +111,39 @@ def means_and_points(work: Work) -> list[Tree]:
     return [*averaged(work), *work.ends]
 
 
+def lowest_loss(work: Work, found: Validation) -> tuple[float, ...]:
+    """What :func:`stopped` goes by unless told otherwise."""
+    return (found.loss,)
+
+
 def stopped(
     algorithm: Algorithm,
     steps: int,
     checks: int,
     tried: Callable[[Work], Sequence[Tree]] = reached,
     trains: Select = everything,
+    *,
+    merit: Callable[[Work, Validation], tuple[float, ...]] = lowest_loss,
+    resumes: bool = False,
 ) -> Algorithm:
     """``algorithm``, then local tuning of all factors, or of those it ``trains``, that stops early.
 
-    It goes on for ``steps`` in ``checks`` stretches, each with an optimizer of its own, and keeps
-    of those ``tried`` the adapter of the lowest validation loss; the last, without such rows.
+    It goes on for ``steps`` in ``checks`` stretches, each with an optimizer of its own unless it
+    ``resumes`` that of the one before, and keeps of those ``tried`` the adapter of the lowest
+    ``merit`` on validation rows; the last, without such rows.
     """
     whole, rest = divmod(steps, checks)
     lengths = [whole + (n < rest) for n in range(checks)]
 
     def best(work: Work) -> Tree:
-        lowest = min(range(len(work.scores)), key=work.scores.__getitem__, default=-1)
-        return dict(tried(work)[lowest])
+        merits = [merit(work, found) for found in work.scores]
+        return dict(tried(work)[min(range(len(merits)), key=merits.__getitem__, default=-1)])
 
     tuning = tuned(algorithm, steps).final
     assert tuning is not None
     last = replace(
         tuning,
-        phases=tuple(Phase(trains, steps=n) for n in lengths if n),
+        phases=tuple(Phase(trains, steps=n, resumes=resumes) for n in lengths if n),
         finish=lambda work: ({}, split(best(work), trains)[0]),
         tried=tried,
     )

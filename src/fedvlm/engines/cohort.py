@@ -18,12 +18,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedvlm.algorithms import Phase
+from fedvlm.algorithms import Phase, Validation
 from fedvlm.data.prompts import Features
 from fedvlm.engines.base import Answer, Task
 from fedvlm.engines.extras import Extras
 from fedvlm.engines.memory import clients_in_a_pass, kept_for_backward
-from fedvlm.engines.reference import ReferenceEngine, make_optimizer, pieces
+from fedvlm.engines.reference import ReferenceEngine, make_optimizer, pieces, summed
 from fedvlm.models.cohort import Ragged, Stack
 from fedvlm.models.frozen import ImageFeatures
 from fedvlm.models.objectives import Terms
@@ -57,6 +57,7 @@ class CohortEngine(ReferenceEngine):
         self.model.train()
         losses: list[list[Tensor]] = [[] for _ in tasks]
         ends: list[list[Tree]] = [[] for _ in tasks]
+        optimizer = None
         for number, phase in enumerate(phases):
             if phase.begin:
                 begun = [
@@ -64,7 +65,7 @@ class CohortEngine(ReferenceEngine):
                     for task, mine, now in zip(tasks, mines, self.stack.trees(), strict=True)
                 ]
                 self.stack.load(begun, self.device)
-            self._phase(phase, number, tasks, mines, losses)
+            optimizer = self._phase(phase, number, tasks, mines, losses, optimizer)
             for end, tree in zip(ends, self.stack.trees(), strict=True):
                 end.append(tree)
         means = [torch.stack(found).mean().item() for found in losses]
@@ -77,12 +78,16 @@ class CohortEngine(ReferenceEngine):
         tasks: Sequence[Task],
         mines: Sequence[Tree],
         losses: list[list[Tensor]],
-    ) -> None:
+        before: torch.optim.Optimizer | None,
+    ) -> torch.optim.Optimizer:
+        """Trains the clients of a pass in one phase; its optimizer, after the one ``before``."""
         settings, params = self.config.train, self.stack.params
         trained = {n: p for n, p in params.items() if phase.trains(n)}
         for name, p in params.items():
             p.requires_grad_(name in trained)
-        optimizer = make_optimizer(trained, settings, settings.rate_scale(tasks[0].round))
+        optimizer = before if phase.resumes else None
+        if optimizer is None:
+            optimizer = make_optimizer(trained, settings, settings.rate_scale(tasks[0].round))
         clients = [(task.down, mine) for task, mine in zip(tasks, mines, strict=True)]
         extras = Extras(phase, clients, trained)
         seeds = [(self.config.seed, t.round, t.client, number) for t in tasks]
@@ -110,6 +115,7 @@ class CohortEngine(ReferenceEngine):
                     trained[name][done] = ended
             for k, loss in zip(active, found, strict=True):
                 losses[k].append(loss)
+        return optimizer
 
     def _backward(
         self, drawn: Batches, following: Batches | None, streams: Streams
@@ -164,23 +170,19 @@ class CohortEngine(ReferenceEngine):
         with streams.of(client):
             return self._backward_rows(rows, weight)
 
-    def _losses(self, trees: Sequence[Tree], rows: np.ndarray) -> list[float]:
+    def _validation(self, trees: Sequence[Tree], rows: np.ndarray) -> list[Validation]:
         """Adapters beside one another, as clients with the same rows."""
         share = max(1, self.config.eval.batch_size // len(trees))
         if len(trees) == 1 or not self._side_by_side({0: rows}):
-            return super()._losses(trees, rows)
+            return super()._validation(trees, rows)
         self.stack.load(trees, self.device)
         self.stack.activate(range(len(trees)))
         try:
             parts = [self._terms(np.tile(part, len(trees))) for part in pieces(rows, share)]
         except Ragged:
             self._packed = True
-            return super()._losses(trees, rows)
-        loss, weight = (
-            torch.cat([getattr(t, n).view(len(trees), -1) for t in parts], 1).sum(1)
-            for n in ("loss", "weight")
-        )
-        return (loss / weight).tolist()
+            return super()._validation(trees, rows)
+        return summed(parts, len(trees))
 
     def _put(self, tree: Tree) -> None:
         self.stack.load([tree], self.device)

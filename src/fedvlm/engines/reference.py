@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedvlm.algorithms import Algorithm, Phase, Work
+from fedvlm.algorithms import Algorithm, Phase, Validation, Work
 from fedvlm.data.collate import Collator
 from fedvlm.data.partition import Partition
 from fedvlm.engines.base import Answer, Models, Reply, Scores, Task
@@ -80,20 +80,23 @@ class ReferenceEngine:
             for task in group:
                 self.forms.check_download(algorithm, task.client, task.down)
             mines = self.store.personal([task.client for task in group])
-            trees = self._begun(algorithm, {task.client: task.down for task in group}, mines)
-            ended = self._train(trees, mines, algorithm.phases, group)
+            begun = [
+                self._begun(algorithm, task.client, task.down, mine)
+                for task, mine in zip(group, mines, strict=True)
+            ]
+            ended = self._train([tree for tree, _ in begun], mines, algorithm.phases, group)
             replies, kept = [], {}
-            for task, mine, begun, (ends, loss) in zip(group, mines, trees, ended, strict=True):
+            for task, mine, began, (ends, loss) in zip(group, mines, begun, ended, strict=True):
                 self._check_finite(task, ends[-1], loss)
                 paths = tuple(self._path(phase, task) for phase in algorithm.phases)
-                work = Work(task.down, mine, tuple(ends), paths, begun)
+                work = Work(task.down, mine, tuple(ends), paths, *began)
                 if algorithm.tried:
                     scores = self._validated(task.client, algorithm.tried(work))
                     work = replace(work, scores=scores)
                 upload, kept[task.client] = algorithm.finish(work)
                 weight, end = len(self.partition.splits[task.client].train), ends[-1]
                 if algorithm.tried:
-                    (end,) = self._begun(algorithm, {task.client: task.down}, [kept[task.client]])
+                    end, _ = self._begun(algorithm, task.client, task.down, kept[task.client])
                 if task.rated:
                     self.ended[task.client] = end
                 replies.append(Reply(task.client, upload, weight, loss))
@@ -123,22 +126,21 @@ class ReferenceEngine:
                 yield client, tree
         else:
             while group := dict(itertools.islice(downs, self.width)):
-                mines = self.store.personal(list(group))
-                yield from zip(group, self._begun(algorithm, group, mines), strict=True)
+                for (client, down), mine in zip(
+                    group.items(), self.store.personal(list(group)), strict=True
+                ):
+                    yield client, self._begun(algorithm, client, down, mine)[0]
 
     def _begun(
-        self, algorithm: Algorithm, downs: Mapping[str, Tree], mines: Sequence[Tree]
-    ) -> list[Tree]:
-        """What each client makes of its download and what it keeps."""
-        found = []
-        for (client, down), mine in zip(downs.items(), mines, strict=True):
-            options = algorithm.options(self.adapter, down, mine) if algorithm.options else ()
-            losses = self._validated(client, options) if len(options) > 1 else ()
-            if losses:
-                found.append(options[min(range(len(losses)), key=losses.__getitem__)])
-            else:
-                found.append(algorithm.start(self.adapter, down, mine))
-        return found
+        self, algorithm: Algorithm, client: str, down: Tree, mine: Tree
+    ) -> tuple[Tree, int | None]:
+        """What a client makes of its download and what it keeps; its place among the options."""
+        options = algorithm.options(self.adapter, down, mine) if algorithm.options else ()
+        scores = self._validated(client, options) if len(options) > 1 else ()
+        if not scores:
+            return algorithm.start(self.adapter, down, mine), None
+        best = min(range(len(scores)), key=scores.__getitem__)
+        return options[best], best
 
     def evaluate(self, models: Iterable[tuple[str, Tree]]) -> dict[str, Scores]:
         return {client: average(found) for client, found in self.answers(models).items()}
@@ -203,6 +205,7 @@ class ReferenceEngine:
         self.model.train()
         losses: list[torch.Tensor] = []
         ends: list[Tree] = []
+        optimizer: torch.optim.Optimizer | None = None
         for number, phase in enumerate(phases):
             if phase.begin:
                 lora.write(self.params, phase.begin(task.down, mine, lora.read(self.params)))
@@ -211,7 +214,8 @@ class ReferenceEngine:
             trained = {n: p for n, p in self.params.items() if phase.trains(n)}
             for name, p in self.params.items():
                 p.requires_grad_(name in trained)
-            optimizer = make_optimizer(trained, settings, settings.rate_scale(task.round))
+            if optimizer is None or not phase.resumes:
+                optimizer = make_optimizer(trained, settings, settings.rate_scale(task.round))
             extras = Extras(phase, [(task.down, mine)], trained)
             steps = phase.steps or settings.steps(len(rows))
             for batch in self._batches(rows, steps, seed):
@@ -253,20 +257,19 @@ class ReferenceEngine:
         return sum(self.objective.weight(self.collator.features(int(i))) for i in rows)
 
     @torch.no_grad()
-    def _validated(self, client: str, trees: Sequence[Tree]) -> tuple[float, ...]:
-        """The loss of some adapters on a client's validation rows, if it has any."""
+    def _validated(self, client: str, trees: Sequence[Tree]) -> tuple[Validation, ...]:
+        """The scores of some adapters on a client's validation rows, if it has any."""
         rows = self.partition.splits[client].val
         self.model.eval()
-        return tuple(self._losses(trees, rows)) if len(rows) and trees else ()
+        return tuple(self._validation(trees, rows)) if len(rows) and trees else ()
 
-    def _losses(self, trees: Sequence[Tree], rows: np.ndarray) -> list[float]:
-        """The mean loss of each adapter on some rows."""
+    def _validation(self, trees: Sequence[Tree], rows: np.ndarray) -> list[Validation]:
+        """The mean loss and the errors of each adapter on some rows."""
         found = []
         for tree in trees:
             self._put(tree)
             terms = [self._terms(batch) for batch in pieces(rows, self.config.eval.batch_size)]
-            loss, weight = (torch.cat([getattr(t, n) for t in terms]) for n in ("loss", "weight"))
-            found.append((loss.sum() / weight.sum()).item())
+            found += summed(terms, 1)
         return found
 
     def _put(self, tree: Tree) -> None:
@@ -325,6 +328,16 @@ def pieces(rows: np.ndarray, size: int | None) -> list[np.ndarray]:
     """The rows in order, ``size`` at a time; None: all at once."""
     size = size or len(rows)
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def summed(terms: Sequence[objectives.Terms], models: int) -> list[Validation]:
+    """Scores from batches in which some models have as many rows each, one model after another."""
+    loss, wrong, weight = (
+        torch.cat([getattr(t, n).view(models, -1) for t in terms], 1).sum(1)
+        for n in ("loss", "wrong", "weight")
+    )
+    pairs = zip((loss / weight).tolist(), (wrong / weight).tolist(), strict=True)
+    return [Validation(*pair) for pair in pairs]
 
 
 def _text(value: Any) -> str | None:

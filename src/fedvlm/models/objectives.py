@@ -37,11 +37,14 @@ class Terms:
     Attributes:
         loss: summed over what an example is weighted by ``[examples]``.
         weight: answer tokens (SFT) or 1 (DPO) ``[examples]``.
+        wrong: how much of the weight is wrong ``[examples]``: tokens that are not the likeliest
+            after the right ones before them, or a pair whose rejected answer is preferred.
         metrics: further scores ``[examples]``, such as the reward margin.
     """
 
     loss: Tensor
     weight: Tensor
+    wrong: Tensor
     metrics: dict[str, Tensor]
 
     def mean(self) -> Tensor:
@@ -72,8 +75,7 @@ def build(config: ObjectiveConfig) -> Objective:
 
 def sft_terms(model: Any, batch: Batch) -> Terms:
     """Negative log-likelihood of the answers, in nats a token."""
-    nll, tokens = answer_nll(model, batch)
-    return Terms(nll, tokens, {})
+    return Terms(*answer_nll(model, batch), {})
 
 
 def dpo_terms(model: Any, batch: Batch, *, kind: str, beta: float, smoothing: float) -> Terms:
@@ -86,9 +88,9 @@ def dpo_terms(model: Any, batch: Batch, *, kind: str, beta: float, smoothing: fl
         beta: inverse temperature of the reward ``beta * log(policy / reference)``; IPO's tau.
         smoothing: probability that a preference is the wrong way round.
     """
-    nll, tokens = answer_nll(model, batch)
+    nll, tokens, _ = answer_nll(model, batch)
     with torch.no_grad(), adapter_off(model):
-        reference, _ = answer_nll(model, batch)
+        reference, *_ = answer_nll(model, batch)
     chosen, rejected = (reference - nll).chunk(2)  # log(policy / reference) of the answers
     if kind == "ipo":
         chosen_tokens, rejected_tokens = tokens.chunk(2)
@@ -100,7 +102,7 @@ def dpo_terms(model: Any, batch: Batch, *, kind: str, beta: float, smoothing: fl
     margin = (beta * (chosen - rejected)).detach()
     right = (margin > 0).float() + 0.5 * (margin == 0).float()  # a tie, as before training: half
     metrics = {"reward_accuracy": right, "reward_margin": margin}
-    return Terms(loss, torch.ones_like(loss), metrics)
+    return Terms(loss, torch.ones_like(loss), 1 - right, metrics)
 
 
 @contextmanager
@@ -126,15 +128,16 @@ OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
 }
 
 
-def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
-    """Negative log-likelihood of the answers, in nats.
+def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Negative log-likelihood of the answers, in nats, and how many of their tokens are wrong.
 
     Args:
         model: decoder-only or encoder-decoder; called without ``labels`` where it is decoder-only.
         batch: the model's inputs and ``labels`` ``[batch, tokens]``, ``-100`` where not scored.
 
     Returns:
-        The sum over each answer's tokens ``[batch]`` and the number of these tokens ``[batch]``.
+        The sum over each answer's tokens, the number of these tokens, and of those among them that
+        are not the likeliest; each ``[batch]``.
     """
     labels = batch["labels"]
     inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -153,11 +156,12 @@ def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor]:
         logits = model(**inputs).logits[:, -labels.shape[1] - 1 : -1]
     scored = labels != IGNORE
     rows, columns = scored.nonzero(as_tuple=True)
-    token_nll = F.cross_entropy(
-        wide(logits[rows, columns]), labels[rows, columns], reduction="none"
-    )
-    nll = token_nll.new_zeros(len(labels)).index_add(0, rows, token_nll)
-    return nll, scored.sum(1)
+    logits, tokens = wide(logits[rows, columns]), labels[rows, columns]
+    token_nll = F.cross_entropy(logits, tokens, reduction="none")
+    missed = (logits.detach().argmax(-1) != tokens).to(token_nll.dtype)
+    zeros = token_nll.new_zeros(len(labels))
+    nll, wrong = zeros.index_add(0, rows, token_nll), zeros.index_add(0, rows, missed)
+    return nll, scored.sum(1), wrong
 
 
 @cache
