@@ -6,7 +6,7 @@ The learning rate of each is chosen by validation, from two rates with one seed,
 of regime: sites that are alike, sites that differ, photographs. What is done is kept in the output
 folder and skipped by the next start, also after kill -9 or with other filters.
 
-    python benchmarks/personalization.py            # 14 cells, 8 algorithms, 5 seeds
+    python benchmarks/personalization.py            # 12 cells, 8 algorithms, 5 seeds
     python benchmarks/personalization.py --small    # a part of it, with the same settings
     python benchmarks/personalization.py --all      # every cell, every algorithm
     python benchmarks/personalization.py --cells mixed-1-80 --algorithms lora,plora --seeds 0,1
