@@ -8,6 +8,7 @@ import subprocess
 import sys
 import time
 from hashlib import sha256
+from importlib.metadata import version
 from pathlib import Path
 
 import numpy as np
@@ -22,6 +23,7 @@ from fedvlm.engines.reference import Length, batches
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.models import lora
 from fedvlm.models.objectives import sft_terms
+from fedvlm.processes import environment
 from fedvlm.progress import Progress
 from fedvlm.seeds import derive
 from fedvlm.tree import digest, factor
@@ -78,6 +80,10 @@ def finished(tmp_path_factory):
 
 def evaluation(results, round_=-1):
     return store.read_lines(results.folder / "metrics.jsonl")[round_]["evaluation"]
+
+
+def test_the_environment_has_the_version_that_is_installed():
+    assert environment()["packages"]["fedvlm"] == version("fedvlm")
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)

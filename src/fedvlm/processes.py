@@ -226,11 +226,13 @@ def environment() -> dict[str, Any]:
 
     import torch
 
-    names = ("fedvlm", "torch", "transformers", "peft", "datasets", "numpy", "safetensors")
+    from fedvlm import __version__
+
+    names = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
     return {
         "python": platform.python_version(),
         "platform": platform.platform(),
-        "packages": {n: version(n) for n in names},
+        "packages": {"fedvlm": __version__, **{n: version(n) for n in names}},
         "processes": size(),
         "threads": torch.get_num_threads(),
         "cuda": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -18,6 +18,7 @@ from typing import Any
 import datasets
 from torch import Tensor
 
+from fedvlm import __version__
 from fedvlm.data.prompts import Features, Prompter
 from fedvlm.data.scenes import cache_folder
 from fedvlm.data.sources import quiet
@@ -101,7 +102,7 @@ def fingerprint(rows: datasets.Dataset, prompter: Prompter, roles: Sequence[str]
         "tokenizer": backend.to_str() if backend else str(sorted(tokenizer.get_vocab().items())),
         "model": [prompter.family, sorted(prompter.ends), prompter.limit, prompter.max_length],
         "roles": list(roles),
-        "versions": [version(name) for name in ("fedvlm", "transformers", "tokenizers", "pillow")],
+        "versions": [__version__, *map(version, ("transformers", "tokenizers", "pillow"))],
     }
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
 
