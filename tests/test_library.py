@@ -7,8 +7,9 @@ from dataclasses import replace
 import pytest
 import torch
 
-from fedvlm.algorithms import NOBODY, Client, Validation, Work
+from fedvlm.algorithms import NOBODY, Client, Work
 from fedvlm.algorithms.auto import auto
+from fedvlm.algorithms.base import Validation
 from fedvlm.algorithms.client_terms import CONTROL, proximal, scaffold
 from fedvlm.algorithms.mixing import apfl, ditto, mixing
 from fedvlm.algorithms.server import late_mean, optimized

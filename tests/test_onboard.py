@@ -14,6 +14,7 @@ import fedvlm
 from fedvlm.after.onboard import _personal, _steps, _tuning
 from fedvlm.after.opened import open_run
 from fedvlm.algorithms import TABLE, Client, Work, build, spare_ranks
+from fedvlm.algorithms.base import Validation
 from fedvlm.errors import FedVLMError
 from fedvlm.models import lora
 from fedvlm.models.load import load_model
@@ -112,9 +113,8 @@ def test_tuning_that_harms_is_not_used():
     tried = [t["m.lora_A.weight"][0, 0].item() for t in tuning.tried(work)]
     assert tried == [0, 0.5, 2, 1.5, pytest.approx(1.2), 1, 1, 5, 0, 0, 0], "means, and points"
     for lowest, expected in ((0, 0.0), (2, 2.0), (7, 5.0)):
-        losses = [3.0] * 11
-        losses[lowest] = 1.0
-        _, mine = tuning.finish(replace(work, scores=tuple(losses)))
+        scores = tuple(Validation(1.0 if k == lowest else 3.0, 0.5) for k in range(11))
+        _, mine = tuning.finish(replace(work, scores=scores))
         assert {n: t.unique().item() for n, t in mine.items()} == {"m.lora_A.weight": expected}
         model = tuning.start(tree(9), {}, mine)
         assert model["m.lora_B.weight"].unique().item() == 0, "the server's"

@@ -8,17 +8,7 @@ from typing import TYPE_CHECKING
 
 from fedvlm.algorithms import mixing as mixes
 from fedvlm.algorithms.auto import auto
-from fedvlm.algorithms.base import (
-    NOBODY,
-    Algorithm,
-    Client,
-    Phase,
-    State,
-    Term,
-    Upload,
-    Validation,
-    Work,
-)
+from fedvlm.algorithms.base import NOBODY, Algorithm, Client, Phase, State, Term, Upload, Work
 from fedvlm.algorithms.client_terms import proximal, scaffold
 from fedvlm.algorithms.compressed import compressed
 from fedvlm.algorithms.dual import fedalt, feddpa, pair
@@ -43,7 +33,6 @@ __all__ = [
     "State",
     "Term",
     "Upload",
-    "Validation",
     "Work",
     "build",
     "check_config",

@@ -18,7 +18,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedvlm.algorithms import Phase, Validation
+from fedvlm.algorithms import Phase
+from fedvlm.algorithms.base import Validation
 from fedvlm.data.prompts import Features
 from fedvlm.engines.base import Answer, Task
 from fedvlm.engines.extras import Extras

@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedvlm.algorithms import Algorithm, Phase, Validation, Work
+from fedvlm.algorithms import Algorithm, Phase, Work
+from fedvlm.algorithms.base import Validation
 from fedvlm.data.collate import Collator
 from fedvlm.data.partition import Partition
 from fedvlm.engines.base import Answer, Models, Reply, Scores, Task
