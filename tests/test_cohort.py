@@ -103,6 +103,7 @@ SETTINGS = {
     "no clipping": ["train.max_grad_norm=null"],
     "dropout": ["lora.dropout=0.2"],
     "preferences": ["objective.name=dpo"],
+    "ipo": ["objective.name=dpo", "objective.loss=ipo"],
     "passes of two": ["engine.clients=2"],
     "sampled cohort": ["train.clients_per_round=2"],
     "rslora on language": ["lora.rslora=true", "lora.target=language"],

@@ -66,7 +66,8 @@ class Phase:
     Attributes:
         trains: takes the names of the factors that are trained; the others are constant.
         steps: optimizer steps, or None for the length that ``train`` in the config says.
-        resumes: goes on with the optimizer of the phase before, which trained the same factors.
+        resumes: goes on with the optimizer of the phase before, which trained the same factors and
+            had ``steps``: clients side by side share an optimizer, which counts steps for all.
         begin: ``(down, mine, now) -> tree``: the adapter that this phase begins with; None goes on
             with the one that the phase before has left.
         terms: extra gradients, added before clipping.
