@@ -8,9 +8,7 @@ precision, where the engines agree to 1e-13; in single precision plain SGD agree
 
 from __future__ import annotations
 
-import errno
 import json
-import os
 import sys
 import weakref
 
@@ -30,9 +28,7 @@ from fedvlm.engines.memory import kept_for_backward
 from fedvlm.engines.reference import ReferenceEngine
 from fedvlm.federate import prepare
 from fedvlm.models.cohort import Ragged
-from fedvlm.models.frozen import ImageFeatures
 from fedvlm.models.load import freeze_statistics
-from fedvlm.models.spool import ALIGN, Spool, leaves, nbytes
 from fedvlm.sections import EngineConfig
 from fedvlm.store import load_tree, read_lines
 from fedvlm.tree import products
@@ -258,55 +254,6 @@ def test_kept_image_features_change_nothing(small, tmp_path, family):
     engine, _, _ = prepare(fedvlm.load_config(small, f"output={tmp_path / 'other'}"))
     assert (engine._images is None) == (family == "git"), "GIT has no image features of its own"
     assert_same(*both(tmp_path, small), tolerance=1e-5)
-
-
-@pytest.mark.parametrize(
-    ("override", "kept"),
-    [("lora.target=language", True), ("engine.cache=0", False), ("lora.target=projector", False)],
-)
-def test_features_are_kept_only_where_lora_does_not_change_them(small, override, kept):
-    small["lora"] |= {"target": "language"}
-    engine, partition, _ = prepare(fedvlm.load_config(small, override))
-    assert (engine._images is not None) == kept
-    if kept:
-        calls = []
-        tower = engine.model.get_submodule("base_model.model.model.vision_model")
-        tower.register_forward_hook(lambda *_: calls.append(1))
-        rows = partition.splits["site-1"].train[:4]
-        engine.stack.activate([0])
-        first = engine._terms(rows).loss
-        assert len(calls) == 4
-        assert engine._terms(rows).loss.tolist() == first.tolist()
-        assert len(calls) == 4
-
-
-def test_rows_beyond_the_memory_are_kept_on_disk_and_beyond_that_computed(small, tmp_path):
-    small["lora"] |= {"target": "language"}
-    engine, partition, _ = prepare(fedvlm.load_config(small, f"output={tmp_path / 'run'}"))
-    rows = [int(row) for row in partition.splits["site-0"].train[:6]]
-    expected = [leaves(engine._images.of(row)) for row in rows]
-    one = nbytes(expected[0])
-    spool = Spool(tmp_path / "not-yet", budget=3 * (one + ALIGN * len(expected[0])))
-    images = ImageFeatures(engine.model, engine.collator.picture, 2 * one, spool)
-    for _ in range(2):
-        for row, values in zip(rows, expected, strict=True):
-            assert all(map(torch.equal, leaves(images.of(row)), values))
-    assert list(images._kept) == rows[:2]
-    assert list(images._places) == rows[2:5]
-    assert list(tmp_path.iterdir()) == [], "the file has no name"
-
-
-def test_a_disk_that_is_full_costs_time_and_nothing_else(tmp_path, monkeypatch):
-    def refuse(*args):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    spool = Spool(tmp_path, budget=10**6)
-    kept = spool.put({"a": [torch.arange(5.0).bfloat16(), torch.empty(0, 3)]})
-    monkeypatch.setattr(os, "pwrite", refuse)
-    assert spool.put({"a": torch.ones(3)}) is None
-    whole, empty = spool.get(kept)["a"]
-    assert torch.equal(whole, torch.arange(5.0).bfloat16())
-    assert empty.shape == (0, 3)
 
 
 def test_a_budget_of_memory_decides_how_many_clients_share_a_pass(small, tmp_path):

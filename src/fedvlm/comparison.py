@@ -77,6 +77,8 @@ def compare(
 def each(work: Work, runs: Mapping[str, Config], jobs: int = 1, tell: Tell | None = None) -> None:
     """Does a piece of work, such as :func:`run_one`, for every run, ``jobs`` at a time.
 
+    Image features that no run changes are computed by the first and handed on, in each process.
+
     Args:
         work: called with a run's name, its settings, and where to tell its rounds; with several
             jobs it is done in other processes, of one thread each, which have to be able to import
@@ -87,8 +89,11 @@ def each(work: Work, runs: Mapping[str, Config], jobs: int = 1, tell: Tell | Non
     """
     tell = tell or (lambda event: None)
     if jobs == 1:
-        for name, c in runs.items():
-            work(name, c, tell)
+        from fedvlm.models.frozen import handed_on
+
+        with handed_on():
+            for name, c in runs.items():
+                work(name, c, tell)
     elif runs:
         _in_processes(work, runs, jobs, tell)
 
@@ -206,6 +211,10 @@ def _one_run() -> None:
 
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
     _ends_with_its_parent()
+
+    from fedvlm.models.frozen import hand_on
+
+    hand_on()
 
 
 def _ends_with_its_parent() -> None:

@@ -27,6 +27,7 @@ from fedvlm.engines.memory import clients_in_a_pass, kept_for_backward
 from fedvlm.engines.reference import ReferenceEngine, make_optimizer, pieces, summed
 from fedvlm.models.cohort import Ragged, Stack
 from fedvlm.models.frozen import ImageFeatures
+from fedvlm.models.load import identity
 from fedvlm.models.objectives import Terms
 from fedvlm.models.spool import Spool
 from fedvlm.seeds import derive
@@ -195,7 +196,8 @@ class CohortEngine(ReferenceEngine):
         if not settings.cache:
             return None
         spool = Spool(self.store.folder, settings.cache_disk * 2**20)
-        images = ImageFeatures(self.model, self.collator.picture, settings.cache * 2**20, spool)
+        inputs, budget = self.collator.picture, settings.cache * 2**20
+        images = ImageFeatures(self.model, inputs, budget, spool, identity(self.config.model))
         self.stack.load([self.adapter], self.device)
         self.stack.activate([0])
         first = int(next(iter(self.partition.splits.values())).train[0])

@@ -161,9 +161,9 @@ class Stack:
         rows = self.copies * self._rows
         if len(x) != rows and (len(x) % (self.copies * self._count) or not self._uniform()):
             raise Ragged(f"{len(x)} entries of {rows} rows that differ in size")
-        split = x.reshape(self.copies, self._count, -1, x.shape[-1])
         if self.copies == 1:
-            return split[0]
+            return x.reshape(self._count, -1, x.shape[-1])
+        split = x.reshape(self.copies, self._count, -1, x.shape[-1])
         return split.transpose(0, 1).reshape(self._count, -1, x.shape[-1])
 
     def unblocks(self, rows: Tensor, shape: Sequence[int]) -> Tensor:

@@ -1,18 +1,20 @@
-"""Frozen image features, computed once for each row's picture and kept.
+"""Frozen image features, computed once for each picture and kept.
 
 Where LoRA is in the language model only, what the vision tower and the projector make of a picture
 never changes. ``get_image_features``, which the models' own forward and generation call, is
-replaced by one that hands out what is kept: in memory up to a budget, then on disk. A row's
+replaced by one that hands out what is kept: in memory up to a budget, then on disk. A picture's
 features are always computed alone, so that they are the same whatever batch asks for them first,
-also after a run was resumed.
+also after a run was resumed, and whichever of several runs does (:func:`handed_on`).
 """
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextvars import ContextVar, Token
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -20,8 +22,35 @@ from torch import Tensor
 
 from fedvlm.models.cohort import StackedLora
 from fedvlm.models.spool import Spool, each, nbytes
+from fedvlm.tree import digest
 
 FIELDS = ("pooler_output", "deepstack_features")  # what the models' forward reads
+
+
+@dataclass
+class Handed:
+    """What a run leaves to the next: of which model, and the features by picture."""
+
+    model: str = ""
+    kept: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+
+_handed: ContextVar[Handed | None] = ContextVar("handed", default=None)
+
+
+def hand_on() -> Token[Handed | None]:
+    """From now on, runs leave their pictures' features to the one that follows."""
+    return _handed.set(Handed())
+
+
+@contextlib.contextmanager
+def handed_on() -> Iterator[None]:
+    """Runs in here leave their pictures' features to the one that follows, the last to none."""
+    token = hand_on()
+    try:
+        yield
+    finally:
+        _handed.reset(token)
 
 
 class ImageFeatures:
@@ -30,8 +59,9 @@ class ImageFeatures:
     Args:
         model: whose LoRA layers are stacked.
         inputs: a row's inputs other than the text ``{name: [1 or patches, ...]}``, on the device.
-        budget: bytes that may be kept in memory.
-        spool: takes what goes beyond; rows that do not fit there are computed every time.
+        budget: bytes that may be kept in memory, with what an earlier run left.
+        spool: takes what goes beyond; pictures that do not fit there are computed every time.
+        source: says what the frozen model is; features of another one are no use.
     """
 
     def __init__(
@@ -40,13 +70,16 @@ class ImageFeatures:
         inputs: Callable[[int], dict[str, Tensor]],
         budget: int,
         spool: Spool | None = None,
+        source: str = "",
     ):
         self._owner = image_side(model)
         self._inputs = inputs
-        self._room = budget
         self._spool = spool
-        self._kept: dict[int, dict[str, Any]] = {}
-        self._places: dict[int, Any] = {}  # of the rows on disk
+        self._kept: dict[str, dict[str, Any]] = {}
+        self._places: dict[str, Any] = {}  # of the pictures on disk
+        self._pictures: dict[int, str] = {}  # of the rows that were seen
+        self._earlier = _taken_over(source, self._kept)
+        self._room = budget - nbytes(self._earlier)
         self._rows: list[int] = []
         if self._owner is not None:
             self._compute = self._owner.get_image_features
@@ -65,13 +98,13 @@ class ImageFeatures:
         layers = [m for m in self._owner.modules() if isinstance(m, StackedLora)]
         hooks = [m.register_forward_hook(lambda m, *_: touched.append(m)) for m in layers]
         try:
-            found = self.of(row)
+            found = self._look(self._inputs(row))
         finally:
             for hook in hooks:
                 hook.remove()
         return not touched and bool(found)
 
-    @contextmanager
+    @contextlib.contextmanager
     def given(self, rows: Sequence[int]) -> Iterator[None]:
         """The model's next calls are on these rows: their pictures are not looked at again."""
         assert self._owner is not None
@@ -82,37 +115,75 @@ class ImageFeatures:
         finally:
             del self._owner.get_image_features
 
-    @torch.no_grad()
     def of(self, row: int) -> dict[str, Any]:
         """One row's features by field; empty where the model's output is of an unknown form."""
-        if row in self._kept:
-            return self._kept[row]
+        picture = self._pictures.get(row)
+        if picture in self._kept:
+            return self._kept[picture]
         inputs = self._inputs(row)
-        if row in self._places and self._spool is not None:
+        picture = self._pictures[row] = picture or digest(inputs)
+        if picture in self._places and self._spool is not None:
             device = next(iter(inputs.values())).device
-            return each(self._spool.get(self._places[row]), lambda t: t.to(device))
-        assert self._owner is not None
-        training = self._owner.training
-        self._owner.eval()
-        out = self._compute(**{n: inputs[n] for n in self._takes if n in inputs})
-        self._owner.train(training)
-        self._kind = type(out)
-        found = {f: out[f] for f in FIELDS if isinstance(out, dict) and out.get(f) is not None}
-        if nbytes(found) <= self._room:
-            self._room -= nbytes(found)
-            self._kept[row] = found
-        elif self._spool and (places := self._spool.put(found)) is not None:
-            self._places[row] = places
+            return each(self._spool.get(self._places[picture]), lambda t: t.to(device))
+        if picture in self._earlier:
+            self._kept[picture] = self._earlier.pop(picture)
+        if picture in self._kept:  # of another row
+            return self._kept[picture]
+        found = self._look(inputs)
+        self._keep(picture, found)
         return found
 
+    @torch.no_grad()
+    def _look(self, inputs: dict[str, Tensor]) -> dict[str, Any]:
+        with self._evaluating():
+            out = self._compute(**{n: inputs[n] for n in self._takes if n in inputs})
+        self._kind = type(out)
+        return {f: out[f] for f in FIELDS if isinstance(out, dict) and out.get(f) is not None}
+
+    @contextlib.contextmanager
+    def _evaluating(self) -> Iterator[None]:
+        """The image side in evaluation mode, for one picture or many: switching takes a while."""
+        assert self._owner is not None
+        training = self._owner.training
+        if training:
+            self._owner.eval()
+        try:
+            yield
+        finally:
+            if training:
+                self._owner.train()
+
+    def _keep(self, picture: str, found: dict[str, Any]) -> None:
+        size = nbytes(found)
+        if size > self._room:
+            self._room += nbytes(self._earlier)
+            self._earlier.clear()
+        if size <= self._room:
+            self._room -= size
+            self._kept[picture] = found
+        elif self._spool and (places := self._spool.put(found)) is not None:
+            self._places[picture] = places
+
     def _hand_out(self) -> Any:
-        rows = [self.of(row) for row in self._rows]
+        known = all(self._pictures.get(row) in self._kept for row in self._rows)
+        with contextlib.nullcontext() if known else self._evaluating():
+            rows = [self.of(row) for row in self._rows]
         out = self._kind()  # its other fields are None: nothing reads them
         for name in rows[0]:
             values = [row[name] for row in rows]
             layered = name == "deepstack_features"
             out[name] = [join(v) for v in zip(*values, strict=True)] if layered else join(values)
         return out
+
+
+def _taken_over(model: str, kept: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """What an earlier run kept of this model's pictures; ``kept`` is what the next one gets."""
+    handed = _handed.get()
+    if handed is None:
+        return {}
+    earlier = handed.kept if handed.model == model else {}
+    handed.model, handed.kept = model, kept
+    return earlier
 
 
 def join(values: Sequence[Any]) -> Any:

@@ -257,6 +257,14 @@ def locate(name: str) -> tuple[str, bool]:
     return name, False
 
 
+def identity(config: ModelConfig) -> str:
+    """What decides the frozen model: its settings and, of a local one, its files as they are."""
+    source, local = locate(config.name)
+    files = sorted(Path(source).iterdir()) if local else []
+    stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
+    return f"{config.model_dump_json()} {source} {stats}"
+
+
 def pick_device(name: str) -> torch.device:
     """``auto`` is this process's GPU, else the CPU.
 
