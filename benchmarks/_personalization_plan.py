@@ -186,7 +186,7 @@ def seconds(todo: Iterable[Job], done: Iterable[tuple[Job, float]]) -> float:
 
 
 def _alike(job: Job) -> tuple[str, bool]:
-    return job.cell.name, job.tunes
+    return job.cell.base.name, job.tunes
 
 
 def number_of_runs(form: Form) -> tuple[int, int]:

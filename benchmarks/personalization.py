@@ -44,6 +44,7 @@ import _personalization_record as record
 import _personalization_targets as targets
 from _common import ROOT
 from _personalization_runs import Job, do, read
+from fedvlm import store as stores
 from fedvlm.errors import FedVLMError
 from fedvlm.report.series import mean
 from fedvlm.store import write_text
@@ -166,7 +167,8 @@ def _announce(form: plans.Form, whole: plans.Form, output: Path, jobs: int) -> N
 
 
 def _time(todo: Sequence[Job], taken: Sequence[tuple[Job, float]], jobs: int) -> str:
-    minutes = plans.seconds([job for job in todo if not job.joins], taken) / 60 / jobs
+    trained = {j.folder: j for j in todo if not j.joins or not stores.is_run(j.folder)}
+    minutes = plans.seconds(trained.values(), taken) / 60 / jobs
     joins = sum(job.joins for job in todo)
     time = f"{minutes / 60:.1f} hours" if minutes > 120 else f"{minutes:.0f} minutes"
     also = f", and {joins} times clients that join" if joins else ""

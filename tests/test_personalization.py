@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
 from pathlib import Path
@@ -77,6 +78,16 @@ def test_time_is_estimated_from_runs_of_the_same_cell_else_from_all(tmp_path):
     expected = 30.0 * other.steps / known.steps
     assert plans.seconds([other], [(known, 30.0)]) == pytest.approx(expected)
     assert plans.seconds([known], []) == plans.SECONDS_A_STEP * known.steps
+
+
+def test_the_estimate_counts_a_run_that_has_to_be_trained_for_clients_to_join_it(tmp_path):
+    base = Job(Cell("mixed", 1.0, 80), "lora", 0.01, 0, tmp_path / "run", {})
+    joins = dataclasses.replace(base, cell=Cell("joined-mixed", 1.0, 80))
+    alone = personalization._time([joins], [(base, 120.0)], 1)
+    assert alone == "about 2 minutes with 1 at a time, and 1 times clients that join"
+    assert personalization._time([base, joins], [(base, 120.0)], 1) == alone, "once"
+    store.write_text(base.folder / store.CONFIG, dump(base.config))
+    assert personalization._time([joins], [], 1).startswith("about 0 minutes")
 
 
 # Fake runs: they write what a run writes, and cost nothing.
