@@ -58,7 +58,7 @@ def our_logits(run, client, picture):
     """The logits of the run's own model for the same picture and text."""
     opened = open_run(run)
     tree = load_tree(opened.adapter_folder(client) / "adapter_model.safetensors")
-    model, processor = opened.write(tree), opened.base.processor
+    model, processor = opened.write(tree).cpu(), opened.base.processor
     image = Image.open(picture).convert("RGB")
     inputs = processor(text=["<image>What is it?"], images=[[image]], return_tensors="pt")
     with torch.no_grad():

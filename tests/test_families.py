@@ -239,5 +239,5 @@ def test_export(family):
     answers = [a for a in results.answers() if a["client"] == "site-1"]
     rows = [a["row"] for a in answers]
     batches = Collator(load_rows(config.data), load_model(ModelConfig(name=str(merged))))
-    texts = greedy(model, batches.prompts(rows), batches.tokenizer, 4)
+    texts = greedy(model.to(batches.device), batches.prompts(rows), batches.tokenizer, 4)
     assert texts == [a["prediction"] for a in answers]

@@ -159,8 +159,9 @@ def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     logits, tokens = wide(logits[rows, columns]), labels[rows, columns]
     token_nll = F.cross_entropy(logits, tokens, reduction="none")
     missed = (logits.detach().argmax(-1) != tokens).to(token_nll.dtype)
-    zeros = token_nll.new_zeros(len(labels))
-    nll, wrong = zeros.index_add(0, rows, token_nll), zeros.index_add(0, rows, missed)
+    # Not by `index_add`, which sums in another order each time on a GPU.
+    zeros = token_nll.new_zeros(labels.shape)
+    nll, wrong = (zeros.index_put((rows, columns), t).sum(1) for t in (token_nll, missed))
     return nll, scored.sum(1), wrong
 
 
