@@ -57,7 +57,9 @@ def read_rates(output: Path) -> dict[tuple[str, str], float]:
 
 
 def keep_rates(output: Path, rates: Rates) -> None:
-    """Notes the rates that are chosen now."""
+    """Notes the rates that are chosen now; where these are known, nothing is written."""
+    if rates == read_rates(output):
+        return
     tree: dict[str, dict[str, float]] = {}
     for (kind, name), rate in sorted(rates.items()):
         tree.setdefault(kind, {})[name] = rate

@@ -210,6 +210,10 @@ def test_what_is_published_is_added_to_and_not_run_again(fake, tmp_path):
     assert len(file.read_text().splitlines()) == 1 + 4 + 1
     assert record.unpack(file, there) == 0
     assert {a for _, a in record.read_rates(there)} == {"lora", "plora"}, "as they were chosen"
+    file = there / record.RATES
+    written = file.stat().st_ino
+    record.keep_rates(there, record.read_rates(there))
+    assert file.stat().st_ino == written, "several processes may work in one folder"
 
 
 def test_clients_join_a_run_of_which_only_the_numbers_are_there(fake, tmp_path, monkeypatch):
