@@ -12,6 +12,7 @@ from fedvlm.report.series import mean, standard_error
 Row = Mapping[str, Any]
 Scores = dict[Cell, dict[str, dict[int, float]]]
 PERSONAL = ("personal", "after")
+ENOUGH = 3  # seeds of a cell that is judged: one has no spread, and that of two is hardly known
 
 
 def scores(rows: Iterable[Row], column: str = "mean", of: tuple[str, str] = PERSONAL) -> Scores:
@@ -19,7 +20,7 @@ def scores(rows: Iterable[Row], column: str = "mean", of: tuple[str, str] = PERS
     found: Scores = {}
     for row in rows:
         if (row["model"], row["when"]) == of and row[column] is not None:
-            cell = Cell(row["regime"], row["strength"], row["rows_per_client"])
+            cell = Cell(*_place(row))
             found.setdefault(cell, {}).setdefault(row["algorithm"], {})[row["seed"]] = row[column]
     return found
 
@@ -33,6 +34,23 @@ def ranked(found: Mapping[Any, Mapping[str, Any]]) -> list[str]:
 def main(rows: Sequence[Row]) -> list[Row]:
     """The rows of the algorithms that are run in all cells; all rows, where none of these was."""
     return [row for row in rows if row["algorithm"] in MAIN["algorithms"]] or list(rows)
+
+
+def judged(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows of the cells with enough seeds to be judged, and the others'.
+
+    Where no cell has enough, all are judged.
+    """
+    seeds: dict[Any, set[int]] = {}
+    for row in rows:
+        seeds.setdefault(_place(row), set()).add(row["seed"])
+    enough = [row for row in rows if len(seeds[_place(row)]) >= ENOUGH]
+    few = [row for row in rows if len(seeds[_place(row)]) < ENOUGH]
+    return (enough, few) if enough else (few, [])
+
+
+def _place(row: Row) -> tuple[Any, ...]:
+    return row["regime"], row["strength"], row["rows_per_client"]
 
 
 def overview(rows: Sequence[Row]) -> str:

@@ -256,14 +256,17 @@ def _list(words: Any) -> str:
 def written(rows: Sequence[dict[str, Any]], state: str, rates: Any, images: str) -> str:
     """The part of the page that is written from the results."""
     some = pages.main(rows)
+    enough, few = pages.judged(some)
+    apart = ["### Cells with one or two seeds, not counted above", pages.overview(few)]
     return "\n\n".join(
         [
             state,
             f"![Algorithms by cells]({images}/personalization-overview.png)",
             "## Overview",
-            pages.overview(some),
+            pages.overview(enough),
+            *(apart if few else []),
             f"## What `{targets.DEFAULT}` was to reach",
-            targets.targets(some),
+            targets.targets(enough),
             "## What pays",
             pages.pays(some),
             "## All algorithms",

@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import _personalization_pages as pages
 import _personalization_ranks as ranking
 import _personalization_targets as targets
+import personalization
 
 # Ranks
 
@@ -111,6 +112,19 @@ def test_the_tables_show_the_best_and_leave_pooled_rows_out_of_the_ranks():
     assert "| `centralized` | 90.0 ± 0.0 |" in pages.regimes(rows)
     assert "| mixed-1-24 | 2 |  | 25.0 | 55.0 (`plora`) | no | yes |" in pages.pays(rows)
     assert "| `plora` | 2 | 55.0 ± 5.0 |" in pages.details(rows)
+
+
+def test_a_cell_is_judged_where_it_has_three_seeds_or_no_cell_has():
+    few = rows_of({"lora": (0.9, 0.9), "auto": (0.1, 0.1)}, "label")
+    enough = rows_of({"lora": (0.1, 0.2, 0.3), "auto": (0.2, 0.3, 0.4)})
+    assert pages.judged(few) == (few, [])
+    assert pages.judged(few + enough) == (enough, few)
+    text = personalization.written(few + enough, "state", {}, ".")
+    assert "| `auto` | 1.00 | 1 of 1 | 30.0 |" in text
+    assert "### Cells with one or two seeds, not counted above" in text
+    assert "| `lora` | 1.00 | 1 of 1 | 90.0 |" in text
+    assert "yes: 1 of 1 cells |" in text
+    assert "not counted" not in personalization.written(enough, "state", {}, ".")
 
 
 def test_algorithms_that_were_run_in_few_cells_have_a_table_of_their_own_by_common_seeds():
