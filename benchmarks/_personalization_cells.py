@@ -107,8 +107,8 @@ MAIN = {
     "algorithms": ("auto", "plora", "lora", "fedsa", "local", "lora+ft", "lora+es", "mix"),
     "seeds": tuple(range(SEEDS)),
 }
-"""What is run unless asked otherwise: two and a half to three and a half hours on two cores, by how
-busy they are; all of it takes seven times as long."""
+"""What is run unless asked otherwise: two to four hours on two cores, by the machine and
+how busy it is; all of it takes seven times as long."""
 
 SMALL = {
     "cells": ("iid-0-80", "mixed-1-80"),

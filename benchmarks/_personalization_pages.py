@@ -41,12 +41,25 @@ def judged(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
     Where no cell has enough, all are judged.
     """
-    seeds: dict[Any, set[int]] = {}
-    for row in rows:
-        seeds.setdefault(_place(row), set()).add(row["seed"])
-    enough = [row for row in rows if len(seeds[_place(row)]) >= ENOUGH]
-    few = [row for row in rows if len(seeds[_place(row)]) < ENOUGH]
+    number = _seeds(rows)
+    enough = [row for row in rows if number[_place(row)] >= ENOUGH]
+    few = [row for row in rows if number[_place(row)] < ENOUGH]
     return (enough, few) if enough else (few, [])
+
+
+def seeds(rows: Sequence[Row]) -> str:
+    """How many seeds the cells have, in words."""
+    number = _seeds(rows).values()
+    least, most = min(number), max(number)
+    range_ = f"{least} to {most}" if least < most else f"{most}"
+    return f"{range_} seed{'s' if most > 1 else ''}"
+
+
+def _seeds(rows: Sequence[Row]) -> dict[Any, int]:
+    found: dict[Any, set[int]] = {}
+    for row in rows:
+        found.setdefault(_place(row), set()).add(row["seed"])
+    return {place: len(those) for place, those in found.items()}
 
 
 def _place(row: Row) -> tuple[Any, ...]:

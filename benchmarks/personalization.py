@@ -206,10 +206,8 @@ def _write(whole: plans.Form, output: Path, publish: bool) -> None:
     rates = plans.chosen(whole, output)
     state = stated(done, todo, 2 * len(record.read_rates(output)))
     images = PAGE.parent / "images" if publish else output
-    seeds = len({row["seed"] for row in rows})
     part = ", a part of all that there is" if todo else ""
-    title = f"Personalization{part}: {seeds} seed{'s' if seeds > 1 else ''}"
-    figures.draw(pages.main(rows), images, title)
+    figures.draw(pages.main(rows), images, f"Personalization{part}: {pages.seeds(rows)}")
     text = written(rows, state, rates, "images" if publish else ".")
     write_text(
         results / "personalization.md", f"# Personalization\n\n{state}\n\n{pages.details(rows)}\n"

@@ -119,6 +119,8 @@ def test_a_cell_is_judged_where_it_has_three_seeds_or_no_cell_has():
     enough = rows_of({"lora": (0.1, 0.2, 0.3), "auto": (0.2, 0.3, 0.4)})
     assert pages.judged(few) == (few, [])
     assert pages.judged(few + enough) == (enough, few)
+    assert pages.seeds(few + enough) == "2 to 3 seeds"
+    assert pages.seeds(rows_of({"lora": (0.1,)})) == "1 seed"
     text = personalization.written(few + enough, "state", {}, ".")
     assert "| `auto` | 1.00 | 1 of 1 | 30.0 |" in text
     assert "### Cells with one or two seeds, not counted above" in text
