@@ -20,8 +20,8 @@ def scores(rows: Iterable[Row], column: str = "mean", of: tuple[str, str] = PERS
     found: Scores = {}
     for row in rows:
         if (row["model"], row["when"]) == of and row[column] is not None:
-            cell = Cell(*_place(row))
-            found.setdefault(cell, {}).setdefault(row["algorithm"], {})[row["seed"]] = row[column]
+            by_seed = found.setdefault(_place(row), {}).setdefault(row["algorithm"], {})
+            by_seed[row["seed"]] = row[column]
     return found
 
 
@@ -55,15 +55,15 @@ def seeds(rows: Sequence[Row]) -> str:
     return f"{range_} seed{'s' if most > 1 else ''}"
 
 
-def _seeds(rows: Sequence[Row]) -> dict[Any, int]:
-    found: dict[Any, set[int]] = {}
+def _seeds(rows: Sequence[Row]) -> dict[Cell, int]:
+    found: dict[Cell, set[int]] = {}
     for row in rows:
         found.setdefault(_place(row), set()).add(row["seed"])
-    return {place: len(those) for place, those in found.items()}
+    return {cell: len(those) for cell, those in found.items()}
 
 
-def _place(row: Row) -> tuple[Any, ...]:
-    return row["regime"], row["strength"], row["rows_per_client"]
+def _place(row: Row) -> Cell:
+    return Cell(row["regime"], row["strength"], row["rows_per_client"])
 
 
 def overview(rows: Sequence[Row]) -> str:

@@ -213,7 +213,7 @@ def test_what_is_published_is_added_to_and_not_run_again(fake, tmp_path):
     file = there / record.RATES
     written = file.stat().st_ino
     record.keep_rates(there, record.read_rates(there))
-    assert file.stat().st_ino == written, "several processes may work in one folder"
+    assert file.stat().st_ino == written, "nothing new: another process may be writing"
 
 
 def test_clients_join_a_run_of_which_only_the_numbers_are_there(fake, tmp_path, monkeypatch):
