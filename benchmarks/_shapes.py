@@ -17,14 +17,14 @@ import torch
 import transformers as hf
 
 import fedvlm
-from fedvlm.data.collate import Collator
+from fedvlm.batches.collate import Collator
+from fedvlm.batches.prompts import Features
 from fedvlm.data.partition import Split
-from fedvlm.data.prompts import Features
-from fedvlm.engines import engine_class
+from fedvlm.engines.choice import engine_class
 from fedvlm.engines.reference import ReferenceEngine
 from fedvlm.models.load import quiet_transformers, without_dropout
 from fedvlm.models.lora import attach, drop_dead
-from fedvlm.store import Store
+from fedvlm.store.run import Store
 
 ROWS, PICTURES = 64, 8  # a client's rows, and different pictures among them
 
@@ -154,7 +154,7 @@ def engine(
     probe = collator.training(rows[0, :1])
 
     def loss(adapted: Any) -> torch.Tensor:
-        from fedvlm.models.objectives import sft_terms
+        from fedvlm.batches.objectives import sft_terms
 
         return sft_terms(adapted, probe).mean()
 

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 
 from _common import Work
-from fedvlm.algorithms import Client, build
+from fedvlm.algorithms.table import Client, build
+from fedvlm.batches.objectives import answer_nll
 from fedvlm.engines.base import Task
 from fedvlm.engines.reference import ReferenceEngine, batches
 from fedvlm.models.frozen import ImageFeatures
-from fedvlm.models.objectives import answer_nll
-from fedvlm.sections import Config
 from fedvlm.seeds import derive
+from fedvlm.settings.sections import Config
 
 
 def training(engine: ReferenceEngine, clients: Sequence[str]) -> Work:

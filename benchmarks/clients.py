@@ -34,11 +34,11 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 from _small import settings
-from fedvlm import federate
-from fedvlm.algorithms import Client, Work, build
+from fedvlm.algorithms.table import Client, Work, build
 from fedvlm.config import load
-from fedvlm.progress import Progress
-from fedvlm.store import Store
+from fedvlm.rounds import federate
+from fedvlm.rounds.progress import Progress
+from fedvlm.store.run import Store
 
 COHORT = 100
 AGAIN = 6  # times that a quarter of the clients is written again

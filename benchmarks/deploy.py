@@ -44,10 +44,9 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
-import _deploy_flower
-import _deploy_ours
 from _common import environment
-from _deploy_watch import Outcome, limited
+from _deploy import flower, ours
+from _deploy.watch import Outcome, limited
 from peers import QUIET, VENV, install
 
 LIMIT = 900  # seconds for one side of one case
@@ -98,12 +97,12 @@ def compare(sites: int, size: float, options: argparse.Namespace, flower: bool) 
     found: dict[str, Outcome] = {}
 
     def ours(folder: Path) -> Outcome:
-        return _deploy_ours.measure(folder, sites, size, options.repeats, options.at_once)
+        return ours.measure(folder, sites, size, options.repeats, options.at_once)
 
     def theirs(folder: Path) -> Outcome:
-        shapes = found["fedvlm"].shapes if "fedvlm" in found else _deploy_ours.shapes(size)
+        shapes = found["fedvlm"].shapes if "fedvlm" in found else ours.shapes(size)
         programs = options.venv.absolute() / "bin"
-        return _deploy_flower.measure(folder, programs, QUIET, sites, shapes, options.repeats)
+        return flower.measure(folder, programs, QUIET, sites, shapes, options.repeats)
 
     sides: dict[str, Callable[[Path], Outcome]] = {}
     if options.only != "flower":

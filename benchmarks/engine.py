@@ -32,8 +32,8 @@ import _sides
 import fedvlm
 from _common import Work, best_threads, environment, paired, ratio, seconds
 from _profile import profile, show
-from fedvlm.federate import prepare
 from fedvlm.models.load import load_model
+from fedvlm.rounds.federate import prepare
 
 ROWS = 24  # a client's, of scenes; all are encoded before the clock starts
 MID = 192  # pixels

@@ -31,10 +31,10 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import torch
 
 from _small import settings
-from fedvlm import federate
-from fedvlm.engines import cohort as cohort_engine
-from fedvlm.models import objectives
-from fedvlm.progress import Progress
+from fedvlm.batches import objectives
+from fedvlm.engines.choice import cohort as cohort_engine
+from fedvlm.rounds import federate
+from fedvlm.rounds.progress import Progress
 
 TARGETS = {10: 0.03, 100: 0.05, 1000: 0.10}
 

@@ -49,12 +49,12 @@ from _common import best_threads, environment, paired, ratio, seconds
 HERE = Path(__file__).resolve().parent
 VENV = Path("~/.cache/fedvlm-bench/peers").expanduser()
 PEERS = {
-    "fedvlm-torchrun": ["_peer_fedvlm.py"],
-    "trainer": ["_peer_trainer.py", "trainer"],
-    "pfl": ["_peer_pfl.py"],
-    "flower": ["_peer_flower.py", "trainer"],
-    "flower-plain": ["_peer_flower.py", "plain"],
-    "flower-reload": ["_peer_flower.py", "trainer", "reload"],
+    "fedvlm-torchrun": ["_peer/fedvlm.py"],
+    "trainer": ["_peer/trainer.py", "trainer"],
+    "pfl": ["_peer/pfl.py"],
+    "flower": ["_peer/flower.py", "trainer"],
+    "flower-plain": ["_peer/flower.py", "plain"],
+    "flower-reload": ["_peer/flower.py", "trainer", "reload"],
 }
 OURS = ("fedvlm-torchrun", "trainer")  # sides that run in this environment
 QUIET = {  # without these, Flower and Ray ask the network
@@ -166,7 +166,7 @@ class Ours:
 
     def __init__(self, folder: Path, batch: int, steps: int, rounds: int):
         import fedvlm
-        from fedvlm import federate
+        from fedvlm.rounds import federate
 
         began = time.perf_counter()
         self.config = fedvlm.load_config(
@@ -222,13 +222,13 @@ class Ours:
         (self.folder / "config.yaml").write_text(dump(self.config))
 
     def _plan(self, number: int) -> Any:
-        from fedvlm.federate import Round
+        from fedvlm.rounds.federate import Round
 
         return Round(number, tuple(self.partition.clients), self.algorithm, evaluate=False)
 
     def _train(self) -> None:
-        from fedvlm import federate
-        from fedvlm.progress import Quiet
+        from fedvlm.rounds import federate
+        from fedvlm.rounds.progress import Quiet
 
         plan = self._plan(self.number + 1)
         self.result = federate._round(
@@ -236,7 +236,7 @@ class Ours:
         )
 
     def round(self) -> float:
-        """One round, as :func:`fedvlm.federate.run` does it."""
+        """One round, as :func:`fedvlm.rounds.federate.run` does it."""
         return seconds(self._round)
 
     def _round(self) -> None:

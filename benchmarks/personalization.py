@@ -36,18 +36,18 @@ os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
-import _personalization_cells as cells
-import _personalization_figures as figures
-import _personalization_pages as pages
-import _personalization_plan as plans
-import _personalization_record as record
-import _personalization_targets as targets
 from _common import ROOT
-from _personalization_runs import Job, do, read
-from fedvlm import store as stores
+from _personalization import cells as cells
+from _personalization import figures as figures
+from _personalization import pages as pages
+from _personalization import plan as plans
+from _personalization import record as record
+from _personalization import targets as targets
+from _personalization.runs import Job, do, read
 from fedvlm.errors import FedVLMError
-from fedvlm.report.series import mean
-from fedvlm.store import write_text
+from fedvlm.figures.series import mean
+from fedvlm.store import run as stores
+from fedvlm.store.run import write_text
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "personalization.md"
 MARKS = "<!-- written by benchmarks/personalization.py -->", "<!-- end of what is written -->"

@@ -145,10 +145,10 @@ def measure(folder: Path) -> dict[str, Any]:
     import numpy as np
     from PIL import Image
 
-    from fedvlm.data.collate import Collator  # noqa: F401  torch counts as an import
+    from fedvlm.batches.collate import Collator  # noqa: F401  torch counts as an import
     from fedvlm.data.partition import make_partition
     from fedvlm.data.sources import load_rows, open_image
-    from fedvlm.sections import Config
+    from fedvlm.settings.sections import Config
 
     Image.init()
     config = Config.model_validate(

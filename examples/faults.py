@@ -24,10 +24,10 @@ from typing import Any
 
 import fedvlm
 from fedvlm import config as configs
-from fedvlm import store
-from fedvlm.engines.nvflare.demo import SETTINGS, SITES, Started, loopback, rows
-from fedvlm.engines.nvflare.processes import MARK
-from fedvlm.engines.nvflare.project import provision
+from fedvlm.store import run as store
+from fedvlm.deploy.nvflare.demo import SETTINGS, SITES, Started, loopback, rows
+from fedvlm.deploy.nvflare.processes import MARK
+from fedvlm.deploy.nvflare.project import provision
 
 ROUNDS = 12
 MORE = ("train.local_steps=40", f"train.rounds={ROUNDS}", "eval.max_rows=4")

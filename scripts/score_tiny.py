@@ -15,9 +15,9 @@ from collections import defaultdict
 
 import torch
 
+from _tiny import TINY
 from fedvlm.data.scenes import generic, scenes
 from fedvlm.data.sites import STYLES
-from fedvlm.models.tiny import TINY
 
 HELD_OUT = 20261123  # a seed of generic rows; training draws its rows from another stream
 

@@ -27,7 +27,7 @@ def _one_thread():
 @pytest.fixture
 def no_pictures(monkeypatch):
     """Runs draw nothing, which takes a third of a small one's time: for tests of other things."""
-    from fedvlm.report import plots, skewplot
+    from fedvlm.figures import plots, skewplot
 
     monkeypatch.setattr(plots, "plot_run", lambda *args, **options: None)
     monkeypatch.setattr(skewplot, "plot_partition", lambda *args, **options: None)
@@ -127,7 +127,7 @@ def _cell(outcomes: list[str]) -> str:
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
     """The folder of a finished pLoRA run of three sites; tests that write to it copy it first."""
-    from fedvlm import federate
+    from fedvlm.rounds import federate
 
     folder = tmp_path_factory.mktemp("finished") / "run"
     settings = {

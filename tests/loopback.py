@@ -12,16 +12,16 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from fedvlm import federate
+from fedvlm.rounds import federate
 
 if TYPE_CHECKING:
-    from fedvlm.engines.nvflare.demo import Started
+    from fedvlm.deploy.nvflare.demo import Started
 
 
 @contextlib.contextmanager
 def processes(folder: Path) -> Iterator[Started]:
     """Starts commands of this checkout, one thread each; ended on leaving."""
-    from fedvlm.engines.nvflare.demo import Started
+    from fedvlm.deploy.nvflare.demo import Started
 
     with pytest.MonkeyPatch.context() as patch, Started(folder) as started:
         paths = [str(Path(federate.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]

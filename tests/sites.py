@@ -4,11 +4,12 @@ import json
 import threading
 import time
 
-from fedvlm import federate, store
 from fedvlm.config import load
-from fedvlm.engines.nvflare.worker import Worker
-from fedvlm.engines.remote import Limits, Remote, Unanswered
-from fedvlm.progress import Quiet
+from fedvlm.deploy.remote import Limits, Remote, Unanswered
+from fedvlm.deploy.worker import Worker
+from fedvlm.rounds import federate
+from fedvlm.rounds.progress import Quiet
+from fedvlm.store import run as store
 
 SITES = ("site-0", "site-1", "site-2")
 SETTINGS = {

@@ -5,7 +5,7 @@ import pytest
 import fedvlm
 from fedvlm.after.opened import open_run
 from fedvlm.errors import FedVLMError
-from fedvlm.store import load_tree
+from fedvlm.store.run import load_tree
 from test_cli import call
 from test_federate import Stop
 from test_florence import folder as florence  # noqa: F401 - a fixture
@@ -20,7 +20,7 @@ COMMANDS = {
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_an_unfinished_run_says_how_to_go_on(command, small, capsys, monkeypatch):
-    from fedvlm import federate
+    from fedvlm.rounds import federate
 
     with pytest.raises(KeyboardInterrupt):
         federate.run(small, progress=Stop(1))
@@ -68,7 +68,7 @@ def test_adapters_of_another_model_are_refused(finished_run, florence):  # noqa:
 
 
 def test_the_model_gets_lora_where_the_run_had_it_and_the_same_start(finished_run):
-    from fedvlm.federate import prepare
+    from fedvlm.rounds.federate import prepare
     from fedvlm.tree import digest
 
     run = open_run(finished_run)
@@ -106,7 +106,7 @@ def test_help_and_the_public_names_come_without_heavy_imports():
     import sys
 
     code = (
-        "import sys, fedvlm; from fedvlm.cli import app\n"
+        "import sys, fedvlm; from fedvlm.cli.app import app\n"
         "from typer.testing import CliRunner\n"
         "for name in ('export', 'predict', 'evaluate', 'onboard'):\n"
         "    assert CliRunner().invoke(app, [name, '--help']).exit_code == 0\n"
@@ -119,7 +119,7 @@ def test_help_and_the_public_names_come_without_heavy_imports():
 def test_the_commands_in_the_document_exist_with_their_options():
     import typer
 
-    from fedvlm.cli import app
+    from fedvlm.cli.app import app
     from test_readme import ROOT, commands, parse
 
     blocks = parse((ROOT / "docs" / "serving.md").read_text(encoding="utf-8"))

@@ -11,10 +11,10 @@ from PIL import Image
 
 import families
 import fedvlm
-from fedvlm.data.ahead import fingerprint
+from fedvlm.batches.ahead import fingerprint
 from fedvlm.errors import DataError
-from fedvlm.federate import prepare
-from fedvlm.progress import Quiet
+from fedvlm.rounds.federate import prepare
+from fedvlm.rounds.progress import Quiet
 
 
 class Counting(Quiet):

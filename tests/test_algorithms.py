@@ -5,7 +5,8 @@ from dataclasses import FrozenInstanceError
 import pytest
 import torch
 
-from fedvlm.algorithms import (
+from fedvlm.algorithms.sharing import sharing
+from fedvlm.algorithms.table import (
     NOBODY,
     TABLE,
     Client,
@@ -15,9 +16,8 @@ from fedvlm.algorithms import (
     check_share,
     spare_ranks,
 )
-from fedvlm.algorithms.sharing import sharing
 from fedvlm.errors import ConfigError
-from fedvlm.sections import AlgorithmConfig, LoraConfig
+from fedvlm.settings.sections import AlgorithmConfig, LoraConfig
 from fedvlm.tree import Mean, digest, factor, module, pad, plain, products, rank, step
 
 NAMES = [

@@ -8,8 +8,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fedvlm.engines.nvflare import calls
-from fedvlm.engines.nvflare.calls import Desk, Late, asking
+from fedvlm.deploy import calls
+from fedvlm.deploy.calls import Desk, Late, asking
 
 
 class Site:
@@ -159,7 +159,7 @@ def test_clients_that_are_sent_the_same_share_its_bytes():
     import torch
     from safetensors.torch import load
 
-    from fedvlm.engines.remote import Written
+    from fedvlm.deploy.remote import Written
 
     written, a, b = Written(), torch.ones(3), torch.zeros(2)
     first = written({"a": a, "b": b})

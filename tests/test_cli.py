@@ -14,8 +14,8 @@ import yaml
 from typer.testing import CliRunner
 
 import fedvlm
-from fedvlm import store
-from fedvlm.cli import app, main
+from fedvlm.cli.app import app, main
+from fedvlm.store import run as store
 
 SMALL = (
     "data.scenes.sites=2",
@@ -44,7 +44,7 @@ def call(capsys, monkeypatch, *words):
 
 def test_help_imports_nothing_heavy():
     code = (
-        "import sys; from fedvlm.cli import app\n"
+        "import sys; from fedvlm.cli.app import app\n"
         "from typer.testing import CliRunner\n"
         "assert CliRunner().invoke(app, ['run', '--help']).exit_code == 0\n"
         "heavy = {'torch', 'transformers', 'datasets', 'peft', 'matplotlib', 'sklearn'}\n"
@@ -110,7 +110,7 @@ def test_print_config_is_a_valid_configuration(tmp_path, capsys, monkeypatch):
 def test_the_docs_list_of_algorithms_is_the_table():
     import re
 
-    from fedvlm.algorithms import TABLE
+    from fedvlm.algorithms.table import TABLE
 
     page = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text(encoding="utf-8")
     for name, entry in TABLE.items():
@@ -121,7 +121,7 @@ def test_the_docs_list_of_algorithms_is_the_table():
 
 
 def test_the_list_of_algorithms_names_all_of_them(capsys, monkeypatch):
-    from fedvlm.algorithms import TABLE
+    from fedvlm.algorithms.table import TABLE
 
     code, text, _ = call(capsys, monkeypatch, "algorithms")
     assert code == 0
@@ -156,7 +156,7 @@ def test_ctrl_c_leaves_a_run_that_goes_on_and_says_how(tmp_path):
 SLEEPERS = """
 import os, time
 from pathlib import Path
-from fedvlm import comparison
+from fedvlm.rounds import comparison
 
 def work(name, config, tell):
     Path(name).write_text(str(os.getpid()))

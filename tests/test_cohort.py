@@ -20,17 +20,17 @@ from PIL import Image
 
 import families
 import fedvlm
-from fedvlm.algorithms import TABLE, Phase
-from fedvlm.engines import engine_class
+from fedvlm.algorithms.table import TABLE, Phase
 from fedvlm.engines.base import Task
+from fedvlm.engines.choice import engine_class
 from fedvlm.engines.cohort import CohortEngine, uniform
 from fedvlm.engines.memory import kept_for_backward
 from fedvlm.engines.reference import ReferenceEngine
-from fedvlm.federate import prepare
-from fedvlm.models.cohort import Ragged
 from fedvlm.models.load import freeze_statistics
-from fedvlm.sections import EngineConfig
-from fedvlm.store import load_tree, read_lines
+from fedvlm.models.stack import Ragged
+from fedvlm.rounds.federate import prepare
+from fedvlm.settings.sections import EngineConfig
+from fedvlm.store.run import load_tree, read_lines
 from fedvlm.tree import products
 
 TOLERANCE = 1e-7

@@ -4,7 +4,7 @@ import pytest
 
 from fedvlm.config import dump, load
 from fedvlm.errors import ConfigError
-from fedvlm.sections import Config
+from fedvlm.settings.sections import Config
 
 
 def problems(*overrides, source=None):

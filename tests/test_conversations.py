@@ -11,7 +11,7 @@ from PIL import Image
 from fedvlm.data.partition import SPLITS, make_partition
 from fedvlm.data.sources import load_rows, open_image
 from fedvlm.errors import DataError
-from fedvlm.sections import Columns, Config, DataConfig
+from fedvlm.settings.sections import Columns, Config, DataConfig
 
 LLAVA = [
     {"from": "human", "value": "<image>\nWhat is this?"},

@@ -12,9 +12,10 @@ from types import SimpleNamespace
 import pytest
 import yaml
 
-from fedvlm import federate, store
 from fedvlm.config import load
 from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.rounds import federate
+from fedvlm.store import run as store
 from test_cli import call
 
 needed = pytest.mark.skipif(
@@ -90,7 +91,7 @@ def test_a_kit_allows_one_class_and_no_code(demo):
         names = kit.namelist()
     assert resources["class_list_enforcement_mode"] == "enforce"
     assert [c for c in resources["class_allow_list"] if c.startswith("fedvlm")] == [
-        "fedvlm.engines.nvflare.client.Client"
+        "fedvlm.deploy.nvflare.client.Client"
     ]
     assert rights["byoc"] == rights["shell_commands"] == "none"
     assert not [n for n in names if n.endswith(".sh") or "server" in n]
@@ -109,7 +110,7 @@ PROJECTS = {
 
 @pytest.mark.parametrize("text", PROJECTS)
 def test_a_wrong_project_says_what_is_wrong(text, tmp_path):
-    from fedvlm.engines.nvflare.project import read_project
+    from fedvlm.deploy.nvflare.project import read_project
 
     (tmp_path / "project.yml").write_text(text)
     with pytest.raises(ConfigError, match=PROJECTS[text]):
@@ -136,7 +137,7 @@ def test_mistakes_are_one_message_and_exit_code_2(tmp_path, capsys, monkeypatch)
 
 
 def test_without_nvflare_the_command_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setattr("fedvlm.cli_deploy.find_spec", lambda name: None)
+    monkeypatch.setattr("fedvlm.cli.deploy.find_spec", lambda name: None)
     code, _, errors = call(capsys, monkeypatch, "deploy", "status")
     assert code == 2
     assert "pip install 'fedvlm[deploy]'" in errors
@@ -144,7 +145,7 @@ def test_without_nvflare_the_command_says_what_to_install(capsys, monkeypatch):
 
 def test_pooled_algorithms_are_refused_before_anything_is_sent(tmp_path):
     pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy]'")
-    from fedvlm.engines.nvflare.deploy import check
+    from fedvlm.deploy.nvflare.federation import check
 
     with pytest.raises(FedVLMError, match="all rows in one place"):
         check(load({"algorithm": {"name": "centralized"}, "output": str(tmp_path / "r")}), False)
@@ -152,7 +153,7 @@ def test_pooled_algorithms_are_refused_before_anything_is_sent(tmp_path):
 
 @needed
 def test_a_job_that_is_over_is_in_nobodys_way(tmp_path):
-    from fedvlm.engines.nvflare.deploy import Federation
+    from fedvlm.deploy.nvflare.federation import Federation
 
     class Session:
         def list_jobs(self):
@@ -182,7 +183,7 @@ def test_a_unit_for_systemd_is_printed(tmp_path, capsys, monkeypatch):
 
 
 def test_a_project_is_read_as_it_is_written(tmp_path):
-    from fedvlm.engines.nvflare.project import Project, read_project
+    from fedvlm.deploy.nvflare.project import Project, read_project
 
     project = Project.model_validate({"server": {"address": "fl.example.org"}, "sites": ["a", "b"]})
     (tmp_path / "p.yml").write_text(yaml.safe_dump(project.model_dump()))
@@ -191,7 +192,7 @@ def test_a_project_is_read_as_it_is_written(tmp_path):
 
 @needed
 def test_a_site_that_is_heard_again_is_let_in_and_not_for_ever():
-    from fedvlm.engines.nvflare.deploy import AGAIN, Away
+    from fedvlm.deploy.nvflare.federation import AGAIN, Away
 
     def heard(when):
         return [SimpleNamespace(name="a", last_connect_time=when)]
@@ -211,7 +212,7 @@ def test_a_site_that_is_heard_again_is_let_in_and_not_for_ever():
 
 
 def test_what_a_site_says_does_not_steer_the_terminal():
-    from fedvlm.cli_deploy import line, plain
+    from fedvlm.cli.deploy import line, plain
 
     event = {"event": "failed", "site": "north", "round": 1, "why": "\x1b[2Jno\nround 9 done"}
     assert plain(line(event)) == "  north: FAILED in round 1: ?[2Jno\n    round 9 done"

@@ -11,12 +11,13 @@ import torch
 
 import fedvlm
 from fedvlm import config as configs
-from fedvlm import federate, store
-from fedvlm.engines.nvflare.project import provision
-from fedvlm.engines.nvflare.worker import Worker
-from fedvlm.engines.remote import Limits, Remote, Unanswered
-from fedvlm.engines.site import SiteStore
-from fedvlm.progress import Quiet
+from fedvlm.deploy.nvflare.project import provision
+from fedvlm.deploy.remote import Limits, Remote, Unanswered
+from fedvlm.deploy.site import SiteStore
+from fedvlm.deploy.worker import Worker
+from fedvlm.rounds import federate
+from fedvlm.rounds.progress import Quiet
+from fedvlm.store import run as store
 from loopback import begin, processes, said, serve
 
 pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy]'")
@@ -82,8 +83,8 @@ class Watch:
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, disk):
     """The run of all four: its folder, and what was seen of it."""
-    from fedvlm.engines.nvflare.demo import loopback
-    from fedvlm.engines.nvflare.deploy import Federation
+    from fedvlm.deploy.nvflare.demo import loopback
+    from fedvlm.deploy.nvflare.federation import Federation
 
     folder = tmp_path_factory.mktemp("faults")
     table = fedvlm.scenes(style="mixed", sites=len(SITES), rows=16).to_pandas()

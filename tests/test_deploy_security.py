@@ -14,9 +14,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from fedvlm import store
-from fedvlm.engines.nvflare.project import Project, Server, check_certificate, provision
+from fedvlm.deploy.nvflare.project import Project, Server, check_certificate, provision
 from fedvlm.errors import FedVLMError
+from fedvlm.store import run as store
 from loopback import begin, processes, read, said, serve, until
 from wiretap import Wiretap, are_records, pieces_of, pieces_of_rows
 
@@ -110,7 +110,7 @@ def raw(port, message):
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """A run of two sites behind a wiretap, while intruders try to take part."""
-    from fedvlm.engines.nvflare.demo import loopback, rows
+    from fedvlm.deploy.nvflare.demo import loopback, rows
 
     folder = tmp_path_factory.mktemp("security")
     rows(folder / "data")

@@ -10,11 +10,12 @@ import torch
 from torch.nn import functional as F
 
 import fedvlm
-from fedvlm.data.collate import Collator
+from fedvlm.batches import objectives
+from fedvlm.batches.collate import Collator
 from fedvlm.errors import ConfigError
-from fedvlm.models import lora, objectives
+from fedvlm.models import lora
 from fedvlm.models.load import load_model
-from fedvlm.sections import LoraConfig, ModelConfig, ObjectiveConfig
+from fedvlm.settings.sections import LoraConfig, ModelConfig, ObjectiveConfig
 
 BETA = 0.3
 

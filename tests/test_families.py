@@ -18,15 +18,15 @@ from PIL import Image
 
 import families
 import fedvlm
-from fedvlm.data.collate import Collator
+from fedvlm.batches.collate import Collator
+from fedvlm.batches.objectives import IGNORE, answer_nll, sft_terms
 from fedvlm.data.sources import load_rows
 from fedvlm.errors import FedVLMError
 from fedvlm.models import lora
 from fedvlm.models.generate import greedy
 from fedvlm.models.load import load_model
-from fedvlm.models.objectives import IGNORE, answer_nll, sft_terms
-from fedvlm.sections import LoraConfig, ModelConfig
-from fedvlm.store import Store, load_tree
+from fedvlm.settings.sections import LoraConfig, ModelConfig
+from fedvlm.store.run import Store, load_tree
 from fedvlm.tree import factor, module
 
 pytestmark = pytest.mark.parametrize("family", families.FAMILIES)

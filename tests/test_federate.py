@@ -16,16 +16,17 @@ import pytest
 import torch
 import yaml
 
-from fedvlm import federate, store
-from fedvlm.algorithms import build
+from fedvlm.algorithms.table import build
+from fedvlm.batches.objectives import sft_terms
 from fedvlm.config import load
 from fedvlm.engines.reference import Length, batches
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.models import lora
-from fedvlm.models.objectives import sft_terms
 from fedvlm.processes import environment
-from fedvlm.progress import Progress
+from fedvlm.rounds import federate
+from fedvlm.rounds.progress import Progress
 from fedvlm.seeds import derive
+from fedvlm.store import run as store
 from fedvlm.tree import digest, factor
 
 ALGORITHMS = ("plora", "lora", "fedsa", "ffa", "local", "lora+ft")
@@ -284,7 +285,7 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(small, finishe
     config = Path(small["output"]).parent / "config.yaml"
     config.write_text(yaml.safe_dump(small))
     folder = Path(small["output"])
-    code = "import torch; torch.set_num_threads(1); from fedvlm.cli import main; main()"
+    code = "import torch; torch.set_num_threads(1); from fedvlm.cli.app import main; main()"
     command = [sys.executable, "-c", code, "run"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     draw = random.Random(0)

@@ -11,14 +11,14 @@ from tokenizers.processors import TemplateProcessing
 from torch import nn
 
 import fedvlm
+from fedvlm.batches.collate import Collator
+from fedvlm.batches.objectives import IGNORE, answer_nll, sft_terms
 from fedvlm.config import load
-from fedvlm.data.collate import Collator
-from fedvlm.federate import prepare
 from fedvlm.models import lora
 from fedvlm.models.generate import greedy
 from fedvlm.models.load import ASSETS, load_model
-from fedvlm.models.objectives import IGNORE, answer_nll, sft_terms
-from fedvlm.sections import LoraConfig, ModelConfig
+from fedvlm.rounds.federate import prepare
+from fedvlm.settings.sections import LoraConfig, ModelConfig
 from test_models import ROWS
 
 VISION = {"depths": (1,) * 4, "embed_dim": (16, 16, 32, 32), "window_size": 4, "projection_dim": 64}

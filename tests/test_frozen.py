@@ -10,11 +10,11 @@ import pytest
 import torch
 
 import fedvlm
-from fedvlm import comparison
-from fedvlm.federate import prepare
 from fedvlm.models.frozen import ImageFeatures, handed_on
 from fedvlm.models.load import identity, locate
 from fedvlm.models.spool import ALIGN, Spool, leaves, nbytes
+from fedvlm.rounds import comparison
+from fedvlm.rounds.federate import prepare
 from fedvlm.tree import digest
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

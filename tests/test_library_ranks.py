@@ -5,11 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
-from fedvlm.algorithms import TABLE, Client, Upload, build
 from fedvlm.algorithms.exact import exact
 from fedvlm.algorithms.flex import flexlora, hetlora, ranked
 from fedvlm.algorithms.similarity import clustered, similar
-from fedvlm.sections import AlgorithmConfig, LoraConfig
+from fedvlm.algorithms.table import TABLE, Client, Upload, build
+from fedvlm.settings.sections import AlgorithmConfig, LoraConfig
 from fedvlm.tree import cut, factorized, pad, products, rank
 from toy import (
     FEDAVG,

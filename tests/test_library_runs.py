@@ -9,10 +9,11 @@ import pytest
 import torch
 
 import fedvlm
-from fedvlm import federate, store
-from fedvlm.algorithms import TABLE
-from fedvlm.comparison import compare
+from fedvlm.algorithms.table import TABLE
 from fedvlm.errors import ConfigError
+from fedvlm.rounds import federate
+from fedvlm.rounds.comparison import compare
+from fedvlm.store import run as store
 from fedvlm.tree import cut, pairs, products
 from test_federate import ALGORITHMS as ELSEWHERE
 from test_federate import Stop, bytes_of

@@ -24,7 +24,7 @@ from fedvlm.models import processors
 from fedvlm.models.load import load_model
 from fedvlm.models.names import native_name
 from fedvlm.models.processors import load_processor
-from fedvlm.sections import ModelConfig
+from fedvlm.settings.sections import ModelConfig
 
 VIDEO = ("smolvlm", "llava_onevision", "qwen2_vl", "qwen2_5_vl", "qwen3_vl", "internvl")
 TEMPLATED = (*VIDEO, "idefics3", "llava", "llava_next", "gemma3")

@@ -7,13 +7,13 @@ import pytest
 import torch
 from PIL import Image
 
-from fedvlm.data.collate import Collator
+from fedvlm.batches.collate import Collator
+from fedvlm.batches.objectives import IGNORE, answer_nll, sft_terms
 from fedvlm.errors import FedVLMError
 from fedvlm.models import lora
 from fedvlm.models.generate import greedy
 from fedvlm.models.load import load_model
-from fedvlm.models.objectives import IGNORE, answer_nll, sft_terms
-from fedvlm.sections import LoraConfig, ModelConfig
+from fedvlm.settings.sections import LoraConfig, ModelConfig
 from fedvlm.tree import digest, factor
 
 ROWS = [

@@ -13,13 +13,13 @@ import torch
 import fedvlm
 from fedvlm.after.onboard import _personal, _steps, _tuning
 from fedvlm.after.opened import open_run
-from fedvlm.algorithms import TABLE, Client, Work, build, spare_ranks
 from fedvlm.algorithms.base import Validation
+from fedvlm.algorithms.table import TABLE, Client, Work, build, spare_ranks
 from fedvlm.errors import FedVLMError
 from fedvlm.models import lora
 from fedvlm.models.load import load_model
-from fedvlm.sections import AlgorithmConfig, LoraConfig
-from fedvlm.store import Store, load_tree
+from fedvlm.settings.sections import AlgorithmConfig, LoraConfig
+from fedvlm.store.run import Store, load_tree
 from fedvlm.tree import digest, factor
 from test_cli import call
 from test_federate import bytes_of

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedvlm.store import Store
+from fedvlm.store.run import Store
 
 CLIENTS = [f"client-{k}" for k in range(40)]
 
@@ -131,7 +131,7 @@ def test_the_disk_holds_at_most_twice_what_is_live_and_nothing_is_lost(tmp_path)
 
 
 def test_merging_copies_no_more_than_was_written(tmp_path, monkeypatch):
-    from fedvlm.packs import Packs
+    from fedvlm.store.packs import Packs
 
     written, plain = [], Packs._write
 
@@ -163,7 +163,7 @@ def test_a_resumed_store_ends_with_the_same_files(tmp_path, last):
 
 
 def test_packs_that_a_killed_process_could_not_remove_are_removed(tmp_path, monkeypatch):
-    from fedvlm.packs import Packs
+    from fedvlm.store.packs import Packs
 
     store = Store(tmp_path)
     rounds(store, range(1, 30))
@@ -237,7 +237,7 @@ def test_the_disk_holds_a_round_before_the_checkpoint_names_it(tmp_path, monkeyp
 
 WRITER = """
 import random, sys, torch
-from fedvlm.store import Store
+from fedvlm.store.run import Store
 store = Store(sys.argv[1])
 with store.locked():
     store.create({"config.yaml": "{}"})

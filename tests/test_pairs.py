@@ -12,7 +12,7 @@ from PIL import Image
 
 from fedvlm.data.sources import load_rows
 from fedvlm.errors import DataError
-from fedvlm.sections import Columns, DataConfig
+from fedvlm.settings.sections import Columns, DataConfig
 
 
 @pytest.fixture(autouse=True)

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from fedvlm.data.partition import SPLITS, Partition, Split, make_partition
 from fedvlm.data.skew import measure
 from fedvlm.errors import DataError
-from fedvlm.sections import Config, DataConfig, PartitionConfig
+from fedvlm.settings.sections import Config, DataConfig, PartitionConfig
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 DRAWN = ("iid", "dirichlet", "shards", "quantity")

@@ -11,16 +11,17 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import _personalization_cells as cells
-import _personalization_plan as plans
-import _personalization_record as record
-import _personalization_runs as runs
 import personalization
-from _personalization_cells import Cell
-from _personalization_runs import Job
-from fedvlm import comparison, store
+from _personalization import cells as cells
+from _personalization import plan as plans
+from _personalization import record as record
+from _personalization import runs as runs
+from _personalization.cells import Cell
+from _personalization.runs import Job
 from fedvlm.config import dump
 from fedvlm.errors import FedVLMError
+from fedvlm.rounds import comparison
+from fedvlm.store import run as store
 
 MIXED = Cell("mixed", 1.0, 24)
 

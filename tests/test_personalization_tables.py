@@ -9,10 +9,10 @@ import pytest
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
-import _personalization_pages as pages
-import _personalization_ranks as ranking
-import _personalization_targets as targets
 import personalization
+from _personalization import pages as pages
+from _personalization import ranks as ranking
+from _personalization import targets as targets
 
 # Ranks
 

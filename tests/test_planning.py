@@ -9,15 +9,16 @@ import transformers as hf
 import yaml
 
 import fedvlm
-from fedvlm import federate, footprint
-from fedvlm.algorithms import TABLE
+from fedvlm.algorithms.table import TABLE
 from fedvlm.config import load
-from fedvlm.engines import memory
+from fedvlm.engines.choice import memory
 from fedvlm.engines.reference import batches
 from fedvlm.models import load as loading
 from fedvlm.models import lora
-from fedvlm.planning import Spread, examples, forecast
-from fedvlm.sections import Config, ModelConfig
+from fedvlm.planning import footprint
+from fedvlm.planning.forecast import Spread, examples, forecast
+from fedvlm.rounds import federate
+from fedvlm.settings.sections import Config, ModelConfig
 from test_cli import SMALL, call
 
 PAPER = Path(__file__).parents[1] / "examples" / "fedvlm-paper.yaml"

@@ -11,9 +11,9 @@ import pytest
 from PIL import Image
 
 from fedvlm.errors import FedVLMError
+from fedvlm.figures.plots import figure_comparison, figure_run, plot_comparison, plot_run
+from fedvlm.figures.series import client_names, last_scores, standard_error, worst_tenth
 from fedvlm.metrics import summarize
-from fedvlm.report.plots import figure_comparison, figure_run, plot_comparison, plot_run
-from fedvlm.report.series import client_names, last_scores, standard_error, worst_tenth
 
 
 def metrics_line(round_, personal=None, shared=None):
@@ -184,6 +184,6 @@ def test_clients_are_in_natural_order():
 
 
 def test_matplotlib_is_imported_only_to_draw():
-    code = "import sys, fedvlm.report.plots; print('matplotlib' in sys.modules)"
+    code = "import sys, fedvlm.figures.plots; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"

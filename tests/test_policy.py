@@ -7,8 +7,8 @@ import subprocess
 import pytest
 
 from fedvlm.config import load
-from fedvlm.engines.policy import Policy, Refused, read_policy, weights_digest
-from fedvlm.engines.site import Site
+from fedvlm.deploy.policy import Policy, Refused, read_policy, weights_digest
+from fedvlm.deploy.site import Site
 from fedvlm.errors import ConfigError
 from fedvlm.models.load import BUNDLED
 

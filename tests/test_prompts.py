@@ -11,10 +11,10 @@ from PIL import Image
 
 import families
 import fedvlm
-from fedvlm.data.prompts import Prompter
+from fedvlm.batches.prompts import Prompter
 from fedvlm.errors import DataError
 from fedvlm.models.load import load_model
-from fedvlm.sections import ModelConfig
+from fedvlm.settings.sections import ModelConfig
 
 IMAGE = Image.new("RGB", (32, 32), "red")
 

@@ -8,11 +8,12 @@ import torch
 from safetensors.torch import save
 
 import fedvlm
-from fedvlm import federate, store
 from fedvlm.config import load
 from fedvlm.engines.reference import ReferenceEngine
-from fedvlm.progress import Plain
-from fedvlm.results import scored
+from fedvlm.rounds import federate
+from fedvlm.rounds.progress import Plain
+from fedvlm.rounds.results import scored
+from fedvlm.store import run as store
 from fedvlm.tree import saved_bytes
 
 SITES = ["site-0", "site-1", "site-2"]

@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
-from fedvlm import federate, store
 from fedvlm.engines.sharded import parts
 from fedvlm.models import load as loading
 from fedvlm.processes import pack, unpack
+from fedvlm.rounds import federate
+from fedvlm.store import run as store
 
 SETTINGS = (
     "data.scenes.sites=4",
@@ -38,7 +39,7 @@ RUNS = {
 # Process 1 dies in round 2, after it has written what its clients keep.
 KILLED = """
 import os, signal, sys
-from fedvlm.cli import main
+from fedvlm.cli.app import main
 from fedvlm.engines.reference import ReferenceEngine
 
 train = ReferenceEngine.train
@@ -57,7 +58,7 @@ main()
 SEVERAL = """
 import json, os, sys
 import fedvlm
-from fedvlm.cli import main
+from fedvlm.cli.app import main
 from fedvlm.engines.reference import ReferenceEngine
 
 killed, runs, failing = json.loads(sys.argv[1])

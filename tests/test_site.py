@@ -8,14 +8,16 @@ import torch
 import yaml
 
 import fedvlm
-from fedvlm import federate, store, tree
-from fedvlm.algorithms import Client, build
+from fedvlm import tree
+from fedvlm.algorithms.table import Client, build
+from fedvlm.deploy.policy import Policy, Refused
+from fedvlm.deploy.remote import Limits, Remote
+from fedvlm.deploy.site import Site
+from fedvlm.deploy.worker import Worker
 from fedvlm.engines.base import Models, Task
-from fedvlm.engines.nvflare.worker import Worker
-from fedvlm.engines.policy import Policy, Refused
-from fedvlm.engines.remote import Limits, Remote
-from fedvlm.engines.site import Site
 from fedvlm.errors import FedVLMError
+from fedvlm.rounds import federate
+from fedvlm.store import run as store
 from sites import SITES, Here, Keeping, config, deployed
 
 
@@ -205,7 +207,7 @@ def test_damaged_state_is_named_and_not_used(both, tmp_path):
 
 
 def SiteCopy(folder, to):
-    from fedvlm.engines.site import SiteStore
+    from fedvlm.deploy.site import SiteStore
 
     shutil.copytree(folder / "rounds", to / "rounds")
     return SiteStore(to)

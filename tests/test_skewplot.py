@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from fedvlm.data.partition import make_partition
-from fedvlm.report.skewplot import figure_partition, plot_partition
+from fedvlm.figures.skewplot import figure_partition, plot_partition
 from test_partition import config, table
 
 

@@ -16,7 +16,7 @@ from PIL import Image
 
 from fedvlm.data.sources import load_rows, open_image
 from fedvlm.errors import DataError
-from fedvlm.sections import Columns, DataConfig
+from fedvlm.settings.sections import Columns, DataConfig
 
 SHARED = Path(__file__).resolve().parents[1].parent / "shared" / "data"
 needs_shared = pytest.mark.skipif(not SHARED.exists(), reason=f"no sample data in {SHARED}")
@@ -381,7 +381,8 @@ def test_rgba_statements_open_as_rgb():
 def test_reading_a_local_file_is_silent_and_works_offline(tmp_path):
     path = parquet(tmp_path / "a.parquet")
     code = (
-        "from fedvlm.data.sources import load_rows\nfrom fedvlm.sections import DataConfig\n"
+        "from fedvlm.data.sources import load_rows\n"
+        "from fedvlm.settings.sections import DataConfig\n"
         f"print(len(load_rows(DataConfig(path={path!r}), 0)))"
     )
     env = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path / "home")}

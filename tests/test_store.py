@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from fedvlm import store as stores
 from fedvlm.errors import FedVLMError
-from fedvlm.store import Store, slugs
+from fedvlm.store import run as stores
+from fedvlm.store.run import Store, slugs
 
 
 def tree(value):

@@ -8,11 +8,11 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
-from fedvlm.engines.nvflare.supervisor import Supervisor
+from fedvlm.deploy.supervisor import Supervisor
 
 ECHO = """
 import json, os, socket, sys, time
-from fedvlm.engines.nvflare import worker
+from fedvlm.deploy import worker
 
 class Echo:
     opened = 0

@@ -10,18 +10,20 @@ import pytest
 import torch
 
 import fedvlm
-from fedvlm import federate, processes, store
-from fedvlm.algorithms import TABLE, Client, Work, build
+from fedvlm import processes
 from fedvlm.algorithms.compressed import UNSENT, compressed
 from fedvlm.algorithms.sharing import alternating, sharing
+from fedvlm.algorithms.table import TABLE, Client, Work, build
 from fedvlm.config import load
 from fedvlm.engines.base import Reply
 from fedvlm.engines.cohort import CohortEngine
+from fedvlm.engines.wire import Fold, Forms, sent_up
 from fedvlm.errors import ConfigError, FedVLMError
-from fedvlm.planning import Spread, forecast
-from fedvlm.sections import AlgorithmConfig, LoraConfig, WireConfig
+from fedvlm.planning.forecast import Spread, forecast
+from fedvlm.rounds import federate
+from fedvlm.settings.sections import AlgorithmConfig, LoraConfig, WireConfig
+from fedvlm.store import run as store
 from fedvlm.tree import part, saved_bytes
-from fedvlm.wire import Fold, Forms, sent_up
 from test_federate import Stop, bytes_of
 from toy import FEDAVG, INITIAL, A, B, Federation, adapter, clients, close
 

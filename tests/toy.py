@@ -7,8 +7,8 @@ from __future__ import annotations
 
 import torch
 
-from fedvlm.algorithms import Client, Upload, Work
 from fedvlm.algorithms.sharing import sharing
+from fedvlm.algorithms.table import Client, Upload, Work
 from fedvlm.engines.extras import Extras
 from fedvlm.tree import Mean, cut, pad, rank
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedvlm import store
+from fedvlm.store import run as store
 
 
 @dataclass

@@ -9,25 +9,25 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-__version__ = "0.1.0"
+from fedvlm.version import __version__ as __version__
 
 # Loaded on first use: importing fedvlm, or asking the command line for help, stays instant.
 _HOMES = {
-    "run": "fedvlm.federate",
-    "resume": "fedvlm.federate",
-    "compare": "fedvlm.comparison",
+    "run": "fedvlm.rounds.federate",
+    "resume": "fedvlm.rounds.federate",
+    "compare": "fedvlm.rounds.comparison",
     "export": "fedvlm.after.export",
     "predict": "fedvlm.after.predict",
     "evaluate": "fedvlm.after.evaluate",
     "onboard": "fedvlm.after.onboard",
     "open_run": "fedvlm.after.opened",
-    "Results": "fedvlm.results",
-    "Comparison": "fedvlm.comparison",
-    "Config": "fedvlm.sections",
+    "Results": "fedvlm.rounds.results",
+    "Comparison": "fedvlm.rounds.comparison",
+    "Config": "fedvlm.settings.sections",
     "load_config": "fedvlm.config",
-    "Algorithm": "fedvlm.algorithms",
-    "Client": "fedvlm.algorithms",
-    "Phase": "fedvlm.algorithms",
+    "Algorithm": "fedvlm.algorithms.base",
+    "Client": "fedvlm.algorithms.base",
+    "Phase": "fedvlm.algorithms.base",
     "sharing": "fedvlm.algorithms.sharing",
     "tuned": "fedvlm.algorithms.sharing",
     "scenes": "fedvlm.data.scenes",
@@ -66,15 +66,15 @@ if TYPE_CHECKING:
     from fedvlm.after.onboard import onboard
     from fedvlm.after.opened import open_run
     from fedvlm.after.predict import predict
-    from fedvlm.algorithms import Algorithm, Client, Phase
     from fedvlm.algorithms.sharing import sharing, tuned
-    from fedvlm.comparison import Comparison, compare
+    from fedvlm.algorithms.table import Algorithm, Client, Phase
     from fedvlm.config import load as load_config
     from fedvlm.data.scenes import scenes
     from fedvlm.errors import ConfigError, DataError, FedVLMError
-    from fedvlm.federate import resume, run
-    from fedvlm.results import Results
-    from fedvlm.sections import Config
+    from fedvlm.rounds.comparison import Comparison, compare
+    from fedvlm.rounds.federate import resume, run
+    from fedvlm.rounds.results import Results
+    from fedvlm.settings.sections import Config
 
 
 def __getattr__(name: str) -> Any:

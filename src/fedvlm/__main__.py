@@ -1,5 +1,5 @@
 """``python -m fedvlm`` is the command line."""
 
-from fedvlm.cli import main
+from fedvlm.cli.app import main
 
 main()

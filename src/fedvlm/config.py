@@ -1,7 +1,7 @@
 """One typed tree for a run. A file and ``key=value`` overrides go in; unknown keys are refused.
 
 :func:`load` collects *all* mistakes before it raises, and suggests the nearest valid name for an
-unknown key. The sections themselves are in :mod:`fedvlm.sections`.
+unknown key. The sections themselves are in :mod:`fedvlm.settings.sections`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import yaml
 from pydantic import BaseModel, ValidationError
 
 from fedvlm.errors import ConfigError
-from fedvlm.sections import Config
+from fedvlm.settings.sections import Config
 
 S = TypeVar("S", bound=BaseModel)
 

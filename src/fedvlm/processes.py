@@ -226,7 +226,7 @@ def environment() -> dict[str, Any]:
 
     import torch
 
-    from fedvlm import __version__
+    from fedvlm.version import __version__
 
     names = ("torch", "transformers", "peft", "datasets", "numpy", "safetensors")
     return {

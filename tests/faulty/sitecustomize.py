@@ -56,7 +56,7 @@ LIES = {
 
 
 def install():
-    from fedvlm.engines.nvflare import frames
+    from fedvlm.deploy import frames
 
     receive, send, asked = frames.receive, frames.send, {}
 
@@ -80,5 +80,5 @@ def install():
     frames.receive, frames.send = receiving, sending
 
 
-if "fedvlm.engines.nvflare.worker" in sys.orig_argv:
+if "fedvlm.deploy.worker" in sys.orig_argv:
     install()

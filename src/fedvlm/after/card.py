@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
+from fedvlm.cli.tables import number
 from fedvlm.metrics import METRICS
-from fedvlm.report.tables import number
-from fedvlm.results import of_all
-from fedvlm.sections import Config
+from fedvlm.rounds.results import of_all
+from fedvlm.settings.sections import Config
 from fedvlm.tree import Tree, factor, module
 
 if TYPE_CHECKING:
@@ -194,9 +194,9 @@ def filled(loading: str, config: Config) -> str:
 
 
 def _training(config: Config, tree: Tree) -> dict[str, str]:
-    from fedvlm import __version__
-    from fedvlm.algorithms import TABLE
+    from fedvlm.algorithms.table import TABLE
     from fedvlm.models.lora import part
+    from fedvlm.version import __version__
 
     modules = sorted({module(name) for name in tree})
     kinds = [part(m) for m in modules]
@@ -230,7 +230,7 @@ def _rows(counts: Mapping[str, int]) -> str:
 
 
 def _privacy(run: Opened, client: str | None) -> list[str]:
-    from fedvlm.algorithms import TABLE
+    from fedvlm.algorithms.table import TABLE
 
     entry = TABLE[run.config.algorithm.name]
     up = run.results.table["bytes"]["bytes_up"]["per_client_round"]

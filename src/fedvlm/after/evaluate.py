@@ -12,7 +12,7 @@ import numpy as np
 
 from fedvlm.after.inputs import check_out, write_table
 from fedvlm.after.opened import Opened, open_run
-from fedvlm.sections import Config
+from fedvlm.settings.sections import Config
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedvlm import store as stores
 from fedvlm.after import card
 from fedvlm.after.opened import GLOBAL, WEIGHTS, Opened, label, open_run
 from fedvlm.errors import FedVLMError
+from fedvlm.store import run as stores
 from fedvlm.tree import Tree
 
 # Largest difference of logits that merging may make, as a share of the largest logit. Measured on

@@ -13,8 +13,8 @@ import datasets
 
 from fedvlm.data.sources import load_rows, open_image
 from fedvlm.errors import DataError, FedVLMError
-from fedvlm.sections import DataConfig
-from fedvlm.store import write_bytes
+from fedvlm.settings.sections import DataConfig
+from fedvlm.store.run import write_bytes
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")

@@ -11,15 +11,15 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedvlm import config as configs
-from fedvlm import store as stores
 from fedvlm.after import card, export
 from fedvlm.after.evaluate import on_new_data
 from fedvlm.after.opened import ONBOARDED, Opened, open_run
-from fedvlm.algorithms import Algorithm, Client, Work, build
 from fedvlm.algorithms.sharing import means_and_points, stopped
+from fedvlm.algorithms.table import Algorithm, Client, Work, build
 from fedvlm.engines.base import Task
 from fedvlm.errors import DataError, FedVLMError
-from fedvlm.sections import Config
+from fedvlm.settings.sections import Config
+from fedvlm.store import run as stores
 from fedvlm.tree import Tree
 
 MOST_STEPS = 100

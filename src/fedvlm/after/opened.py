@@ -12,11 +12,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedvlm import config as configs
-from fedvlm import store as stores
-from fedvlm.algorithms import Client, build
+from fedvlm.algorithms.table import Client, build
 from fedvlm.errors import ConfigError, FedVLMError
-from fedvlm.results import Results
-from fedvlm.sections import Config
+from fedvlm.rounds.results import Results
+from fedvlm.settings.sections import Config
+from fedvlm.store import run as stores
 from fedvlm.tree import Tree, module
 
 if TYPE_CHECKING:
@@ -234,7 +234,7 @@ class Opened:
         return ReferenceEngine(model, self._collator(rows), partition, config, store)
 
     def _collator(self, rows: Any) -> Any:
-        from fedvlm.data.collate import Collator
+        from fedvlm.batches.collate import Collator
 
         limit, pairs = self.config.data.max_length, self.pairs and "rejected" in rows.column_names
         return Collator(rows, self.base, max_length=limit, pairs=pairs)
@@ -242,7 +242,7 @@ class Opened:
     @property
     def pairs(self) -> bool:
         """Whether the run learnt preferences, so that new rows need rejected answers too."""
-        from fedvlm.models import objectives
+        from fedvlm.batches import objectives
 
         return objectives.build(self.config.objective).pairs
 

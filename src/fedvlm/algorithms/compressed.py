@@ -33,7 +33,7 @@ from fedvlm.tree import Tree, change, named, part
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedvlm.sections import WireConfig
+    from fedvlm.settings.sections import WireConfig
 
 UNSENT = "unsent"
 SCALES, VALUES, INDICES = "scales", "values", "indices"

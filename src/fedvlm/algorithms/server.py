@@ -17,7 +17,7 @@ from fedvlm.tree import Tree, named, part, plain
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from fedvlm.sections import ServerConfig
+    from fedvlm.settings.sections import ServerConfig
 
 Second = Callable[["Tensor", "Tensor", float], "Tensor"]  # (v, change squared, beta2) -> v
 

@@ -16,7 +16,7 @@ import pandas as pd
 
 from fedvlm.data.labels import codes_of
 from fedvlm.errors import DataError
-from fedvlm.sections import PartitionConfig
+from fedvlm.settings.sections import PartitionConfig
 
 logger = logging.getLogger("fedvlm")
 

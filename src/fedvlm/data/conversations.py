@@ -23,7 +23,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from fedvlm.sections import Columns
+from fedvlm.settings.sections import Columns
 
 _COLUMNS = ("conversations", "messages")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}

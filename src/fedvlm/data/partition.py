@@ -22,7 +22,7 @@ from fedvlm.data.clusters import cluster_codes
 from fedvlm.data.labels import binned_codes, codes_of, values_of
 from fedvlm.data.skew import Skew, frequent, measure
 from fedvlm.errors import DataError
-from fedvlm.sections import Config
+from fedvlm.settings.sections import Config
 
 logger = logging.getLogger("fedvlm")
 

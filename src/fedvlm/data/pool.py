@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from fedvlm.sections import Config
+from fedvlm.settings.sections import Config
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition

@@ -26,7 +26,7 @@ from fedvlm.data.conversations import flatten
 from fedvlm.data.images import broken_images, open_image
 from fedvlm.data.parquet import load_dataset
 from fedvlm.errors import DataError
-from fedvlm.sections import DataConfig
+from fedvlm.settings.sections import DataConfig
 
 __all__ = ["load_rows", "open_image"]
 

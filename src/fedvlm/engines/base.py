@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from fedvlm.algorithms import Algorithm
+from fedvlm.algorithms.table import Algorithm
 from fedvlm.tree import Tree
 
 Scores = dict[str, float]

@@ -1,6 +1,6 @@
 """The cohort engine: many clients on one base in one pass, the same adapters as one after another.
 
-The clients' batches lie side by side, their factors are stacked (:mod:`fedvlm.models.cohort`), and
+The clients' batches lie side by side, their factors are stacked (:mod:`fedvlm.models.stack`), and
 one optimizer steps all of them. Batches, losses, clipping and schedules are each client's own, so
 the result is the reference engine's up to rounding. What cannot lie side by side exactly is trained
 a client at a time on the same stack: batches whose pictures take different numbers of patches, and
@@ -18,18 +18,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from fedvlm.algorithms import Phase
 from fedvlm.algorithms.base import Validation
-from fedvlm.data.prompts import Features
+from fedvlm.algorithms.table import Phase
+from fedvlm.batches.objectives import Terms
+from fedvlm.batches.prompts import Features
 from fedvlm.engines.base import Answer, Task
 from fedvlm.engines.extras import Extras
 from fedvlm.engines.memory import clients_in_a_pass, kept_for_backward
 from fedvlm.engines.reference import ReferenceEngine, make_optimizer, pieces, summed
-from fedvlm.models.cohort import Ragged, Stack
 from fedvlm.models.frozen import ImageFeatures
 from fedvlm.models.load import identity
-from fedvlm.models.objectives import Terms
 from fedvlm.models.spool import Spool
+from fedvlm.models.stack import Ragged, Stack
 from fedvlm.seeds import derive
 from fedvlm.tree import Tree
 

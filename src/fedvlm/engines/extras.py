@@ -7,7 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedvlm.algorithms import Phase
+from fedvlm.algorithms.table import Phase
 from fedvlm.tree import Tree
 
 

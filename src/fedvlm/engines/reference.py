@@ -12,21 +12,22 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 
-from fedvlm.algorithms import Algorithm, Phase, Work
 from fedvlm.algorithms.base import Validation
-from fedvlm.data.collate import Collator
+from fedvlm.algorithms.table import Algorithm, Phase, Work
+from fedvlm.batches import objectives
+from fedvlm.batches.collate import Collator
 from fedvlm.data.partition import Partition
 from fedvlm.engines.base import Answer, Models, Reply, Scores, Task
 from fedvlm.engines.extras import Extras
+from fedvlm.engines.wire import Forms
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import average, score_texts
-from fedvlm.models import lora, objectives
+from fedvlm.models import lora
 from fedvlm.models.generate import greedy
-from fedvlm.sections import Config, TrainConfig
 from fedvlm.seeds import derive
-from fedvlm.store import Store
+from fedvlm.settings.sections import Config, TrainConfig
+from fedvlm.store.run import Store
 from fedvlm.tree import Tree, digest, factor
-from fedvlm.wire import Forms
 
 
 class Length(NamedTuple):

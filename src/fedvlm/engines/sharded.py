@@ -19,7 +19,7 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from fedvlm.algorithms import Algorithm
+from fedvlm.algorithms.table import Algorithm
 from fedvlm.engines.base import Answer, Models, Reply, Scores, Task
 from fedvlm.engines.reference import ReferenceEngine
 from fedvlm.errors import FedVLMError

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fedvlm.models.cohort import StackedLora
 from fedvlm.models.spool import Spool, each, nbytes
+from fedvlm.models.stack import StackedLora
 from fedvlm.tree import digest
 
 FIELDS = ("pooler_output", "deepstack_features")  # what the models' forward reads

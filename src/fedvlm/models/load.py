@@ -19,7 +19,7 @@ from fedvlm import processes
 from fedvlm.errors import FedVLMError
 from fedvlm.models.names import refuse_foreign_release, refuse_own_code
 from fedvlm.models.processors import load_processor
-from fedvlm.sections import ModelConfig
+from fedvlm.settings.sections import ModelConfig
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = {"tiny": ASSETS / "tiny"}

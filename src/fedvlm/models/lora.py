@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from fedvlm.errors import FedVLMError
-from fedvlm.sections import LoraConfig
 from fedvlm.seeds import derive
+from fedvlm.settings.sections import LoraConfig
 from fedvlm.tree import Tree, module, pad
 
 logger = logging.getLogger("fedvlm")

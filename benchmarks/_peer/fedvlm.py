@@ -1,0 +1,40 @@
+"""fedvlm with a process a core, as `torchrun -m fedvlm run` works.
+
+Run by `peers.py`: torchrun --nproc-per-node N _peer/fedvlm.py JOB NAME
+"""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+
+import fedvlm
+from _peer.common import Job, Pace
+from fedvlm import processes
+from fedvlm.algorithms.table import build
+from fedvlm.rounds import federate
+from fedvlm.rounds.progress import Quiet
+
+
+def main() -> None:
+    folder, name = sys.argv[1:]
+    config = fedvlm.load_config(Path(folder) / "config.yaml", f"output={folder}/{name}")
+    algorithm = build(config.algorithm)
+    with processes.joined() as group:
+        if group.rank:
+            federate._follow(config, group)
+            return
+        engine, partition, store = federate._prepare_all(config, group, Quiet())
+        state = algorithm.init(engine.adapter)
+        job = Job(folder)
+        pace = Pace(job, name)
+        for number in range(1, job.rounds + 1):
+            pace.wait()
+            plan = federate.Round(number, tuple(partition.clients), algorithm, evaluate=False)
+            state, line = federate._round(plan, engine, partition.weights, state, (), Quiet())
+            store.commit(number, state, line, {"round": number})
+            pace.done(dict(state))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""What the personalization benchmark runs: its cells, and the settings of a run in one of them."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fedvlm.algorithms.table import TABLE, meaningful
+from fedvlm.config import load
+from fedvlm.settings.sections import Config
+
+PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos.parquet"
+SITES = 6  # clients of a cell; the photographs have six origins
+VALIDATION, TEST = 12, 24  # rows of a client to choose by, and to score
+MANY, COHORT, SCORED = 100, 10, 20  # clients where few take part in a round
+STRENGTHS = (0.5, 1.0)
+AMOUNTS = (24, 80, 240)
+MIDDLE = 80
+SEEDS = 5
+JOINED = "joined-"  # regime of clients that join a run of the regime whose name follows
+JOINERS = 2
+
+ALGORITHMS = tuple(name for name in TABLE if name not in ("share", "fedalora"))
+"""All that are one thing: `share` needs a map, `fedalora` is `plora` while ranks are equal."""
+
+REFERENCES = tuple(name for name, entry in TABLE.items() if entry.pools)
+"""No federation: in the tables, and not ranked."""
+
+OWN: dict[str, dict[str, Any]] = {"scaffold": {"train": {"optimizer": "sgd"}}}
+"""Settings that an algorithm cannot do without."""
+
+RATES = {"adamw": (0.002, 0.005), "sgd": (0.2, 0.5)}
+"""The rates that every algorithm is tuned over, by its optimizer."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A place in the benchmark, at which all algorithms are compared.
+
+    Attributes:
+        regime: a style of scenes, `photos`, `partial`, or one that clients join.
+        strength: how much clients differ; None where nature decides.
+        rows: training rows a client, on average.
+    """
+
+    regime: str
+    strength: float | None
+    rows: int
+
+    @property
+    def name(self) -> str:
+        """Names folders, and is what `--cells` takes."""
+        strength = "" if self.strength is None else f"-{self.strength:g}"
+        return f"{self.regime}{strength}-{self.rows}"
+
+    @property
+    def base(self) -> Cell:
+        """The cell whose runs are trained: for clients that join, the one they join."""
+        return Cell(self.regime.removeprefix(JOINED), self.strength, self.rows)
+
+
+TUNED_ON = {
+    "alike": Cell("iid", 0.0, MIDDLE),
+    "differ": Cell("mixed", 1.0, MIDDLE),
+    "photos": Cell("photos", None, MIDDLE),
+}
+"""Kind of regime -> the cell in which its learning rates are chosen."""
+
+
+def kind(cell: Cell) -> str:
+    """The kind of regime that a cell is tuned with."""
+    regime = cell.base.regime
+    return {"iid": "alike", "quantity": "alike"}.get(
+        regime, regime if regime in TUNED_ON else "differ"
+    )
+
+
+def full() -> list[Cell]:
+    """Every cell of the benchmark."""
+    cells = [Cell("iid", 0.0, rows) for rows in AMOUNTS]
+    for regime in ("label", "covariate", "concept", "quantity", "mixed"):
+        cells += [Cell(regime, strength, MIDDLE) for strength in STRENGTHS[:-1]]
+        cells += [Cell(regime, STRENGTHS[-1], rows) for rows in AMOUNTS]
+    cells += [Cell("photos", None, rows) for rows in AMOUNTS]
+    cells.append(Cell("partial", 1.0, AMOUNTS[0]))
+    return [*cells, Cell(JOINED + "iid", 0.0, MIDDLE), Cell(JOINED + "mixed", 1.0, MIDDLE)]
+
+
+MAIN = {
+    "cells": (
+        "iid-0-24",
+        "iid-0-80",
+        "label-1-80",
+        "covariate-1-80",
+        "concept-1-80",
+        "quantity-1-80",
+        "mixed-0.5-80",
+        "mixed-1-24",
+        "mixed-1-80",
+        "mixed-1-240",
+        "photos-80",
+        "partial-1-24",
+    ),
+    "algorithms": ("auto", "plora", "lora", "fedsa", "local", "lora+ft", "lora+es", "mix"),
+    "seeds": tuple(range(SEEDS)),
+}
+"""What is run unless asked otherwise: two to four hours on two cores, by the machine and
+how busy it is; all of it takes seven times as long."""
+
+SMALL = {
+    "cells": ("iid-0-80", "mixed-1-80"),
+    "algorithms": ("auto", "plora", "lora", "local"),
+    "seeds": (0, 1),
+}
+"""The part of it that `--small` runs."""
+
+
+def settings(cell: Cell) -> dict[str, Any]:
+    """A cell's settings, the same for all algorithms and seeds."""
+    total = cell.rows + VALIDATION + TEST
+    sites = MANY if cell.regime == "partial" else SITES
+    style = "mixed" if cell.regime == "partial" else cell.regime
+    tree: dict[str, Any] = {
+        "data": {
+            "val_fraction": VALIDATION / total,
+            "test_fraction": TEST / total,
+            "scenes": {"style": style, "strength": cell.strength, "sites": sites, "rows": total},
+        },
+        "partition": {"min_rows": 4},
+        "train": {"rounds": 24, "local_steps": 5, "batch_size": 4},
+        "lora": {"target": "language"},
+        "eval": {"every": 12, "max_rows": TEST},
+        "engine": {"threads": 1},
+    }
+    if cell.regime == "photos":
+        del tree["data"]["scenes"]
+        tree["data"] |= {"path": str(PHOTOS), "max_rows": SITES * total}
+        tree["partition"] |= {"kind": "column", "column": "origin_dataset"}
+    if cell.regime == "partial":
+        tree["train"] |= {"clients_per_round": COHORT}
+        tree["eval"] |= {"every": 24, "clients": SCORED}
+    return tree
+
+
+def rates(algorithm: str) -> tuple[float, ...]:
+    """The learning rates that an algorithm is tuned over."""
+    optimizer = OWN.get(algorithm, {}).get("train", {}).get("optimizer", "adamw")
+    return RATES[optimizer]
+
+
+def run_config(
+    cell: Cell, algorithm: str, rate: float, seed: int, output: Path, extra: Mapping[str, Any]
+) -> Config:
+    """The settings of one run.
+
+    Args:
+        cell: where it is; its base is what is trained.
+        algorithm: a name from the table.
+        rate: learning rate of both factors.
+        seed: of everything: rows, partition, initial adapter, cohorts, batches.
+        output: folder of the run.
+        extra: sections to add, such as those of a shorter form.
+    """
+    tree = settings(cell.base)
+    for other in (OWN.get(algorithm, {}), extra, {"train": {"lr": rate}}):
+        tree = merged(tree, other)
+    tree["algorithm"] = meaningful(algorithm, tree.get("algorithm", {}))
+    return load(tree | {"seed": seed, "output": str(output)})
+
+
+def merged(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
+    """A tree with another's leaves in place of its own."""
+    found = copy.deepcopy(dict(tree))
+    for key, value in other.items():
+        both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)
+        found[key] = merged(found[key], value) if both else copy.deepcopy(value)
+    return found

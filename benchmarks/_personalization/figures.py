@@ -1,0 +1,157 @@
+"""The figures of the personalization benchmark."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from _personalization import ranks as ranking
+from _personalization.cells import REFERENCES, Cell
+from _personalization.pages import Row, scores
+from fedvlm.figures.series import mean, standard_error
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+DPI = 120
+PERSONAL, GLOBAL, UNTUNED = "#0072B2", "#E69F00", "#8C8C8C"  # as in the plots of a run
+COLUMNS = 4
+
+
+def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
+    """Saves both figures as PNG."""
+    folder.mkdir(parents=True, exist_ok=True)
+    heat, dots = folder / "personalization-overview.png", folder / "personalization-cells.png"
+    return [overview(rows, heat, title), cells(rows, dots, title)]
+
+
+def overview(rows: Sequence[Row], path: Path, title: str) -> Path:
+    """Algorithms by cells: the personal models' mean, in the colour of the distance to the best."""
+    from matplotlib.figure import Figure
+
+    found = scores(rows)
+    names = _order(found)
+    behind = [[_behind(found[c], name) for c in found] for name in names]
+    size = (3.4 + 0.62 * len(found), 2.4 + 0.3 * len(names))
+    figure = Figure(figsize=(max(6.5, size[0]), max(3.6, size[1])), layout="constrained", dpi=DPI)
+    figure.suptitle(title, fontsize=11, weight="bold")
+    axes = figure.subplots()
+    worst = max((v for row in behind for v in row if not math.isnan(v)), default=0.0)
+    image = axes.imshow(behind, aspect="auto", cmap="cividis_r", vmin=0, vmax=worst or 1)
+    axes.set_facecolor("#E6E6E6")
+    for x, cell in enumerate(found):
+        best = _winners(found[cell])
+        for y, name in enumerate(names):
+            if name in found[cell]:
+                dark = behind[y][x] > 0.5 * worst
+                text = f"{100 * mean(found[cell][name].values()):.0f}"
+                weight = "bold" if name in best else "normal"
+                colour = "white" if dark else "black"
+                axes.text(x, y, text, ha="center", va="center", color=colour, weight=weight, size=9)
+    axes.set_yticks(range(len(names)), names)
+    labels = [cell.name for cell in found]
+    axes.set_xticks(range(len(labels)), labels, rotation=45, ha="right", rotation_mode="anchor")
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    axes.set_title("Exact match of personal models, % (bold: best, or tied with it)", fontsize=10)
+    figure.colorbar(image, ax=axes, label="points behind the best", format=_points, pad=0.02)
+    figure.savefig(path, format="png", dpi=DPI)
+    return path
+
+
+def cells(rows: Sequence[Row], path: Path, title: str) -> Path:
+    """A panel a cell: personal and global models with one standard error, and the worst clients."""
+    from matplotlib.figure import Figure
+    from matplotlib.lines import Line2D
+
+    found, worst = scores(rows), scores(rows, "worst10")
+    shared, start = scores(rows, of=("global", "after")), scores(rows, of=("untuned", "start"))
+    names = _order(found)
+    wide = min(COLUMNS, len(found))
+    tall = math.ceil(len(found) / wide)
+    size = (max(7.5, 1.2 + 3.3 * wide), 1.7 + tall * (1.0 + 0.24 * len(names)))
+    figure = Figure(figsize=size, layout="constrained", dpi=DPI)
+    figure.suptitle(title, fontsize=11, weight="bold")
+    grid = figure.subplots(tall, wide, squeeze=False, sharey=True)
+    for axes, cell in zip(grid.flat, found, strict=False):
+        _panel(axes, cell, names, (found, shared, worst), start)
+    for axes in grid.flat[len(found) :]:
+        axes.set_visible(False)
+    dot: dict[str, Any] = {"marker": "o", "ls": "none"}
+    handles = [
+        Line2D([], [], color=PERSONAL, label="personal models", **dot),
+        Line2D([], [], color=PERSONAL, mfc="white", label="their worst 10 %", **dot),
+        Line2D([], [], color=GLOBAL, marker="s", ls="none", label="global model"),
+        Line2D([], [], color=UNTUNED, ls=":", label="untuned"),
+    ]
+    figure.legend(handles=handles, loc="outside lower center", ncols=4, frameon=False)
+    figure.savefig(path, format="png", dpi=DPI)
+    return path
+
+
+def _panel(
+    axes: Axes, cell: Cell, names: Sequence[str], kinds: Sequence[Mapping[Any, Any]], start: Any
+) -> None:
+    personal, shared, worst = (kind.get(cell, {}) for kind in kinds)
+    top = 0.1
+    for y, name in enumerate(names):
+        marks = ((shared, "s", GLOBAL, GLOBAL), (worst, "o", PERSONAL, "white"))
+        for values, marker, colour, face in (*marks, (personal, "o", PERSONAL, PERSONAL)):
+            if own := values.get(name):
+                centre, error = _centre(own.values())
+                axes.errorbar(
+                    centre, y, xerr=error, marker=marker, color=colour, mfc=face, ms=5, capsize=2
+                )
+                top = max(top, centre + error)
+    untuned = [
+        v for a, own in start.get(cell, {}).items() if a not in REFERENCES for v in own.values()
+    ]
+    if untuned:
+        axes.axvline(mean(untuned), color=UNTUNED, ls=":")
+    axes.set_title(cell.name, fontsize=10)
+    axes.set_yticks(range(len(names)), names)
+    axes.set_ylim(len(names) - 0.4, -0.6)
+    axes.set_xlim(-0.02, min(1.02, 1.08 * top))
+    axes.xaxis.set_major_formatter(_percents)
+    axes.grid(axis="x", alpha=0.25)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _order(found: Mapping[Cell, Mapping[str, Mapping[int, float]]]) -> list[str]:
+    """The algorithm that is nearest to the best on average comes first."""
+    names = dict.fromkeys(name for cell in found.values() for name in cell)
+
+    def distance(name: str) -> float:
+        return mean(_behind(cell, name) for cell in found.values() if name in cell)
+
+    return sorted(names, key=distance)
+
+
+def _behind(cell: Mapping[str, Mapping[int, float]], name: str) -> float:
+    """How far an algorithm's mean is below the best one's that is ranked."""
+    some = {a: own for a, own in cell.items() if a not in REFERENCES} or cell
+    if name not in cell:
+        return math.nan
+    best = mean(some[ranking.best(some)].values())
+    return max(0.0, best - mean(cell[name].values()))
+
+
+def _winners(cell: Mapping[str, Mapping[int, float]]) -> set[str]:
+    some = {name: own for name, own in cell.items() if name not in REFERENCES}
+    return ranking.winners(some) if some else set()
+
+
+def _centre(values: Iterable[float]) -> tuple[float, float]:
+    values = list(values)
+    error = standard_error(values)
+    return mean(values), 0.0 if math.isnan(error) else error
+
+
+def _points(value: float, _: Any) -> str:
+    return f"{100 * value:.0f}"
+
+
+def _percents(value: float, _: Any) -> str:
+    return f"{100 * value:.0f} %"

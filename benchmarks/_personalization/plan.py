@@ -1,0 +1,199 @@
+"""Which runs the personalization benchmark has, the rates it chooses, and how long it takes."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from _personalization import cells as cells
+from _personalization.cells import Cell
+from _personalization.record import Rates, read_rates
+from _personalization.runs import Job, read
+
+COLUMNS = (
+    "regime",
+    "strength",
+    "rows_per_client",
+    "algorithm",
+    "seed",
+    "model",
+    "when",
+    "mean",
+    "worst10",
+    "bytes_up",
+    "rounds_to_90",
+)
+TUNING: dict[str, Any] = {"eval": {"split": "val", "every": 0}}
+TUNING_SEED = 0
+SECONDS_A_STEP = 0.06  # of one client, evaluations included, where nothing is measured yet
+
+
+@dataclass(frozen=True)
+class Form:
+    """The benchmark, or a part of it.
+
+    Attributes:
+        cells: where algorithms are compared.
+        algorithms: which.
+        seeds: of rows, partitions, weights and batches.
+        extra: settings other than the benchmark's own.
+        rate: of all algorithms, which then are not tuned.
+    """
+
+    cells: tuple[Cell, ...]
+    algorithms: tuple[str, ...] = cells.ALGORITHMS
+    seeds: tuple[int, ...] = tuple(range(cells.SEEDS))
+    extra: Mapping[str, Any] = field(default_factory=dict)
+    rate: float | None = None
+
+
+def whole() -> Form:
+    """All that there is."""
+    return Form(tuple(cells.full()))
+
+
+def main() -> Form:
+    """What is run unless asked otherwise."""
+    return _part(cells.MAIN)
+
+
+def small() -> Form:
+    """The part that `--small` runs: equal settings, so that the others go on from it."""
+    return _part(cells.SMALL)
+
+
+def _part(named: Mapping[str, tuple[Any, ...]]) -> Form:
+    known = {cell.name: cell for cell in cells.full()}
+    chosen = tuple(known[name] for name in named["cells"])
+    return Form(chosen, named["algorithms"], named["seeds"])
+
+
+def quick() -> Form:
+    """Enough to see that the script works: its scores mean nothing."""
+    extra = {
+        "train": {"rounds": 2, "local_steps": 2},
+        "eval": {"every": 1, "max_rows": 4, "max_new_tokens": 8},
+        "data": {"scenes": {"sites": 3}},
+        "lora": {"rank": 2, "alpha": 4},
+    }
+    return Form((Cell("iid", 0.0, 24),), ("lora", "plora"), (0,), extra, rate=0.002)
+
+
+def tuning(form: Form, output: Path) -> Iterator[Job]:
+    """The runs that choose learning rates: two an algorithm and kind of regime, one seed.
+
+    Those whose rate was chosen before are left out.
+    """
+    if form.rate is not None:
+        return
+    kept = read_rates(output)
+    for kind in dict.fromkeys(cells.kind(cell) for cell in form.cells):
+        for algorithm in form.algorithms:
+            if (kind, algorithm) not in kept:
+                yield from (job for _, job in _candidates(form, kind, algorithm, output))
+
+
+def _candidates(form: Form, kind: str, algorithm: str, output: Path) -> Iterator[tuple[float, Job]]:
+    cell = cells.TUNED_ON[kind]
+    extra = cells.merged(form.extra, TUNING)
+    for rate in cells.rates(algorithm):
+        folder = output / "tuning" / cell.name / f"{algorithm}-{rate:g}"
+        yield rate, Job(cell, algorithm, rate, TUNING_SEED, folder, extra)
+
+
+def chosen(form: Form, output: Path) -> dict[tuple[str, str], float]:
+    """The rates of the highest validation score, of lower loss where that is equal.
+
+    A rate that was chosen before stays.
+    """
+    found, kept = {}, read_rates(output)
+    for kind in dict.fromkeys(cells.kind(cell) for cell in form.cells):
+        for algorithm in form.algorithms:
+            if form.rate is not None:
+                found[kind, algorithm] = form.rate
+                continue
+            if (kind, algorithm) in kept:
+                found[kind, algorithm] = kept[kind, algorithm]
+                continue
+            tried = [(r, read(job)) for r, job in _candidates(form, kind, algorithm, output)]
+            if all(record for _, record in tried):
+                found[kind, algorithm] = max(tried, key=lambda pair: _merit(pair[1]))[0]
+    return found
+
+
+def _merit(record: Mapping[str, Any] | None) -> tuple[float, float]:
+    assert record is not None
+    return personal(record)["mean"], -record["loss"]
+
+
+def personal(record: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The row of what clients have at the end."""
+    return next(r for r in record["rows"] if (r["model"], r["when"]) == ("personal", "after"))
+
+
+def runs(form: Form, rates: Rates, output: Path) -> Iterator[Job]:
+    """The runs that are compared and whose rate is known, a seed of all cells after the other."""
+    for seed in form.seeds:
+        for cell in form.cells:
+            joins = cell.regime.startswith(cells.JOINED)
+            for algorithm in form.algorithms:
+                rate = rates.get((cells.kind(cell), algorithm))
+                if rate is None or (joins and algorithm in cells.REFERENCES):
+                    continue
+                folder = output / "runs" / cell.base.name / f"{algorithm}-{rate:g}-seed-{seed}"
+                yield Job(cell, algorithm, rate, seed, folder, form.extra)
+
+
+def rows(jobs: Iterable[Job]) -> list[dict[str, Any]]:
+    """The raw results of the jobs that are done."""
+    found = []
+    for job in jobs:
+        where = {
+            "regime": job.cell.regime,
+            "strength": job.cell.strength,
+            "rows_per_client": job.cell.rows,
+            "algorithm": job.algorithm,
+            "seed": job.seed,
+        }
+        found += [where | row for row in (read(job) or {"rows": []})["rows"]]
+    return sorted(found, key=_order)
+
+
+def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
+    strength = -1.0 if row["strength"] is None else row["strength"]
+    names = [cell.regime for cell in cells.full()]
+    place = names.index(row["regime"]), strength, row["rows_per_client"]
+    return *place, cells.ALGORITHMS.index(row["algorithm"]), row["seed"]
+
+
+def seconds(todo: Iterable[Job], done: Iterable[tuple[Job, float]]) -> float:
+    """How long jobs will take, one after another: as those of the same cell did, a step each.
+
+    Args:
+        todo: what is left to do.
+        done: jobs, and what they took.
+    """
+    found: dict[tuple[str, bool] | None, list[float]] = {}
+    for job, taken in done:
+        for key in (_alike(job), None):
+            found.setdefault(key, []).append(taken / job.steps)
+    usual = statistics.median(found.get(None, [SECONDS_A_STEP]))
+    typical = {key: statistics.median(each) for key, each in found.items()}
+    return sum(typical.get(_alike(job), usual) * job.steps for job in todo)
+
+
+def _alike(job: Job) -> tuple[str, bool]:
+    return job.cell.base.name, job.tunes
+
+
+def number_of_runs(form: Form) -> tuple[int, int]:
+    """How many runs choose rates, and how many are compared (clients that join: none)."""
+    anywhere, rates = (
+        Path("x"),
+        dict.fromkeys(((cells.kind(c), a) for c in form.cells for a in form.algorithms), 0.003),
+    )
+    trained = {job.folder for job in runs(form, rates, anywhere)}
+    return sum(1 for _ in tuning(form, anywhere)), len(trained)

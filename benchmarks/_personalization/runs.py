@@ -1,0 +1,269 @@
+"""Runs of the personalization benchmark: what is measured of each, and what is left of it.
+
+A run that is measured has a file `measured.json`, written last and whole; it is what a later start
+skips. What is not needed any more is removed then, so that thousands of runs fit on a disk.
+"""
+
+from __future__ import annotations
+
+import datetime
+import hashlib
+import json
+import shutil
+import subprocess
+import time
+import traceback
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any
+
+from _common import ROOT
+from _personalization.cells import JOINED, JOINERS, SITES, Cell, merged, run_config, settings
+from _personalization.ranks import rounds_to
+from fedvlm.errors import FedVLMError
+from fedvlm.metrics import summarize
+from fedvlm.rounds import comparison
+from fedvlm.rounds.results import Results
+from fedvlm.settings.sections import Config
+from fedvlm.store import run as stores
+
+MEASURED, FAILED, JOINS = "measured.json", "failed.txt", "joined.json"
+MODELS = {  # name in the metrics lines -> what the columns `model` and `when` say
+    "global_before": ("global", "before"),
+    "global": ("global", "after"),
+    "personal_before": ("personal", "before"),
+    "personal": ("personal", "after"),
+}
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run, or clients that join one.
+
+    Attributes:
+        cell: where it counts.
+        algorithm: what is run.
+        rate: learning rate.
+        seed: of everything.
+        folder: of the run, which for clients that join is the run they join.
+        extra: settings other than the cell's.
+    """
+
+    cell: Cell
+    algorithm: str
+    rate: float
+    seed: int
+    folder: Path
+    extra: Mapping[str, Any]
+
+    @property
+    def joins(self) -> bool:
+        """Whether it is clients that join."""
+        return self.cell.regime.startswith(JOINED)
+
+    @property
+    def tunes(self) -> bool:
+        """Whether it is for choosing a learning rate."""
+        return self.extra.get("eval", {}).get("split") == "val"
+
+    @cached_property
+    def config(self) -> Config:
+        """The run's settings."""
+        return run_config(self.cell, self.algorithm, self.rate, self.seed, self.folder, self.extra)
+
+    @property
+    def record(self) -> Path:
+        """The file with what was measured."""
+        return self.folder / (JOINS if self.joins else MEASURED)
+
+    @property
+    def name(self) -> str:
+        """What a person sees."""
+        why = " (tuning)" if self.tunes else ""
+        return f"{self.cell.name} {self.algorithm} {self.rate:g} seed {self.seed}{why}"
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of all clients together: what a run's time follows."""
+        tree = merged(settings(self.cell.base), self.extra)
+        train, scenes = tree["train"], tree["data"].get("scenes", {})
+        clients = train.get("clients_per_round") or scenes.get("sites", SITES)
+        return clients * train["rounds"] * train["local_steps"]
+
+
+def read(job: Job) -> dict[str, Any] | None:
+    """What was measured of a job, None where it was not done yet.
+
+    Raises:
+        FedVLMError: it was measured with other settings.
+    """
+    if not job.record.exists():
+        return None
+    found = json.loads(job.record.read_text(encoding="utf-8"))
+    if found["settings"] != digest(job.config):
+        raise FedVLMError(
+            f"'{job.record.parent}' was measured with other settings; choose another folder with "
+            "--output DIR, or remove that one"
+        )
+    return found
+
+
+def digest(config: Config) -> str:
+    """Of all settings that a result may depend on."""
+    tree = config.model_dump(exclude={"output", "engine"})
+    return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
+
+
+def do(jobs: Iterable[Job], at_a_time: int, tell: comparison.Tell | None = None) -> list[str]:
+    """Does what is not measured; what an error ended is done again next time.
+
+    Returns:
+        The names of the jobs that failed, each with its folder.
+    """
+    todo = [job for job in jobs if read(job) is None]
+    for joins, work in ((False, measure), (True, join)):
+        chosen = {job.name: job.config for job in todo if job.joins is joins}
+        comparison.each(work, chosen, at_a_time, tell)
+    return [f"{job.name}: see {job.folder}/{FAILED}" for job in todo if read(job) is None]
+
+
+def measure(name: str, config: Config, tell: comparison.Tell) -> None:
+    """Does a run, or goes on with it, and measures it. An error is kept in its folder."""
+    folder = Path(config.output)
+    try:
+        whole, began = not stores.is_run(folder), time.perf_counter()
+        if whole:  # what a process left that was killed, or failed, before its run began
+            shutil.rmtree(folder, ignore_errors=True)
+        if not comparison.done(config):
+            comparison.run_one(name, config, tell)
+        seconds = time.perf_counter() - began if whole else None
+        lines = stores.read_lines(folder / "metrics.jsonl")
+        results = Results.read(folder)
+        loss = results.summary("personal", "loss")["mean"]
+        _write(folder / MEASURED, config, seconds, rows_of(results, lines), loss)
+        prune(folder)
+    except Exception:
+        stores.write_text(folder / FAILED, traceback.format_exc())
+
+
+def join(name: str, config: Config, tell: comparison.Tell) -> None:
+    """Clients that the run has not seen join it, and are measured. An error is kept."""
+    from fedvlm.after.onboard import onboard
+
+    folder = Path(config.output)
+    try:
+        if not (folder / MEASURED).exists() or not stores.is_run(folder):
+            measure(name, config, tell)
+        if not (folder / MEASURED).exists():
+            return
+        began, found = time.perf_counter(), []
+        for site, data in _new_sites(config).items():
+            there = folder / "onboarded" / site / "scores.json"
+            if not there.exists():
+                onboard(folder, data, name=site)
+            found.append(json.loads(there.read_text())["scores"])
+        seconds = time.perf_counter() - began
+        _write(folder / JOINS, config, seconds, joined_rows(found, config))
+    except Exception:
+        stores.write_text(folder / FAILED, traceback.format_exc())
+
+
+def rows_of(results: Results, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """A run's rows of the raw results, without the columns that say which run it is."""
+    metric, sent = results.metric, results.table["bytes"]["bytes_up"]["total"]
+    start = results.summary("untuned")
+    found = [_row("untuned", "start", start, sent, None)]
+    for name, (model, when) in MODELS.items():
+        curve = {0: start["mean"]}
+        for line in lines:
+            if line["round"] and line["evaluation"]:
+                clients = line["evaluation"][name]
+                curve[line["round"]] = summarize({c: s[metric] for c, s in clients.items()})["mean"]
+        found.append(_row(model, when, results.summary(name), sent, rounds_to(curve)))
+    return found
+
+
+def joined_rows(
+    sites: list[Mapping[str, Mapping[str, float]]], config: Config
+) -> list[dict[str, Any]]:
+    """The rows of clients that joined; they send nothing, and there are no rounds."""
+    found = []
+    for model, when, name in (
+        ("untuned", "start", "untuned"),
+        ("global", "after", "shared"),
+        ("personal", "after", "personal"),
+    ):
+        scores = {str(k): site[name][config.metric] for k, site in enumerate(sites)}
+        found.append(_row(model, when, summarize(scores), 0, None))
+    return found
+
+
+def prune(folder: Path) -> None:
+    """Removes what neither the results nor clients that join need."""
+    for path in (*folder.glob("adapters/client-*"), folder / "personal", folder / "answers"):
+        shutil.rmtree(path, ignore_errors=True)
+    for path in folder.glob("*.png"):
+        path.unlink()
+
+
+def _row(
+    model: str, when: str, summary: Mapping[str, float], sent: float, rounds: int | None
+) -> dict[str, Any]:
+    return {
+        "model": model,
+        "when": when,
+        "mean": summary["mean"],
+        "worst10": summary["worst10"],
+        "bytes_up": int(sent),
+        "rounds_to_90": rounds,
+    }
+
+
+def _write(
+    path: Path,
+    config: Config,
+    seconds: float | None,
+    rows: list[dict[str, Any]],
+    loss: float | None = None,
+) -> None:
+    found = {
+        "settings": digest(config),
+        "seconds": seconds,
+        "date": str(datetime.date.today()),
+        "commit": _commit(),
+        "loss": loss,
+        "rows": rows,
+    }
+    (path.parent / FAILED).unlink(missing_ok=True)
+    stores.write_text(path, json.dumps(found, indent=1) + "\n")
+
+
+@cache
+def _commit() -> str:
+    command = ["git", "-C", str(ROOT), "describe", "--always", "--dirty"]
+    return subprocess.run(command, capture_output=True, text=True).stdout.strip() or "no commit"
+
+
+def _new_sites(config: Config) -> dict[str, Path]:
+    """The rows of sites that the run did not have, as files beside the run."""
+    from fedvlm.data.scenes import scenes
+
+    asked = config.data.scenes
+    wider = scenes(
+        sites=asked.sites + JOINERS,
+        rows=asked.rows,
+        style=asked.style,
+        strength=asked.strength,
+        seed=config.seed,
+    )
+    found = {}
+    for k in range(asked.sites, asked.sites + JOINERS):
+        site = f"site-{k}"
+        path = Path(config.output) / "new" / f"{site}.parquet"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        kept = [i for i, name in enumerate(wider["site"]) if name == site]
+        wider.select(kept).to_parquet(path)
+        found[site] = path
+    return found

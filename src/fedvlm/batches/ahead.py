@@ -1,0 +1,151 @@
+"""Rows encoded once, ahead of training, and kept on disk for later runs.
+
+Tokens and pixels are written by ``datasets.Dataset.map`` into one Arrow file, a row's features as
+safetensors bytes, and read back memory-mapped. The file's name is a hash of all that decides its
+content: the rows, the pictures' files, the processor and the versions.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Callable, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+import datasets
+from torch import Tensor
+
+from fedvlm.batches.prompts import Features, Prompter
+from fedvlm.data.scenes import cache_folder
+from fedvlm.data.sources import quiet
+from fedvlm.version import __version__
+
+BUFFER = 1 << 26  # bytes that are written at a time
+
+
+class Encoded:
+    """The encoded rows of a data set, by position."""
+
+    def __init__(self, table: datasets.Dataset):
+        self._table = table
+
+    def __getitem__(self, index: int) -> Features:
+        from safetensors.torch import load
+
+        return unpacked(load(self._table[int(index)]["features"]))
+
+
+def encode_ahead(
+    rows: datasets.Dataset,
+    encode: Callable[[int], Features],
+    *,
+    key: str,
+    budget: int,
+    told: Callable[[int, int], None],
+) -> Encoded | None:
+    """Encodes all rows, or reads what an earlier run encoded.
+
+    Args:
+        rows: of :func:`fedvlm.data.sources.load_rows`.
+        encode: a row's position -> its features.
+        key: from :func:`fingerprint`.
+        budget: bytes on disk at most; files of other data sets make room, the oldest first.
+        told: is told how many rows of how many are done.
+
+    Returns:
+        None where the rows do not fit, or the disk does not take them: training encodes them then.
+
+    Raises:
+        DataError: a row cannot be encoded.
+    """
+    from safetensors.torch import save
+
+    path = cache_folder() / f"encoded-{key}.arrow"
+    size = len(save(packed(encode(0))))
+    if size * len(rows) > budget:
+        return None
+
+    def one(row: Any, index: int) -> dict[str, bytes]:
+        told(index + 1, len(rows))
+        return {"features": save(packed(encode(index)))}
+
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _make_room(path, budget - size * len(rows))
+        with quiet():
+            table = rows.select_columns(["row"]).map(
+                one,
+                with_indices=True,
+                remove_columns=["row"],
+                features=datasets.Features({"features": datasets.Value("large_binary")}),
+                cache_file_name=str(path),
+                new_fingerprint=key,
+                writer_batch_size=max(1, BUFFER // size),
+            )
+        os.utime(path)  # it was used now
+    except OSError:
+        return None
+    return Encoded(table)
+
+
+def fingerprint(rows: datasets.Dataset, prompter: Prompter, roles: Sequence[str]) -> str:
+    """A hash of everything that decides what the rows' features are."""
+    processor, tokenizer = prompter.processor, prompter.tokenizer
+    backend = getattr(tokenizer, "backend_tokenizer", None)
+    parts = {
+        "rows": [rows._fingerprint, len(rows), _files(rows)],
+        "processor": processor.to_json_string(),
+        "template": getattr(processor, "chat_template", None),
+        "tokenizer": backend.to_str() if backend else str(sorted(tokenizer.get_vocab().items())),
+        "model": [prompter.family, sorted(prompter.ends), prompter.limit, prompter.max_length],
+        "roles": list(roles),
+        "versions": [__version__, *map(version, ("transformers", "tokenizers", "pillow"))],
+    }
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()[:24]
+
+
+def _files(rows: datasets.Dataset) -> str:
+    """A hash of the times and sizes of pictures that lie in files of their own."""
+    digest = hashlib.sha256()
+    for batch in rows.select_columns(["image"]).with_format("arrow").iter(batch_size=100):
+        pictures = batch["image"].combine_chunks()
+        outside = pictures.field("bytes").is_null()
+        for path in pictures.field("path").filter(outside).to_pylist():
+            if path:
+                stat = os.stat(path)
+                digest.update(f"{path}\0{stat.st_mtime_ns}\0{stat.st_size}\0".encode())
+    return digest.hexdigest()
+
+
+def _make_room(path: Path, budget: int) -> None:
+    """Removes the encoded rows of other data sets that were used longest ago."""
+    others = [p for p in path.parent.glob("encoded-*.arrow") if p != path]
+    for other in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True):
+        budget -= other.stat().st_size
+        if budget < 0:
+            other.unlink(missing_ok=True)
+
+
+def packed(row: Features) -> dict[str, Tensor]:
+    """A row's tensors under one name each."""
+    named = {"prompt": row.prompt}
+    named |= {f"answer.{n}": ids for n, ids in enumerate(row.answers)}
+    named |= {f"aligned.{name}": t for name, t in row.aligned.items()}
+    named |= {f"extras.{name}": t for name, t in row.extras.items()}
+    return {name: t.contiguous() for name, t in named.items()}
+
+
+def unpacked(named: dict[str, Tensor]) -> Features:
+    """The inverse of :func:`packed`."""
+
+    def of(group: str) -> dict[str, Tensor]:
+        return {
+            n.removeprefix(f"{group}."): t for n, t in named.items() if n.startswith(f"{group}.")
+        }
+
+    answers = of("answer")
+    ordered = tuple(answers[str(n)] for n in range(len(answers)))
+    return Features(named["prompt"], ordered, of("aligned"), of("extras"))

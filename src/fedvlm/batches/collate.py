@@ -1,0 +1,178 @@
+"""From rows to batches: prompts and answers padded, labels on the answers' tokens alone."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Callable, Iterable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fedvlm.batches.ahead import Encoded, encode_ahead, fingerprint
+from fedvlm.batches.objectives import IGNORE
+from fedvlm.batches.prompts import Features, Prompter
+from fedvlm.data.images import open_image
+from fedvlm.errors import DataError
+from fedvlm.models.load import Loaded
+
+CACHE_BYTES = 1 << 28
+
+
+class Collator:
+    """Turns rows of a data set into training and generation batches for one model.
+
+    Decoder-only models get ``prompt + answer`` in one sequence, labels masked to the answer;
+    encoder-decoder models get the prompt as input and the answer as labels. Rows are encoded once
+    and kept, up to 256 MiB; :meth:`encode_ahead` keeps them all on disk.
+
+    Args:
+        rows: of :func:`fedvlm.data.sources.load_rows`.
+        loaded: the model and its processor.
+        max_length: most tokens of prompt and answer together; None: what the model takes.
+        pairs: whether training batches hold the rejected answers too.
+    """
+
+    def __init__(
+        self, rows: Any, loaded: Loaded, *, max_length: int | None = None, pairs: bool = False
+    ):
+        self.rows = rows
+        self.prompter = Prompter(loaded, max_length)
+        self.tokenizer = self.prompter.tokenizer
+        self.seq2seq = self.prompter.seq2seq
+        self.device = loaded.device
+        self.dtype = loaded.model.dtype
+        self.roles = ("answer", "rejected") if pairs else ("answer",)
+        self._pad_id = _pad_id(self.tokenizer, self.prompter.end)
+        self._kept: dict[int, Features] = {}
+        self._room = CACHE_BYTES
+        self._lengths: dict[int, int] = {}
+        self._ahead: Encoded | None = None
+        self._encoding = threading.Lock()  # tokenizers are not for two threads at a time
+        self._thread = ThreadPoolExecutor(1, "collate")
+        self._next: tuple[list[int], Future[dict[str, Tensor]]] | None = None
+
+    def encode_ahead(self, budget: int, told: Callable[[int, int], None]) -> None:
+        """Encodes all rows now, or reads what an earlier run encoded.
+
+        Args:
+            budget: bytes on disk at most; where they do not do, rows are encoded when they come.
+            told: is told how many rows of how many are done.
+
+        Raises:
+            DataError: naming the first row that cannot be encoded.
+        """
+        key = fingerprint(self.rows, self.prompter, self.roles)
+        self._ahead = encode_ahead(self.rows, self._encode, key=key, budget=budget, told=told)
+
+    def features(self, index: int) -> Features:
+        """Row ``index``, encoded.
+
+        Raises:
+            DataError: naming the row.
+        """
+        with self._encoding:
+            if index in self._kept:
+                return self._kept[index]
+            encoded = self._encode(index) if self._ahead is None else self._ahead[index]
+            if encoded.nbytes() <= self._room:
+                self._kept[index] = encoded
+                self._room -= encoded.nbytes()
+            return encoded
+
+    def length(self, index: int) -> int:
+        """Tokens of a row's prompt and its longest answer."""
+        if index not in self._lengths:
+            row = self.features(index)
+            self._lengths[index] = len(row.prompt) + max(map(len, row.answers))
+        return self._lengths[index]
+
+    def _encode(self, index: int) -> Features:
+        row = self.rows[int(index)]
+        # Rows to predict for need no answer.
+        answers = [row[role] for role in self.roles if row.get(role) is not None]
+        try:
+            image = open_image(row["image"])
+            return self.prompter.encode(image, row["question"], answers)
+        except DataError as error:
+            raise DataError(f"row {row.get('row', index)}: {error}") from error
+
+    def training(self, indices: Iterable[int]) -> dict[str, Tensor]:
+        """Inputs and ``labels`` ``[batch, tokens]``, right-padded.
+
+        With pairs, the batch is all rows with their answers, then all with their rejected ones.
+        """
+        indices = [int(i) for i in indices]
+        begun, self._next = self._next, None
+        return begun[1].result() if begun and begun[0] == indices else self._training(indices)
+
+    def prefetch(self, indices: Iterable[int]) -> None:
+        """Begins, in another thread, what :meth:`training` is going to be asked for next."""
+        rows = [int(i) for i in indices]
+        self._next = rows, self._thread.submit(self._training, rows)
+
+    def _training(self, indices: Sequence[int]) -> dict[str, Tensor]:
+        found = [self.features(i) for i in indices]
+        batch = [(f, f.answers[n]) for n in range(len(self.roles)) for f in found]
+        if self.seq2seq:
+            inputs = self._inputs([f for f, _ in batch], [[] for _ in batch], left=False)
+            labels = [answer for _, answer in batch]
+        else:
+            inputs = self._inputs([f for f, _ in batch], [[a] for _, a in batch], left=False)
+            labels = [torch.cat((torch.full_like(f.prompt, IGNORE), a)) for f, a in batch]
+        return self._to_device({**inputs, "labels": _stack(labels, IGNORE, left=False)})
+
+    def prompts(self, indices: Iterable[int]) -> dict[str, Tensor]:
+        """Inputs for generation, left-padded."""
+        found = [self.features(i) for i in indices]
+        return self._to_device(self._inputs(found, [[] for _ in found], left=not self.seq2seq))
+
+    def picture(self, index: int) -> dict[str, Tensor]:
+        """One row's inputs other than the text: pixels, and what describes them."""
+        return self._to_device(self.features(index).extras)
+
+    def _inputs(
+        self, rows: Sequence[Features], answers: Sequence[list[Tensor]], *, left: bool
+    ) -> dict[str, Tensor]:
+        ids = [torch.cat((f.prompt, *a)) for f, a in zip(rows, answers, strict=True)]
+        inputs = {
+            "input_ids": _stack(ids, self._pad_id, left=left),
+            "attention_mask": _stack([torch.ones_like(t) for t in ids], 0, left=left),
+        }
+        for name in rows[0].aligned:
+            fill = self.prompter.answer_type(name)
+            values = [
+                torch.cat((f.aligned[name], *(torch.full_like(t, fill) for t in a)))
+                for f, a in zip(rows, answers, strict=True)
+            ]
+            inputs[name] = _stack(values, 0, left=left)
+        return inputs | {k: _join([f.extras[k] for f in rows]) for k in rows[0].extras}
+
+    def _to_device(self, batch: dict[str, Tensor]) -> dict[str, Tensor]:
+        return {
+            k: v.to(self.device, self.dtype if v.is_floating_point() else None)
+            for k, v in batch.items()
+        }
+
+
+def _pad_id(tokenizer: Any, end: int) -> int:
+    return end if tokenizer.pad_token_id is None else tokenizer.pad_token_id
+
+
+def _stack(rows: Sequence[Tensor], value: int, *, left: bool) -> Tensor:
+    side = "left" if left else "right"
+    return torch.nn.utils.rnn.pad_sequence(
+        list(rows), batch_first=True, padding_value=value, padding_side=side
+    )
+
+
+def _join(rows: Sequence[Tensor]) -> Tensor:
+    """Along the first axis; images cut into different numbers of tiles are padded with zeros."""
+    shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in rows), strict=True)]
+    if any(list(t.shape[1:]) != shape for t in rows):
+        padded = [t.new_zeros((len(t), *shape)) for t in rows]
+        for whole, t in zip(padded, rows, strict=True):
+            whole[tuple(slice(n) for n in t.shape)] = t
+        rows = padded
+    return torch.cat(list(rows))

@@ -1,0 +1,170 @@
+"""What is learnt, and its loss for every example.
+
+* Supervised fine-tuning (SFT): cross-entropy on the answer's tokens only.
+* Direct preference optimization (DPO, Rafailov et al., arXiv 2305.18290) on chosen and rejected
+  answers. The reference is the same model with its adapter off: no second model in memory. Losses:
+  ``sigmoid``, with label smoothing as in conservative DPO (Mitchell 2023), and ``ipo`` (Azar et
+  al., arXiv 2310.12036), whose log-ratios are means over the tokens, as its authors have it.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cache, partial
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from fedvlm.tree import wide
+
+if TYPE_CHECKING:
+    from fedvlm.batches.prompts import Features
+    from fedvlm.settings.sections import ObjectiveConfig
+
+IGNORE = -100
+Batch = dict[str, Tensor]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """The loss of a batch, by example: ``loss.sum() / weight.sum()`` is what is minimised.
+
+    Attributes:
+        loss: summed over what an example is weighted by ``[examples]``.
+        weight: answer tokens (SFT) or 1 (DPO) ``[examples]``.
+        wrong: how much of the weight is wrong ``[examples]``: tokens that are not the likeliest
+            after the right ones before them, or a pair whose rejected answer is preferred.
+        metrics: further scores ``[examples]``, such as the reward margin.
+    """
+
+    loss: Tensor
+    weight: Tensor
+    wrong: Tensor
+    metrics: dict[str, Tensor]
+
+    def mean(self) -> Tensor:
+        """The batch's loss."""
+        return self.loss.sum() / self.weight.sum()
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What is learnt.
+
+    Attributes:
+        pairs: whether batches hold rejected answers too, see :meth:`Collator.training`.
+        terms: ``(peft model, batch) -> Terms``.
+        weight: ``(features of a row) -> its weight`` in a batch's mean, the one that ``terms``
+            gives it: known before the model has seen it, so that a batch may come in parts.
+    """
+
+    pairs: bool
+    terms: Callable[[Any, Batch], Terms]
+    weight: Callable[[Features], int]
+
+
+def build(config: ObjectiveConfig) -> Objective:
+    """The objective that a config names."""
+    return OBJECTIVES[config.name](config)
+
+
+def sft_terms(model: Any, batch: Batch) -> Terms:
+    """Negative log-likelihood of the answers, in nats a token."""
+    return Terms(*answer_nll(model, batch), {})
+
+
+def dpo_terms(model: Any, batch: Batch, *, kind: str, beta: float, smoothing: float) -> Terms:
+    """The DPO loss of every pair.
+
+    Args:
+        model: a ``PeftModel``.
+        batch: the chosen answers of all examples, then the rejected ones ``[2 * examples, ...]``.
+        kind: ``sigmoid`` or ``ipo``.
+        beta: inverse temperature of the reward ``beta * log(policy / reference)``; IPO's tau.
+        smoothing: probability that a preference is the wrong way round.
+    """
+    nll, tokens, _ = answer_nll(model, batch)
+    with torch.no_grad(), adapter_off(model):
+        reference, *_ = answer_nll(model, batch)
+    chosen, rejected = (reference - nll).chunk(2)  # log(policy / reference) of the answers
+    if kind == "ipo":
+        chosen_tokens, rejected_tokens = tokens.chunk(2)
+        gap = chosen / chosen_tokens - rejected / rejected_tokens
+        loss = (gap - 1 / (2 * beta)) ** 2
+    else:
+        gap = beta * (chosen - rejected)
+        loss = -(1 - smoothing) * F.logsigmoid(gap) - smoothing * F.logsigmoid(-gap)
+    margin = (beta * (chosen - rejected)).detach()
+    right = (margin > 0).float() + 0.5 * (margin == 0).float()  # a tie, as before training: half
+    metrics = {"reward_accuracy": right, "reward_margin": margin}
+    return Terms(loss, torch.ones_like(loss), 1 - right, metrics)
+
+
+@contextmanager
+def adapter_off(model: nn.Module) -> Iterator[None]:
+    """The model without its adapter. PEFT's ``disable_adapter`` also sets what is trained anew."""
+    layers: list[Any] = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    for layer in layers:
+        layer._disable_adapters = True
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer._disable_adapters = False
+
+
+OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
+    "sft": lambda c: Objective(False, sft_terms, lambda row: len(row.answers[0])),
+    "dpo": lambda c: Objective(
+        True,
+        partial(dpo_terms, kind=c.loss, beta=c.beta, smoothing=c.label_smoothing),
+        lambda row: 1,
+    ),
+}
+
+
+def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
+    """Negative log-likelihood of the answers, in nats, and how many of their tokens are wrong.
+
+    Args:
+        model: decoder-only or encoder-decoder; called without ``labels`` where it is decoder-only.
+        batch: the model's inputs and ``labels`` ``[batch, tokens]``, ``-100`` where not scored.
+
+    Returns:
+        The sum over each answer's tokens, the number of these tokens, and of those among them that
+        are not the likeliest; each ``[batch]``.
+    """
+    labels = batch["labels"]
+    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    if model.config.is_encoder_decoder:
+        logits = model(**inputs, labels=labels).logits
+    else:
+        # Logits of the prompt are not needed: with a large vocabulary they take most of the memory.
+        first = int((labels != IGNORE).any(0).nonzero()[0])
+        labels = labels[:, first:]
+        base = model.get_base_model() if hasattr(model, "get_base_model") else model
+        kind: Any = type(base)
+        if _takes_logits_to_keep(kind):
+            keep: Any = labels.shape[1] + 1
+            inputs["logits_to_keep"] = keep
+        # Some models (GIT) put logits of image tokens, which are no input ids, before the text's.
+        logits = model(**inputs).logits[:, -labels.shape[1] - 1 : -1]
+    scored = labels != IGNORE
+    rows, columns = scored.nonzero(as_tuple=True)
+    logits, tokens = wide(logits[rows, columns]), labels[rows, columns]
+    token_nll = F.cross_entropy(logits, tokens, reduction="none")
+    missed = (logits.detach().argmax(-1) != tokens).to(token_nll.dtype)
+    # Not by `index_add`, which sums in another order each time on a GPU.
+    zeros = token_nll.new_zeros(labels.shape)
+    nll, wrong = (zeros.index_put((rows, columns), t).sum(1) for t in (token_nll, missed))
+    return nll, scored.sum(1), wrong
+
+
+@cache
+def _takes_logits_to_keep(kind: type) -> bool:
+    return "logits_to_keep" in inspect.signature(kind.forward).parameters  # type: ignore[attr-defined]

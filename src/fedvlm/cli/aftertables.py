@@ -1,0 +1,88 @@
+"""The tables of the commands that come after training."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from rich.markup import escape
+from rich.table import Table
+
+from fedvlm.cli.tables import console_for_tables, number
+from fedvlm.metrics import METRICS
+
+if TYPE_CHECKING:
+    from fedvlm.after.evaluate import Evaluation
+    from fedvlm.after.onboard import Onboarded
+    from fedvlm.after.predict import Answers
+
+MOST_ROWS = 40
+SITE_MODELS = {
+    "untuned": "before training",
+    "shared": "shared model, as downloaded",
+    "alone": "trained alone, the same steps",
+    "personal": "personal",
+}
+
+
+def print_answers(answers: Answers, out: str | Path | None) -> None:
+    """One answer alone as plain text; else a row a question and a column a model."""
+    if out is not None:
+        print(f"{len(answers.rows)} rows, {len(answers.models)} models: {out}")
+        return
+    if len(answers.rows) == 1 and len(answers.models) == 1:
+        print(answers.rows[0][answers.models[0]])
+        return
+    questions = {row["question"] for row in answers.rows}
+    alone = questions.pop() if len(questions) == 1 else None  # then it is the title
+    shown = Table(title=alone and escape(alone))
+    heads = [name for name in answers.rows[0] if alone is None or name != "question"]
+    for name in heads:
+        shown.add_column(name, style="bold" if name in answers.models else None, overflow="fold")
+    for row in answers.rows[:MOST_ROWS]:
+        cells = {**row, "image": Path(row["image"]).name} if "image" in row else row
+        shown.add_row(*(escape(str(cells[name])) for name in heads))
+    console = console_for_tables()
+    console.print(shown)
+    if len(answers.rows) > MOST_ROWS:
+        left = len(answers.rows) - MOST_ROWS
+        console.print(f"and {left} more rows; --out answers.jsonl writes all", highlight=False)
+
+
+def print_evaluation(found: Evaluation, out: str | Path | None) -> None:
+    """A row a model, a column a metric."""
+    console = console_for_tables()
+    console.print(_scores(f"{found.rows} rows of {found.data}", found.scores))
+    if out is not None:
+        console.print(f"written to {out}", highlight=False)
+
+
+def print_onboarded(site: Onboarded) -> None:
+    """A row for every way to have a model, the personal one last."""
+    table = site.table
+    count = site.scores["personal"]["examples"]
+    title = f"site {table['site']}, {count:g} {table['split']} rows"
+    named = {SITE_MODELS[m]: s for m, s in site.scores.items()}
+    console = console_for_tables()
+    console.print(_scores(title, named))
+    console.print(
+        f"trained: {table['trained']}; up to {table['steps']} steps on "
+        f"{table['rows']['train']} rows\n"
+        f"everything is in {site.folder}: the adapter, personal.safetensors, scores.json, "
+        "README.md",
+        highlight=False,
+        markup=False,
+    )
+
+
+def _scores(title: str, scores: Mapping[str, Mapping[str, float]]) -> Table:
+    measured = next(iter(scores.values()))
+    metrics = [m for m in METRICS if m in measured]
+    shown = Table(title=title)
+    shown.add_column("model", style="bold")
+    for metric in metrics:
+        shown.add_column(METRICS[metric].head, justify="right")
+    for name, numbers in scores.items():
+        shown.add_row(name, *(number(m, numbers[m]) for m in metrics))
+    return shown

@@ -1,0 +1,299 @@
+"""The command line. Heavy imports happen inside the commands, so that --help is instant."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import sys
+from collections.abc import Iterator
+from typing import Annotated
+
+import typer
+
+from fedvlm import processes
+from fedvlm.cli import deploy as cli_deploy
+from fedvlm.cli.options import QuietOption, Words, parse
+from fedvlm.errors import ConfigError, FedVLMError
+
+app = typer.Typer(
+    help="Federated fine-tuning of vision-language models: a personal LoRA adapter for every site.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+)
+
+RunFolder = Annotated[str, typer.Argument(metavar="DIR", help="the folder of a finished run")]
+ClientOption = Annotated[
+    list[str] | None,
+    typer.Option("--client", "-c", metavar="NAME", help="whose model; may be given again"),
+]
+GlobalOption = Annotated[bool, typer.Option("--global", help="the global model")]
+DataOption = Annotated[
+    str, typer.Option("--data", metavar="FILE", help="rows in the run's columns")
+]
+OutOption = Annotated[
+    str | None, typer.Option(metavar="FILE", help="write to .jsonl, .json, .csv or .parquet")
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="a setting other than the run's, such as "
+        "model.device=cpu or data.columns.answer=label",
+    ),
+]
+
+
+@app.callback()
+def _check_processes(context: typer.Context) -> None:
+    if processes.size() > 1 and context.invoked_subcommand != "run":
+        raise FedVLMError(
+            f"'fedvlm {context.invoked_subcommand}' works in one process, and {processes.size()} "
+            "were started: leave out torchrun; 'fedvlm run' is what takes several devices"
+        )
+
+
+@app.command()
+def run(
+    words: Words = None,
+    resume: Annotated[
+        str | None, typer.Option(metavar="DIR", help="go on with the unfinished run in DIR")
+    ] = None,
+    quiet: QuietOption = False,
+    print_config: Annotated[
+        bool, typer.Option("--print-config", help="print all settings as YAML, and stop")
+    ] = False,
+    dry_run: Annotated[
+        bool,
+        typer.Option("--dry-run", help="print what the run would do, send and hold, and stop"),
+    ] = False,
+) -> None:
+    """Fine-tune one model for every client, and score them all."""
+    from fedvlm import config as configs
+
+    if resume is not None and words:
+        raise ConfigError(
+            [f"--resume takes the run's own configuration; leave out {', '.join(words)}"]
+        )
+    if resume is not None and dry_run:
+        raise ConfigError(["--dry-run is of a new run; leave out --resume"])
+    source, overrides = parse(words)
+    if print_config:
+        text = configs.dump(configs.load(source, *overrides))
+        if processes.rank() == 0:
+            typer.echo(text, nl=False)
+        return
+    settings = None if resume else configs.load(source, *overrides)
+    if dry_run and settings:
+        if processes.rank() == 0:
+            from fedvlm.cli.forecasts import print_forecast
+            from fedvlm.planning.forecast import forecast
+
+            print_forecast(forecast(settings))
+        return
+
+    from fedvlm.cli.tables import print_run
+    from fedvlm.rounds import federate
+    from fedvlm.rounds.progress import choose
+
+    folder = resume or settings.output  # type: ignore[union-attr]
+    with _interruptible(f"fedvlm run --resume {folder}"):
+        if resume:
+            results = federate.resume(resume, choose(quiet))
+        else:
+            results = federate.run(settings, progress=choose(quiet))
+    if processes.rank() == 0:
+        print_run(results)
+
+
+@app.command()
+def compare(
+    algorithms: Annotated[str, typer.Argument(help="names with commas, such as plora,lora,local")],
+    words: Words = None,
+    seeds: Annotated[int, typer.Option(help="how many seeds, from `seed` on")] = 1,
+    jobs: Annotated[int, typer.Option(help="runs at a time, one process each")] = 1,
+    quiet: QuietOption = False,
+) -> None:
+    """Compare algorithms on the same clients and the same initial weights."""
+    from fedvlm import config as configs
+
+    source, overrides = parse(words)
+    settings = configs.load(source, *overrides)
+    if settings.output == configs.Config().output:
+        settings = settings.model_copy(update={"output": "runs/compare"})
+    names = [a.strip() for a in algorithms.split(",") if a.strip()]
+    _compare(names, settings, seeds, jobs, quiet)
+
+
+@app.command()
+def demo(
+    words: Words = None,
+    seeds: Annotated[int, typer.Option(help="how many seeds")] = 1,
+    jobs: Annotated[int, typer.Option(help="runs at a time; 0: one a core, at most 4")] = 0,
+    quiet: QuietOption = False,
+) -> None:
+    """See it work: eight sites that differ, LoRA, personalized LoRA and honest baselines."""
+    from fedvlm import config as configs
+    from fedvlm.cli.demo import ALGORITHMS, INTRODUCTION, SETTINGS
+
+    source, overrides = parse(words)
+    if source:
+        raise ConfigError([f"the demo has its own configuration; leave out '{source}'"])
+    settings = configs.load(SETTINGS, *overrides)
+    if not quiet:
+        typer.echo(INTRODUCTION)
+    _compare(list(ALGORITHMS), settings, seeds, jobs or min(4, os.cpu_count() or 1), quiet)
+
+
+@app.command()
+def export(
+    folder: RunFolder,
+    client: ClientOption = None,
+    global_: GlobalOption = False,
+    all_: Annotated[bool, typer.Option("--all", help="every client and the global model")] = False,
+    merge: Annotated[
+        bool, typer.Option("--merge", help="a whole model, loadable without PEFT")
+    ] = False,
+    to: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="where; else DIR/export/NAME")
+    ] = None,
+    set_: SetOption = None,
+) -> None:
+    """Export adapters, or whole models, that others load without fedvlm; with a model card."""
+    from fedvlm.after.export import export_many
+
+    named = tuple(client or ())
+    for path in export_many(
+        folder, *set_ or (), clients=named, global_=global_, every=all_, merge=merge, to=to
+    ):
+        typer.echo(path)
+
+
+@app.command()
+def predict(
+    folder: RunFolder,
+    source: Annotated[
+        str, typer.Argument(metavar="SOURCE", help="an image, a folder of images, or a data file")
+    ],
+    question: Annotated[
+        str | None, typer.Argument(help="what to ask; a data file may bring its questions")
+    ] = None,
+    client: ClientOption = None,
+    global_: GlobalOption = False,
+    untuned: Annotated[bool, typer.Option("--untuned", help="the model before training")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="all of these, side by side")] = False,
+    out: OutOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Ask a run's models about images: several models side by side."""
+    from fedvlm.after.predict import predict_many
+    from fedvlm.cli.aftertables import print_answers
+
+    answers = predict_many(
+        folder,
+        source,
+        question,
+        clients=client or (),
+        global_=global_,
+        untuned=untuned,
+        every=all_,
+        out=out,
+        overrides=set_ or (),
+    )
+    print_answers(answers, out)
+
+
+@app.command()
+def evaluate(
+    folder: RunFolder,
+    data: DataOption,
+    client: ClientOption = None,
+    global_: GlobalOption = False,
+    all_: Annotated[
+        bool, typer.Option("--all", help="all clients and the global model; the default")
+    ] = False,
+    max_rows: Annotated[int | None, typer.Option(help="a seeded sample of this many rows")] = None,
+    out: OutOption = None,
+    set_: SetOption = None,
+) -> None:
+    """Score a run's models, and the untuned one, on new data."""
+    from fedvlm.after.evaluate import evaluate as score
+    from fedvlm.cli.aftertables import print_evaluation
+
+    clients = None if all_ or not (client or global_) else client or []
+    found = score(
+        folder,
+        data,
+        *set_ or (),
+        clients=clients,
+        global_=global_ and clients is not None,
+        max_rows=max_rows,
+        out=out,
+    )
+    print_evaluation(found, out)
+
+
+@app.command()
+def onboard(
+    folder: RunFolder,
+    data: DataOption,
+    name: Annotated[str | None, typer.Option(help="of the site; else the data's name")] = None,
+    steps: Annotated[
+        int | None,
+        typer.Option(help="local steps; else as many as the run's clients took, at most 100"),
+    ] = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate; else the run's")] = None,
+    set_: SetOption = None,
+) -> None:
+    """Give a site that joins after training its own model, in a few local steps."""
+    from fedvlm.after.onboard import onboard as join
+    from fedvlm.cli.aftertables import print_onboarded
+
+    print_onboarded(join(folder, data, *set_ or (), name=name, steps=steps, lr=lr))
+
+
+@app.command()
+def algorithms() -> None:
+    """List the algorithms: what each sends, what stays at the client, and its paper."""
+    from fedvlm.cli.tables import print_algorithms
+
+    print_algorithms()
+
+
+app.add_typer(cli_deploy.deploy, name="deploy")
+app.add_typer(cli_deploy.site, name="site")
+
+
+def main() -> None:
+    """The entry point: a mistake in the input is one message and exit code 2."""
+    # Two busy thread pools on few cores slow each other down ten-fold.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    try:
+        app()
+    except FedVLMError as error:
+        processes.let_first_speak()
+        typer.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+def _compare(names: list[str], settings, seeds: int, jobs: int, quiet: bool) -> None:
+    from fedvlm.cli.board import board
+    from fedvlm.cli.tables import print_comparison
+    from fedvlm.rounds.comparison import compare as run_comparison
+
+    again = "the same command: it goes on where it stopped"
+    with _interruptible(again), board(names, settings, seeds, quiet) as tell:
+        comparison = run_comparison(names, settings, seeds=seeds, jobs=jobs, tell=tell)
+    print_comparison(comparison)
+
+
+@contextlib.contextmanager
+def _interruptible(how: str) -> Iterator[None]:
+    try:
+        yield
+    except KeyboardInterrupt:
+        if processes.rank() == 0:
+            typer.echo(f"\nstopped; nothing finished is lost. Go on with: {how}", err=True)
+        sys.exit(130)

@@ -1,0 +1,93 @@
+"""The table that ``fedvlm run --dry-run`` prints."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+from rich.table import Table
+
+from fedvlm.cli.tables import console_for_tables, size
+from fedvlm.planning.forecast import Forecast, Spread
+
+UNKNOWN = "not known"
+
+
+def print_forecast(plan: Forecast) -> None:
+    """A line for each thing that is planned, and what is not known and why."""
+    config = plan.config
+    title = f"{config.algorithm.name}, {config.objective.name}: what this run would do"
+    out = Table(title=title, show_header=False)
+    out.add_column(style="bold", no_wrap=True)
+    out.add_column()
+    for head, text in (*_work(plan), *_model(plan), *_messages(plan), *_memory(plan)):
+        out.add_row(head, text)
+    console = console_for_tables()
+    console.print(out)
+    for reason in plan.unknown:
+        console.print(f"not known: {reason}", highlight=False, markup=False)
+    if plan.size:
+        console.print(
+            "LoRA is left off layers that get no gradient, which a run finds with the weights: "
+            "where there are some, less is trained and sent.",
+            highlight=False,
+        )
+    console.print("nothing was trained or written", highlight=False)
+
+
+def _work(plan: Forecast) -> Iterator[tuple[str, str]]:
+    rounds = f"{plan.config.train.rounds:,}"
+    yield "clients", _number(plan.clients)
+    yield "clients a round", _number(plan.cohort)
+    yield "rounds", rounds + ", then local tuning of all clients" * plan.tuning
+    for split in ("train", "val", "test"):
+        yield f"{split} rows a client", _spread(plan.rows.get(split))
+    yield "optimizer steps", _each(plan.steps, _number(plan.all_steps))
+    yield "examples seen", _number(plan.examples)
+
+
+def _model(plan: Forecast) -> Iterator[tuple[str, str]]:
+    model, found = plan.config.model, plan.size
+    kind = model.dtype if model.quantization == "none" else model.quantization
+    held = f"{found.parameters:,} parameters, {size(found.weights)} ({kind})" if found else UNKNOWN
+    yield "frozen model", f"{model.name}: {held}"
+    yield "trained adapter", f"{found.trained:,} parameters a client" if found else UNKNOWN
+
+
+def _messages(plan: Forecast) -> Iterator[tuple[str, str]]:
+    for way in ("up", "down"):
+        total = f"{plan.all_sent[way]:,} ({size(plan.all_sent[way])})" if plan.all_sent else UNKNOWN
+        yield f"bytes {way}", _each(plan.sent.get(way), total)
+
+
+def _memory(plan: Forecast) -> Iterator[tuple[str, str]]:
+    found = plan.size
+    if found is None:
+        yield "memory", UNKNOWN
+        return
+    yield (
+        "memory",
+        f"{size(found.weights)} frozen weights, and for the clients of a pass at most "
+        f"{size(found.room)}: {size(found.each)} each for adapter and optimizer, and what its "
+        "batch takes, which is measured when the run begins",
+    )
+    yield "engine", f"{found.engine}, at most {_clients(found.most)} in a pass"
+
+
+def _each(found: Spread | None, total: str) -> str:
+    return f"{_spread(found)} a client and round; {total} in all" if found else UNKNOWN
+
+
+def _clients(count: int) -> str:
+    return f"{count:,} client{'s' * (count > 1)}"
+
+
+def _number(value: int | None) -> str:
+    return UNKNOWN if value is None else f"{value:,}"
+
+
+def _spread(found: Spread | None) -> str:
+    if found is None:
+        return UNKNOWN
+    if found.least == found.most:
+        return f"{found.median:,.10g}"
+    return f"{found.least:,.10g} to {found.most:,.10g}, median {found.median:,.10g}"

@@ -1,0 +1,114 @@
+"""``fedvlm deploy demo``: a server and three sites on this machine, as real processes."""
+
+from __future__ import annotations
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from fedvlm import config as configs
+from fedvlm.deploy.nvflare.federation import Federation
+from fedvlm.deploy.nvflare.project import Project, Server, provision
+from fedvlm.deploy.remote import Limits
+from fedvlm.errors import FedVLMError
+from fedvlm.rounds.results import Results
+
+SITES = ("north", "south", "west")
+SETTINGS: dict[str, Any] = {
+    "algorithm": {"name": "plora"},
+    "partition": {"kind": "column", "column": "site", "splits": "alone", "min_rows": 2},
+    "train": {"rounds": 8, "local_steps": 5, "batch_size": 4, "lr": 5e-3},
+    "eval": {"every": 0, "max_rows": 10},
+    "engine": {"clients": 1, "threads": 1},
+}
+
+
+def demo(folder: Path, overrides: list[str], tell: Callable[[dict[str, Any]], None]) -> Results:
+    """Provisions, starts all processes, runs, and ends them.
+
+    Args:
+        folder: where everything goes; the run is in ``run``.
+        overrides: settings other than the demo's.
+        tell: is told what happens.
+    """
+    folder = folder.absolute()
+    if folder.exists() and any(folder.iterdir()):
+        raise FedVLMError(f"'{folder}' is not empty; choose another folder with --to DIR")
+    rows(folder / "data")
+    path = folder / "data" / "all.parquet"
+    settings = configs.load(SETTINGS, *overrides, f"output={folder / 'run'}", f"data.path={path}")
+    kits = provision(loopback(SITES, "demo"), folder / "federation")
+    with Started(folder) as started:
+        started.start("server", "deploy", "server", "-f", str(folder / "federation"))
+        for name in SITES:
+            data = str(folder / "data" / f"{name}.parquet")
+            state = str(folder / "sites" / name)
+            words = ("site", "start", str(kits[name]), "--data", data, "--state", state)
+            started.start(name, *words)
+        limits = Limits(min_sites=len(SITES), open_s=120, train_s=120, score_s=120)
+        federation = Federation(folder / "federation")
+        return federation.run(settings, limits=limits, wait=60, tell=tell)
+
+
+def rows(folder: Path) -> None:
+    """The bundled scenes: a parquet for each site, and one of all for a run in one process."""
+    import fedvlm
+
+    folder.mkdir(parents=True)
+    table = fedvlm.scenes(style="mixed", strength=1.0, sites=len(SITES), rows=48).to_pandas()
+    table["site"] = table["site"].map({f"site-{k}": name for k, name in enumerate(SITES)})
+    table.to_parquet(folder / "all.parquet", index=False)
+    for name in SITES:
+        table[table["site"] == name].to_parquet(folder / f"{name}.parquet", index=False)
+
+
+def loopback(sites: Sequence[str], name: str = "fedvlm") -> Project:
+    """A federation whose server is this machine, on ports that are free."""
+    port, admin_port = free_ports(2)
+    server = Server(address="localhost", port=port, admin_port=admin_port)
+    return Project(name=name, server=server, sites=list(sites))
+
+
+def free_ports(count: int) -> list[int]:
+    """Ports that nobody listens on."""
+    sockets = [socket.socket() for _ in range(count)]
+    for each in sockets:
+        each.bind(("127.0.0.1", 0))
+    ports = [each.getsockname()[1] for each in sockets]
+    for each in sockets:
+        each.close()
+    return ports
+
+
+class Started:
+    """Commands in processes of their own, ended on leaving."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        self.processes: dict[str, subprocess.Popen[bytes]] = {}
+
+    def start(self, name: str, *words: str) -> None:
+        with open(self.folder / f"{name}.log", "ab") as log:
+            command = [sys.executable, "-m", "fedvlm", *words]
+            environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+            self.processes[name] = subprocess.Popen(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment
+            )
+
+    def __enter__(self) -> Started:
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        for process in self.processes.values():
+            process.send_signal(signal.SIGTERM)
+        for process in self.processes.values():
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()

@@ -1,0 +1,360 @@
+"""Runs over real machines, from the server's machine: submit, follow, resume, status, abort."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import json
+import time
+import uuid
+from collections import Counter
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
+
+from fedvlm import config as configs
+from fedvlm.algorithms.table import TABLE
+from fedvlm.deploy.nvflare.processes import read_federation
+from fedvlm.deploy.nvflare.project import ADMIN, Project, write_job
+from fedvlm.deploy.nvflare.server import RENEW, SITES
+from fedvlm.deploy.remote import Limits
+from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.rounds.results import Results
+from fedvlm.settings.sections import Config
+from fedvlm.store import run as stores
+
+Tell = Callable[[dict[str, Any]], None]
+
+CONNECT = 20.0  # seconds for the server to answer
+HEARD = 100.0  # seconds since the last sign of a site that is connected; it gives one every 30
+ASKED = 5.0  # seconds between questions to the server how the job is
+EVENTS = "events.jsonl"
+OVER = ("done", "renewed", "aborted", "error")  # a job's last event
+AGAIN = 3  # jobs in a row that end without a finished round, before this is an error
+
+
+class Federation:
+    """A provisioned federation, as its server's machine sees it.
+
+    Args:
+        folder: what ``fedvlm deploy init`` has written.
+    """
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder).absolute()
+        self.project: Project = read_federation(self.folder)
+
+    @contextlib.contextmanager
+    def session(self) -> Iterator[Session]:
+        """Connected to the server.
+
+        Raises:
+            FedVLMError: it does not answer.
+        """
+        try:
+            with contextlib.redirect_stdout(io.StringIO()):
+                found = new_secure_session(ADMIN, str(self.folder / "admin"), timeout=CONNECT)
+        except Exception as error:
+            address = f"{self.project.server.address}:{self.project.server.admin_port}"
+            raise FedVLMError(
+                f"the server at {address} does not answer ({error}); start it with 'fedvlm deploy "
+                f"server -f {self.folder}'"
+            ) from None
+        try:
+            yield found
+        finally:
+            with contextlib.suppress(Exception):
+                found.close()
+
+    def connected(self, session: Session) -> list[str]:
+        """The sites that are connected now: NVFlare lists those that are gone for ten minutes."""
+        heard = session.get_system_info().client_info
+        found = {c.name for c in heard if time.time() - (c.last_connect_time or 0) < HEARD}
+        return [site for site in self.project.sites if site in found]
+
+    def jobs(self, session: Session) -> list[dict[str, Any]]:
+        """The jobs that wait or run."""
+        found = [dict(job) for job in session.list_jobs()]
+        return [job for job in found if not _ended(str(job.get("status")))]
+
+    def status(self) -> dict[str, Any]:
+        """Who is connected, and what runs."""
+        with self.session() as session:
+            return {"sites": self.connected(session), "jobs": self.jobs(session)}
+
+    def abort(self) -> list[str]:
+        """Ends the jobs that wait or run; finished rounds stay, and ``--resume`` goes on."""
+        with self.session() as session:
+            found = [str(job["job_id"]) for job in self.jobs(session)]
+            for job in found:
+                stores.write_text(self._mark(job), "")
+                session.abort_job(job)
+        return found
+
+    def readmit(self) -> list[str]:
+        """Ends the jobs that run with the round that is under way.
+
+        The ``run`` that follows goes on with all sites that are connected then: NVFlare lets nobody
+        join a job that runs.
+        """
+        with self.session() as session:
+            found = [str(job["job_id"]) for job in self.jobs(session)]
+        for path in self._submitted():
+            if path.read_text() in found:
+                stores.write_text(path.with_name(RENEW), "")
+        return found
+
+    def run(
+        self,
+        config: Config,
+        *,
+        resume: bool = False,
+        limits: Limits | None = None,
+        wait: float = 60.0,
+        tell: Tell = lambda event: None,
+    ) -> Results:
+        """A run over the sites that are connected, to its end.
+
+        A job that ends before the run does (a site's process was killed, say) is followed by
+        another one, which goes on at the next round with whoever is connected then. So is one that
+        ends with a round because a site is back that was gone.
+
+        Args:
+            config: of the run; ``output`` is on this machine.
+            resume: go on with the run in ``output``.
+            limits: what the server waits for.
+            wait: seconds for all sites to connect; those that have by then take part.
+            tell: is told what happens.
+
+        Raises:
+            FedVLMError: the run cannot begin, or not go on.
+        """
+        limits = limits or Limits()
+        config = config.model_copy(update={"output": str(Path(config.output).absolute())})
+        check(config, resume)
+        if stores.is_done(config.output):
+            return Results.read(config.output)
+        with self.session() as session:
+            self._clear(session, config, resume)
+        failures, last, away, first = 0, _finished(config), Away(), True
+        while not stores.is_done(config.output):
+            with self.session() as session:
+                sites = self._gathered(session, limits.min_sites, wait, first, tell)
+                again = resume or begun(config.output)
+                job, events = self._submit(session, config, sites, limits, again, tell)
+                how = self._follow(session, job, events, config, away, tell)
+            if stores.is_done(config.output):
+                break
+            first = False
+            if self._mark(job).exists():
+                raise FedVLMError(f"ended by 'fedvlm deploy abort'; {_how(config)}")
+            done = _finished(config)
+            failures, last = (failures + 1 if done == last else 1), done
+            if failures >= AGAIN:
+                raise FedVLMError(
+                    f"{AGAIN} jobs ended without a finished round; '{events}' and "
+                    f"'{self.folder / 'server' / 'nvflare.log'}' say why"
+                )
+            tell({"event": "again", "round": done, "early": how != "renewed"})
+        return Results.read(config.output)
+
+    def _clear(self, session: Session, config: Config, resume: bool) -> None:
+        """Ends an earlier job of the run that goes on; a server that crashed still lists it.
+
+        Raises:
+            FedVLMError: another run is under way.
+        """
+        for job in (str(job["job_id"]) for job in self.jobs(session)):
+            folder = next((p.parent for p in self._submitted() if p.read_text() == job), None)
+            events = stores.read_lines(folder / EVENTS) if folder else []
+            if resume and folder and _output(folder) == config.output:
+                with contextlib.suppress(Exception):  # it may run nowhere
+                    session.abort_job(job)
+            elif not (events and events[-1]["event"] in OVER):  # else NVFlare is about to end it
+                raise FedVLMError(
+                    f"job {job} is under way; end it with 'fedvlm deploy abort', or wait"
+                )
+
+    def _submitted(self) -> Iterator[Path]:
+        """Files with the numbers of the jobs that were submitted."""
+        return (self.folder / "runs").glob("*/submitted")
+
+    def _gathered(
+        self, session: Session, least: int, wait: float, first: bool, tell: Tell
+    ) -> list[str]:
+        """The connected sites, once they are all, or enough for a job that follows another."""
+        until = time.monotonic() + wait
+        found: list[str] = []
+        while len(found) < len(self.project.sites):
+            now = self.connected(session)
+            for site in now:
+                if site not in found:
+                    tell({"event": "connected", "site": site})
+            found = now
+            if time.monotonic() > until or (not first and len(found) >= least):
+                break
+            if len(found) < len(self.project.sites):
+                time.sleep(1.0)
+        if len(found) < least:
+            missing = ", ".join(s for s in self.project.sites if s not in found)
+            raise FedVLMError(
+                f"{len(found)} sites are connected after {wait:.0f} s, and at least {least} are "
+                f"needed (--min-sites); missing: {missing}"
+            )
+        return found
+
+    def _submit(
+        self,
+        session: Session,
+        config: Config,
+        sites: list[str],
+        limits: Limits,
+        resume: bool,
+        tell: Tell,
+    ) -> tuple[str, Path]:
+        """Starts a job; its id, and the file of its events."""
+        folder = self.folder / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
+        events = folder / EVENTS
+        job = {
+            "config": config.model_dump(),
+            "limits": limits.model_dump(),
+            "events": str(events),
+            "resume": resume,
+        }
+        stores.write_text(folder / "job.json", json.dumps(job, indent=2))
+        definition = write_job(folder / "job", folder / "job.json", sites, limits)
+        number = str(session.submit_job(str(definition)))
+        stores.write_text(folder / "submitted", number)
+        tell({"event": "submitted", "job": number, "sites": sites, "resume": resume})
+        return number, events
+
+    def _mark(self, job: str) -> Path:
+        """A file that says that a person has ended the job."""
+        return self.folder / "runs" / f"{job}.aborted"
+
+    def _follow(
+        self,
+        session: Session,
+        job: str,
+        events: Path,
+        config: Config,
+        away: Away,
+        tell: Tell,
+    ) -> str:
+        """Tells a job's events until it has ended, and how it has.
+
+        Raises:
+            FedVLMError: the run cannot go on, as the server's process says, or the server is gone.
+        """
+        seen, asked = 0, time.monotonic()
+        while True:
+            lines = stores.read_lines(events)
+            for event in lines[seen:]:
+                tell(event)
+                away.note(event)
+                if event["event"] == "error":
+                    raise FedVLMError(event["why"])
+                if event["event"] in OVER:
+                    return str(event["event"])
+            seen = len(lines)
+            if time.monotonic() - asked > ASKED:
+                asked = time.monotonic()
+                try:
+                    status = str(session.get_job_meta(job).get("status"))
+                    if away.since and away.back(session.get_system_info().client_info):
+                        stores.write_text(events.with_name(RENEW), "")
+                except Exception as error:
+                    raise FedVLMError(f"the server is gone ({error}); {_how(config)}") from None
+                if _ended(status) and len(stores.read_lines(events)) == seen:
+                    tell({"event": "ended", "status": status})
+                    return status
+            time.sleep(0.2)
+
+
+class Away:
+    """Sites that did not answer; each is waited for, and let in again when it is back.
+
+    Attributes:
+        since: site -> when it did not answer, in seconds since 1970.
+    """
+
+    def __init__(self) -> None:
+        self.since: dict[str, float] = {}
+        self._tried: Counter[str] = Counter()
+
+    def note(self, event: dict[str, Any]) -> None:
+        """Takes one of a job's events."""
+        site = event.get("site", "")
+        if event["event"] == "failed" and event.get("gone"):
+            self.since[site] = event["time"]
+        elif event["event"] in ("opened", "trained"):
+            self.since.pop(site, None)
+        if event["event"] == "trained":
+            self._tried.pop(site, None)
+
+    def back(self, clients: Sequence[Any]) -> list[str]:
+        """The sites that are heard again; one that then does not answer is not tried for ever.
+
+        Args:
+            clients: of NVFlare's server, each with ``name`` and ``last_connect_time``.
+        """
+        heard = {client.name: client.last_connect_time or 0 for client in clients}
+        found = [site for site, since in self.since.items() if heard.get(site, 0) > since]
+        found = [site for site in found if self._tried[site] < AGAIN]
+        self._tried.update(found)
+        for site in found:
+            del self.since[site]
+        return found
+
+
+def begun(folder: str | Path) -> bool:
+    """Whether a folder holds a deployed run, finished or not."""
+    return stores.is_run(folder) and (Path(folder) / SITES).exists()
+
+
+def check(config: Config, resume: bool) -> None:
+    """Refuses what cannot be run over sites.
+
+    Raises:
+        ConfigError: the settings mean nothing there.
+        FedVLMError: the folder is taken, or holds nothing to go on with.
+    """
+    if TABLE[config.algorithm.name].pools:
+        raise ConfigError(
+            [f"algorithm.name={config.algorithm.name} needs all rows in one place: use fedvlm run"]
+        )
+    if resume and not begun(config.output):
+        raise FedVLMError(f"'{config.output}' holds no deployed run to go on with")
+    if not resume:
+        stores.check_fresh(config.output)
+
+
+def saved(folder: str | Path) -> Config:
+    """The settings of the deployed run in a folder.
+
+    Raises:
+        FedVLMError: it holds none.
+    """
+    if not begun(folder):
+        raise FedVLMError(f"'{folder}' holds no deployed run to go on with")
+    config = configs.load(Path(folder) / stores.CONFIG)
+    return config.model_copy(update={"output": str(folder)})
+
+
+def _output(folder: Path) -> str:
+    """Where the results of a job go."""
+    return str(json.loads((folder / "job.json").read_text())["config"]["output"])
+
+
+def _how(config: Config) -> str:
+    return f"go on with: fedvlm deploy run --resume {config.output}"
+
+
+def _finished(config: Config) -> int | None:
+    return stores.Store(config.output).finished()
+
+
+def _ended(status: str) -> bool:
+    return status.startswith(("FINISHED", "ABORTED", "FAILED", "ABANDONED"))

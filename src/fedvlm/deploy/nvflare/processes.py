@@ -1,0 +1,284 @@
+"""NVFlare's own processes at the server and at a site, kept running in the foreground."""
+
+from __future__ import annotations
+
+import contextlib
+import ctypes
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from fedvlm.deploy.nvflare.project import (
+    PROJECT,
+    Project,
+    check_certificate,
+    read_project,
+    unpacked,
+)
+from fedvlm.deploy.policy import read_policy
+from fedvlm.errors import FedVLMError
+from fedvlm.store.run import only_one
+
+QUICK = 30.0  # seconds: a process that ends sooner has failed to start
+MOST = 5  # such failures in a row end the command
+SITE = "FEDVLM_SITE"
+"""The environment variable with what ``fedvlm site start`` says of the site, as JSON."""
+LOG = "site.log"
+RETURNING = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(2**18)}
+"""Has the server's processes return the memory of large messages; what trains does better without.
+
+These are glibc's; other systems' allocators do not know them.
+"""
+TAKEN = "'{}' is in use by another fedvlm process"
+MARK = "FEDVLM_PROCESSES_OF"
+"""The environment variable by which a command's processes are found, whoever started them."""
+NOTED = {
+    "Successfully registered client": "connected to the server",
+    "target_unreachable": "the server cannot be reached; trying again",
+    "CERTIFICATE_VERIFY_FAILED": "server and kit are not of the same federation, or a certificate "
+    "has expired: ask for a new kit",
+    "requires identity": "refused: the kit's certificate is another site's",
+}
+"""Lines in NVFlare's log -> what they mean to a person; each is said when it is new."""
+LARGEST = 2**30 + 2**24
+"""Bytes: NVFlare refuses a message that is larger before it holds it; its own limit is 4 GiB."""
+UNHEARD = (
+    f"not connected after {QUICK:.0f} s; still trying. Is the server running, its port open, and "
+    "the kit of its federation? The server's lines say whom it refuses"
+)
+
+
+def serve(folder: Path, say: Callable[[str], None]) -> None:
+    """Runs the server of a federation until it is stopped.
+
+    Args:
+        folder: what ``fedvlm deploy init`` has written.
+        say: gets lines for a person.
+    """
+    project = read_federation(folder)
+    server = (folder / "server").absolute()
+    path = server / "local" / "resources.json"
+    tree = json.loads(path.read_text())
+    storage = tree["snapshot_persistor"]["args"]["storage"]["args"]
+    storage["root_dir"] = str(server / "snapshots")
+    for component in tree["components"]:
+        if component["id"] == "job_manager":
+            component["args"]["uri_root"] = str(server / "jobs")
+    path.write_text(json.dumps(tree, indent=2))
+    (server / "transfer").mkdir(exist_ok=True)
+    command = _command("server.server_train", server, "fed_server.json")
+    if warning := check_certificate(server / "startup" / "server.crt"):
+        say(warning)
+    names = ", ".join(project.sites)
+    say(f"server of '{project.name}' on port {project.server.port}; its sites: {names}")
+    with only_one(server, TAKEN.format(server)):
+        _keep(command, server, {**RETURNING, **os.environ}, server / "nvflare.log", say)
+
+
+def start_site(
+    kit: str | Path, data: str, state: Path, policy: str | None, say: Callable[[str], None]
+) -> None:
+    """Takes part with one site's rows until it is stopped.
+
+    Args:
+        kit: the site's start-up kit.
+        data: its rows.
+        state: folder for its personal state, logs and NVFlare's files.
+        policy: file of what is allowed.
+        say: gets lines for a person.
+
+    Raises:
+        FedVLMError: kit, data, policy or state cannot be used.
+    """
+    read_policy(policy)
+    if not Path(data).exists():
+        raise FedVLMError(f"--data '{data}': there is no such file or folder")
+    state = state.absolute()
+    try:
+        state.mkdir(parents=True, exist_ok=True, mode=0o700)
+    except OSError as error:
+        raise FedVLMError(f"--state '{state}' cannot be used: {error.strerror}") from None
+    with only_one(state, TAKEN.format(state)):
+        workspace = state / "nvflare"
+        name = unpacked(kit, workspace)
+        if warning := check_certificate(workspace / "startup" / "client.crt"):
+            say(warning)
+        own = {
+            "name": name,
+            "data": str(Path(data).absolute()),
+            "state": str(state),
+            "policy": str(Path(policy).absolute()) if policy else None,
+            "log": str(state / LOG),
+        }
+        environment = {**os.environ, SITE: json.dumps(own)}
+        command = _command("client.client_train", workspace, "fed_client.json", f"uid={name}")
+        target = json.loads((workspace / "startup" / "fed_client.json").read_text())
+        say(f"site '{name}', connecting to {target['servers'][0]['service']['target']}")
+        logs = state / "nvflare.log", state / LOG
+        _keep(command, workspace, environment, logs[0], say, shown=logs[1], silence=UNHEARD)
+
+
+def systemd_unit(kit: str, data: str, state: str, policy: str | None) -> str:
+    """A unit for ``/etc/systemd/system/fedvlm-site.service``."""
+    words = [sys.executable, "-m", "fedvlm", "site", "start", str(Path(kit).absolute())]
+    words += ["--data", str(Path(data).absolute()), "--state", str(Path(state).absolute())]
+    words += ["--policy", str(Path(policy).absolute())] if policy else []
+    return f"""\
+[Unit]
+Description=fedvlm site
+After=network-online.target
+Wants=network-online.target
+
+[Service]
+ExecStart={" ".join(words)}
+Restart=always
+RestartSec=10
+KillMode=control-group
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def read_federation(folder: Path) -> Project:
+    """The project of a folder that ``deploy init`` has written.
+
+    Raises:
+        FedVLMError: it holds none.
+    """
+    if not (folder / PROJECT).exists() or not (folder / "server").exists():
+        raise FedVLMError(
+            f"'{folder}' holds no federation; make one with 'fedvlm deploy init project.yml'"
+        )
+    return read_project(folder / PROJECT)
+
+
+def _command(module: str, workspace: Path, start: str, *more: str) -> list[str]:
+    command = [sys.executable, "-u", "-m", f"nvflare.private.fed.app.{module}"]
+    settings = ["secure_train=true", *more, "org=fedvlm", "config_folder=config"]
+    return [*command, "-m", str(workspace), "-s", start, "--set", *settings]
+
+
+def _keep(
+    command: list[str],
+    folder: Path,
+    environment: dict[str, str],
+    log: Path,
+    say: Callable[[str], None],
+    *,
+    shown: Path | None = None,
+    silence: str = "",
+) -> None:
+    """Runs a command until this process is told to end; starts it again when it has ended.
+
+    Args:
+        command: what runs.
+        folder: its working directory.
+        environment: its environment.
+        log: gets its output.
+        say: gets lines for a person.
+        shown: a file whose new lines are for a person too.
+        silence: is said where none of ``NOTED`` is in the log for a while.
+    """
+    if paths := environment.get("PYTHONPATH"):  # relative ones mean something here only
+        environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
+    environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    environment.setdefault("MALLOC_ARENA_MAX", "4")
+    environment.setdefault("NVFLARE_STREAMING_MAX_BLOB_SIZE", str(LARGEST))
+    mark = environment[MARK] = str(folder)
+    _end_all(mark)  # what a killed command has left
+    before = signal.signal(signal.SIGTERM, _interrupt)
+    failures = 0
+    try:
+        with open(log, "ab") as output, _tail(shown) as lines, _tail(log) as noise:
+            noted = ""
+            while failures < MOST:
+                began = time.monotonic()
+                process = subprocess.Popen(
+                    command,
+                    cwd=folder,
+                    env=environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    start_new_session=True,
+                    preexec_fn=_ends_with_parent,
+                )
+                try:
+                    while process.poll() is None:
+                        time.sleep(0.3)
+                        for line in lines():
+                            say(line)
+                        for line in noise():
+                            found = next((text for mark, text in NOTED.items() if mark in line), "")
+                            if found and found != noted:
+                                say(found)
+                                noted = found
+                        if silence and not noted and time.monotonic() - began > QUICK:
+                            noted = silence
+                            say(silence)
+                finally:
+                    _end(process, mark)
+                failures = failures + 1 if time.monotonic() - began < QUICK else 0
+                say(f"NVFlare ended (exit code {process.returncode}); starting it again, see {log}")
+                time.sleep(min(30, 2**failures))
+    except KeyboardInterrupt:
+        say("stopped")
+        return
+    finally:
+        signal.signal(signal.SIGTERM, before)
+    raise FedVLMError(f"NVFlare ended {MOST} times within {QUICK:.0f} s of its start; see '{log}'")
+
+
+def _interrupt(*_: Any) -> None:
+    raise KeyboardInterrupt
+
+
+def _ends_with_parent() -> None:
+    """Has Linux end this process when the one that starts it is killed."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
+
+
+def _end(process: subprocess.Popen[bytes], mark: str) -> None:
+    """Ends a process, and all that were started under it."""
+    for number, patience in ((signal.SIGTERM, 5), (signal.SIGKILL, 5)):
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(process.pid, number)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(patience)
+    _end_all(mark)
+
+
+def _end_all(mark: str) -> None:
+    """Ends all processes of a command but this one; NVFlare starts some in sessions of their own.
+
+    The caller holds the folder's lock, so they are nobody else's.
+    """
+    wanted = f"{MARK}={mark}".encode()
+    for path in Path("/proc").glob("[0-9]*/environ"):
+        with contextlib.suppress(OSError):
+            if int(path.parent.name) != os.getpid() and wanted in path.read_bytes().split(b"\0"):
+                os.kill(int(path.parent.name), signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def _tail(path: Path | None) -> Iterator[Callable[[], list[str]]]:
+    """Gives the lines that a file has got since it was asked last."""
+    if path is None:
+        yield list
+        return
+    path.touch()
+    with open(path, encoding="utf-8", errors="replace") as file:
+        file.seek(0, os.SEEK_END)
+        yield lambda: _lines(file)
+
+
+def _lines(file: IO[str]) -> list[str]:
+    return [line.rstrip("\n") for line in file.readlines()]

@@ -1,0 +1,380 @@
+"""An engine whose clients are elsewhere: it asks them, and folds what they answer.
+
+How a message travels is not known here; :mod:`fedvlm.deploy.nvflare.server` brings that. A client
+that does not answer, or not as it should, is left out of the round, and of the next ones for a
+while. Replies are handed on in the cohort's order, so that sums have the same bits whoever was
+first. A site keeps the tensors of its answer until they are fetched: at most ``at_once`` sites are
+at work or waiting for their turn, and at most ``held`` answers are here.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import time
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+from fedvlm.algorithms.table import Algorithm
+from fedvlm.engines.base import Answer, Models, Reply, Scores, Task
+from fedvlm.errors import FedVLMError
+from fedvlm.metrics import measured
+from fedvlm.settings.method import Positive, Section
+from fedvlm.settings.sections import Config
+from fedvlm.store.run import save_tree
+from fedvlm.tree import Tree, digest
+
+Call = Callable[[str, dict[str, Any], bytes, float], tuple[dict[str, Any], bytes]]
+"""``(site, header, tensors, seconds) -> (header, tensors)``; raises :class:`Unanswered`.
+
+Tensors may be left for a call of their own: then the header is ``kept``, with the number to fetch.
+"""
+
+
+PING = 5.0  # seconds in which a site that failed has to say that it is there again
+FETCH = 60.0  # seconds at least for the tensors of an answer, however little of its time is left
+
+
+MALFORMED = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
+"""What reading an answer of another form raises: 1e400 as digits, say, or lists a mile deep."""
+
+
+class Unanswered(Exception):
+    """A site gave no answer, or one that does not count."""
+
+
+class Gone(Unanswered):
+    """Nobody answers there: its machine, or the way to it, may be down."""
+
+
+class Limits(Section):
+    """What the server waits for; nothing is waited for without a limit."""
+
+    min_sites: Positive = 1
+    at_once: Positive = 16
+    held: Positive = 4
+    open_s: Positive = 900
+    train_s: Positive = 3600
+    score_s: Positive = 1800
+    max_bytes: Positive = 2**30
+
+
+@dataclass
+class Bench:
+    """A site that failed: how often in a row, and the round from which it is asked again."""
+
+    failures: int = 0
+    until: int = 0
+
+
+class Remote:
+    """The server's side of :class:`fedvlm.engines.base.Engine`.
+
+    Args:
+        call: asks one site.
+        sites: their names, which are the clients'.
+        limits: of time, size and number.
+        tell: is told what happens at the sites, an event at a time.
+
+    Attributes:
+        weights: client -> the number of its training rows; 1 for all, unless all tell it.
+        rows: client -> its number of train, val and test rows, where it tells.
+    """
+
+    def __init__(
+        self,
+        call: Call,
+        sites: Sequence[str],
+        limits: Limits | None = None,
+        tell: Callable[[dict[str, Any]], None] = lambda event: None,
+    ):
+        self._call, self.limits, self._tell = call, limits or Limits(), tell
+        self.sites = tuple(sites)
+        self.adapter: Tree = {}
+        self.weights: dict[str, float] = {}
+        self.rows: dict[str, dict[str, int]] = {}
+        self._peft: dict[str, Any] = {}
+        self._measured: set[str] = set()
+        self._bench = {site: Bench() for site in sites}
+        self._round = 0
+
+    def open(self, run: str, config: Config, *, known: Mapping[str, float] | None = None) -> None:
+        """Has the sites load data and model.
+
+        Args:
+            run: names the run's state at the sites.
+            config: the run's settings.
+            known: of a run that goes on: its clients and their weights.
+
+        Raises:
+            FedVLMError: too few sites can take part, or they differ from those of before.
+        """
+        asked = {"do": "open", "run": run, "config": _told(config)}
+        self._measured = measured(config.objective.name)
+        found: dict[str, dict[str, Any]] = {}
+        opened = self._each(self.sites, lambda s: (asked, b"", self.limits.open_s), _described)
+        for site, outcome in opened:
+            if not isinstance(outcome, Unanswered):
+                found[site] = outcome
+                self._tell({**outcome, "event": "opened", "site": site})
+        self._enough(len(found), "could open the run")
+        self._agree(found)
+        self.rows = {s: about["rows"] for s, about in found.items() if "rows" in about}
+        told = len(self.rows) == len(found)
+        weights = {s: float(self.rows[s]["train"]) if told else 1.0 for s in found}
+        self.weights = weights if known is None else dict(known)
+        changed = sorted(s for s, w in weights.items() if self.weights.get(s) != w)
+        if changed:
+            raise FedVLMError(
+                f"the rows of {', '.join(changed)} are not what they were when the run began: "
+                "restore them, or start a new run"
+            )
+        self.sites = tuple(self.weights)
+        self._bench = {site: self._bench.get(site, Bench()) for site in self.sites}
+
+    def _agree(self, found: dict[str, dict[str, Any]]) -> None:
+        """All sites have to start from one adapter, which the server gets from the first."""
+        for site in list(found):
+            try:
+                about, blob = self._ask(site, {"do": "adapter"}, b"", self.limits.open_s)
+                about, blob = self._fetched(site, about, blob, self.limits.open_s)
+                self.adapter, self._peft = self._read(blob), dict(about["peft"])
+                break
+            except (Unanswered, *MALFORMED) as wrong:
+                error = wrong if isinstance(wrong, Unanswered) else _uncounted(wrong)
+                self._failed(site, error)
+                found.pop(site)
+        self._enough(len(found), "gave their initial adapter")
+        own = digest(self.adapter)
+        odd = sorted(site for site, about in found.items() if about["adapter"] != own)
+        if odd:
+            raise FedVLMError(
+                f"{', '.join(odd)}: the initial adapter is not that of the other "
+                "sites; all need the same model and the same versions of the packages"
+            )
+
+    # -- the protocol
+
+    def train(self, algorithm: Algorithm, tasks: Sequence[Task]) -> Iterator[Reply]:
+        self._round = tasks[0].round if tasks else self._round
+        due = {t.client: t for t in tasks if self._bench[t.client].until <= self._round}
+        if len(due) < self.limits.min_sites:  # nobody is left out where that would end the run
+            due = {t.client: t for t in tasks}
+        for site in (t.client for t in tasks if t.client not in due):
+            self._tell({"event": "benched", "site": site, "round": self._round})
+        count, written = 0, Written()
+
+        def asked(site: str) -> tuple[dict[str, Any], bytes, float]:
+            header = {"do": "train", "round": self._round}
+            return header, written(due[site].down), self.limits.train_s
+
+        for site, outcome in self._each(list(due), asked, self._arrived(due)):
+            if not isinstance(outcome, Unanswered):
+                self._bench[site] = Bench()
+                count += 1
+                yield outcome
+        self._enough(count, f"finished round {self._round}")
+
+    def score(self, models: Models) -> dict[str, Scores]:
+        def checked(site: str, header: dict[str, Any], blob: bytes, seconds: float) -> Scores:
+            scores = header.get("scores")
+            if not isinstance(scores, dict) or not scores:
+                raise Unanswered("it gave no scores")
+            if scores.keys() - {"examples"} != self._measured:
+                raise Unanswered(f"its scores are {sorted(scores)}"[:500])
+            if not all(math.isfinite(value) for value in scores.values()):
+                raise Unanswered("its scores are not finite")
+            whole = {"examples": int}
+            return {n: whole.get(n, float)(value) for n, value in scores.items()}
+
+        found = self._about(models, {"do": "score", "round": models.round}, checked)
+        return {site: scores for site, scores in found if not isinstance(scores, Unanswered)}
+
+    def answer(self, name: str, models: Models) -> dict[str, list[Answer]]:
+        """The answers stay at the sites, in their own folders; nothing is returned."""
+        list(self._about(models, {"do": "answer", "name": name}))
+        return {}
+
+    def export(self, models: Models, folders: Mapping[str, Path]) -> None:
+        """Personal models stay at the sites, in their own folders; the global one is written."""
+        if models.kind == "global":
+            for client, down in models.downs:
+                tree = models.algorithm.start(self.adapter, down, {})
+                save_tree(folders[client] / "adapter_model.safetensors", tree)
+                text = json.dumps(self._peft, indent=2, sort_keys=True)
+                (folders[client] / "adapter_config.json").write_text(text + "\n")
+        else:
+            list(self._about(models, {"do": "export", "name": "personal"}))
+
+    # -- asking
+
+    def _about(self, models: Models, header: dict[str, Any], checked: Any = None) -> Iterator[Any]:
+        """Asks the clients of some models about them."""
+        downs = {c: down for c, down in models.downs if self._bench[c].until <= self._round}
+        written = Written()
+
+        def asked(site: str) -> tuple[dict[str, Any], bytes, float]:
+            return {**header, "kind": models.kind}, written(downs[site]), self.limits.score_s
+
+        return self._each(list(downs), asked, checked)
+
+    def _arrived(self, tasks: Mapping[str, Task]) -> Any:
+        """The one place where an upload comes in; one that is not accepted does not count."""
+
+        def checked(site: str, header: dict[str, Any], blob: bytes, seconds: float) -> Reply:
+            upload, loss = self._read(blob), float(header["loss"])
+            if not math.isfinite(loss):
+                raise Unanswered(f"its loss is {loss}")
+            self._tell(
+                {
+                    "event": "trained",
+                    "site": site,
+                    "round": tasks[site].round,
+                    "loss": loss,
+                    "bytes_up": len(blob),
+                    "seconds": round(seconds, 3),
+                    "seconds_there": float(header.get("seconds", 0.0)),
+                }
+            )
+            return Reply(site, upload, self.weights[site], loss)
+
+        return checked
+
+    def _each(self, sites: Iterable[str], asked: Any, checked: Any = None) -> Iterator[Any]:
+        """Sites and what they answered, in order; failures are told, and are answers too."""
+        left = iter(sites)
+
+        def work(site: str, header: dict[str, Any], blob: bytes, limit: float) -> Any:
+            began = time.perf_counter()
+            if self._bench[site].failures:  # a whole deadline is not waited for again
+                self._ask(site, {"do": "ping"}, b"", PING)
+            answer = self._ask(site, header, blob, limit)
+            return *answer, limit, time.perf_counter() - began
+
+        def take(site: str, working: Future[Any]) -> Any:
+            try:
+                header, blob, limit, taken = working.result()
+                began = time.perf_counter()
+                header, blob = self._fetched(site, header, blob, limit - taken)
+                taken += time.perf_counter() - began
+                return checked(site, header, blob, taken) if checked else (header, blob)
+            except Unanswered as error:
+                return error
+            except (*MALFORMED, FedVLMError) as error:
+                return _uncounted(error)
+
+        most, held = self.limits.at_once, self.limits.held
+        with ThreadPoolExecutor(most) as workers, ThreadPoolExecutor(held) as takers:
+            working: deque[tuple[str, Future[Any]]] = deque()
+            taking: deque[tuple[str, Future[Any]]] = deque()
+            while True:
+                for site in islice(left, most - len(working) - len(taking)):
+                    working.append((site, workers.submit(work, site, *asked(site))))
+                while working and len(taking) < held:
+                    site, future = working.popleft()
+                    taking.append((site, takers.submit(take, site, future)))
+                if not taking:
+                    return
+                site, future = taking.popleft()
+                outcome = future.result()
+                if isinstance(outcome, Unanswered):
+                    self._failed(site, outcome)
+                yield site, outcome
+                del future, outcome
+
+    def _ask(self, site: str, header: dict[str, Any], blob: bytes, limit: float) -> Any:
+        answer, tensors = self._call(site, header, blob, limit)
+        if "error" in answer:
+            raise Unanswered(f"{answer['error']}: {answer.get('message', '')}"[:2000])
+        if len(tensors) > self.limits.max_bytes:
+            raise Unanswered(f"{len(tensors)} bytes are more than {self.limits.max_bytes}")
+        return answer, tensors
+
+    def _fetched(self, site: str, header: dict[str, Any], blob: bytes, limit: float) -> Any:
+        """An answer with its tensors, if the site has kept them for a call of their own."""
+        if "kept" not in header:
+            return header, blob
+        fetch = {"do": "fetch", "number": header["kept"]}
+        return self._ask(site, fetch, b"", max(FETCH, limit))
+
+    def _read(self, blob: bytes) -> Tree:
+        from safetensors import SafetensorError
+        from safetensors.torch import load
+
+        try:
+            return load(blob) if blob else {}
+        except SafetensorError as error:
+            raise Unanswered(f"what it sent is no safetensors file: {error}") from None
+
+    def _failed(self, site: str, error: Unanswered) -> None:
+        """Left out of the rounds to come: of none after one failure, then of 1, 2, 4, at most 8."""
+        bench = self._bench[site]
+        bench.failures += 1
+        bench.until = self._round + 1 + min(8, 2 ** (bench.failures - 1) // 2)
+        self._tell(
+            {
+                "event": "failed",
+                "site": site,
+                "round": self._round,
+                "why": str(error),
+                "gone": isinstance(error, Gone),
+                "again_in_round": bench.until,
+            }
+        )
+
+    def _enough(self, count: int, what: str) -> None:
+        if count < self.limits.min_sites:
+            raise FedVLMError(
+                f"{count} of {len(self.sites)} sites {what}, and at least {self.limits.min_sites} "
+                "are needed (min_sites); the log says why. Then: fedvlm deploy run --resume"
+            )
+
+
+def _told(config: Config) -> dict[str, Any]:
+    """A run's settings without the server's own paths; each site puts its own in their place."""
+    tree = config.model_dump()
+    tree["output"], tree["data"]["path"] = "here", None
+    return tree
+
+
+def _described(site: str, about: dict[str, Any], blob: bytes, seconds: float) -> dict[str, Any]:
+    """What a site says of itself when it has opened a run, and nothing else that it may say."""
+    adapter, rows = about["adapter"], about.get("rows")
+    if not isinstance(adapter, str):
+        raise Unanswered("it does not say from which adapter it begins")
+    if rows is None:
+        return {"adapter": adapter}
+    counts = {split: rows[split] for split in ("train", "val", "test")}
+    if not all(type(n) is int and 0 <= n < 2**53 for n in counts.values()) or not counts["train"]:
+        raise Unanswered(f"its numbers of rows are {counts}"[:500])
+    return {"adapter": adapter, "rows": counts}
+
+
+def _uncounted(error: Exception) -> Unanswered:
+    return Unanswered(f"its answer does not count: {error!r:.500}")
+
+
+class Written:
+    """Downloads as bytes; clients that are sent the same tensors, one after another, share them."""
+
+    def __init__(self) -> None:
+        self._last: Tree = {}
+        self._bytes = b""
+
+    def __call__(self, tree: Tree) -> bytes:
+        known = self._last
+        if tree.keys() != known.keys() or any(t is not known[n] for n, t in tree.items()):
+            self._last, self._bytes = tree, write(tree)
+        return self._bytes
+
+
+def write(tree: Tree) -> bytes:
+    """A message's tensors as a safetensors file; nothing where there are none."""
+    from safetensors.torch import save
+
+    return save({n: t.contiguous() for n, t in tree.items()}) if tree else b""

@@ -1,0 +1,159 @@
+"""The process that has the model at a site: it does what comes in, until the other end is gone."""
+
+from __future__ import annotations
+
+import logging
+import os
+import queue
+import socket
+import sys
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+from fedvlm.deploy.frames import Closed, Message, receive, send
+from fedvlm.errors import DataError, FedVLMError
+
+logger = logging.getLogger("fedvlm")
+
+LOCKED = 60.0  # seconds to wait for another process of this site to let go of the state
+
+
+class Worker:
+    """Answers messages; ``open`` comes first and loads data and model.
+
+    Args:
+        own: of the site: ``name``, ``data``, ``state`` (folder), ``policy`` (file or None).
+    """
+
+    def __init__(self, own: dict[str, Any]):
+        self.own = own
+        self.site: Any = None
+        self._lock: Any = None
+
+    def perform(self, asked: dict[str, Any], blob: bytes) -> Message:
+        """One message's answer; mistakes are answers too."""
+        from fedvlm.deploy.policy import Refused
+
+        try:
+            return self._perform(asked, blob)
+        except Refused as error:
+            logger.warning("refused: %s", error)
+            return {"error": "refused", "message": str(error)}, b""
+        except Exception as error:
+            # What is wrong with the rows is told here; the server is told that something is.
+            if isinstance(error, FedVLMError):
+                logger.error("'%s' failed: %s", asked.get("do"), error)
+            else:
+                logger.exception("'%s' failed", asked.get("do"))
+            told = isinstance(error, FedVLMError) and not isinstance(error, DataError)
+            message = str(error) if told else f"{type(error).__name__}; see the site's log"
+            return {"error": "failed", "message": message}, b""
+
+    def _perform(self, asked: dict[str, Any], blob: bytes) -> Message:
+        from safetensors.torch import load, save
+
+        do, site = asked["do"], self.site
+        if do == "open":
+            return self._open(asked), b""
+        if site is None:
+            raise FedVLMError("the run has not been opened")
+        if do == "adapter":
+            about, tree = site.adapter_files()
+            return {"peft": about}, save(tree)
+        down = load(blob) if blob else {}
+        if do == "train":
+            began = time.perf_counter()
+            done = site.train(int(asked["round"]), down)
+            about = {"loss": done.loss, "seconds": round(time.perf_counter() - began, 3)}
+            logger.info("round %d: loss %.3f, %.1f s", done.round, done.loss, about["seconds"])
+            return about, save(done.trees["upload"]) if done.trees["upload"] else b""
+        if do == "score":
+            return {"scores": site.score(asked["kind"], int(asked["round"]), down)}, b""
+        if do == "answer":
+            site.answer(_plain(asked["name"]), asked["kind"], down)
+        elif do == "export":
+            site.export(_plain(asked["name"]), asked["kind"], down)
+        else:
+            raise FedVLMError(f"a site cannot '{do}'")
+        return {}, b""
+
+    def _open(self, asked: dict[str, Any]) -> dict[str, Any]:
+        from fedvlm import config as configs
+        from fedvlm.deploy.policy import read_policy
+        from fedvlm.deploy.site import Site
+        from fedvlm.store.run import Store
+
+        run = _plain(asked["run"])
+        if self.site is None:
+            policy = read_policy(self.own.get("policy"))
+            config = configs.load(asked["config"])
+            policy.check(config)
+            folder = Path(self.own["state"]) / "runs" / run
+            self._lock = Store(folder).locked(LOCKED)  # an earlier job's worker may be ending
+            self._lock.__enter__()
+            self.site = Site(self.own["name"], config, self.own["data"], folder, policy)
+            self.run = run
+            logger.info(
+                "run %s: %s, %d rounds, model %s; %s rows",
+                run,
+                config.algorithm.name,
+                config.train.rounds,
+                config.model.name,
+                self.site.rows,
+            )
+        if run != self.run:
+            raise FedVLMError(f"this process has run '{self.run}', and '{run}' is asked for")
+        return self.site.described()
+
+
+def _plain(name: Any) -> str:
+    """A name that is a name in a folder, and no path."""
+    if not isinstance(name, str) or not name or set(name) - _ALLOWED or name.startswith("."):
+        raise FedVLMError(f"{name!r:.60} is no name of a file")
+    return name
+
+
+_ALLOWED = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
+
+
+def serve(sock: socket.socket, worker: Worker) -> None:
+    """Answers until the other end closes; then ends at once, whatever is under way."""
+    waiting: queue.Queue[Message] = queue.Queue()
+
+    def read() -> None:
+        try:
+            while True:
+                waiting.put(receive(sock))
+        except Closed:
+            os._exit(0)
+
+    threading.Thread(target=read, daemon=True).start()
+    while True:
+        header, blob = waiting.get()
+        answer = worker.perform(header, blob)
+        send(sock, {"id": header.get("id"), **answer[0]}, answer[1])
+
+
+def main() -> None:
+    """``python -m fedvlm.deploy.worker FD JSON``: started by the supervisor only."""
+    import json
+
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    own = json.loads(sys.argv[2])
+    log_to(own.get("log"))
+    serve(socket.socket(fileno=int(sys.argv[1])), Worker(own))
+
+
+def log_to(path: str | None) -> None:
+    """Has this package's log lines go to the site's log, which a person reads."""
+    handler = logging.FileHandler(path) if path else logging.StreamHandler(sys.stderr)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+    logger.setLevel(logging.INFO)
+    logger.propagate = False
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""The picture of a partition: who has how many rows, of which labels, and how unlike the others."""
+
+from __future__ import annotations
+
+import os
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from fedvlm.data.partition import SPLITS, Partition
+from fedvlm.figures.plots import _figure, _percent, _save
+from fedvlm.figures.series import capital
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+COLOURS = {"train": "#0072B2", "val": "#56B4E9", "test": "#E69F00"}
+MOST_SHOWN = 100  # clients
+MOST_WRITTEN = 30  # clients whose shares are written into the heat map
+
+
+def plot_partition(partition: Partition, path: str | Path) -> Path:
+    """Saves :func:`figure_partition` as a PNG, whole or not at all, and returns its path."""
+    path = Path(path)
+    part = path.with_name(f".{path.name}.part")
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # labels of any script
+        _save(figure_partition(partition), part)
+    os.replace(part, path)
+    return path
+
+
+def figure_partition(partition: Partition) -> Figure:
+    """A row for each client: its rows by split, the shares of its labels, its divergence.
+
+    The labels are :attr:`Partition.frequent`; the column "all others" holds the rest. Colours
+    follow the root of the share, from 0 to 100 % in every picture, so that rare labels are seen
+    and pictures compare. Of more than a hundred clients the first hundred are drawn.
+
+    Args:
+        partition: what :func:`fedvlm.data.partition.make_partition` made.
+    """
+    clients = partition.clients[:MOST_SHOWN]
+    few = len(clients) <= MOST_WRITTEN
+    height = len(clients) * (0.3 if few else 0.13)
+    widths = [3.4, max(3.4, 0.6 * len(partition.frequent)), 2.4]
+    figure = _figure(_title(partition), size=(sum(widths) + 1.8, max(1.2, height) + 2.6))
+    sizes, labels, divergence = figure.subplots(1, 3, sharey=True, width_ratios=widths)
+    _draw_sizes(sizes, partition, clients)
+    _draw_labels(labels, partition, clients, written=few)
+    _draw_divergence(divergence, partition, clients)
+    sizes.set_yticks(range(len(clients)), [_plain(c) for c in clients], fontsize=9 if few else 6)
+    sizes.set_ylim(len(clients) - 0.4, -0.6)
+    return figure
+
+
+def _title(partition: Partition) -> str:
+    count, rows = len(partition.clients), sum(map(len, partition.splits.values()))
+    shown = f" (the first {MOST_SHOWN} are shown)" if count > MOST_SHOWN else ""
+    return f"{count} clients{shown}, {rows} rows, partition: {partition.kind}"
+
+
+def _draw_sizes(axes: Axes, partition: Partition, clients: Sequence[str]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    left = np.zeros(len(clients))
+    for split in SPLITS:
+        counts = [len(getattr(partition.splits[client], split)) for client in clients]
+        axes.barh(range(len(clients)), counts, left=left, color=COLOURS[split], label=split)
+        left += counts
+    axes.set_title("Rows", fontsize=11)
+    axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
+    axes.legend(
+        loc="upper center",
+        bbox_to_anchor=(0.5, 0.0),
+        borderaxespad=2.4,
+        ncols=3,
+        frameon=False,
+        fontsize=9,
+    )
+    _bars_only(axes)
+
+
+def _draw_labels(
+    axes: Axes, partition: Partition, clients: Sequence[str], *, written: bool
+) -> None:
+    """Shares within a client: [clients, labels and all others]."""
+    from matplotlib.colors import PowerNorm
+
+    axes.set_title(f"{capital(_plain(partition.label))}: share within a client, in %", fontsize=11)
+    axes.tick_params(length=0)
+    axes.spines[:].set_visible(False)
+    if not partition.frequent:
+        axes.set_xticks([])
+        axes.text(
+            0.5,
+            0.5,
+            f"no {_plain(partition.label)} occurs twice",
+            transform=axes.transAxes,
+            ha="center",
+        )
+        return
+    totals = np.array([[len(partition.splits[client])] for client in clients])
+    counts = np.array([partition.skew[client].counts for client in clients])
+    shares = np.column_stack([counts, totals - counts.sum(axis=1, keepdims=True)]) / totals
+    names = [_plain(label) for label in partition.frequent] + ["all others"]
+    if not shares[:, -1].any():
+        shares, names = shares[:, :-1], names[:-1]
+    axes.imshow(shares, aspect="auto", cmap="cividis", norm=PowerNorm(0.5, 0.0, 1.0))
+    if written:
+        for row, column in np.argwhere(shares):
+            colour = "white" if shares[row, column] <= 0.35 else "black"
+            text = f"{100 * shares[row, column]:.0f}"
+            axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
+    axes.set_xticks(
+        range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=9
+    )
+    if not written:
+        axes.figure.colorbar(
+            axes.images[0], ax=axes, format=_percent(), pad=0.02, fraction=0.03, aspect=60
+        )
+
+
+def _draw_divergence(axes: Axes, partition: Partition, clients: Sequence[str]) -> None:
+    from matplotlib.ticker import MaxNLocator
+
+    values = [partition.skew[client].divergence for client in clients]
+    axes.barh(range(len(clients)), values, color="#8C8C8C")
+    axes.axvline(partition.mean_divergence(), color="black", ls=":", lw=1)
+    axes.set_title(f"Divergence, mean {partition.mean_divergence():.2f}", fontsize=11)
+    axes.set_xlabel("Jensen-Shannon; 0: as all rows", fontsize=9)
+    axes.xaxis.set_major_locator(MaxNLocator(4))
+    axes.set_xlim(0, max(0.1, 1.05 * max(values)))
+    _bars_only(axes)
+
+
+def _bars_only(axes: Axes) -> None:
+    axes.grid(axis="x", alpha=0.25)
+    axes.set_axisbelow(True)
+    axes.tick_params(axis="y", length=0)
+    axes.spines[["top", "right", "left"]].set_visible(False)
+
+
+def _plain(text: str) -> str:
+    """On one line, cut in the middle, and never read as a formula."""
+    text = " ".join(text.split())
+    text = text if len(text) <= 24 else f"{text[:9]}…{text[-14:]}"
+    return text.replace("$", r"\$")

@@ -1,0 +1,211 @@
+"""What a run would do: its clients, steps, messages and memory, without weights, nothing written.
+
+Rows are partitioned as the run partitions them, rounds are
+:func:`fedvlm.rounds.schedule.plan`'s, and the messages are what the algorithm itself makes of an adapter that has shapes and no values.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedvlm.algorithms.table import NOBODY, TABLE, Algorithm, build
+from fedvlm.errors import FedVLMError
+from fedvlm.planning import footprint
+from fedvlm.planning.footprint import Footprint
+from fedvlm.rounds import federate
+from fedvlm.rounds.schedule import plan
+from fedvlm.settings.sections import Config
+
+if TYPE_CHECKING:
+    from fedvlm.data.partition import Partition
+
+
+@dataclass(frozen=True)
+class Spread:
+    """The least, the median and the most of some numbers."""
+
+    least: float
+    median: float
+    most: float
+
+    @classmethod
+    def of(cls, values: Iterable[float]) -> Spread:
+        """Of one number at least."""
+        values = list(values)
+        return cls(min(values), statistics.median(values), max(values))
+
+
+@dataclass(frozen=True)
+class Forecast:
+    """A run's plan. None, or an empty dict, is what cannot be known here; ``unknown`` says why.
+
+    Attributes:
+        config: the run's settings.
+        clients: how many there are.
+        cohort: how many take part in a round.
+        tuning: whether one more round of local tuning follows, with all clients.
+        rows: split -> rows a client.
+        steps: optimizer steps a client and round.
+        all_steps: of all clients and rounds.
+        examples: rows that these steps see, repetitions counted.
+        size: the model's and the adapter's.
+        sent: up, down -> bytes a client and round.
+        all_sent: up, down -> bytes of all clients and rounds.
+        unknown: what is not known, and why.
+    """
+
+    config: Config
+    clients: int | None
+    cohort: int | None
+    tuning: bool
+    rows: dict[str, Spread]
+    steps: Spread | None
+    all_steps: int | None
+    examples: int | None
+    size: Footprint | None
+    sent: dict[str, Spread]
+    all_sent: dict[str, int]
+    unknown: tuple[str, ...]
+
+
+def forecast(config: Config) -> Forecast:
+    """The plan of a run.
+
+    Raises:
+        FedVLMError: the run could not be done. Not where the hub is out of reach, or has data that
+            are not in the cache: nothing is downloaded but a model's ``config.json``.
+    """
+    unknown: list[str] = []
+    partition = _partition(config, unknown)
+    names = partition.clients if partition else _stated(config)
+    algorithm = build(config.algorithm, config.lora, config.wire)
+    rounds = list(plan(config, algorithm, names or (NOBODY.name,)))
+    visits = [(round_.algorithm, client) for round_ in rounds for client in round_.cohort]
+    steps, seen = zip(*_work(config, partition, names, visits), strict=True)
+    size, sent = None, dict[str, tuple[int, ...]]()
+    if (model := _model(config, unknown)) is not None:
+        adapter = footprint.shapes(model, config)
+        size = footprint.measure(config, model, adapter, {id(a): a for a, _ in visits}.values())
+        up, down = zip(*footprint.messages(config, adapter, visits), strict=True)
+        sent = {"up": up, "down": down}
+    whole = names is not None
+    return Forecast(
+        config=config,
+        clients=len(names) if names else None,
+        cohort=len(rounds[0].cohort) if names else config.train.clients_per_round,
+        tuning=algorithm.final is not None,
+        rows=_rows(partition),
+        steps=None if None in steps else Spread.of(steps),
+        all_steps=_total(steps) if whole else None,
+        examples=_total(seen) if whole else None,
+        size=size,
+        sent={way: Spread.of(sizes) for way, sizes in sent.items()},
+        all_sent={way: sum(sizes) for way, sizes in sent.items()} if whole else {},
+        unknown=tuple(unknown),
+    )
+
+
+def examples(rows: int, size: int, steps: int) -> int:
+    """Rows that ``steps`` batches of ``size`` hold, where each pass over the rows is cut anew."""
+    passes, rest = divmod(steps, -(-rows // size))
+    return passes * rows + min(rest * size, rows)
+
+
+def _total(values: Sequence[int | None]) -> int | None:
+    known = [n for n in values if n is not None]
+    return sum(known) if len(known) == len(values) else None
+
+
+def _partition(config: Config, unknown: list[str]) -> Partition | None:
+    on_hub = config.data.path and not Path(config.data.path).expanduser().exists()
+    try:
+        with _from_cache():
+            return federate.divide(config)[1]
+    except FedVLMError as error:
+        if not on_hub or not isinstance(error.__cause__, OSError):
+            raise
+    unknown.append(
+        f"rows: data.path '{config.data.path}' is on the Hugging Face hub and not in the cache "
+        "here, and a dry run downloads no data; clients are what the configuration states"
+    )
+    return None
+
+
+@contextmanager
+def _from_cache() -> Iterator[None]:
+    """Data sets of the hub are read from the cache alone."""
+    import datasets
+
+    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
+    try:
+        yield
+    finally:
+        datasets.config.HF_HUB_OFFLINE = before
+
+
+def _stated(config: Config) -> tuple[str, ...] | None:
+    """The clients as far as the configuration itself says who they are."""
+    from fedvlm.data import explicit
+
+    settings = config.partition
+    if settings.kind == "column":
+        return None
+    if settings.lists is not None:
+        lists = settings.lists
+        return tuple(explicit.read(lists) if isinstance(lists, str) else lists)
+    return tuple(f"client-{k}" for k in range(settings.clients))
+
+
+def _rows(partition: Partition | None) -> dict[str, Spread]:
+    if partition is None:
+        return {}
+    counts = partition.counts().values()
+    return {split: Spread.of(c[split] for c in counts) for split in ("train", "val", "test")}
+
+
+def _work(
+    config: Config,
+    partition: Partition | None,
+    names: Sequence[str] | None,
+    visits: Iterable[tuple[Algorithm, str]],
+) -> Iterator[tuple[int | None, int | None]]:
+    """Of every client in every round: its steps, and the rows that they see."""
+    from fedvlm.data import pool
+
+    train = config.train
+    if TABLE[config.algorithm.name].pools and names:
+        partition = pool.pooled(partition) if partition else None
+        train = pool.as_long(config, len(names)).train
+    told = train.local_epochs is None  # else the steps follow from the rows
+    for algorithm, client in visits:
+        rows = len(partition.splits[client].train) if partition else None
+        usual = train.steps(rows or 0) if rows or told else None
+        lengths = [phase.steps or usual for phase in algorithm.phases]
+        steps = _total(lengths)
+        if rows is None or steps is None:
+            yield steps, None
+        else:
+            yield steps, sum(examples(rows, train.batch_size, n or 0) for n in lengths)
+
+
+def _model(config: Config, unknown: list[str]) -> Any:
+    """The model with LoRA attached, on the ``meta`` device; None where the hub is out of reach."""
+    from fedvlm.models import load, lora
+
+    try:
+        bare = load.load_shapes(config.model)
+    except FedVLMError as error:
+        if load.locate(config.model.name)[1] or not isinstance(error.__cause__, OSError):
+            raise
+        unknown.append(
+            f"parameters, bytes, memory: the configuration of model.name '{config.model.name}' is "
+            "neither in the cache here nor to be had from the Hugging Face hub"
+        )
+        return None
+    trained = config.lora.model_copy(update={"spare": None})  # which have values
+    return lora.attach(bare, trained, config.seed)

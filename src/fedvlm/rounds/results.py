@@ -1,0 +1,218 @@
+"""What comes out of a run: scores per client and model, their summary, and the bytes."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from fedvlm.algorithms.table import NOBODY, Algorithm, Client, State
+from fedvlm.engines.base import Answer, Engine, Models
+from fedvlm.metrics import METRICS, average, summarize
+from fedvlm.seeds import derive
+from fedvlm.settings.sections import Config
+from fedvlm.store.run import DONE, Store, read_lines, slugs, write_text
+
+MODELS = ("untuned", "global_before", "global", "personal_before", "personal")
+
+
+@dataclass(frozen=True)
+class Results:
+    """A finished run.
+
+    Attributes:
+        folder: where everything is.
+        table: the content of ``table.json``.
+    """
+
+    folder: Path
+    table: dict[str, Any]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Results:
+        """The results of a finished run."""
+        return cls(Path(folder), json.loads((Path(folder) / DONE).read_text(encoding="utf-8")))
+
+    @property
+    def metric(self) -> str:
+        """The metric that is shown first, ``eval.metric``."""
+        return self.table["metric"]
+
+    @property
+    def metrics(self) -> list[str]:
+        """All metrics of the run, the one that is shown first in front."""
+        found = self.table["models"]["personal"]["summary"]
+        return sorted((m for m in METRICS if m in found), key=lambda m: m != self.metric)
+
+    def scores(self, model: str = "personal", metric: str | None = None) -> dict[str, float]:
+        """One number per client; ``metric`` is ``eval.metric`` unless named."""
+        metric = metric or self.metric
+        return {c: s[metric] for c, s in self.table["models"][model]["clients"].items()}
+
+    def summary(self, model: str = "personal", metric: str | None = None) -> dict[str, float]:
+        """``mean``, ``std`` and, where some values are better, ``worst10`` over the clients."""
+        return self.table["models"][model]["summary"][metric or self.metric]
+
+    def answers(self, model: str = "personal") -> list[dict[str, Any]]:
+        """Every held-out row's answer and scores by ``untuned``, ``global`` or ``personal``."""
+        return read_lines(self.folder / "answers" / f"{model}.jsonl")
+
+    def adapter(self, client: str | None = None) -> Path:
+        """The PEFT folder of a client's adapter, or of the global one."""
+        name = "global" if client is None else self.table["folders"][client]
+        return self.folder / "adapters" / name
+
+
+def write_results(config: Config, names: Sequence[str], store: Store, engine: Engine) -> Results:
+    """Writes adapters, the table as CSV and JSON, and the picture; ``table.json`` last."""
+    from fedvlm.algorithms.table import build
+    from fedvlm.figures.plots import plot_run
+
+    lines = store.lines()
+    algorithm, state = build(config.algorithm, config.lora, config.wire).last, store.server()
+    clients = scored(config, names)
+    answers = {"untuned": read_lines(store.folder / "answers" / "untuned.jsonl")}
+    for kind, models in (("global", global_models), ("personal", personal_models)):
+        found = engine.answer(kind, models(algorithm, state, clients))
+        answers[kind] = write_answers(store.folder, kind, found)
+    table = tabulate(config, lines, names) | {"groups": _groups(config, answers)}
+    folder = store.folder / "adapters"
+    engine.export(global_models(algorithm, state, [NOBODY.name]), {NOBODY.name: folder / "global"})
+    folders = {client: folder / name for client, name in table["folders"].items()}
+    engine.export(personal_models(algorithm, state, clients), folders)
+    write_text(store.folder / "table.csv", as_csv(table))
+    if table["groups"]:
+        write_text(store.folder / "groups.csv", groups_csv(table))
+    title = f"{config.algorithm.name}, {of_all(clients, names)}"
+    plot_run(lines, store.folder / "curves.png", title, metric=config.metric)
+    write_text(store.folder / DONE, json.dumps(table, indent=2) + "\n")
+    return Results(store.folder, table)
+
+
+def scored(config: Config, clients: Sequence[str]) -> tuple[str, ...]:
+    """The clients that are scored, the same ones all through a run: a function of the config."""
+    most = config.eval.clients or len(clients)
+    if most >= len(clients):
+        return tuple(clients)
+    draw = np.random.default_rng(derive(config.seed, "scored clients"))
+    chosen = sorted(draw.choice(len(clients), size=most, replace=False))
+    return tuple(clients[i] for i in chosen)
+
+
+def of_all(some: Collection[str], clients: Collection[str]) -> str:
+    """How many clients, and how many of them are scored."""
+    count = f"{len(clients):,} clients"
+    return count if len(some) == len(clients) else f"{count}, {len(some):,} of them scored"
+
+
+def global_models(
+    algorithm: Algorithm, state: State, clients: Iterable[str], round_: int = 0
+) -> Models:
+    """What clients have that keep nothing of their own: the shared factors on the common start."""
+    down = algorithm.download(state, NOBODY)
+    return Models("global", algorithm, ((client, down) for client in clients), round_)
+
+
+def personal_models(
+    algorithm: Algorithm, state: State, clients: Iterable[str], round_: int = 0
+) -> Models:
+    """What each client has: the shared factors and those it keeps."""
+    downs = ((client, algorithm.download(state, Client(client, 1.0))) for client in clients)
+    return Models("personal", algorithm, downs, round_)
+
+
+def write_answers(
+    folder: Path, model: str, answers: Mapping[str, Sequence[Answer]]
+) -> list[dict[str, Any]]:
+    """Writes ``answers/MODEL.jsonl``, a line for each held-out row, if any; returns the lines."""
+    if not answers:
+        return []
+    lines = [{"client": client, **a} for client, found in answers.items() for a in found]
+    text = "".join(json.dumps(line, ensure_ascii=False) + "\n" for line in lines)
+    write_text(folder / "answers" / f"{model}.jsonl", text)
+    return lines
+
+
+def tabulate(config: Config, lines: list[dict[str, Any]], clients: Sequence[str]) -> dict[str, Any]:
+    """The final table from the metrics lines, over the scored ones of the clients."""
+    last, folders = lines[-1]["evaluation"], slugs(clients)
+    models = {"untuned": lines[0]["evaluation"]["personal"], **last}
+    trained = [line for line in lines if line["round"] > 0]
+    sent = {
+        way: [n for line in trained for n in line[way].values()]
+        for way in ("bytes_up", "bytes_down")
+    }
+    return {
+        "algorithm": config.algorithm.name,
+        "objective": config.objective.name,
+        "metric": config.metric,
+        "seed": config.seed,
+        "rounds": config.train.rounds,
+        "split": config.eval.split,
+        "models": {
+            name: {"clients": models[name], "summary": _summary(models[name])} for name in MODELS
+        },
+        "bytes": {
+            way: {"per_client_round": sum(n) / len(n), "total": sum(n)} for way, n in sent.items()
+        },
+        "clients": len(clients),
+        "folders": {c: f"client-{folders[c]}" for c in scored(config, clients)},
+    }
+
+
+def as_csv(table: dict[str, Any]) -> str:
+    """One row per client and model."""
+    rows = [
+        {"client": client, "model": model, **scores}
+        for model, scored in table["models"].items()
+        for client, scores in scored["clients"].items()
+    ]
+    return _csv(rows)
+
+
+def groups_csv(table: dict[str, Any]) -> str:
+    """One row per value of ``eval.group_by`` and model."""
+    column = table["groups"]["column"]
+    rows = [
+        {column: value, "model": model, **scores}
+        for model, scored in table["groups"]["models"].items()
+        for value, scores in scored.items()
+    ]
+    return _csv(rows)
+
+
+def _csv(rows: list[dict[str, Any]]) -> str:
+    names = [n for n in rows[0] if n not in METRICS and n != "examples"]
+    columns = [*names, *(m for m in METRICS if m in rows[0]), "examples"]
+    out = io.StringIO()
+    writer = csv.DictWriter(out, columns, lineterminator="\n")
+    writer.writeheader()
+    writer.writerows(rows)
+    return out.getvalue()
+
+
+def _groups(config: Config, answers: Mapping[str, list[dict[str, Any]]]) -> dict[str, Any] | None:
+    """Scores by the value of ``eval.group_by``, over all clients' rows; None without a value."""
+    values = sorted({a["group"] for a in answers["personal"] if a["group"] is not None})
+    if not values:
+        return None
+    models = {
+        model: {value: average([a for a in found if a["group"] == value]) for value in values}
+        for model, found in answers.items()
+    }
+    return {"column": config.eval.group_by, "models": models}
+
+
+def _summary(clients: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
+    measured = next(iter(clients.values()))
+    return {
+        name: summarize({c: s[name] for c, s in clients.items()}, metric.better)
+        for name, metric in METRICS.items()
+        if name in measured
+    }

@@ -1,0 +1,341 @@
+"""The sections of a run's configuration: frozen pydantic models, one tree.
+
+Every setting has its default and its range here; :mod:`fedvlm.config` reads and writes them.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, field_validator, model_validator
+
+from fedvlm.settings.method import AlgorithmConfig as AlgorithmConfig
+from fedvlm.settings.method import Fraction, Positive, Section
+from fedvlm.settings.method import LoraConfig as LoraConfig
+from fedvlm.settings.method import ServerConfig as ServerConfig
+
+
+class Columns(Section):
+    """Which column of the data plays which part. Defaults are RLAIF-V's names."""
+
+    image: str = "image"
+    question: str = "question"
+    answer: str = "chosen"
+    rejected: str = Field("rejected", description="the worse answer, where training needs pairs")
+
+
+class ScenesConfig(Section):
+    """The bundled data set (used when ``data.path`` is not set)."""
+
+    style: Literal["iid", "label", "covariate", "concept", "quantity", "mixed"] = Field(
+        "mixed", description="how the sites differ"
+    )
+    strength: Fraction = Field(1.0, description="how much they differ, 0 to 1")
+    sites: Positive = Field(8, description="number of sites")
+    rows: Positive = Field(120, description="rows a site, on average")
+
+
+class DataConfig(Section):
+    """Where the rows come from and how each client's rows are split."""
+
+    path: str | None = Field(
+        None, description="parquet, JSONL, image folder, or a hub data set; empty: scenes"
+    )
+    split: str = Field("train", description="the split to read, where the source has several")
+    columns: Columns = Columns()
+    max_rows: Positive | None = Field(None, description="use a seeded sample of this many rows")
+    max_length: Positive | None = Field(
+        None, description="most tokens of prompt and answer together; empty: what the model takes"
+    )
+    cache: Annotated[int, Field(ge=0)] = Field(
+        4096,
+        description="MiB on disk for rows as tokens and pixels, which later runs read; 0: none",
+    )
+    on_error: Literal["fail", "skip"] = Field("fail", description="what a corrupt row does")
+    val_fraction: Fraction = Field(0.1, description="share of a client's rows for validation")
+    test_fraction: Fraction = Field(0.25, description="share of a client's rows for the test")
+    scenes: ScenesConfig = ScenesConfig()
+
+
+class PartitionConfig(Section):
+    """How rows become clients."""
+
+    kind: Literal["auto", "iid", "dirichlet", "shards", "column", "quantity", "explicit"] = Field(
+        "auto", description="auto: by site for scenes, iid for other data"
+    )
+    clients: Positive = Field(
+        8, description="number of clients (kind=column: one per value; explicit: one per list)"
+    )
+    column: str | None = Field(
+        None, description="column: the clients; dirichlet, shards: the label"
+    )
+    clusters: Annotated[int, Field(ge=2)] | None = Field(
+        None, description="label by so many clusters of the answers, instead of column"
+    )
+    lists: dict[str, list[int]] | str | None = Field(
+        None, description="kind=explicit: client -> row numbers, or a JSON or YAML file of it"
+    )
+    alpha: Annotated[float, Field(gt=0)] = Field(0.3, description="Dirichlet concentration")
+    shards: Positive = Field(2, description="shards a client (kind=shards)")
+    exponent: Annotated[float, Field(ge=0)] = Field(1.2, description="power law (kind=quantity)")
+    min_rows: Positive = Field(10, description="fewest rows that a client may have")
+    splits: Literal["together", "alone"] = Field(
+        "together",
+        description="alone: a client's train, val and test depend on its own rows only, as they do "
+        "at a site of fedvlm deploy",
+    )
+
+    @field_validator("lists", mode="before")
+    @classmethod
+    def _rows_are_listed_once(cls, given: Any) -> Any:
+        from fedvlm.data.explicit import checked
+
+        return given if given is None or isinstance(given, str) else checked(given)
+
+    @model_validator(mode="after")
+    def _settings_agree(self) -> PartitionConfig:
+        wrong = []
+        if self.kind == "column" and not self.column:
+            wrong.append("kind=column needs partition.column, the column that names the client")
+        if self.kind == "explicit" and not self.lists:
+            wrong.append("kind=explicit needs partition.lists, the row numbers of each client")
+        if self.lists is not None and self.kind != "explicit":
+            wrong.append(f"partition.lists needs kind=explicit (got kind={self.kind})")
+        if self.clusters and self.column:
+            wrong.append(
+                "set partition.column or partition.clusters, not both "
+                f"(got column={self.column}, clusters={self.clusters})"
+            )
+        elif self.clusters and self.kind in ("auto", "column"):
+            wrong.append(
+                "partition.clusters labels the rows of kind=dirichlet, shards, iid, quantity or "
+                f"explicit (got kind={self.kind})"
+            )
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
+
+class ModelConfig(Section):
+    """The frozen vision-language model."""
+
+    name: str = Field("tiny", description="bundled 'tiny', a hub name, or a local folder")
+    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
+        "float32", description="of the frozen weights; float64: to compare runs exactly"
+    )
+    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
+    quantization: Literal["none", "8bit", "4bit"] = Field(
+        "none", description="of the frozen weights, by bitsandbytes; 4bit: NF4, double"
+    )
+    gradient_checkpointing: bool = Field(
+        False, description="recompute activations in the backward pass: less memory, slower"
+    )
+
+
+class ObjectiveConfig(Section):
+    """What is learnt: the answers themselves, or to prefer them to rejected ones."""
+
+    name: Literal["sft", "dpo"] = Field(
+        "sft", description="sft: cross-entropy on the answers; dpo: direct preference optimization"
+    )
+    loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="of dpo; ipo: arXiv 2310.12036")
+    beta: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="dpo: how strongly the reference, the model without adapter, holds"
+    )
+    label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
+        0.0, description="dpo, sigmoid: share of preferences taken to be the wrong way round"
+    )
+
+    @model_validator(mode="after")
+    def _smoothing_has_a_meaning(self) -> ObjectiveConfig:
+        if self.loss == "ipo" and self.label_smoothing:
+            raise ValueError(
+                f"label_smoothing={self.label_smoothing:g} has no meaning for loss=ipo: "
+                "set it to 0, or loss=sigmoid"
+            )
+        return self
+
+
+class TrainConfig(Section):
+    """Rounds and the clients' local optimizer."""
+
+    rounds: Positive = 20
+    clients_per_round: Positive | None = Field(None, description="sampled cohort; empty: all")
+    local_steps: Positive | None = Field(None, description="optimizer steps a round; empty: 5")
+    local_epochs: Positive | None = Field(None, description="passes a round, instead of steps")
+    batch_size: Positive = 8
+    sort_by_length: bool = Field(
+        False, description="batches of rows of like length: less padding, less mixed batches"
+    )
+    optimizer: Literal["adamw", "sgd"] = "adamw"
+    lr: Annotated[float, Field(gt=0)] = 3e-3
+    lr_a: Annotated[float, Field(gt=0)] | None = Field(None, description="rate of A; empty: lr")
+    lr_b: Annotated[float, Field(gt=0)] | None = Field(None, description="rate of B; empty: lr")
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="per client")
+    schedule: Literal["constant", "linear", "cosine"] = Field(
+        "constant", description="of the learning rate, over the rounds"
+    )
+    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+
+    @model_validator(mode="after")
+    def _one_length(self) -> TrainConfig:
+        if self.local_steps is not None and self.local_epochs is not None:
+            raise ValueError(
+                "set local_steps or local_epochs, not both "
+                f"(got local_steps={self.local_steps}, local_epochs={self.local_epochs})"
+            )
+        return self
+
+    @property
+    def rates(self) -> dict[str, float]:
+        """The learning rate of each factor."""
+        return {"A": self.lr_a or self.lr, "B": self.lr_b or self.lr}
+
+    def steps(self, rows: int) -> int:
+        """Optimizer steps in one round of a client with ``rows`` training rows."""
+        if self.local_epochs is not None:
+            return self.local_epochs * math.ceil(rows / self.batch_size)
+        return self.local_steps or 5
+
+    def rate_scale(self, round_: int) -> float:
+        """Multiplier of the learning rates in round ``round_`` (1-based)."""
+        if round_ > self.rounds:  # local tuning after the last round
+            return 1.0
+        if round_ <= self.warmup_rounds:
+            return round_ / (self.warmup_rounds + 1)
+        done = (round_ - 1 - self.warmup_rounds) / max(1, self.rounds - self.warmup_rounds)
+        done = min(done, 1.0)
+        if self.schedule == "linear":
+            return 1.0 - done
+        if self.schedule == "cosine":
+            return 0.5 * (1.0 + math.cos(math.pi * done))
+        return 1.0
+
+
+class WireConfig(Section):
+    """How uploads travel, and what the server takes."""
+
+    compress: Literal["none", "bf16", "int8", "topk"] = Field(
+        "none", description="of uploads; int8 and topk send later what they leave out"
+    )
+    topk: Annotated[float, Field(gt=0, le=1)] = Field(
+        0.1, description="share of an upload's elements that is sent (compress=topk)"
+    )
+    max_norm: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="largest norm of an upload's change; one above is rejected; empty: any"
+    )
+
+    @model_validator(mode="after")
+    def _share_has_a_meaning(self) -> WireConfig:
+        if self.compress != "topk" and self.topk != 0.1:
+            raise ValueError(
+                f"topk={self.topk:g} has no meaning for compress={self.compress}: leave it out, or "
+                "set compress=topk"
+            )
+        return self
+
+
+class EvalConfig(Section):
+    """When and how clients are scored."""
+
+    every: Annotated[int, Field(ge=0)] = Field(10, description="rounds between; 0: only at the end")
+    clients: Positive | None = Field(
+        None, description="score at most this many clients, the same ones every time; empty: all"
+    )
+    batch_size: Positive = 64
+    max_rows: Positive | None = Field(200, description="at most this many held-out rows a client")
+    max_new_tokens: Positive = 24
+    split: Literal["test", "val"] = Field("test", description="val: for choosing settings")
+    metric: Literal["exact_match", "token_f1", "rouge_l", "bleu", "reward_accuracy"] | None = Field(
+        None, description="shown first; empty: exact_match for sft, reward_accuracy for dpo"
+    )
+    group_by: str = Field(
+        "origin_dataset", description="column whose values get a table of scores of their own"
+    )
+
+
+class EngineConfig(Section):
+    """How a cohort is trained."""
+
+    name: Literal["cohort", "reference"] = Field(
+        "cohort", description="cohort: many clients in a pass; reference: one after another"
+    )
+    memory: Positive | Literal["auto"] = Field(
+        "auto",
+        description="MiB for the clients of a pass, from which follows how many there are; "
+        "auto: half of the machine's, or four fifths of the GPU's",
+    )
+    clients: Positive | None = Field(None, description="clients in a pass, instead of memory")
+    micro_batch: Positive | None = Field(
+        None, description="rows of a client that pass at a time; empty: the whole batch"
+    )
+    cache: Annotated[int, Field(ge=0)] = Field(
+        1024, description="MiB for image features that LoRA does not change; 0: none are kept"
+    )
+    cache_disk: Annotated[int, Field(ge=0)] = Field(
+        8192, description="MiB on disk for those that do not fit in cache"
+    )
+    threads: Positive | None = Field(
+        None,
+        description="torch threads; empty: 1 for models under 10 M parameters, else all cores",
+    )
+
+
+class Config(Section):
+    """A run, whole. ``fedvlm run --print-config`` prints it with the defaults."""
+
+    output: str = Field("runs/run", description="folder of this run")
+    seed: Annotated[int, Field(ge=0)] = 0
+    model: ModelConfig = ModelConfig()
+    data: DataConfig = DataConfig()
+    partition: PartitionConfig = PartitionConfig()
+    lora: LoraConfig = LoraConfig()
+    algorithm: AlgorithmConfig = AlgorithmConfig()
+    objective: ObjectiveConfig = ObjectiveConfig()
+    train: TrainConfig = TrainConfig()
+    wire: WireConfig = WireConfig()
+    eval: EvalConfig = EvalConfig()
+    engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="after")
+    def _fractions_leave_rows(self) -> Config:
+        held_out = self.data.val_fraction + self.data.test_fraction
+        if held_out >= 1.0:
+            raise ValueError(
+                f"data.val_fraction + data.test_fraction is {held_out:g}: nothing is left to train"
+            )
+        return self
+
+    @model_validator(mode="after")
+    def _algorithm_can_be_run(self) -> Config:
+        from fedvlm.algorithms.table import check_config
+
+        wrong = check_config(self)
+        if wrong:
+            raise ValueError("; ".join(wrong))
+        return self
+
+    @model_validator(mode="after")
+    def _metric_is_measured(self) -> Config:
+        if self.eval.metric == "reward_accuracy" and self.objective.name != "dpo":
+            raise ValueError(
+                "eval.metric=reward_accuracy compares answers with rejected ones: it needs "
+                f"objective.name=dpo (got {self.objective.name})"
+            )
+        return self
+
+    @property
+    def adapter(self) -> LoraConfig:
+        """``lora``, with the spare ranks that the algorithm needs."""
+        from fedvlm.algorithms.table import spare_ranks
+
+        spare = spare_ranks(self.algorithm.name, self.lora)
+        return self.lora.model_copy(update={"spare": spare or None})
+
+    @property
+    def metric(self) -> str:
+        """The metric that is shown first."""
+        chosen = {"sft": "exact_match", "dpo": "reward_accuracy"}[self.objective.name]
+        return self.eval.metric or chosen

@@ -1,0 +1,316 @@
+"""A run's folder: personal states, server checkpoints and metrics, atomic and resumable.
+
+Layout::
+
+    config.yaml  environment.json  partition.json      written once, before the first round
+    partition.png                                      the clients' sizes and labels
+    checkpoint.json                                    {"round": n}: the last finished round
+    server/00007.safetensors                           the server's state after round 7
+    personal/00007-00016.safetensors                   what a pass of clients keeps, since round 7
+    metrics.jsonl  timing.jsonl                        one line a round
+    answers/  adapters/  groups.csv  table.csv  curves.png  table.json     written at the end
+
+A round's files are written first, each by an atomic rename, and count only once ``checkpoint.json``
+names the round, which is after the disk holds them. A process killed at any moment leaves the last
+finished round whole; files of a later round are removed on resume. The packs in ``personal`` are
+described in :mod:`fedvlm.store.packs`.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import IO, Any
+
+from fedvlm.errors import FedVLMError
+from fedvlm.store.packs import Packs, sync
+from fedvlm.tree import Tree
+
+CONFIG = "config.yaml"
+DONE = "table.json"
+
+
+class Store:
+    """One run's folder; hold it by :meth:`locked` while writing."""
+
+    def __init__(self, folder: str | Path):
+        self.folder = Path(folder)
+
+    @cached_property
+    def _packs(self) -> Packs:
+        return Packs(self.folder / "personal", self._last)
+
+    # -- once a run
+
+    def create(self, files: Mapping[str, str]) -> None:
+        """Writes the files that describe the run; ``config.yaml`` last, it marks a run."""
+        for name, text in sorted(files.items(), key=lambda item: item[0] == CONFIG):
+            write_text(self.folder / name, text)
+        sync(self.folder.absolute().parent)
+
+    @contextlib.contextmanager
+    def locked(self, patience: float = 0.0) -> Iterator[None]:
+        """Keeps a second process off this run.
+
+        Args:
+            patience: seconds to wait for another process that is about to end.
+
+        Raises:
+            FedVLMError: another process holds it, or the folder cannot be written.
+        """
+        with writable(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)
+        taken = (
+            f"another process is working on the run in '{self.folder}'; wait for it, or choose "
+            "another folder with output=DIR"
+        )
+        with only_one(self.folder, taken, patience), writable(self.folder):
+            yield
+
+    # -- rounds
+
+    def finished(self) -> int | None:
+        """The last finished round, None before the first one."""
+        path = self.folder / "checkpoint.json"
+        return json.loads(path.read_text())["round"] if path.exists() else None
+
+    @property
+    def _last(self) -> int:
+        done = self.finished()
+        return -1 if done is None else done
+
+    def rewind(self) -> None:
+        """Removes what a killed process left of a round that did not finish."""
+        last = self._last
+        for path in self._states():
+            if int(path.stem) > last:
+                path.unlink()
+        for path in filter(_unfinished, self.folder.rglob("*.*")):
+            path.unlink()
+        self._packs = Packs.rewound(self.folder / "personal", last)
+        for name in ("metrics.jsonl", "timing.jsonl"):
+            lines = [line for line in read_lines(self.folder / name) if line["round"] <= last]
+            write_text(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
+
+    def personal(self, clients: Sequence[str]) -> list[Tree]:
+        """What each client keeps; empty before its first round. A file is opened once a call."""
+        return self._packs.read(clients)
+
+    def keep(self, round_: int, position: int, kept: Mapping[str, Tree]) -> None:
+        """Saves what the clients of a pass keep from ``round_`` on, as one file.
+
+        Args:
+            round_: the round.
+            position: of the pass's first client in the round's cohort.
+            kept: client -> what it keeps; nothing is written of one that keeps nothing.
+        """
+        self._packs.write(round_, position, kept)
+
+    def refresh(self, round_: int) -> None:
+        """Takes notice of what other processes wrote in ``round_``; only headers are read.
+
+        The process that commits a round has to call it before, the others after the commit: then
+        old packs may have been merged into new ones.
+        """
+        self._packs.refresh(round_)
+
+    def server(self) -> Tree:
+        """The server's state after the last finished round."""
+        return load_tree(self.folder / "server" / f"{self.finished():05d}.safetensors")
+
+    def commit(
+        self, round_: int, state: Tree, line: dict[str, Any], timing: dict[str, Any]
+    ) -> None:
+        """Finishes a round: its state and its lines, then the checkpoint, then the clean-up."""
+        fresh = self._packs.settle(round_)
+        server = self.folder / "server" / f"{round_:05d}.safetensors"
+        save_tree(server, state)
+        fresh += [server, server.parent]
+        for name, new in (("metrics.jsonl", line), ("timing.jsonl", timing)):
+            append_line(self.folder / name, new)
+            fresh.append(self.folder / name)
+        for path in fresh:  # all at once, which a journal takes as one
+            sync(path)
+        write_text(self.folder / "checkpoint.json", json.dumps({"round": round_}) + "\n")
+        for old in self._states()[:-1]:
+            old.unlink()
+        self._packs.sweep()
+
+    def _states(self) -> list[Path]:
+        return sorted((self.folder / "server").glob("*.safetensors"))
+
+    def lines(self) -> list[dict[str, Any]]:
+        """The metrics so far, a dict a round."""
+        return read_lines(self.folder / "metrics.jsonl")
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, taken: str, patience: float = 0.0) -> Iterator[None]:
+    """Keeps a second process off a folder.
+
+    Args:
+        folder: is there already.
+        taken: what to say where another process has it.
+        patience: seconds to wait for that one to end.
+
+    Raises:
+        FedVLMError: it has not ended, or the folder cannot be written.
+    """
+    with writable(folder):
+        handle = open(folder / ".lock", "w")  # noqa: SIM115
+    with handle:
+        until = time.monotonic() + patience
+        while not _locks(handle):
+            if time.monotonic() >= until:
+                raise FedVLMError(taken)
+            time.sleep(0.5)
+        yield
+
+
+def _locks(handle: IO[str]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def is_run(folder: str | Path) -> bool:
+    """Whether a folder holds a run, finished or not."""
+    return (Path(folder) / CONFIG).exists()
+
+
+def is_done(folder: str | Path) -> bool:
+    """Whether a folder holds a finished run."""
+    return is_run(folder) and (Path(folder) / DONE).exists()
+
+
+def check_fresh(folder: str | Path) -> None:
+    """Refuses an output folder that holds something.
+
+    Raises:
+        FedVLMError: it holds a run (the message says how to go on with it) or other files.
+    """
+    path = Path(folder)
+    if path.exists() and not path.is_dir():
+        raise FedVLMError(f"output: '{path}' is a file; choose a folder with output=DIR")
+    if is_run(path):
+        state = "a finished run" if is_done(path) else "an unfinished run"
+        hint = "" if is_done(path) else f"continue it with 'fedvlm run --resume {path}', or "
+        raise FedVLMError(f"output: '{path}' holds {state}; {hint}choose another with output=DIR")
+    if path.exists() and any(p.name != ".lock" and not _unfinished(p) for p in path.iterdir()):
+        raise FedVLMError(
+            f"output: '{path}' is not empty and holds no run; choose another folder with output=DIR"
+        )
+
+
+def _unfinished(path: Path) -> bool:
+    """Whether a killed process left it half written: ours end in .tmp, safetensors' begin so."""
+    return path.suffix == ".tmp" or path.name.startswith(".tmp")
+
+
+def check_room(folder: str | Path, needed: int) -> None:
+    """Refuses a folder whose disk has less than ``needed`` bytes free.
+
+    Raises:
+        FedVLMError: naming both numbers.
+    """
+    path = Path(folder).absolute()
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise FedVLMError(
+            f"output: the disk of '{folder}' has {free / 1e6:.1f} MB free, and this run needs "
+            f"{needed / 1e6:.1f} MB; free some, or choose another disk with output=DIR"
+        )
+
+
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Turns what the disk answers into a clear error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise FedVLMError(
+                f"the disk of '{folder}' is full; nothing finished is lost: free some room, then "
+                f"'fedvlm run --resume {folder}'"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise FedVLMError(
+                f"output: '{folder}' cannot be written ({error.strerror}); choose another folder "
+                "with output=DIR"
+            ) from error
+        raise
+
+
+def slugs(clients: Iterable[str]) -> dict[str, str]:
+    """A distinct folder name for every client, readable and safe."""
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    tried: dict[str, int] = {}  # how often a name was asked for
+    for client in clients:
+        name = base = re.sub(r"[^\w.-]+", "-", client).strip(".-")[:80] or "client"
+        while name in taken:
+            tried[base] = tried.get(base, 1) + 1
+            name = f"{base}-{tried[base]}"
+        taken.add(name)
+        found[client] = name
+    return found
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def save_tree(path: Path, tree: Tree) -> None:
+    """Writes tensors whole or not at all; ``packs.sync`` has the disk hold them."""
+    from safetensors.torch import save
+
+    write_bytes(path, save({n: t.contiguous() for n, t in tree.items()}), durable=False)
+
+
+def load_tree(path: Path) -> Tree:
+    """Reads tensors back, to the CPU."""
+    from safetensors.torch import load
+
+    return load(path.read_bytes())
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Appends one JSON line."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(line) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; a last one that was cut off is left out."""
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Writes a file whole or not at all; if ``durable``, even when the machine loses its power."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        f.write(data)
+        f.flush()
+        if durable:
+            os.fsync(f.fileno())
+    os.replace(temporary, path)
+    if durable:
+        sync(path.parent)
