@@ -12,8 +12,8 @@ import torch
 from _common import Work
 from fedvlm.algorithms.table import Client, build
 from fedvlm.batches.objectives import answer_nll
-from fedvlm.engines.base import Task
 from fedvlm.engines.reference import ReferenceEngine, batches
+from fedvlm.engines.wire import Task
 from fedvlm.models.frozen import ImageFeatures
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config

@@ -37,6 +37,7 @@ from _small import settings
 from fedvlm.algorithms.table import Client, Work, build
 from fedvlm.config import load
 from fedvlm.rounds import federate
+from fedvlm.rounds import prepare as preparing
 from fedvlm.rounds.progress import Progress
 from fedvlm.store.run import Store
 
@@ -72,7 +73,7 @@ def run(folder: Path, clients: int, model: str, rounds: int) -> None:
     began = time.perf_counter()
     chosen = settings(folder, clients, COHORT, rows=2) | {"lora": {"rank": 1, "alpha": 2}}
     config = load(chosen | ({"model": {"name": "tiny"}} if model == "tiny" else {}))
-    engine, partition, store = federate.prepare(config)
+    engine, partition, store = preparing.prepare(config)
     with store.locked():
         federate.begin(config, store, {}, False)
         algorithm = build(config.algorithm)

@@ -45,7 +45,6 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 from _common import environment
-from _deploy import flower, ours
 from _deploy.watch import Outcome, limited
 from peers import QUIET, VENV, install
 

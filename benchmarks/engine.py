@@ -33,7 +33,7 @@ import fedvlm
 from _common import Work, best_threads, environment, paired, ratio, seconds
 from _profile import profile, show
 from fedvlm.models.load import load_model
-from fedvlm.rounds.federate import prepare
+from fedvlm.rounds.prepare import prepare
 
 ROWS = 24  # a client's, of scenes; all are encoded before the clock starts
 MID = 192  # pixels

@@ -166,7 +166,7 @@ class Ours:
 
     def __init__(self, folder: Path, batch: int, steps: int, rounds: int):
         import fedvlm
-        from fedvlm.rounds import federate
+        from fedvlm.rounds import prepare as preparing
 
         began = time.perf_counter()
         self.config = fedvlm.load_config(
@@ -179,7 +179,7 @@ class Ours:
             }
         )
         self.folder, self.number = folder, 0
-        self.engine, self.partition, self.store = federate.prepare(self.config)
+        self.engine, self.partition, self.store = preparing.prepare(self.config)
         self.algorithm = fedvlm.algorithms.build(self.config.algorithm)
         self.state = self.algorithm.init(self.engine.adapter)
         self.startup = time.perf_counter() - began

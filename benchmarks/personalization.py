@@ -45,9 +45,9 @@ from _personalization import record as record
 from _personalization import targets as targets
 from _personalization.runs import Job, do, read
 from fedvlm.errors import FedVLMError
-from fedvlm.figures.series import mean
+from fedvlm.metrics import mean
 from fedvlm.store import run as stores
-from fedvlm.store.run import write_text
+from fedvlm.store.files import write_text
 
 RESULTS, PAGE = ROOT / "benchmarks" / "results", ROOT / "docs" / "personalization.md"
 MARKS = "<!-- written by benchmarks/personalization.py -->", "<!-- end of what is written -->"

@@ -24,10 +24,11 @@ from typing import Any
 
 import fedvlm
 from fedvlm import config as configs
-from fedvlm.store import run as store
 from fedvlm.deploy.nvflare.demo import SETTINGS, SITES, Started, loopback, rows
 from fedvlm.deploy.nvflare.processes import MARK
 from fedvlm.deploy.nvflare.project import provision
+from fedvlm.store import files
+from fedvlm.store import run as store
 
 ROUNDS = 12
 MORE = ("train.local_steps=40", f"train.rounds={ROUNDS}", "eval.max_rows=4")
@@ -46,7 +47,7 @@ class Faults:
         self.settings = configs.load(
             SETTINGS, *MORE, f"output={folder / 'run'}", f"data.path={data}"
         )
-        store.write_text(folder / "config.yaml", json.dumps(self.settings.model_dump()))
+        files.write_text(folder / "config.yaml", json.dumps(self.settings.model_dump()))
         self.kits = provision(loopback(SITES, "faults"), folder / "federation")
 
     # -- processes
@@ -85,7 +86,7 @@ class Faults:
     def events(self) -> list[dict[str, Any]]:
         """All jobs' events, in order."""
         files = (self.folder / "federation" / "runs").glob("*/events.jsonl")
-        return sorted((e for f in files for e in store.read_lines(f)), key=lambda e: e["time"])
+        return sorted((e for f in files for e in files.read_lines(f)), key=lambda e: e["time"])
 
     def lines(self) -> list[dict[str, Any]]:
         return store.Store(self.folder / "run").lines()

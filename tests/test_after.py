@@ -5,7 +5,7 @@ import pytest
 import fedvlm
 from fedvlm.after.opened import open_run
 from fedvlm.errors import FedVLMError
-from fedvlm.store.run import load_tree
+from fedvlm.store.files import load_tree
 from test_cli import call
 from test_federate import Stop
 from test_florence import folder as florence  # noqa: F401 - a fixture
@@ -68,7 +68,7 @@ def test_adapters_of_another_model_are_refused(finished_run, florence):  # noqa:
 
 
 def test_the_model_gets_lora_where_the_run_had_it_and_the_same_start(finished_run):
-    from fedvlm.rounds.federate import prepare
+    from fedvlm.rounds.prepare import prepare
     from fedvlm.tree import digest
 
     run = open_run(finished_run)

@@ -13,7 +13,7 @@ import families
 import fedvlm
 from fedvlm.batches.ahead import fingerprint
 from fedvlm.errors import DataError
-from fedvlm.rounds.federate import prepare
+from fedvlm.rounds.prepare import prepare
 from fedvlm.rounds.progress import Quiet
 
 

@@ -21,16 +21,16 @@ from PIL import Image
 import families
 import fedvlm
 from fedvlm.algorithms.table import TABLE, Phase
-from fedvlm.engines.base import Task
 from fedvlm.engines.choice import engine_class
 from fedvlm.engines.cohort import CohortEngine, uniform
 from fedvlm.engines.memory import kept_for_backward
 from fedvlm.engines.reference import ReferenceEngine
+from fedvlm.engines.wire import Task
 from fedvlm.models.load import freeze_statistics
 from fedvlm.models.stack import Ragged
-from fedvlm.rounds.federate import prepare
+from fedvlm.rounds.prepare import prepare
 from fedvlm.settings.sections import EngineConfig
-from fedvlm.store.run import load_tree, read_lines
+from fedvlm.store.files import load_tree, read_lines
 from fedvlm.tree import products
 
 TOLERANCE = 1e-7

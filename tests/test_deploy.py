@@ -15,7 +15,7 @@ import yaml
 from fedvlm.config import load
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.rounds import federate
-from fedvlm.store import run as store
+from fedvlm.store import files
 from test_cli import call
 
 needed = pytest.mark.skipif(
@@ -58,7 +58,7 @@ def test_a_deployed_run_has_the_adapters_and_scores_of_one_process(demo, tmp_pat
     pairs = [(here.adapter(), folder / "run" / "adapters" / "global")]
     pairs += [(here.adapter(s), state(folder, s) / "adapters" / "personal") for s in SITES]
     for mine, theirs in pairs:
-        a, b = (store.load_tree(f / "adapter_model.safetensors") for f in (mine, theirs))
+        a, b = (files.load_tree(f / "adapter_model.safetensors") for f in (mine, theirs))
         assert max((a[n] - b[n]).abs().max() for n in a) <= 1e-7
 
 
@@ -69,7 +69,7 @@ def test_what_is_personal_is_at_the_sites_only(demo):
     assert not [p for p in at_server if "personal" in p.name or p.parent.name == "answers"]
     for site in SITES:
         kept = state(folder, site)
-        mine = store.load_tree(kept / "rounds" / "00002" / "mine.safetensors")
+        mine = files.load_tree(kept / "rounds" / "00002" / "mine.safetensors")
         assert all(".lora_A." in name for name in mine)
         assert (kept / "answers" / "personal.jsonl").exists()
     assert "personal adapters and all answers are at the sites" in said
@@ -165,11 +165,11 @@ def test_a_job_that_is_over_is_in_nobodys_way(tmp_path):
     job.mkdir(parents=True)
     (job / "submitted").write_text("j1")
     (job / "job.json").write_text(json.dumps({"config": {"output": "elsewhere"}}))
-    store.append_line(job / "events.jsonl", {"event": "round"})
+    files.append_line(job / "events.jsonl", {"event": "round"})
     federation, settings = Federation(tmp_path), load({"output": str(tmp_path / "run")})
     with pytest.raises(FedVLMError, match="j1 is under way"):
         federation._clear(Session(), settings, False)
-    store.append_line(job / "events.jsonl", {"event": "done"})
+    files.append_line(job / "events.jsonl", {"event": "done"})
     federation._clear(Session(), settings, False)
 
 

@@ -17,6 +17,7 @@ from fedvlm.deploy.site import SiteStore
 from fedvlm.deploy.worker import Worker
 from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Quiet
+from fedvlm.store import files
 from fedvlm.store import run as store
 from loopback import begin, processes, said, serve
 
@@ -169,7 +170,7 @@ def test_a_site_slower_than_the_deadline_is_left_out_and_takes_part_again(run):
     failed = watch.rounds("slow", "failed")
     assert f"'train' took more than {DEADLINE} s at the site" in failed[STOPPED]["why"]
     assert "slow" in lines(folder)[STOPPED]["missing"]
-    seconds = store.read_lines(folder / "run" / "timing.jsonl")[STOPPED]["seconds"]
+    seconds = files.read_lines(folder / "run" / "timing.jsonl")[STOPPED]["seconds"]
     assert DEADLINE <= seconds < DEADLINE + 10, "nobody waits for more than the deadline"
     assert f"'train' took more than {DEADLINE} s: ended" in said(folder, "slow")
     again = [number for number in watch.rounds("slow", "trained") if number > STOPPED]

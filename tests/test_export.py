@@ -17,7 +17,7 @@ from fedvlm.after.opened import open_run
 from fedvlm.data.sources import load_rows
 from fedvlm.errors import FedVLMError
 from fedvlm.models.load import BUNDLED
-from fedvlm.store.run import load_tree
+from fedvlm.store.files import load_tree
 from test_cli import call
 from test_federate import bytes_of
 from test_florence import folder as florence  # noqa: F401 - a fixture

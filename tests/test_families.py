@@ -26,7 +26,8 @@ from fedvlm.models import lora
 from fedvlm.models.generate import greedy
 from fedvlm.models.load import load_model
 from fedvlm.settings.sections import LoraConfig, ModelConfig
-from fedvlm.store.run import Store, load_tree
+from fedvlm.store.files import load_tree
+from fedvlm.store.run import Store
 from fedvlm.tree import factor, module
 
 pytestmark = pytest.mark.parametrize("family", families.FAMILIES)

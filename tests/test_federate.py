@@ -22,10 +22,12 @@ from fedvlm.config import load
 from fedvlm.engines.reference import Length, batches
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.models import lora
-from fedvlm.processes import environment
 from fedvlm.rounds import federate
+from fedvlm.rounds import prepare as preparing
+from fedvlm.rounds.prepare import environment
 from fedvlm.rounds.progress import Progress
 from fedvlm.seeds import derive
+from fedvlm.store import files
 from fedvlm.store import run as store
 from fedvlm.tree import digest, factor
 
@@ -80,7 +82,7 @@ def finished(tmp_path_factory):
 
 
 def evaluation(results, round_=-1):
-    return store.read_lines(results.folder / "metrics.jsonl")[round_]["evaluation"]
+    return files.read_lines(results.folder / "metrics.jsonl")[round_]["evaluation"]
 
 
 def test_the_environment_has_the_version_that_is_installed():
@@ -104,7 +106,7 @@ def test_the_output_folder_holds_what_the_readme_says(finished, name):
         "adapters/client-site-2/adapter_model.safetensors",
     ):
         assert (folder / file).stat().st_size > 0, file
-    rounds = [line["round"] for line in store.read_lines(folder / "metrics.jsonl")]
+    rounds = [line["round"] for line in files.read_lines(folder / "metrics.jsonl")]
     assert rounds == ([0, 1, 2, 3] if name == "lora+ft" else [0, 1, 2])
 
 
@@ -112,7 +114,7 @@ def test_the_output_folder_holds_what_the_readme_says(finished, name):
 def test_only_what_is_shared_reaches_the_server(finished, name):
     folder = finished[name].folder
     sends = {"plora": "B", "lora": "AB", "fedsa": "A", "ffa": "B", "local": "", "lora+ft": "AB"}
-    state = store.load_tree(next((folder / "server").glob("*.safetensors")))
+    state = files.load_tree(next((folder / "server").glob("*.safetensors")))
     assert "".join(sorted({factor(n) for n in state})) == sends[name]
     keeps = {"plora": "A", "lora": "", "fedsa": "B", "ffa": "", "local": "AB", "lora+ft": "AB"}
     kept = store.Store(folder).personal(["site-0", "site-1", "site-2"])
@@ -152,7 +154,7 @@ def test_local_tuning_changes_the_personal_models_alone(finished):
 
 def test_bytes_are_those_of_the_real_payloads(finished):
     def up(name):
-        line = store.read_lines(finished[name].folder / "metrics.jsonl")[1]
+        line = files.read_lines(finished[name].folder / "metrics.jsonl")[1]
         assert line["bytes_up"] == line["bytes_down"]
         return set(line["bytes_up"].values())
 
@@ -165,10 +167,10 @@ def test_bytes_are_those_of_the_real_payloads(finished):
 
 def test_personal_adapters_combine_the_shared_with_the_own(finished):
     folder = finished["plora"].folder
-    state = store.load_tree(folder / "server" / "00002.safetensors")
+    state = files.load_tree(folder / "server" / "00002.safetensors")
     for site in ("site-0", "site-1"):
         file = finished["plora"].adapter(site) / "adapter_model.safetensors"
-        whole = store.load_tree(file)
+        whole = files.load_tree(file)
         (own,) = store.Store(folder).personal([site])
         assert digest(whole) == digest({**state, **own})
 
@@ -180,7 +182,7 @@ def test_one_client_and_one_round_equal_a_plain_training_loop(small, name):
     config = load(small, "algorithm.name=lora", f"engine.name={name}")
     results = federate.run(config)
     plain = load(config, "output=elsewhere", "engine.name=reference")  # its layers are PEFT's own
-    engine, partition, _ = federate.prepare(plain)
+    engine, partition, _ = preparing.prepare(plain)
     model, params = engine.model.train(), lora.handles(engine.model)
     optimizer = torch.optim.AdamW(params.values(), lr=config.train.lr, weight_decay=0.0)
     rows = partition.splits["site-0"].train
@@ -189,14 +191,14 @@ def test_one_client_and_one_round_equal_a_plain_training_loop(small, name):
         torch.nn.utils.clip_grad_norm_(params.values(), 1.0)
         optimizer.step()
         optimizer.zero_grad()
-    server = store.load_tree(results.folder / "server" / "00001.safetensors")
+    server = files.load_tree(results.folder / "server" / "00001.safetensors")
     for name, tensor in lora.read(params).items():
         assert torch.allclose(server[name], tensor, atol=1e-5), name
 
 
 def test_the_average_is_weighted_by_examples(small):
     config = load(small, "algorithm.name=lora", "train.rounds=1")
-    engine, partition, folder = federate.prepare(config)
+    engine, partition, folder = preparing.prepare(config)
     algorithm = build(config.algorithm)
     tasks = [federate.Task(c, 1, engine.adapter) for c in partition.clients]
     with folder.locked():
@@ -207,7 +209,7 @@ def test_the_average_is_weighted_by_examples(small):
         r.upload[name] * (len(partition.splits[r.client].train) / total) for r in replies
     )
     results = federate.run(load(config, f"output={config.output}-2"))
-    server = store.load_tree(results.folder / "server" / "00001.safetensors")
+    server = files.load_tree(results.folder / "server" / "00001.safetensors")
     assert torch.allclose(server[name], expected, atol=1e-6)
 
 
@@ -229,7 +231,7 @@ def test_cohorts_are_sampled_by_seed_and_round():
 def test_a_sampled_cohort_leaves_the_others_alone(small):
     results = federate.run(small, "train.clients_per_round=1", "train.rounds=2")
     lines = results.folder / "metrics.jsonl"
-    seen = {c for line in store.read_lines(lines)[1:] for c in line["cohort"]}
+    seen = {c for line in files.read_lines(lines)[1:] for c in line["cohort"]}
     sites = ["site-0", "site-1", "site-2"]
     kept = dict(zip(sites, store.Store(results.folder).personal(sites), strict=True))
     assert {site for site, tree in kept.items() if tree} == seen

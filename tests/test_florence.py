@@ -17,7 +17,7 @@ from fedvlm.config import load
 from fedvlm.models import lora
 from fedvlm.models.generate import greedy
 from fedvlm.models.load import ASSETS, load_model
-from fedvlm.rounds.federate import prepare
+from fedvlm.rounds.prepare import prepare
 from fedvlm.settings.sections import LoraConfig, ModelConfig
 from test_models import ROWS
 

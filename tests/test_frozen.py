@@ -14,7 +14,7 @@ from fedvlm.models.frozen import ImageFeatures, handed_on
 from fedvlm.models.load import identity, locate
 from fedvlm.models.spool import ALIGN, Spool, leaves, nbytes
 from fedvlm.rounds import comparison
-from fedvlm.rounds.federate import prepare
+from fedvlm.rounds.prepare import prepare
 from fedvlm.tree import digest
 
 pytestmark = pytest.mark.usefixtures("no_pictures")

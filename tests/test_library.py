@@ -12,10 +12,11 @@ from fedvlm.algorithms.base import Validation
 from fedvlm.algorithms.client_terms import CONTROL, proximal, scaffold
 from fedvlm.algorithms.mixing import apfl, ditto, mixing
 from fedvlm.algorithms.server import late_mean, optimized
-from fedvlm.algorithms.sharing import IAT, alternating, select, sharing, stopped, tuned
+from fedvlm.algorithms.sharing import IAT, alternating, sharing, stopped, tuned
 from fedvlm.algorithms.table import NOBODY, Client, Work
 from fedvlm.config import load
 from fedvlm.errors import ConfigError
+from fedvlm.layers import select
 from fedvlm.settings.sections import ServerConfig
 from fedvlm.tree import part
 from toy import (

@@ -12,8 +12,9 @@ import fedvlm
 from fedvlm.algorithms.table import TABLE
 from fedvlm.errors import ConfigError
 from fedvlm.rounds import federate
+from fedvlm.rounds import prepare as preparing
 from fedvlm.rounds.comparison import compare
-from fedvlm.store import run as store
+from fedvlm.store import files
 from fedvlm.tree import cut, pairs, products
 from test_federate import ALGORITHMS as ELSEWHERE
 from test_federate import Stop, bytes_of
@@ -45,7 +46,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(small, tmp_path, name):
     federate.resume(stopped)
     assert bytes_of(stopped) == bytes_of(whole.folder)
     assert whole.table["bytes"]["bytes_up"]["total"] > 0
-    for line in store.read_lines(whole.folder / "metrics.jsonl")[1:]:
+    for line in files.read_lines(whole.folder / "metrics.jsonl")[1:]:
         assert len(set(line["bytes_up"].values())) == 1
         assert all(line["bytes_down"].values())
 
@@ -55,20 +56,22 @@ def test_centralized_training_is_one_client_with_all_rows(small):
     tree = settings(small, "centralized")
     tree["train"] |= {"rounds": 1, "local_steps": 2, "clients_per_round": None}
     config = fedvlm.load_config(tree)
-    engine, partition, _ = federate.prepare(config)
+    engine, partition, _ = preparing.prepare(config)
     rows = np.concatenate([partition.splits[c].train for c in partition.clients])
     assert all(np.array_equal(s.train, rows) for s in engine.partition.splits.values())
     assert engine.config.train.local_steps == 3 * 2
     results = fedvlm.run(config)
-    line = store.read_lines(results.folder / "metrics.jsonl")[-1]
+    line = files.read_lines(results.folder / "metrics.jsonl")[-1]
     assert len(line["cohort"]) == 1
     assert results.scores("personal") == results.scores("global")
     assert set(results.scores()) == set(partition.clients), "every client is scored on its own rows"
 
 
 def test_a_client_can_be_named_in_the_prompt(small):
-    engine, partition, _ = federate.prepare(fedvlm.load_config(settings(small, "centralized+name")))
-    other, _, _ = federate.prepare(fedvlm.load_config(settings(small, "centralized")))
+    engine, partition, _ = preparing.prepare(
+        fedvlm.load_config(settings(small, "centralized+name"))
+    )
+    other, _, _ = preparing.prepare(fedvlm.load_config(settings(small, "centralized")))
     for client in partition.clients:
         for row in map(int, partition.splits[client].test):
             question = engine.collator.rows[row]["question"]
@@ -130,10 +133,10 @@ def test_a_run_with_unequal_ranks_sends_fewer_bytes_from_the_smaller_clients(sma
     tree = settings(small, name) | {"lora": {"rank": 4, "ranks": {"site-0": 1, "1$": 2}}}
     tree["train"]["clients_per_round"] = None
     results = fedvlm.run(tree)
-    sent = store.read_lines(results.folder / "metrics.jsonl")[1]["bytes_up"]
+    sent = files.read_lines(results.folder / "metrics.jsonl")[1]["bytes_up"]
     assert sent["site-0"] < sent["site-1"] < sent["site-2"]
     for site, ranks in (("site-0", 1), ("site-1", 2), ("site-2", 4)):
-        tree_ = store.load_tree(results.adapter(site) / "adapter_model.safetensors")
+        tree_ = files.load_tree(results.adapter(site) / "adapter_model.safetensors")
         for a, b in pairs(tree_).values():
             assert (tree_[a].norm(dim=1) > 0).tolist() == [k < ranks for k in range(4)]
             assert not tree_[b][:, ranks:].any()
@@ -142,7 +145,7 @@ def test_a_run_with_unequal_ranks_sends_fewer_bytes_from_the_smaller_clients(sma
 @pytest.mark.parametrize("name", ["fedex", "flora"])
 def test_spare_ranks_export_and_load_as_an_ordinary_adapter(small, name):
     results = fedvlm.run(settings(small, name), "lora.spare=6")
-    tree = store.load_tree(results.adapter() / "adapter_model.safetensors")
+    tree = files.load_tree(results.adapter() / "adapter_model.safetensors")
     config = json.loads((results.adapter() / "adapter_config.json").read_text())
     assert config["r"] == 2 + 6
     assert config["lora_alpha"] / config["r"] == small["lora"]["alpha"] / small["lora"]["rank"]
@@ -160,7 +163,7 @@ def test_all_algorithms_begin_with_the_same_model(small, tmp_path):
     plain = fedvlm.run(settings(small, "lora"), f"output={tmp_path / 'lora'}")
     spare = fedvlm.run(settings(small, "fedex"), f"output={tmp_path / 'fedex'}")
     untuned, other = (
-        store.read_lines(r.folder / "metrics.jsonl")[0]["evaluation"] for r in (plain, spare)
+        files.read_lines(r.folder / "metrics.jsonl")[0]["evaluation"] for r in (plain, spare)
     )
     for site, scores in untuned["personal"].items():
         assert scores == pytest.approx(other["personal"][site], abs=1e-5)

@@ -19,7 +19,8 @@ from fedvlm.errors import FedVLMError
 from fedvlm.models import lora
 from fedvlm.models.load import load_model
 from fedvlm.settings.sections import AlgorithmConfig, LoraConfig
-from fedvlm.store.run import Store, load_tree
+from fedvlm.store.files import load_tree
+from fedvlm.store.run import Store
 from fedvlm.tree import digest, factor
 from test_cli import call
 from test_federate import bytes_of

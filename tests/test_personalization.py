@@ -21,6 +21,7 @@ from _personalization.runs import Job
 from fedvlm.config import dump
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds import comparison
+from fedvlm.store import files
 from fedvlm.store import run as store
 
 MIXED = Cell("mixed", 1.0, 24)
@@ -87,7 +88,7 @@ def test_the_estimate_counts_a_run_that_has_to_be_trained_for_clients_to_join_it
     alone = personalization._time([joins], [(base, 120.0)], 1)
     assert alone == "about 2 minutes with 1 at a time, and 1 times clients that join"
     assert personalization._time([base, joins], [(base, 120.0)], 1) == alone, "once"
-    store.write_text(base.folder / store.CONFIG, dump(base.config))
+    files.write_text(base.folder / store.CONFIG, dump(base.config))
     assert personalization._time([joins], [], 1).startswith("about 0 minutes")
 
 
@@ -103,11 +104,11 @@ def fake(monkeypatch):
         ran.append(name)
         folder = Path(config.output)
         store.check_fresh(folder)
-        store.write_text(folder / store.CONFIG, dump(config))
+        files.write_text(folder / store.CONFIG, dump(config))
         good = 0.2 + 10 * config.train.lr
         models = {key: {"a": {"exact_match": good}, "b": {"exact_match": 0.1}} for key in MODELS}
         for round_ in (0, 2, 4):
-            store.append_line(
+            files.append_line(
                 folder / "metrics.jsonl", {"round": round_, "evaluation": models, "bytes_up": {}}
             )
         summary = {"exact_match": {"mean": good, "worst10": 0.1}, "loss": {"mean": 1.0}}
@@ -117,7 +118,7 @@ def fake(monkeypatch):
             "bytes": {"bytes_up": {"total": 1234}},
         }
         (folder / "personal").mkdir()
-        store.write_text(folder / store.DONE, json.dumps(table))
+        files.write_text(folder / store.DONE, json.dumps(table))
 
     monkeypatch.setattr(comparison, "run_one", run_one)
     return ran

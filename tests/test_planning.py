@@ -17,7 +17,7 @@ from fedvlm.models import load as loading
 from fedvlm.models import lora
 from fedvlm.planning import footprint
 from fedvlm.planning.forecast import Spread, examples, forecast
-from fedvlm.rounds import federate
+from fedvlm.rounds import prepare as preparing
 from fedvlm.settings.sections import Config, ModelConfig
 from test_cli import SMALL, call
 
@@ -141,7 +141,7 @@ def test_centralized_takes_the_steps_of_all_clients_in_one_place(small):
 def test_local_epochs_follow_from_the_real_partition(small):
     del small["train"]["local_steps"]
     config = load(small, "train.local_epochs=2")
-    splits = federate.divide(config)[1].splits.values()
+    splits = preparing.divide(config)[1].splits.values()
     plan = forecast(config)
     assert plan.examples == 2 * 2 * sum(len(s.train) for s in splits)
     assert plan.all_steps == 2 * sum(2 * -(-len(s.train) // 4) for s in splits)

@@ -12,8 +12,8 @@ from PIL import Image
 
 from fedvlm.errors import FedVLMError
 from fedvlm.figures.plots import figure_comparison, figure_run, plot_comparison, plot_run
-from fedvlm.figures.series import client_names, last_scores, standard_error, worst_tenth
-from fedvlm.metrics import summarize
+from fedvlm.figures.series import client_names, last_scores, worst_tenth
+from fedvlm.metrics import standard_error, summarize
 
 
 def metrics_line(round_, personal=None, shared=None):

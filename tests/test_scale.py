@@ -8,12 +8,12 @@ import torch
 from safetensors.torch import save
 
 import fedvlm
+from fedvlm.cli.live import Plain
 from fedvlm.config import load
 from fedvlm.engines.reference import ReferenceEngine
 from fedvlm.rounds import federate
-from fedvlm.rounds.progress import Plain
 from fedvlm.rounds.results import scored
-from fedvlm.store import run as store
+from fedvlm.store import files
 from fedvlm.tree import saved_bytes
 
 SITES = ["site-0", "site-1", "site-2"]
@@ -54,7 +54,7 @@ def test_scoring_fewer_clients_changes_nothing_but_what_is_told(both):
     (client,) = some.scores()
     assert some.table["clients"] == 3
     for one, all_ in zip(
-        *(store.read_lines(r.folder / "metrics.jsonl") for r in (some, whole)), strict=True
+        *(files.read_lines(r.folder / "metrics.jsonl") for r in (some, whole)), strict=True
     ):
         for model, scores in (one.pop("evaluation") or {}).items():
             assert list(scores) == [client]
@@ -74,8 +74,8 @@ def test_the_model_of_a_client_that_was_not_scored_can_be_exported(both, tmp_pat
     whole, some = both
     for client in others(some):
         target = fedvlm.export(some.folder, client=client, to=tmp_path / client)
-        expected = store.load_tree(whole.adapter(client) / "adapter_model.safetensors")
-        found = store.load_tree(target / "adapter_model.safetensors")
+        expected = files.load_tree(whole.adapter(client) / "adapter_model.safetensors")
+        found = files.load_tree(target / "adapter_model.safetensors")
         assert found.keys() == expected.keys()
         assert all(torch.equal(found[name], expected[name]) for name in expected)
         settings = [

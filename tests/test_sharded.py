@@ -10,10 +10,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from fedvlm.engines.group import pack, unpack
 from fedvlm.engines.sharded import parts
 from fedvlm.models import load as loading
-from fedvlm.processes import pack, unpack
 from fedvlm.rounds import federate
+from fedvlm.store import files
 from fedvlm.store import run as store
 
 SETTINGS = (
@@ -120,8 +121,8 @@ def two(folder, killed):
 
 def tensors_of(folder):
     """The server's state, the clients' personal states and all exported adapters, by name."""
-    trees = {str(p): store.load_tree(p) for p in folder.glob("server/*")}
-    trees |= {p.parent.name: store.load_tree(p) for p in folder.glob("adapters/*/*.safetensors")}
+    trees = {str(p): files.load_tree(p) for p in folder.glob("server/*")}
+    trees |= {p.parent.name: files.load_tree(p) for p in folder.glob("adapters/*/*.safetensors")}
     clients = list(json.loads((folder / "table.json").read_text())["folders"])
     trees |= dict(zip(clients, store.Store(folder).personal(clients), strict=True))
     whole = {f"{Path(k).name} {n}": t for k, tree in trees.items() for n, t in tree.items()}
@@ -145,9 +146,9 @@ def assert_told_the_same(found, expected):
         return pytest.approx(tree, abs=1e-4) if isinstance(tree, float) else tree
 
     for name in ("metrics.jsonl", "answers/personal.jsonl", "answers/global.jsonl"):
-        lines = store.read_lines(expected / name)
-        assert [list(line) for line in store.read_lines(found / name)] == [list(a) for a in lines]
-        assert store.read_lines(found / name) == numbers(lines), name
+        lines = files.read_lines(expected / name)
+        assert [list(line) for line in files.read_lines(found / name)] == [list(a) for a in lines]
+        assert files.read_lines(found / name) == numbers(lines), name
     table = json.loads((expected / "table.json").read_text())
     assert json.loads((found / "table.json").read_text()) == numbers(table)
 

@@ -14,9 +14,11 @@ from fedvlm.deploy.policy import Policy, Refused
 from fedvlm.deploy.remote import Limits, Remote
 from fedvlm.deploy.site import Site
 from fedvlm.deploy.worker import Worker
-from fedvlm.engines.base import Models, Task
+from fedvlm.engines.base import Models
+from fedvlm.engines.wire import Task
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds import federate
+from fedvlm.store import files
 from fedvlm.store import run as store
 from sites import SITES, Here, Keeping, config, deployed
 
@@ -56,7 +58,7 @@ def check_adapters(here, there, state):
     pairs = [(here.adapter(), there.adapter())]
     pairs += [(here.adapter(s), state / s / "runs/run-1/adapters/personal") for s in SITES]
     for mine, theirs in pairs:
-        a, b = (store.load_tree(f / "adapter_model.safetensors") for f in (mine, theirs))
+        a, b = (files.load_tree(f / "adapter_model.safetensors") for f in (mine, theirs))
         assert a.keys() == b.keys()
         assert max((a[n] - b[n]).abs().max() for n in a) <= 1e-7
 
@@ -105,7 +107,7 @@ def test_tensors_are_fetched_by_few_and_give_the_same_run(both, data, tmp_path):
 
 
 def digest(folder):
-    return tree.digest(store.load_tree(folder / "adapter_model.safetensors"))
+    return tree.digest(files.load_tree(folder / "adapter_model.safetensors"))
 
 
 def test_what_is_personal_stays_at_the_site(both):
@@ -313,7 +315,7 @@ def test_a_full_disk_loses_nothing_and_the_round_can_be_done_again(data, tmp_pat
     state = site.algorithm.init(site.engine.adapter)
     down = site.algorithm.download(state, Client("", 1.0))
     first = site.train(1, down)
-    plain = store.save_tree
+    plain = files.save_tree
 
     def full(path, tree):
         if path.name == "mine.safetensors":

@@ -4,8 +4,10 @@ import pytest
 import torch
 
 from fedvlm.errors import FedVLMError
+from fedvlm.store import files
 from fedvlm.store import run as stores
-from fedvlm.store.run import Store, slugs
+from fedvlm.store.files import slugs
+from fedvlm.store.run import Store
 
 
 def tree(value):
@@ -42,8 +44,8 @@ def test_what_an_unfinished_round_left_is_removed(store):
     store.keep(1, 0, {"c": tree(1)})
     store.commit(1, tree(1), line(1), line(1))
     store.keep(2, 0, {"c": tree(2), "a-b": tree(2)})
-    stores.save_tree(store.folder / "server" / "00002.safetensors", tree(2))
-    stores.append_line(store.folder / "metrics.jsonl", line(2))
+    files.save_tree(store.folder / "server" / "00002.safetensors", tree(2))
+    files.append_line(store.folder / "metrics.jsonl", line(2))
     (store.folder / "personal" / "00002-00002.safetensors.tmp").write_bytes(b"half")
     (store.folder / "personal" / ".tmpQx3f").write_bytes(b"half of safetensors' own")
     with open(store.folder / "metrics.jsonl", "a") as f:
@@ -89,8 +91,8 @@ def test_a_folder_with_other_files_is_refused_and_an_empty_one_is_not(tmp_path):
 
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path):
     with pytest.raises(FedVLMError, match="MB free"):
-        stores.check_room(tmp_path / "not" / "yet", 1 << 60)
-    stores.check_room(tmp_path, 1)
+        files.check_room(tmp_path / "not" / "yet", 1 << 60)
+    files.check_room(tmp_path, 1)
 
 
 def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path):
@@ -104,6 +106,6 @@ def test_a_folder_that_cannot_be_written_is_a_clear_error(tmp_path):
 
 def test_a_full_disk_is_a_clear_error_and_loses_nothing(store):
     store.commit(0, tree(0), line(0), line(0))
-    with pytest.raises(FedVLMError, match="is full"), stores.writable(store.folder):
+    with pytest.raises(FedVLMError, match="is full"), files.writable(store.folder):
         raise OSError(28, "No space left on device")
     assert store.finished() == 0

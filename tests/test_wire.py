@@ -10,18 +10,19 @@ import pytest
 import torch
 
 import fedvlm
-from fedvlm import processes
-from fedvlm.algorithms.compressed import UNSENT, compressed
 from fedvlm.algorithms.sharing import alternating, sharing
 from fedvlm.algorithms.table import TABLE, Client, Work, build
 from fedvlm.config import load
-from fedvlm.engines.base import Reply
+from fedvlm.engines import group
 from fedvlm.engines.cohort import CohortEngine
-from fedvlm.engines.wire import Fold, Forms, sent_up
+from fedvlm.engines.compress import UNSENT, compressed
+from fedvlm.engines.wire import Forms, Reply, sent_up
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.planning.forecast import Spread, forecast
 from fedvlm.rounds import federate
+from fedvlm.rounds.fold import Fold
 from fedvlm.settings.sections import AlgorithmConfig, LoraConfig, WireConfig
+from fedvlm.store import files
 from fedvlm.store import run as store
 from fedvlm.tree import part, saved_bytes
 from test_federate import Stop, bytes_of
@@ -277,7 +278,7 @@ def clients_of(whole):
 
 def test_a_message_crosses_processes_as_it_is():
     _, message, _ = message_of(compressed(FEDAVG, wire("topk")), INITIAL)
-    found = processes.unpack(*processes.pack(message))
+    found = group.unpack(*group.pack(message))
     assert all(torch.equal(found[n], t) for n, t in message.items())
     assert all(found[n].dtype == t.dtype for n, t in message.items())
 
@@ -318,7 +319,7 @@ def test_a_run_resumes_to_the_same_bytes_and_sends_what_was_planned(quick, tmp_p
         federate.run(quick, f"output={tmp_path / 'stopped'}", progress=Stop(3))
     federate.resume(tmp_path / "stopped")
     assert bytes_of(tmp_path / "stopped") == bytes_of(whole.folder)
-    lines = store.read_lines(whole.folder / "metrics.jsonl")[1:]
+    lines = files.read_lines(whole.folder / "metrics.jsonl")[1:]
     plan = forecast(load(quick))
     for way in ("up", "down"):
         real = [n for line in lines for n in line[f"bytes_{way}"].values()]
@@ -354,7 +355,7 @@ def test_a_run_names_who_was_rejected_and_stops_where_all_are(quick, monkeypatch
     quick["train"] |= {"rounds": 3, "clients_per_round": None}
     with pytest.raises(FedVLMError, match="none of the 3 uploads"):
         fedvlm.run(quick)
-    first, second = store.read_lines(Path(quick["output"]) / "metrics.jsonl")[1:]
+    first, second = files.read_lines(Path(quick["output"]) / "metrics.jsonl")[1:]
     assert first["rejected"].keys() == {"site-0", "site-1"}
     assert first["train_loss"].keys() == {"site-2"}
     assert "not finite" in first["rejected"]["site-0"]

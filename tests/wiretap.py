@@ -13,7 +13,7 @@ from typing import Any
 
 import pandas as pd
 
-from fedvlm.store import run as store
+from fedvlm.store import files
 
 
 @dataclass
@@ -125,5 +125,5 @@ def pieces_of_rows(path: Path) -> list[bytes]:
 
 def pieces_of(path: Path) -> list[bytes]:
     """Three pieces of 32 bytes of each tensor in a file."""
-    tensors = [tensor.numpy().tobytes() for tensor in store.load_tree(path).values()]
+    tensors = [tensor.numpy().tobytes() for tensor in files.load_tree(path).values()]
     return [b[i : i + 32] for b in tensors for i in (0, len(b) // 2, len(b) - 32)]

@@ -150,7 +150,7 @@ def _followed(
     done: Path, rounds: int, processes: dict[str, subprocess.Popen[bytes]], folder: Path
 ) -> list[dict[str, float]]:
     """The lines about the rounds, when they are all there."""
-    from fedvlm.store.run import read_lines
+    from fedvlm.store.files import read_lines
 
     found: list[dict[str, float]] = []
     until = time.monotonic() + 2 * LIMIT

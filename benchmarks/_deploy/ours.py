@@ -40,7 +40,7 @@ def measure(folder: Path, sites: int, megabytes: float, repeats: int, at_once: i
     from fedvlm.deploy.nvflare.project import provision
     from fedvlm.deploy.remote import Limits
     from fedvlm.errors import FedVLMError
-    from fedvlm.store.run import load_tree
+    from fedvlm.store.files import load_tree
 
     check_memory(sites, NEEDS[chosen(megabytes)[0]])
     names = [f"site-{number}" for number in range(sites)]
@@ -111,7 +111,7 @@ def _write_rows(folder: Path, sites: int) -> None:
 
 
 def _events(folder: Path, kind: str) -> list[dict[str, Any]]:
-    from fedvlm.store.run import read_lines
+    from fedvlm.store.files import read_lines
 
     files = sorted((folder / "federation" / "runs").glob("*/events.jsonl"))
     return [event for file in files for event in read_lines(file) if event["event"] == kind]
@@ -132,7 +132,7 @@ def _saving(folder: Path) -> float:
 def shapes(megabytes: float) -> list[list[int]]:
     """Those of the tensors in an upload, without a run."""
     from fedvlm import config as configs
-    from fedvlm.rounds import federate
+    from fedvlm.rounds import prepare as preparing
 
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
@@ -140,5 +140,5 @@ def shapes(megabytes: float) -> list[list[int]]:
         settings = _settings(folder, megabytes, 1)
         if settings["model"]["name"] == "wide":
             settings["model"]["name"] = str(folder / "wide")
-        engine, _, _ = federate.prepare(configs.load(settings))
+        engine, _, _ = preparing.prepare(configs.load(settings))
     return [list(tensor.shape) for tensor in engine.adapter.values()]

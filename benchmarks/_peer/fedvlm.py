@@ -10,8 +10,8 @@ from pathlib import Path
 
 import fedvlm
 from _peer.common import Job, Pace
-from fedvlm import processes
 from fedvlm.algorithms.table import build
+from fedvlm.engines.group import joined
 from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Quiet
 
@@ -20,7 +20,7 @@ def main() -> None:
     folder, name = sys.argv[1:]
     config = fedvlm.load_config(Path(folder) / "config.yaml", f"output={folder}/{name}")
     algorithm = build(config.algorithm)
-    with processes.joined() as group:
+    with joined() as group:
         if group.rank:
             federate._follow(config, group)
             return

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 from _personalization import ranks as ranking
 from _personalization.cells import REFERENCES, Cell
 from _personalization.pages import Row, scores
-from fedvlm.figures.series import mean, standard_error
+from fedvlm.metrics import mean, standard_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

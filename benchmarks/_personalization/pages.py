@@ -7,7 +7,7 @@ from typing import Any
 
 from _personalization import ranks as ranking
 from _personalization.cells import MAIN, REFERENCES, Cell
-from fedvlm.figures.series import mean, standard_error
+from fedvlm.metrics import mean, standard_error
 
 Row = Mapping[str, Any]
 Scores = dict[Cell, dict[str, dict[int, float]]]

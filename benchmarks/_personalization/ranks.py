@@ -12,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedvlm.figures.series import mean, standard_error
+from fedvlm.metrics import mean, standard_error
 
 Seeds = Mapping[int, float]  # seed -> score
 Scores = Mapping[str, Seeds]  # algorithm -> its seeds' scores, in one cell

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from _personalization.runs import JOINS, MEASURED
-from fedvlm.store.run import write_text
+from fedvlm.store.files import write_text
 
 RATES = "rates.json"
 NAME = "personalization.jsonl"

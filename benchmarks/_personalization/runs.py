@@ -27,6 +27,7 @@ from fedvlm.metrics import summarize
 from fedvlm.rounds import comparison
 from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
+from fedvlm.store import files
 from fedvlm.store import run as stores
 
 MEASURED, FAILED, JOINS = "measured.json", "failed.txt", "joined.json"
@@ -139,13 +140,13 @@ def measure(name: str, config: Config, tell: comparison.Tell) -> None:
         if not comparison.done(config):
             comparison.run_one(name, config, tell)
         seconds = time.perf_counter() - began if whole else None
-        lines = stores.read_lines(folder / "metrics.jsonl")
+        lines = files.read_lines(folder / "metrics.jsonl")
         results = Results.read(folder)
         loss = results.summary("personal", "loss")["mean"]
         _write(folder / MEASURED, config, seconds, rows_of(results, lines), loss)
         prune(folder)
     except Exception:
-        stores.write_text(folder / FAILED, traceback.format_exc())
+        files.write_text(folder / FAILED, traceback.format_exc())
 
 
 def join(name: str, config: Config, tell: comparison.Tell) -> None:
@@ -167,7 +168,7 @@ def join(name: str, config: Config, tell: comparison.Tell) -> None:
         seconds = time.perf_counter() - began
         _write(folder / JOINS, config, seconds, joined_rows(found, config))
     except Exception:
-        stores.write_text(folder / FAILED, traceback.format_exc())
+        files.write_text(folder / FAILED, traceback.format_exc())
 
 
 def rows_of(results: Results, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
@@ -237,7 +238,7 @@ def _write(
         "rows": rows,
     }
     (path.parent / FAILED).unlink(missing_ok=True)
-    stores.write_text(path, json.dumps(found, indent=1) + "\n")
+    files.write_text(path, json.dumps(found, indent=1) + "\n")
 
 
 @cache

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Mapping, Sequence
 
 from _personalization import ranks as ranking
 from _personalization.pages import Row, Scores, ranked, scores, table
-from fedvlm.figures.series import mean
+from fedvlm.metrics import mean
 
 DEFAULT = "auto"
 GAIN = 1.245  # of the personal models over lora's: what the paper of plora reports

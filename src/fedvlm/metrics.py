@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import string
 import unicodedata
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -200,3 +201,31 @@ def _bleu() -> Any:
     from sacrebleu.metrics import BLEU
 
     return BLEU(effective_order=True)
+
+
+def mean(values: Iterable[float]) -> float:
+    """The arithmetic mean; NaN of nothing."""
+    values = list(values)
+    return sum(values) / len(values) if values else math.nan
+
+
+def standard_error(values: Sequence[float]) -> float:
+    """Standard error of the mean over seeds; NaN below two seeds."""
+    n = len(values)
+    if n < 2:
+        return math.nan
+    centre = mean(values)
+    return math.sqrt(sum((v - centre) ** 2 for v in values) / (n - 1) / n)
+
+
+def _percent(value: float) -> str:
+    return f"{100 * value:.1f} %"
+
+
+def number(metric: str, value: float | None) -> str:
+    """A score as tables show it; empty for None."""
+    if value is None:
+        return ""
+    if METRICS[metric].share:
+        return _percent(value)
+    return f"{value:.1f}" if metric == "length" else f"{value:.3f}"

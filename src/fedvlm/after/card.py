@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import yaml
 
-from fedvlm.cli.tables import number
-from fedvlm.metrics import METRICS
+from fedvlm.metrics import METRICS, number
 from fedvlm.rounds.results import of_all
 from fedvlm.settings.sections import Config
 from fedvlm.tree import Tree, factor, module
@@ -195,7 +194,7 @@ def filled(loading: str, config: Config) -> str:
 
 def _training(config: Config, tree: Tree) -> dict[str, str]:
     from fedvlm.algorithms.table import TABLE
-    from fedvlm.models.lora import part
+    from fedvlm.layers import part
     from fedvlm.version import __version__
 
     modules = sorted({module(name) for name in tree})

@@ -12,7 +12,7 @@ from typing import Any
 from fedvlm.after import card
 from fedvlm.after.opened import GLOBAL, WEIGHTS, Opened, label, open_run
 from fedvlm.errors import FedVLMError
-from fedvlm.store import run as stores
+from fedvlm.store import files
 from fedvlm.tree import Tree
 
 # Largest difference of logits that merging may make, as a share of the largest logit. Measured on
@@ -84,7 +84,7 @@ def export_many(
 def default_target(run: Opened, client: str | None, merge: bool) -> Path:
     """``RUN/export/NAME``, safe as a folder name."""
     names = [label(c) for c in (*run.partition.clients, *run.onboarded)]
-    slug = GLOBAL if client is None else stores.slugs(names).get(label(client), "client")
+    slug = GLOBAL if client is None else files.slugs(names).get(label(client), "client")
     return run.folder / "export" / (slug + "-merged" * merge)
 
 
@@ -94,7 +94,7 @@ def write_export(run: Opened, client: str | None, merge: bool, target: Path) -> 
 
     source = run.adapter_folder(client)
     base = base_name(run.config.model.name)
-    tree = stores.load_tree(source / WEIGHTS)
+    tree = files.load_tree(source / WEIGHTS)
     with new_folder(target) as scratch:
         if merge:
             _merge(run, tree, scratch)

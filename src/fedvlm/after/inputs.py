@@ -14,7 +14,7 @@ import datasets
 from fedvlm.data.sources import load_rows, open_image
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.settings.sections import DataConfig
-from fedvlm.store.run import write_bytes
+from fedvlm.store.files import write_bytes
 
 IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")

@@ -16,9 +16,10 @@ from fedvlm.after.evaluate import on_new_data
 from fedvlm.after.opened import ONBOARDED, Opened, open_run
 from fedvlm.algorithms.sharing import means_and_points, stopped
 from fedvlm.algorithms.table import Algorithm, Client, Work, build
-from fedvlm.engines.base import Task
+from fedvlm.engines.wire import Task
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.settings.sections import Config
+from fedvlm.store import files
 from fedvlm.store import run as stores
 from fedvlm.tree import Tree
 
@@ -182,7 +183,7 @@ def _target(run: Opened, site: str) -> Path:
             f"'{site}' is a client of the run in '{run.folder}'; give the new site another name "
             "with --name NAME"
         )
-    folder = run.folder / ONBOARDED / stores.slugs([site])[site]
+    folder = run.folder / ONBOARDED / files.slugs([site])[site]
     if folder.exists():
         raise FedVLMError(
             f"the site '{site}' has been onboarded: '{folder}' exists; remove it to do it again, "
@@ -206,8 +207,8 @@ def _write(
         for path in plain.iterdir():
             path.unlink()
         plain.rmdir()
-        stores.save_tree(scratch / "personal.safetensors", personal)
-        stores.write_text(scratch / "scores.json", json.dumps(table, indent=2) + "\n")
+        files.save_tree(scratch / "personal.safetensors", personal)
+        files.write_text(scratch / "scores.json", json.dumps(table, indent=2) + "\n")
         loading = card.filled(card.loading_adapter(base, name in BUNDLED), run.config)
         text = card.of_site(run, table, base=base, tree=adapter, loading=loading, merged=False)
-        stores.write_text(scratch / "README.md", text)
+        files.write_text(scratch / "README.md", text)

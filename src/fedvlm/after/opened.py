@@ -16,6 +16,7 @@ from fedvlm.algorithms.table import Client, build
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
+from fedvlm.store import files
 from fedvlm.store import run as stores
 from fedvlm.tree import Tree, module
 
@@ -128,7 +129,7 @@ class Opened:
             )
             down = algorithm.download(store.server(), Client(client, 1.0))
             tree = algorithm.start(self.initial, down, store.personal([client])[0])
-            with stores.writable(folder):
+            with files.writable(folder):
                 scratch = folder.with_name(f".{folder.name}.tmp")
                 shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
                 save_adapter(self.write(tree), tree, scratch)
@@ -137,7 +138,7 @@ class Opened:
 
     @cached_property
     def _slugs(self) -> dict[str, str]:
-        return stores.slugs(self.partition.clients)
+        return files.slugs(self.partition.clients)
 
     def chosen(
         self, clients: Iterable[str] = (), *, global_: bool, untuned: bool, every: bool
@@ -156,7 +157,7 @@ class Opened:
         folders = {label(name): self.adapter_folder(name) for name in names}
         if global_ or every:
             folders[GLOBAL] = self.adapter_folder(None)
-        trees = {name: stores.load_tree(folder / WEIGHTS) for name, folder in folders.items()}
+        trees = {name: files.load_tree(folder / WEIGHTS) for name, folder in folders.items()}
         return {**trees, UNTUNED: self.initial} if untuned or every else trees
 
     @property
@@ -180,7 +181,7 @@ class Opened:
         """The model with LoRA where the run had it, and the initial adapter."""
         from fedvlm.models import lora
 
-        saved = stores.load_tree(self.adapter_folder(None) / WEIGHTS)
+        saved = files.load_tree(self.adapter_folder(None) / WEIGHTS)
         modules = {module(name) for name in saved}
         self._check_fit(modules - {name for name, _ in self.base.model.named_modules()})
         # Exactly these layers: a run may leave out some that lora.target takes.

@@ -6,18 +6,19 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
+from fedvlm.algorithms import mixing as mixes
 from fedvlm.algorithms.auto import auto
 from fedvlm.algorithms.base import NOBODY, Algorithm, Client, Phase, State, Term, Upload, Work
 from fedvlm.algorithms.client_terms import proximal, scaffold
-from fedvlm.algorithms.compressed import compressed
 from fedvlm.algorithms.dual import fedalt, feddpa, pair
 from fedvlm.algorithms.exact import exact
 from fedvlm.algorithms.flex import flexlora, hetlora, ranked
 from fedvlm.algorithms.server import optimized
-from fedvlm.algorithms.sharing import IAT, alternating, matcher, sharing, stopped, tuned
+from fedvlm.algorithms.sharing import IAT, alternating, sharing, stopped, tuned
 from fedvlm.algorithms.similarity import clustered, similar
-from fedvlm.algorithms import mixing as mixes
+from fedvlm.engines.compress import compressed
 from fedvlm.errors import ConfigError
+from fedvlm.layers import matcher
 from fedvlm.tree import module
 
 if TYPE_CHECKING:

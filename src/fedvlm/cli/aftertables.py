@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 from rich.markup import escape
 from rich.table import Table
 
-from fedvlm.cli.tables import console_for_tables, number
-from fedvlm.metrics import METRICS
+from fedvlm.cli.tables import console_for_tables
+from fedvlm.metrics import METRICS, number
 
 if TYPE_CHECKING:
     from fedvlm.after.evaluate import Evaluation

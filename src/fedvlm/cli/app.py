@@ -94,9 +94,9 @@ def run(
             print_forecast(forecast(settings))
         return
 
+    from fedvlm.cli.live import choose
     from fedvlm.cli.tables import print_run
     from fedvlm.rounds import federate
-    from fedvlm.rounds.progress import choose
 
     folder = resume or settings.output  # type: ignore[union-attr]
     with _interruptible(f"fedvlm run --resume {folder}"):

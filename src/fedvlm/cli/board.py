@@ -7,8 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from fedvlm.cli.live import describe
 from fedvlm.rounds.comparison import Event
-from fedvlm.rounds.progress import describe
 from fedvlm.settings.sections import Config
 
 

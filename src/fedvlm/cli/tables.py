@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 from rich.console import Console
 from rich.table import Table
 
-from fedvlm.metrics import METRICS
+from fedvlm.metrics import METRICS, _percent, number
 
 if TYPE_CHECKING:
     from fedvlm.rounds.comparison import Comparison
@@ -136,19 +136,6 @@ def console_for_tables() -> Console:
     """Standard output; at least 100 columns where it is no terminal, so that nothing is cut."""
     console = Console()
     return console if console.is_terminal else Console(width=max(110, console.width))
-
-
-def _percent(value: float) -> str:
-    return f"{100 * value:.1f} %"
-
-
-def number(metric: str, value: float | None) -> str:
-    """A score as tables show it; empty for None."""
-    if value is None:
-        return ""
-    if METRICS[metric].share:
-        return _percent(value)
-    return f"{value:.1f}" if metric == "length" else f"{value:.3f}"
 
 
 def _gain(value: float | None) -> str:

@@ -3,47 +3,17 @@
 from __future__ import annotations
 
 import logging
-from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import yaml
 
 from fedvlm.data.assign import by_owner
 from fedvlm.errors import DataError
+from fedvlm.settings.sections import checked
 
 logger = logging.getLogger("fedvlm")
-
-_FORM = "a mapping of clients to row numbers, such as {north: [0, 1, 2], south: [3, 4, 5]}"
-
-
-def checked(given: Any) -> dict[str, list[int]]:
-    """The lists, when each row number in them is a whole number and occurs once.
-
-    Raises:
-        ValueError: saying what is wrong.
-    """
-    if not isinstance(given, Mapping) or not given:
-        raise ValueError(f"lists is {_FORM}; got {given!r:.60}")
-    lists: dict[str, list[int]] = {}
-    for client, rows in given.items():
-        if not isinstance(rows, list | tuple) or not rows:
-            raise ValueError(f"client '{client}' has {rows!r:.60}; lists is {_FORM}")
-        wrong = [row for row in rows if type(row) is not int or row < 0]
-        if wrong:
-            raise ValueError(f"client '{client}' lists {wrong[0]!r:.60}; row numbers are 0, 1, 2 …")
-        lists[str(client)] = list(rows)
-    counts = Counter(row for rows in lists.values() for row in rows)
-    twice = [row for row, count in counts.items() if count > 1]
-    if twice:
-        of = [client for client, rows in lists.items() if twice[0] in rows]
-        raise ValueError(
-            f"{len(twice)} rows are listed more than once, row {twice[0]} first (of "
-            f"{', '.join(of)}): a row belongs to one client"
-        )
-    return lists
 
 
 def read(path: str | Path) -> dict[str, list[int]]:

@@ -21,12 +21,13 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm.algorithms.table import Algorithm
-from fedvlm.engines.base import Answer, Models, Reply, Scores, Task
+from fedvlm.engines.base import Answer, Models, Scores
+from fedvlm.engines.wire import Reply, Task
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import measured
 from fedvlm.settings.method import Positive, Section
 from fedvlm.settings.sections import Config
-from fedvlm.store.run import save_tree
+from fedvlm.store.files import save_tree
 from fedvlm.tree import Tree, digest
 
 Call = Callable[[str, dict[str, Any], bytes, float], tuple[dict[str, Any], bytes]]

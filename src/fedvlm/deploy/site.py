@@ -19,14 +19,16 @@ from typing import Any, Literal
 
 from fedvlm.algorithms.table import Algorithm, build
 from fedvlm.deploy.policy import Policy, Refused
-from fedvlm.engines.base import Models, Scores, Task
+from fedvlm.engines.base import Models, Scores
+from fedvlm.engines.wire import Task
 from fedvlm.errors import FedVLMError
-from fedvlm.rounds import federate
+from fedvlm.rounds import prepare as preparing
 from fedvlm.rounds.results import write_answers
 from fedvlm.rounds.schedule import of_round
 from fedvlm.settings.sections import Config
+from fedvlm.store import files
 from fedvlm.store import run as stores
-from fedvlm.store.packs import sync
+from fedvlm.store.files import sync
 from fedvlm.tree import Tree, digest, saved_bytes
 
 KEPT = 2  # versions of the personal state: the last one and the one before
@@ -80,7 +82,7 @@ class SiteStore(stores.Store):
             return None
         try:
             about = json.loads((folder / "reply.json").read_text())
-            trees = {name: stores.load_tree(folder / f"{name}.safetensors") for name in PARTS}
+            trees = {name: files.load_tree(folder / f"{name}.safetensors") for name in PARTS}
             whole = {name: digest(tree) for name, tree in trees.items()} == about["digests"]
         except Exception as error:
             raise self._damaged(round_) from error
@@ -111,7 +113,7 @@ class SiteStore(stores.Store):
     def _write(self, version: Version, scratch: Path) -> None:
         folder = self._of(version.round)
         for name, tree in version.trees.items():
-            stores.save_tree(scratch / f"{name}.safetensors", tree)
+            files.save_tree(scratch / f"{name}.safetensors", tree)
         about = {
             "round": version.round,
             "down": version.down,
@@ -119,7 +121,7 @@ class SiteStore(stores.Store):
             "weight": version.weight,
             "digests": {name: digest(tree) for name, tree in version.trees.items()},
         }
-        stores.write_text(scratch / "reply.json", json.dumps(about, indent=2) + "\n")
+        files.write_text(scratch / "reply.json", json.dumps(about, indent=2) + "\n")
         for path in scratch.iterdir():
             sync(path)
         if folder.exists():  # the round was done with another download
@@ -167,10 +169,10 @@ class Site:
         self.name, self.policy, self.folder = name, policy, folder
         self.config = policy.localized(config, data, folder)
         self.store = SiteStore(folder)
-        rows, whole = federate.divide(self.config)
+        rows, whole = preparing.divide(self.config)
         (split,), (skew,) = whole.splits.values(), whole.skew.values()
         own = replace(whole, clients=(name,), splits={name: split}, skew={name: skew})
-        self.engine, _, _ = federate.prepare(self.config, None, (rows, own), self.store)
+        self.engine, _, _ = preparing.prepare(self.config, None, (rows, own), self.store)
         self.rows = own.counts()[name]
         self.algorithm = build(self.config.algorithm, self.config.lora, self.config.wire)
 

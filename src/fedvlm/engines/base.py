@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, Protocol
 
 from fedvlm.algorithms.table import Algorithm
+from fedvlm.engines.wire import Reply, Task
 from fedvlm.tree import Tree
 
 Scores = dict[str, float]
@@ -15,40 +16,6 @@ Answer = dict[str, Any]
 """A model's answer to one held-out row: ``row`` (its number in the source), ``group`` (its value
 in the column ``eval.group_by``, or None), ``reference``, ``prediction``, its scores, and
 ``weight``, by which its loss counts: answer tokens (SFT) or 1 (DPO)."""
-
-
-@dataclass(frozen=True)
-class Task:
-    """One client's work in one round.
-
-    Attributes:
-        client: its name.
-        round: the round, from 1.
-        down: what the server sent.
-        rated: whether its model at the end of the round's training is scored next.
-    """
-
-    client: str
-    round: int
-    down: Tree
-    rated: bool = False
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a client did.
-
-    Attributes:
-        client: its name.
-        upload: what leaves it.
-        weight: the number of its training examples.
-        loss: mean training loss over the round's steps: nats a token (SFT), the DPO loss a pair.
-    """
-
-    client: str
-    upload: Tree
-    weight: float
-    loss: float
 
 
 @dataclass(frozen=True)

@@ -22,10 +22,11 @@ from fedvlm.algorithms.base import Validation
 from fedvlm.algorithms.table import Phase
 from fedvlm.batches.objectives import Terms
 from fedvlm.batches.prompts import Features
-from fedvlm.engines.base import Answer, Task
+from fedvlm.engines.base import Answer
 from fedvlm.engines.extras import Extras
 from fedvlm.engines.memory import clients_in_a_pass, kept_for_backward
 from fedvlm.engines.reference import ReferenceEngine, make_optimizer, pieces, summed
+from fedvlm.engines.wire import Task
 from fedvlm.models.frozen import ImageFeatures
 from fedvlm.models.load import identity
 from fedvlm.models.spool import Spool

@@ -17,9 +17,9 @@ from fedvlm.algorithms.table import Algorithm, Phase, Work
 from fedvlm.batches import objectives
 from fedvlm.batches.collate import Collator
 from fedvlm.data.partition import Partition
-from fedvlm.engines.base import Answer, Models, Reply, Scores, Task
+from fedvlm.engines.base import Answer, Models, Scores
 from fedvlm.engines.extras import Extras
-from fedvlm.engines.wire import Forms
+from fedvlm.engines.wire import Forms, Reply, Task
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import average, score_texts
 from fedvlm.models import lora

@@ -20,10 +20,11 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from fedvlm.algorithms.table import Algorithm
-from fedvlm.engines.base import Answer, Models, Reply, Scores, Task
+from fedvlm.engines.base import Answer, Models, Scores
+from fedvlm.engines.group import End, Group
 from fedvlm.engines.reference import ReferenceEngine
+from fedvlm.engines.wire import Reply, Task
 from fedvlm.errors import FedVLMError
-from fedvlm.processes import End, Group
 from fedvlm.tree import Tree
 
 T = TypeVar("T")

@@ -8,15 +8,16 @@ and a compressed upload are each checked against what they have to be.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedvlm.algorithms.table import Algorithm, Client, State, Upload, Work
+from fedvlm.algorithms.table import Algorithm, Client, State, Work
 from fedvlm.errors import FedVLMError
-from fedvlm.tree import Mean, Tree, change, saved_bytes
+from fedvlm.tree import Tree, change
 
 if TYPE_CHECKING:
-    from fedvlm.engines.base import Reply
+    from fedvlm.engines.wire import Reply
 
 
 def sent_up(algorithm: Algorithm, adapter: Tree, down: Tree) -> Tree:
@@ -106,72 +107,6 @@ class Forms:
         return f"changes what its client was sent by a norm of {norm:.4g}, above {most}"
 
 
-class Fold:
-    """A round's uploads at the server: checked and folded one by one, a bad one left out by name.
-
-    Args:
-        algorithm: of the round.
-        known: the cohort, as registered.
-        downs: what each was sent.
-        forms: the checks.
-
-    Attributes:
-        losses: client -> its training loss, of those whose upload counts.
-        rejected: client -> why its upload does not.
-        bytes_up: client -> bytes of its message.
-    """
-
-    def __init__(
-        self,
-        algorithm: Algorithm,
-        known: Mapping[str, Client],
-        downs: Mapping[str, Tree],
-        forms: Forms,
-    ):
-        self.algorithm, self.known, self.downs, self.forms = algorithm, known, downs, forms
-        self.losses: dict[str, float] = {}
-        self.rejected: dict[str, str] = {}
-        self.bytes_up: dict[str, int] = {}
-        self._mean, self._uploads = Mean(), list[Upload]()
-
-    def add(self, reply: Reply) -> bool:
-        """Takes a client's reply; whether its upload counts."""
-        client, one = self.known[reply.client], self.algorithm
-        down, message = self.downs[client.name], reply.upload
-        self.bytes_up[client.name] = saved_bytes(message)
-        try:
-            upload = self.forms.received(one, client, down, message, reply.weight)
-        except FedVLMError as error:
-            self.rejected[client.name] = str(error)
-            return False
-        if not math.isfinite(reply.loss):
-            self.rejected[client.name] = f"the loss of client '{client.name}' is {reply.loss}"
-            return False
-        if upload and one.gather:
-            self._uploads.append(Upload(client, upload))
-        elif upload:
-            self._mean.add(one.lift(upload, client), reply.weight)
-        self.losses[client.name] = reply.loss
-        return True
-
-    def update(self, state: State) -> State:
-        """The state after the round.
-
-        Raises:
-            FedVLMError: every upload was rejected.
-        """
-        if self.rejected and not self.losses:
-            told = "\n".join(f"  - {why}" for why in self.rejected.values())
-            raise FedVLMError(
-                f"none of the {len(self.rejected)} uploads of this round can be used:\n{told}"
-            )
-        if self.algorithm.gather and self._uploads:
-            return self.algorithm.gather(state, self._uploads)
-        if self._mean.total:
-            return self.algorithm.update(state, self._mean.tree())
-        return state
-
-
 def _bare(tree: Tree) -> Tree:
     """The tensors without values, but for whole numbers, which say what follows."""
     return {n: t.to("meta") if t.is_floating_point() else t for n, t in tree.items()}
@@ -217,3 +152,37 @@ def _norm(tree: Tree) -> float:
 
     real = [t for t in tree.values() if t.is_floating_point()]
     return float(torch.stack(torch._foreach_norm(real)).double().norm()) if real else 0.0
+
+
+@dataclass(frozen=True)
+class Task:
+    """One client's work in one round.
+
+    Attributes:
+        client: its name.
+        round: the round, from 1.
+        down: what the server sent.
+        rated: whether its model at the end of the round's training is scored next.
+    """
+
+    client: str
+    round: int
+    down: Tree
+    rated: bool = False
+
+
+@dataclass(frozen=True)
+class Reply:
+    """What a client did.
+
+    Attributes:
+        client: its name.
+        upload: what leaves it.
+        weight: the number of its training examples.
+        loss: mean training loss over the round's steps: nats a token (SFT), the DPO loss a pair.
+    """
+
+    client: str
+    upload: Tree
+    weight: float
+    loss: float

@@ -22,13 +22,12 @@ from fedvlm.figures.series import (
     first_scores,
     last_round,
     last_scores,
-    mean,
     mean_scores,
     metric_name,
     seed_curves,
-    standard_error,
     worst_tenth,
 )
+from fedvlm.metrics import mean, standard_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from fedvlm.errors import FedVLMError
-from fedvlm.metrics import METRICS
+from fedvlm.metrics import METRICS, mean
 
 Line = Mapping[str, Any]
 Scores = dict[str, float]  # client -> score
@@ -56,24 +56,9 @@ def best_kind(lines: Sequence[Line], metric: str) -> str:
     return "personal" if curve(lines, "personal", metric) else "global"
 
 
-def mean(values: Iterable[float]) -> float:
-    """The arithmetic mean; NaN of nothing."""
-    values = list(values)
-    return sum(values) / len(values) if values else math.nan
-
-
 def worst_tenth(scores: Mapping[str, float]) -> float:
     """Mean of the lowest tenth of the clients' scores: rounded down, but at least one client."""
     return mean(sorted(scores.values())[: max(1, len(scores) // 10)])
-
-
-def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean over seeds; NaN below two seeds."""
-    n = len(values)
-    if n < 2:
-        return math.nan
-    centre = mean(values)
-    return math.sqrt(sum((v - centre) ** 2 for v in values) / (n - 1) / n)
 
 
 def seed_curves(runs: Sequence[Sequence[Line]], metric: str) -> tuple[list[int], list[list[float]]]:

@@ -13,17 +13,13 @@ import torch
 from torch import Tensor, nn
 
 from fedvlm.errors import FedVLMError
+from fedvlm.layers import part
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import LoraConfig
 from fedvlm.tree import Tree, module, pad
 
 logger = logging.getLogger("fedvlm")
 
-VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|image_encoder)(\.|$)")
-PROJECTOR = re.compile(
-    r"(^|\.)(multi_modal_projector|connector|visual\.merger|deepstack_merger_list|qformer"
-    r"|language_projection|image_projection|mm_projector|visual_projection)(\.|$)"
-)
 PRESETS = {
     "language": {"language"},
     "vision": {"vision"},
@@ -143,13 +139,6 @@ def targets(model: nn.Module, target: str) -> list[str]:
             f"presets are {', '.join(PRESETS)}; the layers are:\n    " + "\n    ".join(kinds)
         )
     return found
-
-
-def part(name: str) -> str:
-    """Which part of the model a layer belongs to: vision, projector or language."""
-    if PROJECTOR.search(name):
-        return "projector"
-    return "vision" if VISION.search(name) else "language"
 
 
 def handles(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -1,7 +1,8 @@
 """What a run would do: its clients, steps, messages and memory, without weights, nothing written.
 
-Rows are partitioned as the run partitions them, rounds are
-:func:`fedvlm.rounds.schedule.plan`'s, and the messages are what the algorithm itself makes of an adapter that has shapes and no values.
+Rows are partitioned as the run partitions them. Rounds are those of
+:func:`fedvlm.rounds.schedule.plan`. The algorithm itself makes the messages, from an adapter that
+has shapes and no values.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from fedvlm.algorithms.table import NOBODY, TABLE, Algorithm, build
 from fedvlm.errors import FedVLMError
 from fedvlm.planning import footprint
 from fedvlm.planning.footprint import Footprint
-from fedvlm.rounds import federate
+from fedvlm.rounds import prepare as preparing
 from fedvlm.rounds.schedule import plan
 from fedvlm.settings.sections import Config
 
@@ -125,7 +126,7 @@ def _partition(config: Config, unknown: list[str]) -> Partition | None:
     on_hub = config.data.path and not Path(config.data.path).expanduser().exists()
     try:
         with _from_cache():
-            return federate.divide(config)[1]
+            return preparing.divide(config)[1]
     except FedVLMError as error:
         if not on_hub or not isinstance(error.__cause__, OSError):
             raise

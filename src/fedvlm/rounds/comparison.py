@@ -15,10 +15,11 @@ from typing import Any
 from fedvlm import config as configs
 from fedvlm.algorithms.table import TABLE, meaningful
 from fedvlm.errors import ConfigError, FedVLMError
-from fedvlm.figures.series import mean, standard_error
+from fedvlm.metrics import mean, standard_error
 from fedvlm.rounds.progress import Progress
 from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
+from fedvlm.store import files
 from fedvlm.store import run as stores
 
 BASELINES = ("lora", "lora+ft")
@@ -250,22 +251,22 @@ def _conclude(folder: Path, algorithms: Sequence[str], runs: dict[str, Config]) 
             reference = by_name.get(baseline)
             row[f"gain_over_{baseline}"] = row["personal"] / reference - 1 if reference else None
     lines = {
-        name: [stores.read_lines(r.folder / "metrics.jsonl") for r in found]
+        name: [files.read_lines(r.folder / "metrics.jsonl") for r in found]
         for name, found in results.items()
     }
     out = io.StringIO()
     writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
-    stores.write_text(folder / "comparison.csv", out.getvalue())
-    stores.write_text(folder / "comparison.json", json.dumps(rows, indent=2) + "\n")
+    files.write_text(folder / "comparison.csv", out.getvalue())
+    files.write_text(folder / "comparison.json", json.dumps(rows, indent=2) + "\n")
     plot_comparison(lines, folder / "comparison.png", _title(runs), metric=rows[0]["metric"])
     return Comparison(folder, rows)
 
 
 def _row(name: str, found: Sequence[Results]) -> dict[str, Any]:
     personal = [r.summary("personal")["mean"] for r in found]
-    timing = [stores.read_lines(r.folder / "timing.jsonl") for r in found]
+    timing = [files.read_lines(r.folder / "timing.jsonl") for r in found]
     return {
         "algorithm": name,
         "seeds": len(found),

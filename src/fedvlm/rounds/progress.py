@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 import contextlib
-import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
-from fedvlm.metrics import METRICS, summarize
 from fedvlm.settings.sections import Config
 
 if TYPE_CHECKING:
@@ -41,124 +39,7 @@ class Progress:
 Quiet = Progress
 
 
-class Plain(Progress):
-    """One line a round."""
-
-    def __init__(self, prefix: str = ""):
-        self.prefix = prefix
-
-    def _say(self, text: str) -> None:
-        print(f"{self.prefix}{text}", flush=True)
-
-    @contextlib.contextmanager
-    def started(self, config: Config) -> Iterator[None]:
-        self.config = config
-        self._say(f"{config.algorithm.name} on {source(config)}, into {config.output}")
-        yield
-
-    def partitioned(self, partition: Partition) -> None:
-        self._say(dealt(partition, self.config))
-
-    def encoded(self, done: int, rows: int) -> None:
-        if done == 1:
-            self._say(f"encoding {rows:,} rows, kept for later runs")
-
-    def round(self, line: dict[str, Any], seconds: float) -> None:
-        self._say(describe(line, self.config) + (f"  {seconds:.1f} s" if seconds else ""))
-
-
-class Live(Progress):
-    """A bar over clients and rounds with the time left, and a line for every evaluation."""
-
-    def __init__(self) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import (
-            Progress as Bars,
-        )
-
-        self.bars = Bars(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("rounds · {task.fields[note]} ·"),
-            TimeElapsedColumn(),
-            TextColumn("· left"),
-            TimeRemainingColumn(),
-        )
-
-    @contextlib.contextmanager
-    def started(self, config: Config) -> Iterator[None]:
-        self.config = config
-        with self.bars:
-            self.task = self.bars.add_task(
-                config.algorithm.name, total=config.train.rounds, note=f"loading {source(config)}"
-            )
-            yield
-
-    def partitioned(self, partition: Partition) -> None:
-        self.bars.console.print(dealt(partition, self.config), highlight=False, markup=False)
-
-    def encoded(self, done: int, rows: int) -> None:
-        self.bars.update(self.task, note=f"encoding row {done:,} of {rows:,}, kept for later runs")
-
-    def trained(self, client: str, loss: float) -> None:
-        self.bars.update(self.task, note=f"{client} loss {loss:.3f}")
-
-    def round(self, line: dict[str, Any], seconds: float) -> None:
-        done = min(line["round"], self.config.train.rounds)
-        self.bars.update(self.task, note="training")
-        if line["round"] > self.config.train.rounds:
-            self.bars.update(self.task, note="local tuning done")
-        self.bars.update(self.task, completed=done)
-        if line["evaluation"] or line.get("rejected"):
-            self.bars.console.print(describe(line, self.config))
-
-
-def choose(quiet: bool = False) -> Progress:
-    """Bars on a terminal, plain lines where the output goes elsewhere, nothing if ``quiet``."""
-    if quiet:
-        return Quiet()
-    return Live() if sys.stdout.isatty() else Plain()
-
-
-def dealt(partition: Partition, config: Config) -> str:
-    """How the clients differ (the first twenty, where they are more), and how many are scored."""
-    some = min(config.eval.clients or len(partition.clients), len(partition.clients))
-    text = partition.table(most=20)
-    if some < len(partition.clients):
-        text += (
-            f"\n{some:,} of {len(partition.clients):,} clients are scored (eval.clients); any "
-            "other's model: fedvlm export --client NAME"
-        )
-    return text
-
-
 def source(config: Config) -> str:
     """The data, in a few words."""
     scenes = config.data.scenes
     return config.data.path or f"scenes ({scenes.style} {scenes.strength:g}, {scenes.sites} sites)"
-
-
-def describe(line: dict[str, Any], config: Config) -> str:
-    """A metrics line as a person reads it."""
-    rounds, metric = config.train.rounds, config.metric
-    number = line["round"]
-    head = f"round {number:>3}/{rounds}" if number <= rounds else "local tuning "
-    parts = []
-    if losses := line.get("train_loss"):
-        parts.append(f"{len(losses)} clients, loss {sum(losses.values()) / len(losses):.3f}")
-    if line["evaluation"]:
-        for model in ("personal", "global"):
-            scores = line["evaluation"][model]
-            mean = summarize({c: s[metric] for c, s in scores.items()})["mean"]
-            parts.append(f"{model} {mean:.1%}")
-        parts[-1] += f" {METRICS[metric].head}" + ("" if number else ", before any training")
-    if rejected := line.get("rejected"):
-        parts.append(f"rejected: {', '.join(rejected)}")
-    return f"{head}  " + ", ".join(parts)

@@ -17,7 +17,8 @@ from fedvlm.engines.base import Answer, Engine, Models
 from fedvlm.metrics import METRICS, average, summarize
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config
-from fedvlm.store.run import DONE, Store, read_lines, slugs, write_text
+from fedvlm.store.files import read_lines, slugs, write_text
+from fedvlm.store.run import DONE, Store
 
 MODELS = ("untuned", "global_before", "global", "personal_before", "personal")
 

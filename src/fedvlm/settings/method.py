@@ -126,8 +126,8 @@ class AlgorithmConfig(Section):
 
     @model_validator(mode="after")
     def _is_in_the_table(self) -> AlgorithmConfig:
-        from fedvlm.algorithms.sharing import matcher
         from fedvlm.algorithms.table import TABLE
+        from fedvlm.layers import matcher
 
         if self.name not in TABLE:
             raise ValueError(

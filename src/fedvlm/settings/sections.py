@@ -6,6 +6,8 @@ Every setting has its default and its range here; :mod:`fedvlm.config` reads and
 from __future__ import annotations
 
 import math
+from collections import Counter
+from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
 from pydantic import Field, field_validator, model_validator
@@ -14,6 +16,35 @@ from fedvlm.settings.method import AlgorithmConfig as AlgorithmConfig
 from fedvlm.settings.method import Fraction, Positive, Section
 from fedvlm.settings.method import LoraConfig as LoraConfig
 from fedvlm.settings.method import ServerConfig as ServerConfig
+
+_FORM = "a mapping of clients to row numbers, such as {north: [0, 1, 2], south: [3, 4, 5]}"
+
+
+def checked(given: Any) -> dict[str, list[int]]:
+    """The lists, when each row number in them is a whole number and occurs once.
+
+    Raises:
+        ValueError: saying what is wrong.
+    """
+    if not isinstance(given, Mapping) or not given:
+        raise ValueError(f"lists is {_FORM}; got {given!r:.60}")
+    lists: dict[str, list[int]] = {}
+    for client, rows in given.items():
+        if not isinstance(rows, list | tuple) or not rows:
+            raise ValueError(f"client '{client}' has {rows!r:.60}; lists is {_FORM}")
+        wrong = [row for row in rows if type(row) is not int or row < 0]
+        if wrong:
+            raise ValueError(f"client '{client}' lists {wrong[0]!r:.60}; row numbers are 0, 1, 2 …")
+        lists[str(client)] = list(rows)
+    counts = Counter(row for rows in lists.values() for row in rows)
+    twice = [row for row, count in counts.items() if count > 1]
+    if twice:
+        of = [client for client, rows in lists.items() if twice[0] in rows]
+        raise ValueError(
+            f"{len(twice)} rows are listed more than once, row {twice[0]} first (of "
+            f"{', '.join(of)}): a row belongs to one client"
+        )
+    return lists
 
 
 class Columns(Section):
@@ -89,8 +120,6 @@ class PartitionConfig(Section):
     @field_validator("lists", mode="before")
     @classmethod
     def _rows_are_listed_once(cls, given: Any) -> Any:
-        from fedvlm.data.explicit import checked
-
         return given if given is None or isinstance(given, str) else checked(given)
 
     @model_validator(mode="after")

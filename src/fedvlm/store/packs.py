@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedvlm.store.files import sync
 from fedvlm.tree import Tree
 
 if TYPE_CHECKING:
@@ -257,12 +258,3 @@ def _alike(kept: Mapping[str, Tree]) -> Iterable[dict[str, Tree]]:
             form = frozenset((name, t.shape, t.dtype) for name, t in tree.items())
             groups.setdefault(form, {})[client] = tree
     return groups.values()
-
-
-def sync(path: Path) -> None:
-    """Has the disk hold a file, or the names in a folder."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -23,6 +23,7 @@ from fedvlm.deploy.remote import Limits
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
+from fedvlm.store import files
 from fedvlm.store import run as stores
 
 Tell = Callable[[dict[str, Any]], None]
@@ -89,7 +90,7 @@ class Federation:
         with self.session() as session:
             found = [str(job["job_id"]) for job in self.jobs(session)]
             for job in found:
-                stores.write_text(self._mark(job), "")
+                files.write_text(self._mark(job), "")
                 session.abort_job(job)
         return found
 
@@ -103,7 +104,7 @@ class Federation:
             found = [str(job["job_id"]) for job in self.jobs(session)]
         for path in self._submitted():
             if path.read_text() in found:
-                stores.write_text(path.with_name(RENEW), "")
+                files.write_text(path.with_name(RENEW), "")
         return found
 
     def run(
@@ -168,7 +169,7 @@ class Federation:
         """
         for job in (str(job["job_id"]) for job in self.jobs(session)):
             folder = next((p.parent for p in self._submitted() if p.read_text() == job), None)
-            events = stores.read_lines(folder / EVENTS) if folder else []
+            events = files.read_lines(folder / EVENTS) if folder else []
             if resume and folder and _output(folder) == config.output:
                 with contextlib.suppress(Exception):  # it may run nowhere
                     session.abort_job(job)
@@ -223,10 +224,10 @@ class Federation:
             "events": str(events),
             "resume": resume,
         }
-        stores.write_text(folder / "job.json", json.dumps(job, indent=2))
+        files.write_text(folder / "job.json", json.dumps(job, indent=2))
         definition = write_job(folder / "job", folder / "job.json", sites, limits)
         number = str(session.submit_job(str(definition)))
-        stores.write_text(folder / "submitted", number)
+        files.write_text(folder / "submitted", number)
         tell({"event": "submitted", "job": number, "sites": sites, "resume": resume})
         return number, events
 
@@ -250,7 +251,7 @@ class Federation:
         """
         seen, asked = 0, time.monotonic()
         while True:
-            lines = stores.read_lines(events)
+            lines = files.read_lines(events)
             for event in lines[seen:]:
                 tell(event)
                 away.note(event)
@@ -264,10 +265,10 @@ class Federation:
                 try:
                     status = str(session.get_job_meta(job).get("status"))
                     if away.since and away.back(session.get_system_info().client_info):
-                        stores.write_text(events.with_name(RENEW), "")
+                        files.write_text(events.with_name(RENEW), "")
                 except Exception as error:
                     raise FedVLMError(f"the server is gone ({error}); {_how(config)}") from None
-                if _ended(status) and len(stores.read_lines(events)) == seen:
+                if _ended(status) and len(files.read_lines(events)) == seen:
                     tell({"event": "ended", "status": status})
                     return status
             time.sleep(0.2)

@@ -23,7 +23,7 @@ from fedvlm.deploy.nvflare.project import (
 )
 from fedvlm.deploy.policy import read_policy
 from fedvlm.errors import FedVLMError
-from fedvlm.store.run import only_one
+from fedvlm.store.files import only_one
 
 QUICK = 30.0  # seconds: a process that ends sooner has failed to start
 MOST = 5  # such failures in a row end the command

@@ -21,7 +21,7 @@ from fedvlm.deploy.policy import check_name
 from fedvlm.deploy.remote import Limits
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.settings.method import Positive, Section
-from fedvlm.store import run as stores
+from fedvlm.store import files
 
 SOON = datetime.timedelta(days=30)  # before its end, a certificate is made anew
 RENEWED = (
@@ -160,7 +160,7 @@ def _forget_ending(path: Path) -> None:
         if not (isinstance(made, dict) and _left(made["cert"].encode())[1] < SOON)
     }
     if kept != tree:
-        stores.write_text(path, json.dumps(kept))
+        files.write_text(path, json.dumps(kept))
 
 
 def _nvflare(project: Project) -> dict[str, Any]:
@@ -304,5 +304,5 @@ def write_job(folder: Path, job: Path, sites: list[str], limits: Limits) -> Path
         },
     }
     for name, tree in files.items():
-        stores.write_text(folder / name, json.dumps(tree, indent=2))
+        files.write_text(folder / name, json.dumps(tree, indent=2))
     return folder

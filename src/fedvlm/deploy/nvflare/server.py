@@ -18,7 +18,8 @@ from fedvlm.deploy.remote import Gone, Limits, Remote, Unanswered
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Progress
-from fedvlm.store.run import Store, append_line
+from fedvlm.store.files import append_line
+from fedvlm.store.run import Store
 from fedvlm.tree import digest
 
 SITES = "sites.json"

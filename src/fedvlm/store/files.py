@@ -1,0 +1,161 @@
+"""Files written whole or not at all, a folder held by one process, and names that are safe."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import fcntl
+import json
+import os
+import re
+import shutil
+import time
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import IO, Any
+
+from fedvlm.errors import FedVLMError
+from fedvlm.tree import Tree
+
+
+@contextlib.contextmanager
+def only_one(folder: Path, taken: str, patience: float = 0.0) -> Iterator[None]:
+    """Keeps a second process off a folder.
+
+    Args:
+        folder: is there already.
+        taken: what to say where another process has it.
+        patience: seconds to wait for that one to end.
+
+    Raises:
+        FedVLMError: it has not ended, or the folder cannot be written.
+    """
+    with writable(folder):
+        handle = open(folder / ".lock", "w")  # noqa: SIM115
+    with handle:
+        until = time.monotonic() + patience
+        while not _locks(handle):
+            if time.monotonic() >= until:
+                raise FedVLMError(taken)
+            time.sleep(0.5)
+        yield
+
+
+def _locks(handle: IO[str]) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        return False
+    return True
+
+
+def _unfinished(path: Path) -> bool:
+    """Whether a killed process left it half written: ours end in .tmp, safetensors' begin so."""
+    return path.suffix == ".tmp" or path.name.startswith(".tmp")
+
+
+def check_room(folder: str | Path, needed: int) -> None:
+    """Refuses a folder whose disk has less than ``needed`` bytes free.
+
+    Raises:
+        FedVLMError: naming both numbers.
+    """
+    path = Path(folder).absolute()
+    while not path.exists():
+        path = path.parent
+    free = shutil.disk_usage(path).free
+    if free < needed:
+        raise FedVLMError(
+            f"output: the disk of '{folder}' has {free / 1e6:.1f} MB free, and this run needs "
+            f"{needed / 1e6:.1f} MB; free some, or choose another disk with output=DIR"
+        )
+
+
+@contextlib.contextmanager
+def writable(folder: Path) -> Iterator[None]:
+    """Turns what the disk answers into a clear error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno == errno.ENOSPC:
+            raise FedVLMError(
+                f"the disk of '{folder}' is full; nothing finished is lost: free some room, then "
+                f"'fedvlm run --resume {folder}'"
+            ) from error
+        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+            raise FedVLMError(
+                f"output: '{folder}' cannot be written ({error.strerror}); choose another folder "
+                "with output=DIR"
+            ) from error
+        raise
+
+
+def slugs(clients: Iterable[str]) -> dict[str, str]:
+    """A distinct folder name for every client, readable and safe."""
+    found: dict[str, str] = {}
+    taken: set[str] = set()
+    tried: dict[str, int] = {}  # how often a name was asked for
+    for client in clients:
+        name = base = re.sub(r"[^\w.-]+", "-", client).strip(".-")[:80] or "client"
+        while name in taken:
+            tried[base] = tried.get(base, 1) + 1
+            name = f"{base}-{tried[base]}"
+        taken.add(name)
+        found[client] = name
+    return found
+
+
+def write_text(path: Path, text: str) -> None:
+    """Writes a file whole or not at all."""
+    write_bytes(path, text.encode())
+
+
+def save_tree(path: Path, tree: Tree) -> None:
+    """Writes tensors whole or not at all; ``packs.sync`` has the disk hold them."""
+    from safetensors.torch import save
+
+    write_bytes(path, save({n: t.contiguous() for n, t in tree.items()}), durable=False)
+
+
+def load_tree(path: Path) -> Tree:
+    """Reads tensors back, to the CPU."""
+    from safetensors.torch import load
+
+    return load(path.read_bytes())
+
+
+def append_line(path: Path, line: dict[str, Any]) -> None:
+    """Appends one JSON line."""
+    with open(path, "a", encoding="utf-8") as f:
+        f.write(json.dumps(line) + "\n")
+
+
+def read_lines(path: Path) -> list[dict[str, Any]]:
+    """The JSON lines of a file; a last one that was cut off is left out."""
+    if not path.exists():
+        return []
+    whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
+    return [json.loads(line) for line in whole.splitlines()]
+
+
+def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
+    """Writes a file whole or not at all; if ``durable``, even when the machine loses its power."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with open(temporary, "wb") as f:
+        f.write(data)
+        f.flush()
+        if durable:
+            os.fsync(f.fileno())
+    os.replace(temporary, path)
+    if durable:
+        sync(path.parent)
+
+
+def sync(path: Path) -> None:
+    """Has the disk hold a file, or the names in a folder."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
