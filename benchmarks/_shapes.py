@@ -21,7 +21,7 @@ from fedvlm.batches.collate import Collator
 from fedvlm.batches.prompts import Features
 from fedvlm.data.partition import Split
 from fedvlm.engines.choice import engine_class
-from fedvlm.engines.reference import ReferenceEngine
+from fedvlm.engines.shell import Shell
 from fedvlm.models.load import quiet_transformers, without_dropout
 from fedvlm.models.lora import attach, drop_dead
 from fedvlm.store.run import Store
@@ -136,7 +136,7 @@ def engine(
     batch: int,
     steps: int,
     target: str,
-) -> tuple[ReferenceEngine, Any]:
+) -> tuple[Shell, Any]:
     """An engine with made-up rows, `width` clients in a pass, and the partition of the rows."""
     config = fedvlm.load_config(
         {

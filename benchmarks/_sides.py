@@ -10,21 +10,22 @@ import numpy as np
 import torch
 
 from _common import Work
-from fedvlm.algorithms.table import Client, build
+from fedvlm.algorithms.base import Visit
+from fedvlm.batches.draw import batches
 from fedvlm.batches.objectives import answer_nll
-from fedvlm.engines.reference import ReferenceEngine, batches
+from fedvlm.engines.shell import Shell
 from fedvlm.engines.wire import Task
 from fedvlm.models.frozen import ImageFeatures
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config
 
 
-def training(engine: ReferenceEngine, clients: Sequence[str]) -> Work:
+def training(engine: Shell, clients: Sequence[str]) -> Work:
     """A round's training of all clients."""
-    algorithm = build(engine.config.algorithm)
-    state = algorithm.init(engine.adapter)
-    tasks = [Task(c, 1, algorithm.download(state, Client(c, 1.0))) for c in clients]
-    return lambda: list(engine.train(algorithm, tasks))
+    state = engine.algorithm.init(engine.adapter)
+    visits = [Visit(client, 1.0, round=1) for client in clients]
+    tasks = [Task(visit, engine.algorithm.send(state, visit)) for visit in visits]
+    return lambda: list(engine.train(tasks))
 
 
 def drawn(config: Config, rows: np.ndarray, client: str, round_: int) -> list[np.ndarray]:
@@ -34,7 +35,7 @@ def drawn(config: Config, rows: np.ndarray, client: str, round_: int) -> list[np
     return list(batches(rows, train.batch_size, train.steps(len(rows)), seed))
 
 
-def floor(bare: Any, engine: ReferenceEngine, partition: Any) -> Work:
+def floor(bare: Any, engine: Shell, partition: Any) -> Work:
     """The same rows through a frozen model without adapters, forward and to the inputs' gradients.
 
     Training adapters cannot take less: this is what the base's own layers cost. No optimizer, no

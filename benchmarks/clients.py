@@ -34,7 +34,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 from _small import settings
-from fedvlm.algorithms.table import Client, Work, build
+from fedvlm.algorithms.base import NOBODY
+from fedvlm.algorithms.dry import rehearse
 from fedvlm.config import load
 from fedvlm.rounds import federate
 from fedvlm.rounds import prepare as preparing
@@ -76,9 +77,9 @@ def run(folder: Path, clients: int, model: str, rounds: int) -> None:
     engine, partition, store = preparing.prepare(config)
     with store.locked():
         federate.begin(config, store, {}, False)
-        algorithm = build(config.algorithm)
-        down = algorithm.download(algorithm.init(engine.adapter), Client("", 1.0))
-        mine = algorithm.finish(Work(down, {}, (engine.adapter,)))[1]
+        algorithm = engine.algorithm
+        down = algorithm.send(algorithm.init(engine.adapter), NOBODY)
+        mine = rehearse(algorithm, engine.adapter, NOBODY, down, 1).sent.keep
         fill(store, partition.clients, mine, engine.width)
         for round_ in itertools.islice(federate.plan(config, algorithm, partition.clients), rounds):
             for client in round_.cohort:  # clients that come for the first time have new rows

@@ -180,8 +180,7 @@ class Ours:
         )
         self.folder, self.number = folder, 0
         self.engine, self.partition, self.store = preparing.prepare(self.config)
-        self.algorithm = fedvlm.algorithms.build(self.config.algorithm)
-        self.state = self.algorithm.init(self.engine.adapter)
+        self.state = self.engine.algorithm.init(self.engine.adapter)
         self.startup = time.perf_counter() - began
         self.elements = sum(t.numel() for t in self.state.values())
         self._write_job(steps, rounds)
@@ -224,15 +223,17 @@ class Ours:
     def _plan(self, number: int) -> Any:
         from fedvlm.rounds.federate import Round
 
-        return Round(number, tuple(self.partition.clients), self.algorithm, evaluate=False)
+        return Round(number, tuple(self.partition.clients), evaluate=False)
 
     def _train(self) -> None:
+        from fedvlm.engines.wire import Forms
         from fedvlm.rounds import federate
         from fedvlm.rounds.progress import Quiet
 
         plan = self._plan(self.number + 1)
-        self.result = federate._round(
-            plan, self.engine, self.partition.weights, self.state, (), Quiet()
+        forms = Forms(self.engine.algorithm, self.engine.adapter)
+        self.result = federate.one_round(
+            plan, self.engine, self.partition.weights, self.state, (), Quiet(), forms
         )
 
     def round(self) -> float:

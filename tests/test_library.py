@@ -2,22 +2,31 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
+from fedvlm import simulate
 from fedvlm.algorithms.auto import auto
-from fedvlm.algorithms.base import Validation
+from fedvlm.algorithms.base import (
+    NOBODY,
+    Local,
+    Score,
+    Sent,
+    Train,
+    Trained,
+    Validation,
+    Visit,
+    step,
+)
 from fedvlm.algorithms.client_terms import CONTROL, proximal, scaffold
+from fedvlm.algorithms.flex import flexlora, hetlora
 from fedvlm.algorithms.mixing import apfl, ditto, mixing
-from fedvlm.algorithms.server import late_mean, optimized
-from fedvlm.algorithms.sharing import IAT, alternating, sharing, stopped, tuned
-from fedvlm.algorithms.table import NOBODY, Client, Work
+from fedvlm.algorithms.server import ServerConfig, late_mean, optimized
+from fedvlm.algorithms.sharing import IAT, alternating, sharing
+from fedvlm.algorithms.tuning import stopped, tuned
 from fedvlm.config import load
 from fedvlm.errors import ConfigError
 from fedvlm.layers import select
-from fedvlm.settings.sections import ServerConfig
 from fedvlm.tree import part
 from toy import (
     FEDAVG,
@@ -25,7 +34,6 @@ from toy import (
     LOCAL,
     A,
     B,
-    Federation,
     clients,
     close,
     pull,
@@ -36,7 +44,7 @@ from toy import (
 
 
 def test_rolora_trains_and_sends_b_and_a_by_turns():
-    run = Federation(alternating(), clients(), INITIAL)
+    run = simulate(alternating(), clients(), INITIAL)
     sent = []
     for _ in range(4):
         before = run.model()
@@ -86,47 +94,89 @@ def test_a_share_pattern_that_cannot_be_read_is_refused(pattern):
         load({"algorithm": {"share": {pattern: "B"}}})
 
 
+def told(losses):
+    """Validation by a look-up: the adapter's first value of A -> its loss, and how often wrong."""
+    return lambda tree: Validation(*losses[round(tree[A][0, 0].item())])
+
+
+def played(algorithm, local, *, moves=(), scores=None):
+    """Runs a client's program: each stretch ends with A all equal to the next of ``moves``.
+
+    Returns:
+        Its requests, and what it sent.
+    """
+    ends, asks, program = iter(moves), [], algorithm.work(local)
+    ask = step(program)
+    while not isinstance(ask, Sent):
+        asks.append(ask)
+        if isinstance(ask, Score):
+            ask = step(program, tuple(map(scores, ask.trees)) if scores else ())
+        else:
+            value = next(ends)
+            end = {n: torch.full_like(t, value) for n, t in ask.begin.items()}
+            ask = step(program, Trained(end, {"A": 1.0, "B": 1.0}))
+    return asks, ask
+
+
+def filled(value):
+    return {A: torch.full((2, 5), float(value))}
+
+
+LAST = Visit("a", 1.0, round=9, final=True)
+
+
 def test_tuning_that_stops_early_keeps_the_adapter_of_the_lowest_validation_loss():
-    last = stopped(FEDAVG, steps=7, checks=3).final
-    assert [phase.steps for phase in last.phases] == [3, 2, 2]
-    trees = [{A: torch.full((2, 5), float(k))} for k in range(4)]
+    algorithm = stopped(FEDAVG, steps=7, checks=3)
+    local = Local(LAST, filled(0), {}, {}, 5)
     for losses, best in (
         ((3.0, 1.0, 2.0, 4.0), 1),
         ((1.0, 2.0, 3.0, 4.0), 0),
         ((4.0, 3.0, 2.0, 1.0), 3),
         ((), 3),
     ):
-        scores = tuple(Validation(loss, 0.5) for loss in losses)
-        work = Work({}, {}, tuple(trees[1:]), start=trees[0], scores=scores)
-        upload, mine = last.finish(work)
-        assert not upload
-        assert mine[A][0, 0] == best
+        scores = told([(loss, 0.5) for loss in losses]) if losses else None
+        asks, sent = played(algorithm, local, moves=(1, 2, 3), scores=scores)
+        assert [ask.steps for ask in asks if isinstance(ask, Train)] == [3, 2, 2]
+        assert not any(ask.resume for ask in asks if isinstance(ask, Train))
+        assert not sent.up
+        assert sent.keep[A][0, 0] == best
 
 
 def test_auto_ends_with_the_best_mixture_of_the_mean_over_its_tuning_and_the_servers_mean():
     algorithm = auto(steps=9, checks=3)
-    last, state = algorithm.final, algorithm.init({A: torch.zeros(2, 5), B: torch.zeros(7, 2)})
-    assert [phase.steps for phase in last.phases] == [3, 3, 3]
-    for value in (4.0, 8.0):
+    state = algorithm.init({A: torch.zeros(2, 5), B: torch.zeros(7, 2)})
+    for number, value in enumerate((4.0, 8.0), 1):
         mean = {A: torch.full((2, 5), value), B: torch.full((7, 2), -value)}
-        state = algorithm.update(state, mean)
+        state = {**state, **algorithm.server.update(state, mean, number)}
     weight = (2 - 1) / (2 + 3)  # of the first of two rounds, see Shamir and Zhang
     late = weight * 4 + (1 - weight) * 8
-    down = last.download(state, Client("a", 1.0))
+    down = algorithm.send(state, LAST)
     assert torch.allclose(down[A], torch.full((2, 5), late))
-    trees = [{A: torch.full((2, 5), v), B: torch.full((7, 2), v)} for v in (0.0, 6.0, 0.0, 2.0)]
-    work = Work(down, trees[0], tuple(trees[1:]), start=trees[0])
-    mixtures = [(late, -late), (2, -late), (late, 2), ((late + 2) / 2, (2 - late) / 2), (2, 2)]
-    tried = last.tried(work)
-    found = torch.tensor([(t[A][0, 0], t[B][0, 0]) for t in tried])
-    assert torch.allclose(found, torch.tensor(mixtures))
+    mine = {A: torch.full((2, 5), 0.0), B: torch.full((7, 2), 0.0)}
     for best in range(5):
-        scores = tuple(Validation(float(k != best), 0.0) for k in range(5))
-        upload, mine = last.finish(replace(work, scores=scores))
-        assert not upload
-        for one in (algorithm, last):  # whatever it is sent from then on
-            assert not one.options({}, down, mine)
-            assert all(torch.equal(t, tried[best][n]) for n, t in one.start({}, down, mine).items())
+        merit = iter([*[0.0, 1.0, 1.0, 1.0, 1.0], *[float(k != best) for k in range(5)]])
+        local = Local(LAST, algorithm.model({}, down, mine), down, mine, 5)
+        moves = (6.0, 0.0, 2.0)
+        asks, sent = played(
+            algorithm,
+            local,
+            moves=moves,
+            scores=lambda tree, merit=merit: Validation(next(merit), 0.0),
+        )
+        kinds = [type(ask) for ask in asks]
+        assert kinds == [Score, Train, Train, Train, Score], "it chooses, tunes, and chooses"
+        assert [ask.steps for ask in asks[1:4]] == [3, 3, 3]
+        assert [ask.resume for ask in asks[1:4]] == [False, True, True]
+        begun = asks[1].begin[A][0, 0].item()
+        assert begun == pytest.approx(late), "the first mixture: the download"
+        tuned_mean = (late + 6 + 0 + 2) / 4, (-late + 6 + 0 + 2) / 4
+        tried = [(t[A][0, 0].item(), t[B][0, 0].item()) for t in asks[4].trees]
+        half = (late + tuned_mean[0]) / 2, (-late + tuned_mean[1]) / 2
+        wanted = [(late, -late), (tuned_mean[0], -late), (late, tuned_mean[1]), half, tuned_mean]
+        assert torch.allclose(torch.tensor(tried), torch.tensor(wanted))
+        assert not sent.up
+        model = algorithm.model({}, down, sent.keep)
+        assert all(torch.equal(t, asks[4].trees[best][n]) for n, t in model.items())
 
 
 @pytest.mark.parametrize("rounds", [1, 2, 7])
@@ -134,63 +184,92 @@ def test_the_mean_of_the_rounds_weighs_them_by_a_polynomial(rounds):
     algorithm = late_mean(tuned(FEDAVG, 1), power=1)
     state = algorithm.init({B: torch.tensor([[9.0]])})
     for n in range(1, rounds + 1):
-        state = algorithm.update(state, {B: torch.tensor([[float(n)]])})
+        changes = algorithm.server.update(state, {B: torch.tensor([[float(n)]])}, n)
+        state = {**state, **changes}
     weights = range(1, rounds + 1)  # with power 1, exactly the number of the round
     late = sum(n * w for n, w in zip(range(1, rounds + 1), weights, strict=True)) / sum(weights)
-    assert algorithm.final.download(state, NOBODY)[B].item() == pytest.approx(late)
-    assert algorithm.download(state, NOBODY)[B].item() == rounds
+    assert algorithm.send(state, LAST)[B].item() == pytest.approx(late)
+    assert algorithm.send(state, NOBODY)[B].item() == rounds
+
+
+def test_the_late_mean_is_of_every_factor_where_rounds_alternate():
+    """RoLoRA sends B in odd rounds and A in even ones; the mean has both."""
+    run = simulate(late_mean(tuned(alternating(), 1)), clients(), INITIAL)
+    states = [run.run().state for _ in range(4)]
+    late = part(run.state, "late")
+    assert not close(late, INITIAL), "both factors have moved"
+    assert all(not torch.equal(late[n], INITIAL[n]) for n in (A, B))
+    between = [torch.stack([s[n] for s in states]) for n in (A, B)]
+    for n, seen in zip((A, B), between, strict=True):
+        assert (late[n] >= seen.amin(0) - 1e-6).all()
+        assert (late[n] <= seen.amax(0) + 1e-6).all()
 
 
 def test_auto_keeps_what_is_wrong_less_often_where_a_client_had_no_factors_of_its_own():
-    """Of what it was sent, and the mean over the second half of its tuning."""
-    last = auto(steps=9, checks=3).final
-    down = last.download({f"late/{A}": torch.full((2, 5), 7.0)}, Client("a", 1.0))
-    trees = [{A: torch.full((2, 5), v)} for v in (7.0, 6.0, 0.0, 2.0)]
-    work = Work(down, {}, tuple(trees[1:]), start=trees[0])
-    assert [t[A][0, 0] for t in last.tried(work)] == [7, (0 + 2) / 2]
+    """Of the download, and the mean over the second half of its tuning."""
+    algorithm = auto(steps=9, checks=3)
+    down = algorithm.send({f"late/{A}": torch.full((2, 5), 7.0)}, LAST)
+    local = Local(LAST, algorithm.model({}, down, {}), down, {}, 5)
     for scores, kept in (
-        ((), 1),
-        (((0.1, 0.5), (9.0, 0.4)), 1),
-        (((9.0, 0.5), (0.1, 0.6)), 7),
-        (((0.2, 0.5), (0.1, 0.5)), 1),
+        (None, 1),
+        ({7: (0.1, 0.5), 1: (9.0, 0.4)}, 1),
+        ({7: (9.0, 0.5), 1: (0.1, 0.6)}, 7),
+        ({7: (0.2, 0.5), 1: (0.1, 0.5)}, 1),
     ):
-        found = tuple(Validation(*each) for each in scores)
-        _, mine = last.finish(replace(work, scores=found))
-        assert last.start({}, down, mine)[A][0, 0] == kept
+        asks, sent = played(algorithm, local, moves=(6, 0, 2), scores=scores and told(scores))
+        tried = asks[-1].trees
+        assert [t[A][0, 0] for t in tried] == [7, (0 + 2) / 2]
+        assert algorithm.model({}, down, sent.keep)[A][0, 0] == kept
 
 
 def test_auto_chooses_in_a_clients_second_round_and_in_every_third_from_then_on():
     algorithm = auto(steps=9, checks=3)
-    down = algorithm.download({A: torch.full((2, 5), 10.0)}, Client("a", 1.0))
-    end, mine, asked = {A: torch.full((2, 5), 2.0)}, {}, []
-    for round_ in range(1, 9):
-        options = algorithm.options({}, down, mine)
-        asked.append(round_ if options else 0)
-        begun, chosen = (options[1], 1) if options else (algorithm.start({}, down, mine), None)
-        assert begun[A][0, 0] == (10 if round_ == 1 else 2), "the server's, then the own A"
-        _, mine = algorithm.finish(Work(down, mine, (end,), start=begun, chosen=chosen))
-    assert asked == [0, 2, 0, 0, 5, 0, 0, 8]
-    assert len(algorithm.final.options({}, down, mine)) == 5, "before it tunes it always chooses"
+    down, mine, chosen = algorithm.send(filled(10), Visit("a", 1.0)), {}, []
+    for number in range(1, 9):
+        local = Local(Visit("a", 1.0, round=number), algorithm.model({}, down, mine), down, mine, 5)
+        scores = told({10: (5.0, 0), 2: (1.0, 0), 6: (3.0, 0)})  # the own A is the best
+        asks, sent = played(algorithm, local, moves=(2,), scores=scores)
+        mine = sent.keep
+        chosen.append(number if isinstance(asks[0], Score) else 0)
+        begun = asks[-1].begin[A][0, 0]
+        assert begun == (10 if number == 1 else 2), "the server's, then the own A"
+    assert chosen == [0, 2, 0, 0, 5, 0, 0, 8]
+    local = Local(LAST, algorithm.model({}, filled(10), mine), filled(10), mine, 5)
+    asks, _ = played(algorithm, local, moves=(2, 2, 2), scores=scores)
+    assert isinstance(asks[0], Score), "before it tunes it always chooses"
+    assert len(asks[0].trees) == 5
+
+
+def test_autos_model_is_what_it_chose_and_nothing_is_chosen_while_it_is_scored():
+    algorithm = auto(steps=9, checks=3)
+    down, mine = (
+        filled(10),
+        {**filled(2), "chosen/start": torch.tensor(1), "chosen/rounds": torch.tensor(3)},
+    )
+    assert algorithm.model({}, down, mine)[A][0, 0] == 2
+    assert algorithm.model({}, down, {**mine, "chosen/start": torch.tensor(0)})[A][0, 0] == 10
 
 
 def test_auto_begins_at_the_servers_factors_where_less_than_half_take_part():
     algorithm = auto(steps=9, checks=3)
-    state, own, end = ({A: torch.full((2, 5), v)} for v in (10.0, 2.0, 5.0))
+    own, down = filled(2), filled(10)
     for share, options in ((1.0, (10, 2, 10, 6, 2)), (0.5, (10, 2, 10, 6, 2)), (0.4, ())):
-        down = algorithm.download(state, Client("a", 1.0, share))
-        found = algorithm.options({}, down, own)
-        assert tuple(t[A][0, 0] for t in found) == options
-        assert algorithm.start({}, down, own)[A][0, 0] == (6 if options else 10)
-        upload, mine = algorithm.finish(Work(down, own, (end,), start=own))
-        assert upload[A][0, 0] == 5
-        assert mine == (upload if options else {})
+        visit = Visit("a", 1.0, share, 3)
+        local = Local(visit, algorithm.model({}, down, own), down, own, 5)
+        asks, sent = played(algorithm, local, moves=(5,))
+        tried = [ask.trees for ask in asks if isinstance(ask, Score)]
+        assert tuple(t[A][0, 0] for trees in tried for t in trees) == options
+        assert asks[-1].begin[A][0, 0] == (6 if options else 10)
+        assert sent.up[A][0, 0] == 5
+        assert sent.keep == (sent.up if options else {})
 
 
-def test_clients_of_a_round_are_sent_the_same_objects_by_auto():
-    algorithm, state = auto(steps=9, checks=3), {A: torch.ones(2, 5)}
-    one, other = (algorithm.download(state, Client(name, 1.0, 0.3)) for name in "ab")
+def test_clients_of_a_round_are_sent_the_same_tensors_by_auto():
+    """So that a message is written once, whatever the number of clients."""
+    algorithm, state = auto(steps=9, checks=3), filled(1)
+    one, other = (algorithm.send(state, Visit(name, 1.0, 0.3)) for name in "ab")
+    assert one.keys() == other.keys() == {A}
     assert all(one[n] is t for n, t in other.items())
-    assert algorithm.download(state, Client("c", 1.0, 0.6)).keys() == one.keys()
 
 
 # Server optimizers
@@ -201,8 +280,8 @@ def server_steps(changes, **settings):
     algorithm = optimized(FEDAVG, ServerConfig(**settings))
     state = algorithm.init({B: torch.tensor([[1.0]])})
     found = []
-    for change in changes:
-        state = algorithm.update(state, {B: state[B] + change})
+    for number, change in enumerate(changes, 1):
+        state = {**state, **algorithm.server.update(state, {B: state[B] + change}, number)}
         found.append(state[B].item())
     return found
 
@@ -243,15 +322,30 @@ def test_the_servers_moments_stay_at_the_server():
     algorithm = optimized(FEDAVG, ServerConfig(name="adam"))
     state = algorithm.init(INITIAL)
     assert len(state) == 3 * len(INITIAL)
-    assert algorithm.download(state, Client("c", 1.0)).keys() == INITIAL.keys()
+    assert algorithm.send(state, Visit("c", 1.0)).keys() == INITIAL.keys()
 
 
 def test_a_factor_that_rested_is_not_moved_by_the_servers_momentum():
-    run = Federation(optimized(alternating(), ServerConfig(name="avgm")), clients(), INITIAL).run()
+    run = simulate(optimized(alternating(), ServerConfig(name="avgm")), clients(), INITIAL).run()
     before = run.model()
     run.run()
     assert torch.equal(run.model()[B], before[B])
     assert not torch.equal(run.model()[A], before[A])
+
+
+@pytest.mark.parametrize("one", [flexlora, hetlora])
+@pytest.mark.parametrize("name", ["avgm", "adam"])
+def test_an_optimizer_steps_where_the_mean_is_not_of_factors(one, name):
+    """The mean of flexlora is of products, that of hetlora is weighted by norms."""
+    plain = simulate(one(), clients(), INITIAL, 1, steps=2)
+    stepped = simulate(
+        optimized(one(), ServerConfig(name=name, lr=0.5)), clients(), INITIAL, 1, steps=2
+    )
+    assert stepped.model().keys() == plain.model().keys()
+    if name == "avgm":  # half of the way, with no momentum yet
+        half = {n: (INITIAL[n] + t) / 2 for n, t in plain.model().items()}
+        assert close(stepped.model(), half)
+    assert not close(stepped.model(), INITIAL)
 
 
 # Client terms
@@ -259,7 +353,7 @@ def test_a_factor_that_rested_is_not_moved_by_the_servers_momentum():
 
 def test_fedprox_adds_the_pull_to_the_download():
     mu, lr = 0.5, 0.1
-    run = Federation(proximal(FEDAVG, mu), clients(1), INITIAL, lr=lr, steps=2).run()
+    run = simulate(proximal(FEDAVG, mu), clients(1), INITIAL, lr=lr, steps=2).run()
     now, (_, gradient) = INITIAL, run.clients["c0"]
     for _ in range(2):
         now = {n: t - lr * (gradient(n, t) + mu * (t - INITIAL[n])) for n, t in now.items()}
@@ -268,8 +362,8 @@ def test_fedprox_adds_the_pull_to_the_download():
 
 def test_fedprox_with_a_strong_pull_stays_at_the_download():
     lr = 0.001
-    run = Federation(proximal(FEDAVG, 1 / lr), clients(1), INITIAL, lr=lr, steps=50).run()
-    free = Federation(FEDAVG, clients(1), INITIAL, lr=lr, steps=50).run()
+    run = simulate(proximal(FEDAVG, 1 / lr), clients(1), INITIAL, lr=lr, steps=50).run()
+    free = simulate(FEDAVG, clients(1), INITIAL, lr=lr, steps=50).run()
     moved = (run.model()[A] - INITIAL[A]).norm()
     assert moved < 0.03 * (free.model()[A] - INITIAL[A]).norm()
 
@@ -277,7 +371,7 @@ def test_fedprox_with_a_strong_pull_stays_at_the_download():
 def test_the_pull_leaves_personal_factors_alone():
     plora = sharing({"": "B"})
     runs = [
-        Federation(algorithm, clients(), INITIAL, steps=3).run(2)
+        simulate(algorithm, clients(), INITIAL, steps=3).run(2)
         for algorithm in (plora, proximal(plora, 2.0))
     ]
     assert close(runs[0].kept["c1"], runs[1].kept["c1"])
@@ -298,7 +392,7 @@ def optimum():
 
 def test_scaffold_finds_the_optimum_that_fedavg_misses():
     runs = {
-        name: Federation(algorithm, curved(), INITIAL, lr=0.1, steps=10).run(100)
+        name: simulate(algorithm, curved(), INITIAL, lr=0.1, steps=10).run(100)
         for name, algorithm in (("scaffold", scaffold()), ("fedavg", FEDAVG))
     }
     far = {name: (run.model()[A] - optimum()[A]).abs().max().item() for name, run in runs.items()}
@@ -306,7 +400,7 @@ def test_scaffold_finds_the_optimum_that_fedavg_misses():
 
 
 def test_scaffolds_server_control_is_the_mean_of_the_clients_also_when_some_rest():
-    run = Federation(scaffold(), curved(), INITIAL, lr=0.1, steps=3)
+    run = simulate(scaffold(), curved(), INITIAL, lr=0.1, steps=3)
     for cohort in (None, ["flat"], ["steep"], None):
         run.run(1, cohort)
     own = {c: part(kept, CONTROL) for c, kept in run.kept.items()}
@@ -320,15 +414,15 @@ def test_scaffolds_server_control_is_the_mean_of_the_clients_also_when_some_rest
 
 def test_a_mixture_of_nothing_but_the_mean_is_fedavg_and_of_b_alone_plora():
     for mix, other in (({"A": 1, "B": 1}, "AB"), ({"A": 0, "B": 1}, "B"), ({"A": 0, "B": 0}, "")):
-        mixed = Federation(mixing(mix), clients(), INITIAL).run(3)
-        plain = Federation(sharing({"": other}), clients(), INITIAL).run(3)
+        mixed = simulate(mixing(mix), clients(), INITIAL).run(3)
+        plain = simulate(sharing({"": other}), clients(), INITIAL).run(3)
         for client in mixed.clients:
             assert mixed.uploads[client].keys() == plain.uploads[client].keys()
             assert close(mixed.model(client), plain.model(client))
 
 
 def test_a_round_of_a_mixture_begins_between_the_own_model_and_the_mean():
-    run = Federation(mixing({"A": 0.25, "B": 0.75}), clients(), INITIAL).run()
+    run = simulate(mixing({"A": 0.25, "B": 0.75}), clients(), INITIAL).run()
     own, mean, model = run.kept["c2"], run.state, run.model("c2")
     assert torch.allclose(model[A], 0.75 * own[A] + 0.25 * mean[A])
     assert torch.allclose(model[B], 0.25 * own[B] + 0.75 * mean[B])
@@ -336,9 +430,9 @@ def test_a_round_of_a_mixture_begins_between_the_own_model_and_the_mean():
 
 
 def test_ditto_without_a_pull_is_local_training_beside_fedavg():
-    run = Federation(ditto(0.0), clients(), INITIAL, steps=2).run(3)
-    alone = Federation(LOCAL, clients(), INITIAL, steps=2).run(3)
-    shared = Federation(FEDAVG, clients(), INITIAL, steps=2).run(3)
+    run = simulate(ditto(0.0), clients(), INITIAL, steps=2).run(3)
+    alone = simulate(LOCAL, clients(), INITIAL, steps=2).run(3)
+    shared = simulate(FEDAVG, clients(), INITIAL, steps=2).run(3)
     for client in run.clients:
         assert close(run.model(client), alone.model(client))
     assert close(run.model(), shared.model())
@@ -346,7 +440,7 @@ def test_ditto_without_a_pull_is_local_training_beside_fedavg():
 
 def test_dittos_personal_model_is_pulled_to_the_download_and_not_to_what_it_trained():
     mu, lr = 2.0, 0.1
-    run = Federation(ditto(mu), clients(), INITIAL, lr=lr).run(1)
+    run = simulate(ditto(mu), clients(), INITIAL, lr=lr).run(1)
     down, own = dict(run.state), dict(run.kept["c1"])
     run.run(1)
     (_, gradient) = run.clients["c1"]
@@ -356,7 +450,7 @@ def test_dittos_personal_model_is_pulled_to_the_download_and_not_to_what_it_trai
 
 def test_apfls_mixture_takes_the_steps_of_its_own_model():
     mix, lr = {"A": 0.25, "B": 0.5}, 0.1
-    run = Federation(apfl(mix), clients(), INITIAL, lr=lr).run(1)
+    run = simulate(apfl(mix), clients(), INITIAL, lr=lr).run(1)
     w, v = dict(run.state), dict(run.kept["c1"])
     mixed = run.model("c1")
     assert torch.allclose(mixed[A], 0.25 * w[A] + 0.75 * v[A], atol=1e-6)

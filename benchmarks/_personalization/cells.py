@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedvlm.algorithms.table import TABLE, meaningful
+from fedvlm.algorithms.table import TABLE, taken
 from fedvlm.config import load
 from fedvlm.settings.sections import Config
 
@@ -167,7 +167,7 @@ def run_config(
     tree = settings(cell.base)
     for other in (OWN.get(algorithm, {}), extra, {"train": {"lr": rate}}):
         tree = merged(tree, other)
-    tree["algorithm"] = meaningful(algorithm, tree.get("algorithm", {}))
+    tree["algorithm"] = taken(algorithm, tree.get("algorithm", {}))
     return load(tree | {"seed": seed, "output": str(output)})
 
 

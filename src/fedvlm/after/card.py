@@ -193,14 +193,14 @@ def filled(loading: str, config: Config) -> str:
 
 
 def _training(config: Config, tree: Tree) -> dict[str, str]:
-    from fedvlm.algorithms.table import TABLE
+    from fedvlm.algorithms.table import find
     from fedvlm.layers import part
     from fedvlm.version import __version__
 
     modules = sorted({module(name) for name in tree})
     kinds = [part(m) for m in modules]
     where = ", ".join(f"{kinds.count(k)} {k}" for k in ("language", "projector", "vision"))
-    entry = TABLE[config.algorithm.name]
+    entry = find(config.algorithm.name)
     size = sum(t.numel() for t in tree.values())
     return {
         "trained by": f"fedvlm {__version__}, seed {config.seed}",
@@ -229,11 +229,12 @@ def _rows(counts: Mapping[str, int]) -> str:
 
 
 def _privacy(run: Opened, client: str | None) -> list[str]:
-    from fedvlm.algorithms.table import TABLE
+    from fedvlm.algorithms.table import find
 
-    entry = TABLE[run.config.algorithm.name]
+    entry = find(run.config.algorithm.name)
     up = run.results.table["bytes"]["bytes_up"]["per_client_round"]
-    what = f"{entry.sends}: {run.config.algorithm.share}" * bool(run.config.algorithm.share)
+    share = getattr(run.config.algorithm, "share", None)
+    what = f"{entry.sends}: {share}" if share else ""
     lines = [
         f"Sent to the server, each round: LoRA factors ({what or entry.sends}), {up:,.0f} bytes a "
         "client on average, and the number of training rows, which weighs the mean."

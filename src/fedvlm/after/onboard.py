@@ -14,10 +14,12 @@ from fedvlm import config as configs
 from fedvlm.after import card, export
 from fedvlm.after.evaluate import on_new_data
 from fedvlm.after.opened import ONBOARDED, Opened, open_run
-from fedvlm.algorithms.sharing import means_and_points, stopped
-from fedvlm.algorithms.table import Algorithm, Client, Work, build
+from fedvlm.algorithms.base import Algorithm, Averaged, Local, Program, Sent, Visit
+from fedvlm.algorithms.dry import rehearse
+from fedvlm.algorithms.tuning import averages, best, stretches
 from fedvlm.engines.wire import Task
 from fedvlm.errors import DataError, FedVLMError
+from fedvlm.rounds.schedule import standing
 from fedvlm.settings.sections import Config
 from fedvlm.store import files
 from fedvlm.store import run as stores
@@ -81,18 +83,26 @@ def onboard(
     count = steps if steps is not None else _steps(config, len(split.train))
     if count < 1:
         raise FedVLMError(f"--steps {count}: give at least one")
-    state = stores.Store(run.folder).server()
-    last = build(config.algorithm, config.lora).last
-    down = last.download(state, Client(site, float(len(split.train))))
-    shared = last.start(run.initial, down, {})
-    personal = _personal(last, down, shared)
+    algorithm, state = run.algorithm, stores.Store(run.folder).server()
+    visit = standing(config, algorithm).visit(site, float(len(split.train)))
+    down = algorithm.send(state, visit)
+    shared = algorithm.model(run.initial, down, {})
+    kept, personal = _personal(algorithm, run.initial, visit, down)
+    everything = set(run.initial)
+    # The round after the last one: the schedule of the learning rate is over.
+    after = Visit(site, visit.weight, round=config.train.rounds + 1)
     with TemporaryDirectory() as scratch:
-        engine = run.engine(rows, {site: split}, config, Path(scratch))
-        tuned = _train(engine, _tuning(shared, personal, count), site, config)
-        alone = _train(engine, _tuning(run.initial, set(run.initial), count), site, config)
-        models = {"untuned": run.initial, "shared": shared, "alone": alone, "personal": tuned}
+
+        def tuned(begin: Tree, trained: set[str]) -> tuple[Any, Tree]:
+            one = _tuning(begin, trained, count)
+            engine = run.engine(rows, {site: split}, config, Path(scratch), one)
+            list(engine.train([Task(after, {}, rated=True)]))
+            return engine, engine.ended.pop(site)
+
+        _, own = tuned(shared, personal)
+        engine, alone = tuned(run.initial, everything)
+        models = {"untuned": run.initial, "shared": shared, "alone": alone, "personal": own}
         scores = {m: engine.evaluate([(site, tree)])[site] for m, tree in models.items()}
-    kept = last.finish(_work(last, down, tuned))[1]
     all_ = "" if kept else ", since the algorithm keeps nothing personal"
     table = {
         "site": site,
@@ -104,7 +114,7 @@ def onboard(
         "algorithm": config.algorithm.name,
         "scores": scores,
     }
-    _write(run, target, table, tuned, {n: tuned[n] for n in personal})
+    _write(run, target, table, own, {n: own[n] for n in personal})
     return Onboarded(target, table)
 
 
@@ -138,41 +148,33 @@ def _steps(config: Config, rows: int) -> int:
     return min(MOST_STEPS, config.train.rounds * config.train.steps(rows))
 
 
-def _personal(algorithm: Algorithm, down: Tree, shared: Tree) -> set[str]:
-    """What the algorithm keeps at a client; all factors, if it keeps nothing."""
-    kept = algorithm.finish(_work(algorithm, down, shared))[1]
-    return set(kept) & set(shared) or set(shared)
+def _personal(
+    algorithm: Algorithm, initial: Tree, visit: Visit, down: Tree
+) -> tuple[bool, set[str]]:
+    """Whether the algorithm keeps anything; and the factors that it keeps, all if it keeps none."""
+    kept = rehearse(algorithm, initial, visit, down, 1).sent.keep
+    return bool(kept), set(kept) & set(initial) or set(initial)
 
 
-def _work(algorithm: Algorithm, down: Tree, end: Tree) -> Work:
-    """A round that ended with this adapter."""
-    phases = len(algorithm.phases)
-    return Work(down, {}, (dict(end),) * phases, ({"A": 1.0, "B": 1.0},) * phases, dict(end))
+def _tuning(begin: Tree, trained: set[str], steps: int) -> Algorithm:
+    """Local steps from ``begin`` on some factors; nothing is sent.
 
-
-def _tuning(start: Tree, trained: set[str], steps: int) -> Algorithm:
-    """Local steps from ``start`` on some factors; nothing is sent.
-
-    Of ``start``, some points on the way, and the means of the adapters up to each, the one with the
-    lowest validation loss is kept; the last point, without validation rows.
+    The client keeps one of these: ``begin``, a point on the way, or the mean of the adapters up to
+    a point. Validation loss decides; without validation rows it is the last point.
     """
-    still = Algorithm(
-        init=lambda adapter: {},
-        download=lambda state, client: {},
-        start=lambda adapter, down, mine: {**start, **mine},
-        phases=(),
-        finish=lambda work: ({}, {}),
-        update=lambda state, mean: state,
+
+    def work(local: Local) -> Program:
+        points = yield from stretches(begin, steps, CHECKS, lambda name: name in trained)
+        end = yield from best([*averages(points), *points[1:]])
+        return Sent({}, {name: end[name] for name in begin if name in trained})
+
+    return Algorithm(
+        init=lambda initial: {},
+        send=lambda state, visit: {},
+        model=lambda initial, down, mine: {**begin, **mine},
+        work=work,
+        server=Averaged(lambda state, mean, round: {}),
     )
-    last = stopped(still, steps, CHECKS, means_and_points, lambda name: name in trained).final
-    assert last is not None
-    return last
-
-
-def _train(engine: Any, algorithm: Algorithm, site: str, config: Config) -> Tree:
-    # The round after the last one: the schedule of the learning rate is over.
-    list(engine.train(algorithm, [Task(site, config.train.rounds + 1, {}, rated=True)]))
-    return engine.ended.pop(site)
 
 
 def _target(run: Opened, site: str) -> Path:

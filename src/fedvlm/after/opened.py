@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedvlm import config as configs
-from fedvlm.algorithms.table import Client, build
+from fedvlm.algorithms.base import Algorithm
+from fedvlm.algorithms.sharing import sharing
+from fedvlm.algorithms.table import adapter_of, build
+from fedvlm.engines.stages import parted
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.rounds.results import Results
+from fedvlm.rounds.schedule import standing
 from fedvlm.settings.sections import Config
 from fedvlm.store import files
 from fedvlm.store import run as stores
@@ -32,6 +36,7 @@ WEIGHTS = "adapter_model.safetensors"
 GLOBAL, UNTUNED = "global", "untuned"
 ONBOARDED = "onboarded"
 SETTABLE = ("model", "data", "train", "eval", "engine")
+ALONE = sharing({})
 
 
 def open_run(folder: str | Path, *overrides: str) -> Opened:
@@ -92,6 +97,15 @@ class Opened:
         text = (self.folder / "partition.json").read_text(encoding="utf-8")
         return Partition.from_dict(json.loads(text))
 
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """The run's algorithm.
+
+        Raises:
+            FedVLMError: it was handed over as an object.
+        """
+        return build(self.config.algorithm, self.config.lora)
+
     # -- models by name
 
     def adapter_folder(self, client: str | None) -> Path:
@@ -123,12 +137,10 @@ class Opened:
 
         folder = self.folder / "adapters" / f"client-{self._slugs[client]}"
         if not folder.exists():
-            algorithm, store = (
-                build(self.config.algorithm, self.config.lora, self.config.wire).last,
-                stores.Store(self.folder),
-            )
-            down = algorithm.download(store.server(), Client(client, 1.0))
-            tree = algorithm.start(self.initial, down, store.personal([client])[0])
+            algorithm, store = self.algorithm, stores.Store(self.folder)
+            visit = standing(self.config, algorithm).visit(client)
+            mine, _ = parted(store.personal([client])[0])
+            tree = algorithm.model(self.initial, algorithm.send(store.server(), visit), mine)
             with files.writable(folder):
                 scratch = folder.with_name(f".{folder.name}.tmp")
                 shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
@@ -186,7 +198,7 @@ class Opened:
         self._check_fit(modules - {name for name, _ in self.base.model.named_modules()})
         # Exactly these layers: a run may leave out some that lora.target takes.
         exact = f"^({'|'.join(map(re.escape, sorted(modules)))})$"
-        config = self.config.adapter.model_copy(update={"target": exact})
+        config = adapter_of(self.config).model_copy(update={"target": exact})
         model = lora.attach(self.base.model, config, self.config.seed)
         return model, lora.read(lora.handles(model))
 
@@ -215,7 +227,12 @@ class Opened:
             )
 
     def engine(
-        self, rows: Any, splits: Mapping[str, Split], config: Config, folder: Path
+        self,
+        rows: Any,
+        splits: Mapping[str, Split],
+        config: Config,
+        folder: Path,
+        algorithm: Algorithm | None = None,
     ) -> ReferenceEngine:
         """An engine for other rows than the run's: the one place that makes one.
 
@@ -224,6 +241,7 @@ class Opened:
             splits: client -> its positions in ``rows``.
             config: the settings to train and score with.
             folder: where the engine may keep personal states; never the run's own.
+            algorithm: what it trains with; None: it does not train.
         """
         from fedvlm.data.partition import Partition
         from fedvlm.engines.reference import ReferenceEngine  # its PEFT layers stay in place
@@ -232,7 +250,8 @@ class Opened:
         names = tuple(splits)
         partition = Partition("iid", "answer", names, dict(splits), {}, ())
         store = stores.Store(folder)
-        return ReferenceEngine(model, self._collator(rows), partition, config, store)
+        trains = algorithm or ALONE
+        return ReferenceEngine(model, self._collator(rows), partition, config, store, trains)
 
     def _collator(self, rows: Any) -> Any:
         from fedvlm.batches.collate import Collator

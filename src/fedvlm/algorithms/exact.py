@@ -16,7 +16,7 @@ from __future__ import annotations
 
 from functools import partial
 
-from fedvlm.algorithms.base import Algorithm, Client, Phase, State
+from fedvlm.algorithms.base import Algorithm, Averaged, Local, Program, Sent, State, Train, Visit
 from fedvlm.tree import Tree, cut, factorized, mask, named, pad, part, plain, products
 
 PRODUCT = "product"
@@ -33,13 +33,18 @@ def exact(ranks: int, spare: int, *, restart: bool = False) -> Algorithm:
             Otherwise FedEx-LoRA: they go on with the means of A and of B.
     """
 
-    def init(adapter: Tree) -> State:
-        return {**adapter, **(named(BEGIN, cut(adapter, 0, ranks)) if restart else {})}
+    def init(initial: Tree) -> State:
+        return {**initial, **(named(BEGIN, cut(initial, 0, ranks)) if restart else {})}
 
-    def lift(upload: Tree, client: Client) -> Tree:
-        return {**({} if restart else upload), **named(PRODUCT, products(upload))}
+    def work(local: Local) -> Program:
+        end, _ = yield Train(local.begin, mask=partial(mask, first=0, last=ranks))
+        return Sent(cut(end, 0, ranks))
 
-    def update(state: State, mean: Tree) -> State:
+    def lift(upload: Tree, visit: Visit) -> tuple[Tree, float]:
+        factors = {} if restart else upload
+        return {**factors, **named(PRODUCT, products(upload))}, visit.weight
+
+    def update(state: State, mean: Tree, round: int) -> Tree:
         begin = part(state, BEGIN) if restart else plain(mean)
         lacking = products({} if restart else begin)
         carried = cut(plain(state), ranks, ranks + spare)
@@ -48,18 +53,12 @@ def exact(ranks: int, spare: int, *, restart: bool = False) -> Algorithm:
             for module, carry in products(carried).items()
         }
         kept = pad(factorized(total, carried, spare), ranks, 0)
-        new = {n: t + kept[n] for n, t in pad(begin, 0, spare).items()}
-        return {**new, **(named(BEGIN, begin) if restart else {})}
-
-    def trained(name: str) -> bool:
-        return True
+        return {n: t + kept[n] for n, t in pad(begin, 0, spare).items()}
 
     return Algorithm(
         init=init,
-        download=lambda state, client: plain(state),
-        start=lambda adapter, down, mine: {**adapter, **down},
-        phases=(Phase(trained, mask=partial(mask, first=0, last=ranks)),),
-        finish=lambda work: (cut(work.end, 0, ranks), {}),
-        update=update,
-        lift=lift,
+        send=lambda state, visit: plain(state),
+        model=lambda initial, down, mine: {**initial, **down},
+        work=work,
+        server=Averaged(update, lift),
     )

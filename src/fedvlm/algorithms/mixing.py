@@ -15,14 +15,39 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Annotated
 
-from fedvlm.algorithms.base import Algorithm, Phase, Work
-from fedvlm.algorithms.client_terms import towards_download
-from fedvlm.algorithms.sharing import everything, sharing
+from pydantic import Field
+
+from fedvlm.algorithms.averaging import ServerStep
+from fedvlm.algorithms.base import Algorithm, Local, Program, Sent, Train
+from fedvlm.algorithms.client_terms import towards
+from fedvlm.algorithms.sharing import sharing
+from fedvlm.settings.method import Fraction
 from fedvlm.tree import Tree, factor, split
 
 Mix = Mapping[str, float]
 """The mean's part in a client's model, by factor (A, B)."""
+
+
+class MixConfig(ServerStep):
+    """Settings of ``mix`` and ``apfl``."""
+
+    mix_a: Fraction = Field(0.5, description="the mean's part in a client's A")
+    mix_b: Fraction = Field(0.5, description="the mean's part in a client's B")
+
+    @property
+    def mix(self) -> Mix:
+        """The mean's part in a client's factors."""
+        return {"A": self.mix_a, "B": self.mix_b}
+
+
+class DittoConfig(ServerStep):
+    """Settings of ``ditto``."""
+
+    prox_mu: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="pull of the personal model to the download"
+    )
 
 
 def mixing(mix: Mix, *, server_lr: float = 1.0) -> Algorithm:
@@ -35,51 +60,46 @@ def mixing(mix: Mix, *, server_lr: float = 1.0) -> Algorithm:
     def keeps(name: str) -> bool:
         return mix[factor(name)] < 1
 
+    def work(local: Local) -> Program:
+        end, _ = yield Train(local.begin)
+        return Sent(split(end, uploads)[0], split(end, keeps)[0])
+
     return replace(
         both,
-        init=lambda adapter: split(adapter, uploads)[0],
-        start=lambda adapter, down, mine: {**adapter, **blend(mix, down, mine)},
-        finish=lambda work: (split(work.end, uploads)[0], split(work.end, keeps)[0]),
+        init=lambda initial: split(initial, uploads)[0],
+        model=lambda initial, down, mine: {**initial, **blend(mix, down, mine)},
+        work=work,
     )
 
 
 def ditto(mu: float, *, server_lr: float = 1.0) -> Algorithm:
     """A shared model, and a personal one that is pulled to it."""
-    return replace(
-        sharing({"": "AB"}, server_lr=server_lr),
-        phases=(
-            _shared(),
-            Phase(
-                everything,
-                begin=lambda down, mine, now: {**now, **down, **mine},
-                terms=(towards_download(mu),),
-            ),
-        ),
-        finish=lambda work: (dict(work.ends[0]), dict(work.end)),
-    )
+
+    def work(local: Local) -> Program:
+        shared, _ = yield Train({**local.begin, **local.down})
+        own = {**shared, **local.down, **local.mine}
+        end, _ = yield Train(own, terms=(towards(local.down, mu),))
+        return Sent(shared, end)
+
+    return replace(sharing({"": "AB"}, server_lr=server_lr), work=work)
 
 
 def apfl(mix: Mix, *, server_lr: float = 1.0) -> Algorithm:
-    """A shared model, and a mixture of it with an own one."""
+    """A shared model, and a mixture of it with a personal one."""
 
-    def finish(work: Work) -> tuple[Tree, Tree]:
+    def work(local: Local) -> Program:
+        shared, _ = yield Train({**local.begin, **local.down})
+        end, _ = yield Train({**shared, **blend(mix, local.down, local.mine)})
         own = {}
-        for name, mixed in work.end.items():
-            shared = mix[factor(name)]
-            own[name] = (mixed - shared * work.down[name]) / (1 - shared)
-        return dict(work.ends[0]), own
+        for name, mixed in end.items():
+            part = mix[factor(name)]
+            own[name] = (mixed - part * local.down[name]) / (1 - part)
+        return Sent(shared, own)
 
     return replace(
         sharing({"": "AB"}, server_lr=server_lr),
-        start=lambda adapter, down, mine: {**adapter, **blend(mix, down, mine)},
-        phases=(
-            _shared(),
-            Phase(
-                everything,
-                begin=lambda down, mine, now: {**now, **blend(mix, down, mine)},
-            ),
-        ),
-        finish=finish,
+        model=lambda initial, down, mine: {**initial, **blend(mix, down, mine)},
+        work=work,
     )
 
 
@@ -90,7 +110,3 @@ def blend(mix: Mix, down: Tree, mine: Tree) -> Tree:
         shared = mix[factor(name)]
         mixed[name] = shared * down[name] + (1 - shared) * mine[name]
     return mixed
-
-
-def _shared() -> Phase:
-    return Phase(everything, begin=lambda down, mine, now: {**now, **down})

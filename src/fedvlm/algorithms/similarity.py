@@ -17,10 +17,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from fedvlm.algorithms.base import Algorithm, Client, State, Upload
+from pydantic import Field
+
+from fedvlm.algorithms.base import Algorithm, Gathered, State, Upload, Visit
 from fedvlm.algorithms.sharing import sharing
+from fedvlm.settings.method import AlgorithmConfig, Positive
 from fedvlm.tree import Mean, Tree, named, part, plain
 
 if TYPE_CHECKING:
@@ -31,42 +34,56 @@ UPLOAD = "upload"
 GROUP = "group"
 
 
+class SimilarConfig(AlgorithmConfig):
+    """Settings of ``similar``."""
+
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="of the softmax over cosines; smaller shares with fewer clients"
+    )
+
+
+class ClusteredConfig(AlgorithmConfig):
+    """Settings of ``clustered``."""
+
+    clusters: Positive = Field(2, description="number of groups of clients")
+
+
 def similar(temperature: float) -> Algorithm:
     """Every client's mean leans to the clients that are like it."""
 
-    def download(state: State, client: Client) -> Tree:
+    def send(state: State, visit: Visit) -> Tree:
         import torch
 
-        if f"{WEIGHT}/{client.name}" not in state:
+        if f"{WEIGHT}/{visit.client}" not in state:
             return part(state, "mean") or plain(state)
         changes = _changes(state)
-        own = changes[client.name]
+        own = changes[visit.client]
         likeness = torch.stack([own @ other for other in changes.values()])
         parts = torch.softmax(likeness / temperature, 0).tolist()
         return average(state, changes, dict(zip(changes, parts, strict=True)))
 
-    def gather(state: State, uploads: Sequence[Upload]) -> State:
+    def gather(state: State, uploads: Sequence[Upload], round: int) -> Tree:
         new = remembered(state, uploads)
         return {**new, **named("mean", average(new, seen(new)))}
 
-    return replace(sharing({"": "AB"}), download=download, gather=gather)
+    return replace(sharing({"": "AB"}), send=send, server=Gathered(gather))
 
 
 def clustered(groups: int, iterations: int = 20) -> Algorithm:
     """One model a group of clients."""
 
-    def download(state: State, client: Client) -> Tree:
-        group = state.get(f"{GROUP}/{client.name}")
+    def send(state: State, visit: Visit) -> Tree:
+        group = state.get(f"{GROUP}/{visit.client}")
         if group is None:
             return part(state, "mean") or plain(state)
         return average(state, [c for c in seen(state) if state[f"{GROUP}/{c}"] == group])
 
-    def gather(state: State, uploads: Sequence[Upload]) -> State:
+    def gather(state: State, uploads: Sequence[Upload], round: int) -> Tree:
         new = remembered(state, uploads)
         found = grouped(_changes(new), groups, iterations)
         return {**new, **named("mean", average(new, seen(new))), **named(GROUP, found)}
 
-    return replace(sharing({"": "AB"}), download=download, gather=gather)
+    return replace(sharing({"": "AB"}), send=send, server=Gathered(gather))
 
 
 def grouped(changes: Mapping[str, Tensor], groups: int, iterations: int) -> Tree:
@@ -96,9 +113,9 @@ def remembered(state: State, uploads: Sequence[Upload]) -> State:
     import torch
 
     new = dict(state)
-    for client, tree in ((u.client, u.tree) for u in uploads):
-        new[f"{WEIGHT}/{client.name}"] = torch.tensor(client.weight)
-        new |= {f"{UPLOAD}/{n}/{client.name}": t for n, t in tree.items()}
+    for visit, tree in ((u.visit, u.tree) for u in uploads):
+        new[f"{WEIGHT}/{visit.client}"] = torch.tensor(visit.weight)
+        new |= {f"{UPLOAD}/{n}/{visit.client}": t for n, t in tree.items()}
     return new
 
 

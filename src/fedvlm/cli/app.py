@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -120,11 +120,11 @@ def compare(
     from fedvlm import config as configs
 
     source, overrides = parse(words)
-    settings = configs.load(source, *overrides)
-    if settings.output == configs.Config().output:
-        settings = settings.model_copy(update={"output": "runs/compare"})
+    tree, problems = configs.read(source, *overrides)
+    if problems:
+        raise ConfigError(problems)
     names = [a.strip() for a in algorithms.split(",") if a.strip()]
-    _compare(names, settings, seeds, jobs, quiet)
+    _compare(names, {"output": "runs/compare"} | tree, seeds, jobs, quiet)
 
 
 @app.command()
@@ -141,7 +141,9 @@ def demo(
     source, overrides = parse(words)
     if source:
         raise ConfigError([f"the demo has its own configuration; leave out '{source}'"])
-    settings = configs.load(SETTINGS, *overrides)
+    settings, problems = configs.read(SETTINGS, *overrides)
+    if problems:
+        raise ConfigError(problems)
     if not quiet:
         typer.echo(INTRODUCTION)
     _compare(list(ALGORITHMS), settings, seeds, jobs or min(4, os.cpu_count() or 1), quiet)
@@ -255,11 +257,16 @@ def onboard(
 
 
 @app.command()
-def algorithms() -> None:
-    """List the algorithms: what each sends, what stays at the client, and its paper."""
-    from fedvlm.cli.tables import print_algorithms
+def algorithms(
+    name: Annotated[str | None, typer.Argument(help="one algorithm, with its settings")] = None,
+) -> None:
+    """List the algorithms, or show one: what it sends and keeps, its paper, its settings."""
+    from fedvlm.cli.algorithms import print_algorithm, print_algorithms
 
-    print_algorithms()
+    if name is None:
+        print_algorithms()
+    else:
+        print_algorithm(name)
 
 
 app.add_typer(cli_deploy.deploy, name="deploy")
@@ -278,14 +285,16 @@ def main() -> None:
         sys.exit(2)
 
 
-def _compare(names: list[str], settings, seeds: int, jobs: int, quiet: bool) -> None:
+def _compare(names: list[str], tree: dict[str, Any], seeds: int, jobs: int, quiet: bool) -> None:
     from fedvlm.cli.board import board
     from fedvlm.cli.tables import print_comparison
     from fedvlm.rounds.comparison import compare as run_comparison
+    from fedvlm.rounds.comparison import planned
 
-    again = "the same command: it goes on where it stopped"
-    with _interruptible(again), board(names, settings, seeds, quiet) as tell:
-        comparison = run_comparison(names, settings, seeds=seeds, jobs=jobs, tell=tell)
+    runs = planned(names, tree, seeds=seeds, jobs=jobs)
+    again = "the same command: it continues where it stopped"
+    with _interruptible(again), board(runs, quiet) as tell:
+        comparison = run_comparison(names, tree, seeds=seeds, jobs=jobs, tell=tell)
     print_comparison(comparison)
 
 

@@ -120,18 +120,6 @@ def print_comparison(comparison: Comparison) -> None:
     )
 
 
-def print_algorithms() -> None:
-    """The table of algorithms."""
-    from fedvlm.algorithms.table import TABLE
-
-    out = Table()
-    for head in ("algorithm", "a client sends", "and keeps", "source"):
-        out.add_column(head)
-    for name, entry in TABLE.items():
-        out.add_row(name, entry.sends, entry.keeps, entry.source)
-    console_for_tables().print(out)
-
-
 def console_for_tables() -> Console:
     """Standard output; at least 100 columns where it is no terminal, so that nothing is cut."""
     console = Console()

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from fedvlm import config as configs
-from fedvlm.algorithms.table import TABLE
+from fedvlm.algorithms.table import find, names
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.settings.method import Positive, Section
 from fedvlm.settings.sections import Config
@@ -70,7 +70,7 @@ class Policy(Section):
             wrong.append(f"{rounds} rounds (train.rounds), and at most {self.rounds} are allowed")
         if self.algorithms is not None and name not in self.algorithms:
             wrong.append(f"algorithm '{name}', and allowed are {', '.join(self.algorithms)}")
-        if TABLE[name].pools:
+        if find(name).pools:
             wrong.append(f"algorithm '{name}', which needs all sites' rows in one place")
         if config.model.name not in self.models:
             known = ", ".join(self.models) or "none"
@@ -161,7 +161,7 @@ def read_policy(path: str | Path | None) -> Policy:
         return Policy()
     policy = configs.read_file(path, Policy, "policy")
     odd = [key for key in policy.set if key.split(".")[0] not in SETTABLE]
-    unknown = [name for name in policy.algorithms or () if name not in TABLE]
+    unknown = [name for name in policy.algorithms or () if name not in names()]
     problems = [f"set.{key}: a site sets {', '.join(SETTABLE)} only" for key in odd]
     problems += [f"algorithms: there is no '{name}'" for name in unknown]
     if problems:

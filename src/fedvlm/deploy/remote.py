@@ -20,8 +20,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fedvlm.algorithms.table import Algorithm
+from fedvlm.algorithms.base import Algorithm
+from fedvlm.algorithms.table import build
 from fedvlm.engines.base import Answer, Models, Scores
+from fedvlm.engines.compress import compression
+from fedvlm.engines.stages import Stage
 from fedvlm.engines.wire import Reply, Task
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import measured
@@ -97,6 +100,8 @@ class Remote:
         self._call, self.limits, self._tell = call, limits or Limits(), tell
         self.sites = tuple(sites)
         self.adapter: Tree = {}
+        self.algorithm: Algorithm
+        self.stages: tuple[Stage, ...] = ()
         self.weights: dict[str, float] = {}
         self.rows: dict[str, dict[str, int]] = {}
         self._peft: dict[str, Any] = {}
@@ -116,6 +121,8 @@ class Remote:
             FedVLMError: too few sites can take part, or they differ from those of before.
         """
         asked = {"do": "open", "run": run, "config": _told(config)}
+        self.algorithm = build(config.algorithm, config.lora)
+        self.stages = compression(config.wire)
         self._measured = measured(config.objective.name)
         found: dict[str, dict[str, Any]] = {}
         opened = self._each(self.sites, lambda s: (asked, b"", self.limits.open_s), _described)
@@ -161,7 +168,7 @@ class Remote:
 
     # -- the protocol
 
-    def train(self, algorithm: Algorithm, tasks: Sequence[Task]) -> Iterator[Reply]:
+    def train(self, tasks: Sequence[Task]) -> Iterator[Reply]:
         self._round = tasks[0].round if tasks else self._round
         due = {t.client: t for t in tasks if self._bench[t.client].until <= self._round}
         if len(due) < self.limits.min_sites:  # nobody is left out where that would end the run
@@ -171,7 +178,8 @@ class Remote:
         count, written = 0, Written()
 
         def asked(site: str) -> tuple[dict[str, Any], bytes, float]:
-            header = {"do": "train", "round": self._round}
+            sampled = due[site].visit.sampled
+            header = {"do": "train", "round": self._round, "sampled": sampled}
             return header, written(due[site].down), self.limits.train_s
 
         for site, outcome in self._each(list(due), asked, self._arrived(due)):
@@ -193,7 +201,7 @@ class Remote:
             whole = {"examples": int}
             return {n: whole.get(n, float)(value) for n, value in scores.items()}
 
-        found = self._about(models, {"do": "score", "round": models.round}, checked)
+        found = self._about(models, {"do": "score"}, checked)
         return {site: scores for site, scores in found if not isinstance(scores, Unanswered)}
 
     def answer(self, name: str, models: Models) -> dict[str, list[Answer]]:
@@ -204,11 +212,11 @@ class Remote:
     def export(self, models: Models, folders: Mapping[str, Path]) -> None:
         """Personal models stay at the sites, in their own folders; the global one is written."""
         if models.kind == "global":
-            for client, down in models.downs:
-                tree = models.algorithm.start(self.adapter, down, {})
-                save_tree(folders[client] / "adapter_model.safetensors", tree)
+            for visit, down in models.downs:
+                tree, folder = self.algorithm.model(self.adapter, down, {}), folders[visit.client]
+                save_tree(folder / "adapter_model.safetensors", tree)
                 text = json.dumps(self._peft, indent=2, sort_keys=True)
-                (folders[client] / "adapter_config.json").write_text(text + "\n")
+                (folder / "adapter_config.json").write_text(text + "\n")
         else:
             list(self._about(models, {"do": "export", "name": "personal"}))
 
@@ -216,13 +224,19 @@ class Remote:
 
     def _about(self, models: Models, header: dict[str, Any], checked: Any = None) -> Iterator[Any]:
         """Asks the clients of some models about them."""
-        downs = {c: down for c, down in models.downs if self._bench[c].until <= self._round}
+        due = {
+            visit.client: (visit, down)
+            for visit, down in models.downs
+            if self._bench[visit.client].until <= self._round
+        }
         written = Written()
 
         def asked(site: str) -> tuple[dict[str, Any], bytes, float]:
-            return {**header, "kind": models.kind}, written(downs[site]), self.limits.score_s
+            visit, down = due[site]
+            about = {**header, "kind": models.kind, "round": visit.round}
+            return about, written(down), self.limits.score_s
 
-        return self._each(list(downs), asked, checked)
+        return self._each(list(due), asked, checked)
 
     def _arrived(self, tasks: Mapping[str, Task]) -> Any:
         """The one place where an upload comes in; one that is not accepted does not count."""

@@ -17,14 +17,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fedvlm.algorithms.table import Algorithm, build
+from fedvlm.algorithms.base import NOBODY, Visit
 from fedvlm.deploy.policy import Policy, Refused
 from fedvlm.engines.base import Models, Scores
 from fedvlm.engines.wire import Task
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds import prepare as preparing
 from fedvlm.rounds.results import write_answers
-from fedvlm.rounds.schedule import of_round
+from fedvlm.rounds.schedule import standing
 from fedvlm.settings.sections import Config
 from fedvlm.store import files
 from fedvlm.store import run as stores
@@ -174,15 +174,20 @@ class Site:
         own = replace(whole, clients=(name,), splits={name: split}, skew={name: skew})
         self.engine, _, _ = preparing.prepare(self.config, None, (rows, own), self.store)
         self.rows = own.counts()[name]
-        self.algorithm = build(self.config.algorithm, self.config.lora, self.config.wire)
+        self.algorithm = self.engine.algorithm
 
     def described(self) -> dict[str, Any]:
         """What the server has to know of this site."""
         about: dict[str, Any] = {"adapter": digest(self.engine.adapter)}
         return about | ({"rows": self.rows} if self.policy.tell_rows else {})
 
-    def train(self, round_: int, down: Tree) -> Version:
+    def train(self, round_: int, down: Tree, sampled: float = 1.0) -> Version:
         """Runs a round, or gives the reply that was saved when it was run before.
+
+        Args:
+            round_: from 1.
+            down: what the server sent.
+            sampled: the cohort's share of all clients' examples, as the server states it.
 
         Raises:
             Refused: the message is too large, or the round is long over.
@@ -202,8 +207,8 @@ class Site:
             )
         self.store.before = round_
         try:
-            task = Task(self.name, round_, down, rated=True)
-            (reply,) = self.engine.train(self._algorithm(round_), [task])
+            task = Task(self._visit(round_, sampled), down, rated=True)
+            (reply,) = self.engine.train([task])
         finally:
             self.store.before = None
         end = self.engine.ended[self.name]
@@ -220,15 +225,19 @@ class Site:
             scores.pop("examples", None)
         return scores
 
-    def answer(self, name: str, kind: Literal["global", "personal"], down: Tree) -> None:
-        """Writes what a model answers to the held-out rows, which stays here."""
-        found = self.engine.answer(name, self._models(kind, 0, down))
+    def answer(
+        self, name: str, kind: Literal["global", "personal"], round_: int, down: Tree
+    ) -> None:
+        """Writes a model's answers to the held-out rows, which stay here."""
+        found = self.engine.answer(name, self._models(kind, round_, down))
         write_answers(self.folder, name, found)
 
-    def export(self, name: str, kind: Literal["global", "personal"], down: Tree) -> None:
+    def export(
+        self, name: str, kind: Literal["global", "personal"], round_: int, down: Tree
+    ) -> None:
         """Writes a model as a PEFT folder, here."""
         folder = self.folder / "adapters" / name
-        self.engine.export(self._models(kind, 0, down), {self.name: folder})
+        self.engine.export(self._models(kind, round_, down), {self.name: folder})
 
     def adapter_files(self) -> tuple[dict[str, Any], Tree]:
         """The initial adapter, a function of model and seed: PEFT's settings, and the factors."""
@@ -247,8 +256,10 @@ class Site:
                 self.engine.ended[self.name] = dict(saved.trees["end"])
         else:
             self._arrived(down)
-            self.engine.forms.check_download(self._algorithm(round_), self.name, down)
-        return Models(kind, self._algorithm(round_), [(self.name, down)], round_)
+            nobody = replace(self._visit(round_), client=NOBODY.client)
+            asked = nobody if kind == "global" else self._visit(round_)
+            self.engine.forms.check_download(asked, down, self.name)
+        return Models(kind, [(self._visit(round_), down)])
 
     def _arrived(self, down: Tree) -> None:
         """The one place where a download comes in; the engine checks its form when it trains.
@@ -258,5 +269,17 @@ class Site:
         """
         self.policy.check_bytes(saved_bytes(down), "down")
 
-    def _algorithm(self, round_: int) -> Algorithm:
-        return of_round(self.config, self.algorithm, round_)
+    def _visit(self, round_: int, sampled: float = 1.0) -> Visit:
+        """This client in a round. The final round follows from the site's own settings.
+
+        Raises:
+            Refused: there is no such round, or no such share.
+        """
+        last = self.config.train.rounds + self.algorithm.final
+        if not 0 <= round_ <= last:
+            raise Refused(f"round {round_} is none of this run, which has {last}")
+        if not 0 < sampled <= 1:
+            raise Refused(f"a cohort's share of all examples is in (0, 1], got {sampled!r:.40}")
+        return standing(self.config, self.algorithm, round_).visit(
+            self.name, float(self.rows["train"]), sampled
+        )

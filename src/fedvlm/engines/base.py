@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from fedvlm.algorithms.table import Algorithm
+from fedvlm.algorithms.base import Algorithm, Visit
+from fedvlm.engines.stages import Stage
 from fedvlm.engines.wire import Reply, Task
 from fedvlm.tree import Tree
 
@@ -26,29 +27,31 @@ class Models:
         kind: ``global``, what a client has that keeps nothing of its own; ``personal``, what it
             makes of the download and what it keeps; ``end``, what it had when the round's training
             ended, before the server aggregated (of tasks that were ``rated``, once).
-        algorithm: of the round.
-        downs: client -> what it is sent, which may be made while the engine asks for it; empty
-            trees for ``end``.
-        round: whose algorithm it is; 0: the run's own.
+        downs: visits and what each client is sent. The downloads may be made while the engine asks
+            for them; they are empty for ``end``.
     """
 
     kind: Literal["global", "personal", "end"]
-    algorithm: Algorithm
-    downs: Iterable[tuple[str, Tree]]
-    round: int = 0
+    downs: Iterable[tuple[Visit, Tree]]
 
 
 class Engine(Protocol):
     """Trains cohorts and scores models. What a client keeps never leaves the engine.
 
-    An engine whose clients can fail leaves out those that do; the loop goes on with the others.
+    An engine whose clients can fail leaves out those that do; the round continues with the others.
     """
 
     adapter: Tree
     """The common initial adapter."""
 
-    def train(self, algorithm: Algorithm, tasks: Sequence[Task]) -> Iterator[Reply]:
-        """Runs ``start -> phases -> finish`` for each task and keeps what is personal."""
+    algorithm: Algorithm
+    """The run's."""
+
+    stages: tuple[Stage, ...]
+    """What uploads go through."""
+
+    def train(self, tasks: Sequence[Task]) -> Iterator[Reply]:
+        """Runs the algorithm's ``work`` for each task and keeps what is personal."""
         ...
 
     def score(self, models: Models) -> dict[str, Scores]:
@@ -56,7 +59,7 @@ class Engine(Protocol):
         ...
 
     def answer(self, name: str, models: Models) -> dict[str, list[Answer]]:
-        """What :meth:`score` averages, every held-out row's answer; empty where these stay."""
+        """Every held-out row's answer, which :meth:`score` averages; empty where they stay."""
         ...
 
     def export(self, models: Models, folders: Mapping[str, Path]) -> None:

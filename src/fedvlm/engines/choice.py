@@ -1,4 +1,4 @@
-"""Engines: how the clients of a round are trained and scored."""
+"""The choice of the engine that trains and scores a run's clients."""
 
 from __future__ import annotations
 
@@ -9,16 +9,16 @@ from typing import TYPE_CHECKING, Any
 from fedvlm.tree import module
 
 if TYPE_CHECKING:
-    from fedvlm.engines.reference import ReferenceEngine
+    from fedvlm.engines.shell import Shell
     from fedvlm.settings.sections import EngineConfig
 
 logger = logging.getLogger("fedvlm")
 
 ROUTED = re.compile(r"(^|\.)experts?\.")
-"""Layers that get the tokens a router chose: whose they are cannot be told from their place."""
+"""Layers of a mixture of experts: a token's place does not show whose row it belongs to."""
 
 
-def engine_class(config: EngineConfig, model: Any) -> type[ReferenceEngine]:
+def engine_class(config: EngineConfig, model: Any) -> type[Shell]:
     """The engine that a config names, where it can train the model's adapted layers.
 
     Args:

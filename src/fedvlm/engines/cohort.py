@@ -12,113 +12,135 @@ from __future__ import annotations
 import contextlib
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedvlm.algorithms.base import Validation
-from fedvlm.algorithms.table import Phase
+from fedvlm.algorithms.base import Trained, Validation
+from fedvlm.batches.draw import pieces
 from fedvlm.batches.objectives import Terms
 from fedvlm.batches.prompts import Features
 from fedvlm.engines.base import Answer
 from fedvlm.engines.extras import Extras
 from fedvlm.engines.memory import clients_in_a_pass, kept_for_backward
-from fedvlm.engines.reference import ReferenceEngine, make_optimizer, pieces, summed
-from fedvlm.engines.wire import Task
+from fedvlm.engines.shell import Shell
+from fedvlm.engines.together import Member, Outcome
 from fedvlm.models.frozen import ImageFeatures
+from fedvlm.models.generate import greedy
 from fedvlm.models.load import identity
 from fedvlm.models.spool import Spool
 from fedvlm.models.stack import Ragged, Stack
 from fedvlm.seeds import derive
-from fedvlm.tree import Tree
+from fedvlm.settings.sections import TrainConfig
+from fedvlm.tree import Tree, factor
 
 Batches = Mapping[int, np.ndarray]
 """Clients' places in the stack -> the rows of a batch."""
 
 
-class CohortEngine(ReferenceEngine):
+@dataclass(frozen=True)
+class Session:
+    """The optimizer of a stretch of training, for the clients of that stretch.
+
+    Attributes:
+        optimizer: over ``trained``.
+        trained: the stacked parameters, ``[clients, ...]``.
+        clients: how many.
+    """
+
+    optimizer: torch.optim.Optimizer
+    trained: dict[str, nn.Parameter]
+    clients: int
+
+    def resumed(self, fresh: Session, places: Sequence[int]) -> Session:
+        """This optimizer's state for some of its clients.
+
+        Args:
+            fresh: a new optimizer over these clients' parameters.
+            places: theirs in this session, in the order of the new one.
+        """
+        same = all(self.trained[name] is p for name, p in fresh.trained.items())
+        if same and places == list(range(self.clients)):
+            return self
+        for name, parameter in fresh.trained.items():
+            state = self.optimizer.state[self.trained[name]]
+            fresh.optimizer.state[parameter] = {
+                key: value[places].clone() if value.dim() else value.clone()
+                for key, value in state.items()
+                if value is not None
+            }
+        return fresh
+
+
+class CohortEngine(Shell):
     """Trains and scores a whole pass of clients at once."""
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
         self.stack = Stack(self.model)
         self.device = self.collator.device
         self._packed = False  # whether a layer was met whose first axis is not the rows
         self._images = self._frozen_images()
         self.width = self.config.engine.clients or self._fitting()
 
-    def _train(
-        self,
-        trees: Sequence[Tree],
-        mines: Sequence[Tree],
-        phases: Sequence[Phase],
-        tasks: Sequence[Task],
-    ) -> list[tuple[list[Tree], float]]:
-        self.stack.load(trees, self.device)
+    def _train(self, group: Sequence[Member]) -> tuple[list[Outcome], Session]:
+        self.stack.load([member.wanted.begin for member in group], self.device)
         self.model.train()
-        losses: list[list[Tensor]] = [[] for _ in tasks]
-        ends: list[list[Tree]] = [[] for _ in tasks]
-        optimizer = None
-        for number, phase in enumerate(phases):
-            if phase.begin:
-                begun = [
-                    phase.begin(task.down, mine, now)
-                    for task, mine, now in zip(tasks, mines, self.stack.trees(), strict=True)
-                ]
-                self.stack.load(begun, self.device)
-            optimizer = self._phase(phase, number, tasks, mines, losses, optimizer)
-            for end, tree in zip(ends, self.stack.trees(), strict=True):
-                end.append(tree)
-        means = [torch.stack(found).mean().item() for found in losses]
-        return list(zip(ends, means, strict=True))
-
-    def _phase(
-        self,
-        phase: Phase,
-        number: int,
-        tasks: Sequence[Task],
-        mines: Sequence[Tree],
-        losses: list[list[Tensor]],
-        before: torch.optim.Optimizer | None,
-    ) -> torch.optim.Optimizer:
-        """Trains the clients of a pass in one phase; its optimizer, after the one ``before``."""
-        settings, params = self.config.train, self.stack.params
-        trained = {n: p for n, p in params.items() if phase.trains(n)}
+        params, trains = self.stack.params, group[0].wanted.trains
+        trained = {n: p for n, p in params.items() if trains(n)}
         for name, p in params.items():
             p.requires_grad_(name in trained)
-        optimizer = before if phase.resumes else None
-        if optimizer is None:
-            optimizer = make_optimizer(trained, settings, settings.rate_scale(tasks[0].round))
-        clients = [(task.down, mine) for task, mine in zip(tasks, mines, strict=True)]
-        extras = Extras(phase, clients, trained)
-        seeds = [(self.config.seed, t.round, t.client, number) for t in tasks]
-        streams = Streams([derive(*seed, "dropout") for seed in seeds])
-        rows = [self.partition.splits[t.client].train for t in tasks]
-        steps = [phase.steps or settings.steps(len(r)) for r in rows]
-        drawn = [self._batches(*each) for each in zip(rows, steps, seeds, strict=True)]
-        plan = [
-            {k: next(drawn[k]) for k in range(len(tasks)) if step < steps[k]}
-            for step in range(max(steps))
+        session = self._session(group, trained)
+        losses = self._steps_of(group, session)
+        outcomes = [
+            Outcome(Trained(tree, self._path(member)), own)
+            for tree, member, own in zip(self.stack.trees(), group, losses, strict=True)
         ]
-        for active, following in zip(plan, [*plan[1:], None], strict=True):
-            done = [k for k in range(len(tasks)) if k not in active]
-            optimizer.zero_grad()
+        return outcomes, session
+
+    def _session(self, group: Sequence[Member], trained: Mapping[str, nn.Parameter]) -> Session:
+        """The optimizer of a stretch: a fresh one, or that of the stretch before."""
+        settings, before = self.config.train, group[0].session
+        scale = settings.rate_scale(group[0].task.round)
+        fresh = Session(make_optimizer(trained, settings, scale), dict(trained), len(group))
+        if before is None or not group[0].wanted.resume:
+            return fresh
+        return before.resumed(fresh, [member.place for member in group])
+
+    def _steps_of(self, group: Sequence[Member], session: Session) -> list[list[Tensor]]:
+        """Trains the loaded clients; every client's losses, a step each."""
+        limit, trained = self.config.train.max_grad_norm, session.trained
+        extras = Extras([member.wanted for member in group], trained)
+        streams = Streams([derive(*self._seed(member), "dropout") for member in group])
+        losses: list[list[Tensor]] = [[] for _ in group]
+        plan = self._plan(group)
+        for number, active in enumerate(plan):
+            following = plan[number + 1] if number + 1 < len(plan) else None
+            done = [k for k in range(len(group)) if k not in active]
+            session.optimizer.zero_grad()
             found = self._backward(active, following, streams)
             extras.before()
-            if settings.max_grad_norm:
-                clip(list(trained.values()), settings.max_grad_norm)
+            if limit:
+                clip(list(trained.values()), limit)
             # A client that has done its steps stays where it is, whatever the optimizer remembers.
             kept = {n: p.detach()[done].clone() for n, p in trained.items()} if done else {}
-            optimizer.step()
+            session.optimizer.step()
             extras.after()
             with torch.no_grad():
                 for name, ended in kept.items():
                     trained[name][done] = ended
             for k, loss in zip(active, found, strict=True):
                 losses[k].append(loss)
-        return optimizer
+        return losses
+
+    def _plan(self, group: Sequence[Member]) -> list[Batches]:
+        """The batches of each step; a client that has done its steps is not in it."""
+        drawn = [list(self._batches(member)) for member in group]
+        most = max(map(len, drawn))
+        return [{k: own[n] for k, own in enumerate(drawn) if n < len(own)} for n in range(most)]
 
     def _backward(
         self, drawn: Batches, following: Batches | None, streams: Streams
@@ -173,23 +195,44 @@ class CohortEngine(ReferenceEngine):
         with streams.of(client):
             return self._backward_rows(rows, weight)
 
-    def _validation(self, trees: Sequence[Tree], rows: np.ndarray) -> list[Validation]:
+    def _backward_rows(self, rows: np.ndarray, weight: int) -> Tensor:
+        """Gradients of some of one client's rows; their part of its mean loss.
+
+        Args:
+            rows: all of the batch, or a micro-batch.
+            weight: of the whole batch.
+        """
+        loss = self._terms(rows).loss.sum() / weight
+        loss.backward()
+        return loss.detach()
+
+    def _weight(self, rows: np.ndarray) -> int:
+        """Divisor of the summed row losses."""
+        return sum(self.objective.weight(self.collator.features(int(i))) for i in rows)
+
+    def _validate(self, trees: Sequence[Tree], rows: np.ndarray) -> list[Validation]:
         """Adapters beside one another, as clients with the same rows."""
         share = max(1, self.config.eval.batch_size // len(trees))
         if len(trees) == 1 or not self._side_by_side({0: rows}):
-            return super()._validation(trees, rows)
+            return self._validate_each(trees, rows)
         self.stack.load(trees, self.device)
         self.stack.activate(range(len(trees)))
         try:
             parts = [self._terms(np.tile(part, len(trees))) for part in pieces(rows, share)]
         except Ragged:
             self._packed = True
-            return super()._validation(trees, rows)
+            return self._validate_each(trees, rows)
         return summed(parts, len(trees))
 
-    def _put(self, tree: Tree) -> None:
-        self.stack.load([tree], self.device)
-        self.stack.activate([0])
+    def _validate_each(self, trees: Sequence[Tree], rows: np.ndarray) -> list[Validation]:
+        """One adapter after another."""
+        found = []
+        for tree in trees:
+            self.stack.load([tree], self.device)
+            self.stack.activate([0])
+            terms = [self._terms(part) for part in pieces(rows, self.config.eval.batch_size)]
+            found += summed(terms, 1)
+        return found
 
     def _frozen_images(self) -> ImageFeatures | None:
         """The pictures' features, where LoRA does not change them."""
@@ -232,12 +275,13 @@ class CohortEngine(ReferenceEngine):
         copies = 2 if self.objective.pairs else 1
         self._batch(rows, copies)
         with self._known(rows, copies):
-            return super()._terms(rows)
+            return self.objective.terms(self.model, self.collator.training(rows))
 
     def _texts(self, rows: np.ndarray) -> list[str]:
         self._batch(rows, copies=1)
         with self._known(rows, 1):
-            return super()._texts(rows)
+            tokens, tokenizer = self.config.eval.max_new_tokens, self.collator.tokenizer
+            return greedy(self.model, self.collator.prompts(rows), tokenizer, tokens)
 
     def _batch(self, rows: np.ndarray, copies: int) -> None:
         self.stack.batch(len(rows), copies, lambda: self._uniform(rows))
@@ -250,9 +294,7 @@ class CohortEngine(ReferenceEngine):
         """Whether these batches may share a pass; asked once a layer is known that packs."""
         return not self._packed or self._uniform(np.concatenate(list(drawn.values())))
 
-    @torch.no_grad()
     def _answer(self, models: Sequence[tuple[Tree, np.ndarray]]) -> list[list[Answer]]:
-        self.model.eval()
         self.stack.load([tree for tree, _ in models], self.device)
         found: list[list[Answer]] = [[] for _ in models]
         left = {k: rows for k, (_, rows) in enumerate(models)}
@@ -272,7 +314,7 @@ class CohortEngine(ReferenceEngine):
         rows, size = beside(drawn)
         self.stack.activate(list(drawn))
         try:
-            answers = self._answer_rows(rows)
+            answers = self._recorded(rows, self._terms(rows), self._texts(rows))
         except Ragged:
             self._packed = True
             return self._answer_part(drawn)
@@ -336,4 +378,31 @@ def uniform(rows: Sequence[Features]) -> bool:
         and (v.is_floating_point() or torch.equal(other.extras[k], v))
         for other in rows[1:]
         for k, v in first.items()
+    )
+
+
+def summed(terms: Sequence[Terms], models: int) -> list[Validation]:
+    """Scores from batches in which some models have as many rows each, one model after another."""
+    loss, wrong, weight = (
+        torch.cat([getattr(t, n).view(models, -1) for t in terms], 1).sum(1)
+        for n in ("loss", "wrong", "weight")
+    )
+    pairs = zip((loss / weight).tolist(), (wrong / weight).tolist(), strict=True)
+    return [Validation(*pair) for pair in pairs]
+
+
+def make_optimizer(
+    trained: Mapping[str, nn.Parameter], settings: TrainConfig, scale: float
+) -> torch.optim.Optimizer:
+    """A fresh optimizer, with a learning rate for A and one for B."""
+    groups = [
+        {"params": [p for n, p in trained.items() if factor(n) == f], "lr": rate * scale}
+        for f, rate in settings.rates.items()
+    ]
+    groups = [g for g in groups if g["params"]]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    fused = next(iter(trained.values())).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused
     )

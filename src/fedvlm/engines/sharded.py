@@ -1,12 +1,12 @@
 """One run on several devices: a process for each, every one with a whole base model.
 
 Process 0 has the round loop. It hands every process its part of the next clients to train or to
-score, does its own part, and takes the replies in the cohort's order, so that the server folds the
-same uploads in the same order as with one process. The others do what they are handed
-(:func:`serve`), and write what their clients keep.
+score, does its own part, and takes the replies in the cohort's order. So the server folds the same
+uploads in the same order as with one process. The other processes do their parts (:func:`serve`)
+and write what their clients keep.
 
-At most ``width`` clients a process are under way at a time. Where the cohort fills that, passes
-hold the same clients as with one process, and the results have the same bits.
+At most ``width`` clients a process are under way at a time. Where the cohort fills that width,
+passes hold the same clients as with one process, and the results are bit-identical.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from fedvlm.algorithms.table import Algorithm
 from fedvlm.engines.base import Answer, Models, Scores
 from fedvlm.engines.group import End, Group
-from fedvlm.engines.reference import ReferenceEngine
+from fedvlm.engines.shell import Shell
 from fedvlm.engines.wire import Reply, Task
 from fedvlm.errors import FedVLMError
 from fedvlm.tree import Tree
 
 T = TypeVar("T")
-Order = TypeVar("Order", "Train", "Score")
+Order = TypeVar("Order", "TrainPart", "ScorePart")
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainPart:
     """A process's part of a turn of training.
 
     Attributes:
@@ -47,12 +46,12 @@ class Train:
     first: int
     fresh: bool
 
-    def perform(self, engine: ReferenceEngine, algorithm: Algorithm) -> list[Reply]:
-        return list(engine.train(algorithm, self.tasks, first=self.first, fresh=self.fresh))
+    def perform(self, engine: Shell) -> list[Reply]:
+        return list(engine.train(self.tasks, first=self.first, fresh=self.fresh))
 
 
 @dataclass(frozen=True)
-class Score:
+class ScorePart:
     """A process's part of the models to score: clients' names and adapters.
 
     None is the adapter with which the process has ended the client's training.
@@ -61,7 +60,7 @@ class Score:
     models: Sequence[tuple[str, Tree | None]]
     texts: bool
 
-    def perform(self, engine: ReferenceEngine) -> Mapping[str, Any]:
+    def perform(self, engine: Shell) -> Mapping[str, Any]:
         made = [(c, engine.ended.pop(c) if tree is None else tree) for c, tree in self.models]
         return engine.answers(made) if self.texts else engine.evaluate(made)
 
@@ -73,22 +72,23 @@ class Sharded:
         width: clients in a turn, a pass of every process.
     """
 
-    def __init__(self, engine: ReferenceEngine, group: Group):
+    def __init__(self, engine: Shell, group: Group):
         self.engine = engine
         self.group = group
         self.adapter = engine.adapter
+        self.algorithm, self.stages = engine.algorithm, engine.stages
         self.width = engine.width * group.size
         self._owners: dict[str, int] = {}  # who has met a client in this round, and its answers
 
-    def train(self, algorithm: Algorithm, tasks: Sequence[Task]) -> Iterator[Reply]:
+    def train(self, tasks: Sequence[Task]) -> Iterator[Reply]:
         self._owners.clear()
         for start in range(0, len(tasks), self.width):
             orders, first = [], start
             for rank, part in enumerate(parts(tasks[start : start + self.width], self.group.size)):
-                orders.append(Train(tasks[0].round, part, first, fresh=not start))
+                orders.append(TrainPart(tasks[0].round, part, first, fresh=not start))
                 self._owners |= {task.client: rank for task in part}
                 first += len(part)
-            for replies in self._share(orders, lambda own: own.perform(self.engine, algorithm)):
+            for replies in self._share(orders, lambda own: own.perform(self.engine)):
                 yield from replies
         if tasks:
             self.engine.store.refresh(tasks[0].round)
@@ -105,7 +105,7 @@ class Sharded:
     def _made(self, models: Models) -> Iterable[tuple[str, Tree | None]]:
         """The adapters, by process 0; those at the end of training are where that was done."""
         if models.kind == "end":
-            return ((client, None) for client, _ in models.downs)
+            return ((visit.client, None) for visit, _ in models.downs)
         return self.engine.made(models)
 
     def _scored(self, models: Iterable[tuple[str, Tree | None]], texts: bool) -> dict[str, Any]:
@@ -117,7 +117,7 @@ class Sharded:
             for rank, part in enumerate(parts(new, self.group.size)):
                 self._owners |= dict.fromkeys(part, rank)
             orders = [
-                Score([m for m in turn if self._owners[m[0]] == rank], texts)
+                ScorePart([m for m in turn if self._owners[m[0]] == rank], texts)
                 for rank in range(self.group.size)
             ]
             scored: dict[str, Any] = {}
@@ -160,27 +160,26 @@ def together(group: Group, prepare: Callable[[], T], same: Callable[[T], str]) -
     return own.get()
 
 
-def serve(group: Group, engine: ReferenceEngine, algorithm_of: Callable[[int], Algorithm]) -> None:
+def serve(group: Group, engine: Shell) -> None:
     """Trains and scores what process 0 hands out, until the run is over.
 
     Args:
         group: all processes.
         engine: this one's.
-        algorithm_of: the algorithm of a round.
 
     Raises:
         FedVLMError: that of process 0, or it ended.
     """
     last: int | None = None  # the round that this process has trained in
 
-    def perform(order: Train | Score) -> Any:
+    def perform(order: TrainPart | ScorePart) -> Any:
         nonlocal last
-        if isinstance(order, Score):
+        if isinstance(order, ScorePart):
             return order.perform(engine)
         for past in range(order.round if last is None else last, order.round):
             engine.store.refresh(past)  # it has been committed since
         last = order.round
-        return order.perform(engine, algorithm_of(order.round))
+        return order.perform(engine)
 
     while not isinstance(order := group.receive(0), End):
         group.send(attempt(partial(perform, order)).portable(group.rank), 0)

@@ -12,13 +12,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedvlm.algorithms.table import NOBODY, TABLE, Algorithm, build
+from fedvlm.algorithms.base import NOBODY, Visit
+from fedvlm.algorithms.table import build, find
 from fedvlm.errors import FedVLMError
 from fedvlm.planning import footprint
-from fedvlm.planning.footprint import Footprint
-from fedvlm.rounds import prepare as preparing
+from fedvlm.planning.footprint import Exchange, Exchanges, Footprint
+from fedvlm.rounds.prepare import divide, weights_of
 from fedvlm.rounds.schedule import plan
 from fedvlm.settings.sections import Config
 
@@ -84,24 +85,29 @@ def forecast(config: Config) -> Forecast:
     unknown: list[str] = []
     partition = _partition(config, unknown)
     names = partition.clients if partition else _stated(config)
-    algorithm = build(config.algorithm, config.lora, config.wire)
-    rounds = list(plan(config, algorithm, names or (NOBODY.name,)))
-    visits = [(round_.algorithm, client) for round_ in rounds for client in round_.cohort]
-    steps, seen = zip(*_work(config, partition, names, visits), strict=True)
-    size, sent = None, dict[str, tuple[int, ...]]()
-    if (model := _model(config, unknown)) is not None:
-        adapter = footprint.shapes(model, config)
-        size = footprint.measure(config, model, adapter, {id(a): a for a, _ in visits}.values())
-        up, down = zip(*footprint.messages(config, adapter, visits), strict=True)
-        sent = {"up": up, "down": down}
+    algorithm = build(config.algorithm, config.lora)
+    rounds = list(plan(config, algorithm, names or (NOBODY.client,)))
+    weights = weights_of(config, partition) if partition else dict.fromkeys(names or ("",), 1.0)
+    visits = [visit for round_ in rounds for visit in round_.visits(weights).values()]
+    model = _model(config, unknown)
+    adapter = footprint.stand_in(config) if model is None else footprint.shapes(model, config)
+    exchanges = footprint.Exchanges(config, algorithm, adapter)
+    found = list(_work(config, partition, names, visits, exchanges))
+    steps, seen = [w.steps for w in found], [w.examples for w in found]
+    size, sent = None, dict[str, list[int]]()
+    if model is not None:
+        trains = {id(e): e for e in (w.exchange for w in found)}.values()
+        stretches = [stretch for exchange in trains for stretch in exchange.stretches]
+        size = footprint.measure(config, model, adapter, stretches)
+        sent = {"up": [w.exchange.up for w in found], "down": [w.exchange.down for w in found]}
     whole = names is not None
     return Forecast(
         config=config,
         clients=len(names) if names else None,
         cohort=len(rounds[0].cohort) if names else config.train.clients_per_round,
-        tuning=algorithm.final is not None,
+        tuning=algorithm.final,
         rows=_rows(partition),
-        steps=None if None in steps else Spread.of(steps),
+        steps=None if None in steps else Spread.of(n or 0 for n in steps),
         all_steps=_total(steps) if whole else None,
         examples=_total(seen) if whole else None,
         size=size,
@@ -126,7 +132,7 @@ def _partition(config: Config, unknown: list[str]) -> Partition | None:
     on_hub = config.data.path and not Path(config.data.path).expanduser().exists()
     try:
         with _from_cache():
-            return preparing.divide(config)[1]
+            return divide(config)[1]
     except FedVLMError as error:
         if not on_hub or not isinstance(error.__cause__, OSError):
             raise
@@ -169,29 +175,46 @@ def _rows(partition: Partition | None) -> dict[str, Spread]:
     return {split: Spread.of(c[split] for c in counts) for split in ("train", "val", "test")}
 
 
+class Work(NamedTuple):
+    """A client in a round.
+
+    Attributes:
+        steps: optimizer steps; None where they follow from rows that are not known.
+        examples: rows that these steps see; None where the rows are not known.
+        exchange: its messages and its stretches of training.
+    """
+
+    steps: int | None
+    examples: int | None
+    exchange: Exchange
+
+
 def _work(
     config: Config,
     partition: Partition | None,
     names: Sequence[str] | None,
-    visits: Iterable[tuple[Algorithm, str]],
-) -> Iterator[tuple[int | None, int | None]]:
-    """Of every client in every round: its steps, and the rows that they see."""
+    visits: Iterable[Visit],
+    exchanges: Exchanges,
+) -> Iterator[Work]:
+    """The work of every client in every round."""
     from fedvlm.data import pool
 
     train = config.train
-    if TABLE[config.algorithm.name].pools and names:
+    if find(config.algorithm.name).pools and names:
         partition = pool.pooled(partition) if partition else None
         train = pool.as_long(config, len(names)).train
     told = train.local_epochs is None  # else the steps follow from the rows
-    for algorithm, client in visits:
-        rows = len(partition.splits[client].train) if partition else None
+    for visit in visits:
+        rows = len(partition.splits[visit.client].train) if partition else None
         usual = train.steps(rows or 0) if rows or told else None
-        lengths = [phase.steps or usual for phase in algorithm.phases]
-        steps = _total(lengths)
+        exchange = exchanges.of(visit, usual or 1)
+        lengths = [usual if s.steps is None else s.steps for s in exchange.stretches]
+        steps = _total(lengths) if usual is not None else None
         if rows is None or steps is None:
-            yield steps, None
+            yield Work(steps, None, exchange)
         else:
-            yield steps, sum(examples(rows, train.batch_size, n or 0) for n in lengths)
+            seen = sum(examples(rows, train.batch_size, n or 0) for n in lengths)
+            yield Work(steps, seen, exchange)
 
 
 def _model(config: Config, unknown: list[str]) -> Any:

@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm import config as configs
-from fedvlm.algorithms.table import TABLE, meaningful
+from fedvlm.algorithms.base import Algorithm
+from fedvlm.algorithms.table import ALIASES, OWN, find, names, taken
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.metrics import mean, standard_error
 from fedvlm.rounds.progress import Progress
@@ -26,6 +28,7 @@ BASELINES = ("lora", "lora+ft")
 Event = tuple[str, dict[str, Any], float]
 Tell = Callable[[Event], None]
 Work = Callable[[str, Config, Tell], None]
+Compared = str | tuple[str, Algorithm]
 
 
 @dataclass(frozen=True)
@@ -42,37 +45,58 @@ class Comparison:
 
 
 def compare(
-    algorithms: Sequence[str],
-    config: str | Path | dict[str, Any] | Config | None = None,
+    algorithms: Sequence[Compared],
+    config: configs.Source = None,
     *overrides: str,
     seeds: int = 1,
     jobs: int = 1,
     tell: Tell | None = None,
 ) -> Comparison:
-    """Runs every algorithm with every seed; what was done before is skipped, or gone on with.
+    """Runs every algorithm with every seed; finished runs are skipped, unfinished ones continued.
 
     For one seed, all algorithms get the same rows, clients, splits, cohorts, batches and initial
-    adapter.
+    adapter. A setting of the section ``algorithm`` goes to the algorithms that take it.
 
     Args:
-        algorithms: names from the table.
+        algorithms: names, see ``fedvlm algorithms``; or objects, as ``(label, algorithm)``.
         config: as for :func:`fedvlm.run`; ``output`` is the folder of the comparison.
         *overrides: dotted assignments.
         seeds: seeds ``config.seed``, ``config.seed + 1``, ...
-        jobs: runs at a time, each in a process of its own with one thread.
+        jobs: runs at a time, each in a process of its own with one thread. Objects need jobs=1:
+            they do not cross processes.
         tell: called with (run, metrics line, seconds) after every round.
 
     Raises:
         FedVLMError: as :func:`fedvlm.run`; or the folder holds other runs.
     """
-    base = configs.load(config, *overrides)
-    runs = _runs(base, algorithms, seeds, jobs)
-    if stores.is_run(base.output):
+    runs = planned(algorithms, config, *overrides, seeds=seeds, jobs=jobs)
+    objects = dict(a for a in algorithms if not isinstance(a, str))
+    folder = Path(next(iter(runs.values())).output).parent
+    if stores.is_run(folder):
         raise FedVLMError(
-            f"output: '{base.output}' holds a single run; choose another folder with output=DIR"
+            f"output: '{folder}' holds a single run; choose another folder with output=DIR"
         )
-    each(run_one, {name: c for name, c in runs.items() if not done(c)}, jobs, tell)
-    return _conclude(Path(base.output), algorithms, runs)
+    left = {name: c for name, c in runs.items() if not done(c)}
+    each(_Runs(objects), left, jobs, tell)
+    return _conclude(folder, runs)
+
+
+def planned(
+    algorithms: Sequence[Compared],
+    config: configs.Source = None,
+    *overrides: str,
+    seeds: int = 1,
+    jobs: int = 1,
+) -> dict[str, Config]:
+    """The runs of a comparison: name -> settings; see :func:`compare`.
+
+    Raises:
+        ConfigError: all mistakes, of all runs.
+    """
+    tree, problems = configs.read(config, *overrides)
+    objects = dict(a for a in algorithms if not isinstance(a, str))
+    labels = [ALIASES.get(a, a) if isinstance(a, str) else a[0] for a in algorithms]
+    return _runs(tree, list(dict.fromkeys(labels)), objects, seeds, jobs, problems)
 
 
 def each(work: Work, runs: Mapping[str, Config], jobs: int = 1, tell: Tell | None = None) -> None:
@@ -99,33 +123,81 @@ def each(work: Work, runs: Mapping[str, Config], jobs: int = 1, tell: Tell | Non
         _in_processes(work, runs, jobs, tell)
 
 
-def _runs(base: Config, algorithms: Sequence[str], seeds: int, jobs: int) -> dict[str, Config]:
-    problems = []
+def _runs(
+    tree: dict[str, Any],
+    labels: Sequence[str],
+    objects: Mapping[str, Algorithm],
+    seeds: int,
+    jobs: int,
+    problems: list[str],
+) -> dict[str, Config]:
     if seeds < 1 or jobs < 1:
         problems.append(f"seeds and jobs must be at least 1, got {seeds} and {jobs}")
-    if not algorithms:
-        problems.append(f"name the algorithms to compare; there are {', '.join(TABLE)}")
-    runs = {}
-    for seed in range(base.seed, base.seed + seeds):
-        for name in algorithms:
-            tree = base.model_dump()
-            if name in TABLE:
-                tree["algorithm"] = meaningful(name, tree["algorithm"])
-                for key in ("ranks", "spare"):
-                    if f"lora.{key}" not in TABLE[name].settings:
-                        tree["lora"][key] = None
-            tree["algorithm"]["name"] = name
-            tree["seed"] = seed
-            tree["output"] = str(Path(base.output) / f"{name}-seed-{seed}")
+    if not labels:
+        problems.append(f"name the algorithms to compare; there are {', '.join(names())}")
+    if objects and jobs > 1:
+        problems.append(
+            f"jobs={jobs}: {', '.join(objects)} was handed over as an object, which stays in this "
+            "process; set jobs=1, or install it as an entry point of the group 'fedvlm.algorithms'"
+        )
+    for label in objects:
+        if not re.fullmatch(r"[\w.+-]+", label) or label in names():
+            problems.append(
+                f"'{label}' is no label for an object: letters, digits and . + - _, and no name of "
+                "the table"
+            )
+    problems += _nobodys(tree.get("algorithm"), [x for x in labels if x not in objects])
+    first, runs = tree.get("seed") or 0, {}
+    for seed in range(first, first + seeds) if isinstance(first, int) else [first]:
+        for label in labels:
+            own = _settings(tree, label, label in objects)
+            own |= {"seed": seed, "output": _folder(tree, label, seed)}
             if jobs > 1:
-                tree["engine"]["threads"] = 1
+                own["engine"] = {**(own.get("engine") or {}), "threads": 1}
             try:
-                runs[f"{name} seed {seed}"] = configs.load(tree)
+                runs[f"{label} seed {seed}"] = configs.checked(own)
             except ConfigError as error:
                 problems.extend(p for p in error.problems if p not in problems)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problems)))
     return runs
+
+
+def _folder(tree: dict[str, Any], label: str, seed: Any) -> str:
+    return str(Path(tree.get("output") or Config().output) / f"{label}-seed-{seed}")
+
+
+def _settings(tree: dict[str, Any], label: str, is_object: bool) -> dict[str, Any]:
+    """The settings of one algorithm's runs: those that mean nothing to it are left out."""
+    own: dict[str, Any] = json.loads(json.dumps(tree))
+    given = own.get("algorithm")
+    if is_object:
+        return own | {"algorithm": {"name": f"{OWN}:{label}"}}
+    try:
+        entry = find(label)
+    except (KeyError, FedVLMError):  # the check of the settings says so
+        return own | {"algorithm": {"name": label}}
+    if given is None or isinstance(given, dict):
+        own["algorithm"] = taken(label, given or {})
+    if isinstance(own.get("lora"), dict):
+        meant = {"ranks": entry.ranks, "spare": entry.spare}
+        own["lora"] = {k: v for k, v in own["lora"].items() if meant.get(k, True)}
+    return own
+
+
+def _nobodys(given: Any, labels: Sequence[str]) -> list[str]:
+    """The settings of ``algorithm`` that none of the compared algorithms takes."""
+    if not isinstance(given, dict):
+        return []
+    known = {"name"}
+    for label in labels:
+        with contextlib.suppress(KeyError, FedVLMError):
+            known |= find(label).settings.model_fields.keys()
+    return [
+        f"algorithm.{key}: none of {', '.join(labels) or 'the objects'} takes it"
+        for key in given
+        if key not in known
+    ]
 
 
 def done(config: Config) -> bool:
@@ -156,15 +228,25 @@ class _Relay(Progress):
         self.tell((self.name, line, seconds))
 
 
-def run_one(name: str, config: Config, tell: Tell) -> None:
-    """Does a run, or goes on with it."""
-    from fedvlm.rounds.federate import resume, run
+class _Runs:
+    """Does a run, or continues it, with the object of its label where there is one."""
 
-    progress = _Relay(name, tell)
-    if stores.is_run(config.output):
-        resume(config.output, progress)
-    else:
-        run(config, progress=progress)
+    def __init__(self, objects: Mapping[str, Algorithm]):
+        self.objects = dict(objects)
+
+    def __call__(self, name: str, config: Config, tell: Tell) -> None:
+        from fedvlm.rounds.federate import resume, run
+
+        progress = _Relay(name, tell)
+        algorithm = self.objects.get(config.algorithm.name.removeprefix(f"{OWN}:"))
+        if stores.is_run(config.output):
+            resume(config.output, progress, algorithm=algorithm)
+        else:
+            run(config, algorithm=algorithm, progress=progress)
+
+
+run_one = _Runs({})
+"""Does a run whose algorithm has a name, or continues it."""
 
 
 def _in_processes(work: Work, runs: Mapping[str, Config], jobs: int, tell: Tell) -> None:
@@ -236,12 +318,13 @@ def _ends_with_its_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _conclude(folder: Path, algorithms: Sequence[str], runs: dict[str, Config]) -> Comparison:
+def _conclude(folder: Path, runs: dict[str, Config]) -> Comparison:
     from fedvlm.figures.plots import plot_comparison
 
-    results: dict[str, list[Results]] = {name: [] for name in algorithms}
+    results: dict[str, list[Results]] = {}
     for config in runs.values():
-        results[config.algorithm.name].append(Results.read(config.output))
+        label = config.algorithm.name.removeprefix(f"{OWN}:")
+        results.setdefault(label, []).append(Results.read(config.output))
     rows = sorted(
         (_row(name, found) for name, found in results.items()), key=lambda r: -r["personal"]
     )

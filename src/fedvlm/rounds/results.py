@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fedvlm.algorithms.table import NOBODY, Algorithm, Client, State
+from fedvlm.algorithms.base import State
 from fedvlm.engines.base import Answer, Engine, Models
 from fedvlm.metrics import METRICS, average, summarize
+from fedvlm.rounds.schedule import Round, standing
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config
 from fedvlm.store.files import read_lines, slugs, write_text
@@ -72,21 +73,19 @@ class Results:
 
 def write_results(config: Config, names: Sequence[str], store: Store, engine: Engine) -> Results:
     """Writes adapters, the table as CSV and JSON, and the picture; ``table.json`` last."""
-    from fedvlm.algorithms.table import build
     from fedvlm.figures.plots import plot_run
 
-    lines = store.lines()
-    algorithm, state = build(config.algorithm, config.lora, config.wire).last, store.server()
-    clients = scored(config, names)
+    lines, state = store.lines(), store.server()
+    last, clients = standing(config, engine.algorithm), scored(config, names)
     answers = {"untuned": read_lines(store.folder / "answers" / "untuned.jsonl")}
     for kind, models in (("global", global_models), ("personal", personal_models)):
-        found = engine.answer(kind, models(algorithm, state, clients))
+        found = engine.answer(kind, models(engine, last, state, clients))
         answers[kind] = write_answers(store.folder, kind, found)
     table = tabulate(config, lines, names) | {"groups": _groups(config, answers)}
     folder = store.folder / "adapters"
-    engine.export(global_models(algorithm, state, [NOBODY.name]), {NOBODY.name: folder / "global"})
+    engine.export(global_models(engine, last, state, [""]), {"": folder / "global"})
     folders = {client: folder / name for client, name in table["folders"].items()}
-    engine.export(personal_models(algorithm, state, clients), folders)
+    engine.export(personal_models(engine, last, state, clients), folders)
     write_text(store.folder / "table.csv", as_csv(table))
     if table["groups"]:
         write_text(store.folder / "groups.csv", groups_csv(table))
@@ -112,20 +111,16 @@ def of_all(some: Collection[str], clients: Collection[str]) -> str:
     return count if len(some) == len(clients) else f"{count}, {len(some):,} of them scored"
 
 
-def global_models(
-    algorithm: Algorithm, state: State, clients: Iterable[str], round_: int = 0
-) -> Models:
-    """What clients have that keep nothing of their own: the shared factors on the common start."""
-    down = algorithm.download(state, NOBODY)
-    return Models("global", algorithm, ((client, down) for client in clients), round_)
+def global_models(engine: Engine, round_: Round, state: State, clients: Iterable[str]) -> Models:
+    """The models of clients that keep nothing: the shared factors on the common start."""
+    down = engine.algorithm.send(state, round_.visit(""))
+    return Models("global", ((round_.visit(client), down) for client in clients))
 
 
-def personal_models(
-    algorithm: Algorithm, state: State, clients: Iterable[str], round_: int = 0
-) -> Models:
-    """What each client has: the shared factors and those it keeps."""
-    downs = ((client, algorithm.download(state, Client(client, 1.0))) for client in clients)
-    return Models("personal", algorithm, downs, round_)
+def personal_models(engine: Engine, round_: Round, state: State, clients: Iterable[str]) -> Models:
+    """The models that clients have: the shared factors and those that they keep."""
+    visits = map(round_.visit, clients)
+    return Models("personal", ((v, engine.algorithm.send(state, v)) for v in visits))
 
 
 def write_answers(

@@ -10,12 +10,11 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from fedvlm.settings.method import AlgorithmConfig as AlgorithmConfig
 from fedvlm.settings.method import Fraction, Positive, Section
 from fedvlm.settings.method import LoraConfig as LoraConfig
-from fedvlm.settings.method import ServerConfig as ServerConfig
 
 _FORM = "a mapping of clients to row numbers, such as {north: [0, 1, 2], south: [3, 4, 5]}"
 
@@ -321,7 +320,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
     lora: LoraConfig = LoraConfig()
-    algorithm: AlgorithmConfig = AlgorithmConfig()
+    algorithm: SerializeAsAny[AlgorithmConfig] = AlgorithmConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
     wire: WireConfig = WireConfig()
@@ -338,15 +337,6 @@ class Config(Section):
         return self
 
     @model_validator(mode="after")
-    def _algorithm_can_be_run(self) -> Config:
-        from fedvlm.algorithms.table import check_config
-
-        wrong = check_config(self)
-        if wrong:
-            raise ValueError("; ".join(wrong))
-        return self
-
-    @model_validator(mode="after")
     def _metric_is_measured(self) -> Config:
         if self.eval.metric == "reward_accuracy" and self.objective.name != "dpo":
             raise ValueError(
@@ -354,14 +344,6 @@ class Config(Section):
                 f"objective.name=dpo (got {self.objective.name})"
             )
         return self
-
-    @property
-    def adapter(self) -> LoraConfig:
-        """``lora``, with the spare ranks that the algorithm needs."""
-        from fedvlm.algorithms.table import spare_ranks
-
-        spare = spare_ranks(self.algorithm.name, self.lora)
-        return self.lora.model_copy(update={"spare": spare or None})
 
     @property
     def metric(self) -> str:

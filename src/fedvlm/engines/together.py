@@ -1,0 +1,100 @@
+"""The programs of a pass of clients: those that wait for the same kind of training train together.
+
+A program is the client's side of an algorithm, a generator. Each runs until it asks for training.
+The clients whose requests are of one kind are trained in one go, get their results, and run on.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+from fedvlm.algorithms.base import Ask, Program, Score, Sent, Train, Trained, Validation, step
+from fedvlm.engines.wire import Task
+from fedvlm.tree import Tree
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@dataclass
+class Member:
+    """A client of a pass, and how far its program is.
+
+    Attributes:
+        task: its work.
+        program: the client's side of the algorithm.
+        ask: what it waits for, or its end.
+        stretches: how many stretches of training it has had.
+        losses: the loss of every step so far, each a scalar.
+        end: its adapter after the last stretch; empty before the first.
+        session: the engine's optimizer of the last stretch, shared by the clients of that stretch.
+        place: its place among those clients.
+    """
+
+    task: Task
+    program: Program
+    ask: Ask | Sent | None = None
+    stretches: int = 0
+    losses: list[Tensor] = field(default_factory=list)
+    end: Tree = field(default_factory=dict)
+    session: Any = None
+    place: int = 0
+
+    @property
+    def wanted(self) -> Train:
+        """Its request for training."""
+        assert isinstance(self.ask, Train)
+        return self.ask
+
+    @property
+    def sent(self) -> Sent:
+        """The end of its round."""
+        assert isinstance(self.ask, Sent)
+        return self.ask
+
+
+class Outcome(NamedTuple):
+    """One client's stretch of training: the program's answer, and the loss of every step."""
+
+    trained: Trained
+    losses: list[Tensor]
+
+
+TrainTogether = Callable[[Sequence[Member]], tuple[list[Outcome], Any]]
+"""Trains clients whose requests are of one kind; their outcomes, and the optimizer's session."""
+
+Validate = Callable[[str, Sequence[Tree]], tuple[Validation, ...]]
+"""``(client, adapters) -> scores`` on the client's validation rows; ``()`` without such rows."""
+
+
+def perform(members: Sequence[Member], train: TrainTogether, validate: Validate) -> None:
+    """Runs all programs to their end."""
+    for member in members:
+        member.ask = step(member.program)
+    while True:
+        for member in members:
+            while isinstance(member.ask, Score):
+                scores = validate(member.task.client, member.ask.trees)
+                member.ask = step(member.program, scores)
+        waiting = [member for member in members if isinstance(member.ask, Train)]
+        if not waiting:
+            return
+        first = _kind(waiting[0])
+        group = [member for member in waiting if _kind(member) == first]
+        outcomes, session = train(group)
+        for place, (member, outcome) in enumerate(zip(group, outcomes, strict=True)):
+            member.session, member.place = session, place
+            member.stretches += 1
+            member.losses += outcome.losses
+            member.end = outcome.trained.end
+            member.ask = step(member.program, outcome.trained)
+
+
+def _kind(member: Member) -> tuple[Any, ...]:
+    """What has to be the same for clients to train together."""
+    ask = member.wanted
+    trained = tuple(name for name in ask.begin if ask.trains(name))
+    session = id(member.session) if ask.resume else None
+    return trained, tuple(term.rate for term in ask.terms), session
