@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
+TINY = Path(__file__).resolve().parents[1] / "src" / "fedvlm" / "assets" / "tiny"
 SIDE, PATCH, SCALE = 64, 8, 2
 IMAGE_TOKENS = (SIDE // PATCH // SCALE) ** 2
 MAX_LENGTH = 1024  # tokens of text and picture together

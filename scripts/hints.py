@@ -15,8 +15,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import _tiny as tiny
 from fedvlm.data import render
-from fedvlm.models import tiny
 
 GRID = tiny.SIDE // tiny.PATCH
 CELLS = GRID // tiny.SCALE

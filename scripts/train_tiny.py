@@ -29,8 +29,8 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+import _tiny as tiny
 from fedvlm.data import compose, questions, render
-from fedvlm.models import tiny
 from hints import Hints
 from muon import Muon
 
