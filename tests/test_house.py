@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from pathlib import Path
 
@@ -11,6 +12,8 @@ sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import house
 
+ROOT = Path(__file__).parents[1]
+PAGE = (ROOT / "CONTRIBUTING.md").read_text(encoding="utf-8")
 TREE = {
     "__init__.py": "def load():\n    from fedvlm.roof.door import open_door\n",
     "roof/__init__.py": "",
@@ -113,3 +116,22 @@ def test_layers_are_read_from_a_list_and_from_the_contract_of_import_linter(tmp_
     assert house.read_layers(project) == house.read_layers(listed)
     with pytest.raises(SystemExit, match=r"none.toml' lists no layers: give a file with --layers"):
         house.read_layers(tmp_path / "none.toml")
+
+
+def section(title):
+    """The text of CONTRIBUTING.md below a heading of the second level."""
+    return PAGE.split(f"\n## {title}\n")[1].split("\n## ")[0]
+
+
+def test_contributing_draws_the_layers_of_pyproject():
+    drawn = re.findall(r"^- (`.+`): ", section("The house"), re.MULTILINE)
+    layers = [re.findall(r"`([^`]+)`", line) for line in drawn]
+    assert layers == house.read_layers(ROOT / "pyproject.toml")
+
+
+def test_the_map_has_one_line_for_every_file():
+    named = re.findall(r"^- `([^`]+\.py)`: \S", section("The map"), re.MULTILINE)
+    package = ROOT / "src" / "fedvlm"
+    empty = {f for f in house.files(ROOT) if (package / f).stat().st_size == 0}
+    assert all(Path(file).name == "__init__.py" for file in empty)
+    assert sorted(named) == sorted(house.files(ROOT).keys() - empty)
