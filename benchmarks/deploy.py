@@ -44,6 +44,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import _deploy.flower
+import _deploy.ours
 from _common import environment
 from _deploy.watch import Outcome, limited
 from peers import QUIET, VENV, install
@@ -96,12 +98,12 @@ def compare(sites: int, size: float, options: argparse.Namespace, flower: bool) 
     found: dict[str, Outcome] = {}
 
     def ours(folder: Path) -> Outcome:
-        return ours.measure(folder, sites, size, options.repeats, options.at_once)
+        return _deploy.ours.measure(folder, sites, size, options.repeats, options.at_once)
 
     def theirs(folder: Path) -> Outcome:
-        shapes = found["fedvlm"].shapes if "fedvlm" in found else ours.shapes(size)
+        shapes = found["fedvlm"].shapes if "fedvlm" in found else _deploy.ours.shapes(size)
         programs = options.venv.absolute() / "bin"
-        return flower.measure(folder, programs, QUIET, sites, shapes, options.repeats)
+        return _deploy.flower.measure(folder, programs, QUIET, sites, shapes, options.repeats)
 
     sides: dict[str, Callable[[Path], Outcome]] = {}
     if options.only != "flower":

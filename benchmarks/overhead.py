@@ -32,7 +32,7 @@ import torch
 
 from _small import settings
 from fedvlm.batches import objectives
-from fedvlm.engines.choice import cohort as cohort_engine
+from fedvlm.engines import cohort as cohort_engine
 from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Progress
 

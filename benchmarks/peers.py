@@ -48,13 +48,13 @@ from _common import best_threads, environment, paired, ratio, seconds
 
 HERE = Path(__file__).resolve().parent
 VENV = Path("~/.cache/fedvlm-bench/peers").expanduser()
-PEERS = {
-    "fedvlm-torchrun": ["_peer/fedvlm.py"],
-    "trainer": ["_peer/trainer.py", "trainer"],
-    "pfl": ["_peer/pfl.py"],
-    "flower": ["_peer/flower.py", "trainer"],
-    "flower-plain": ["_peer/flower.py", "plain"],
-    "flower-reload": ["_peer/flower.py", "trainer", "reload"],
+PEERS = {  # name -> module in benchmarks/, and its arguments after JOB and NAME
+    "fedvlm-torchrun": ["_peer.fedvlm"],
+    "trainer": ["_peer.trainer", "trainer"],
+    "pfl": ["_peer.pfl"],
+    "flower": ["_peer.flower", "trainer"],
+    "flower-plain": ["_peer.flower", "plain"],
+    "flower-reload": ["_peer.flower", "trainer", "reload"],
 }
 OURS = ("fedvlm-torchrun", "trainer")  # sides that run in this environment
 QUIET = {  # without these, Flower and Ray ask the network
@@ -166,6 +166,8 @@ class Ours:
 
     def __init__(self, folder: Path, batch: int, steps: int, rounds: int):
         import fedvlm
+        from fedvlm.algorithms.table import build
+        from fedvlm.engines.wire import Forms
         from fedvlm.rounds import prepare as preparing
 
         began = time.perf_counter()
@@ -180,8 +182,9 @@ class Ours:
         )
         self.folder, self.number = folder, 0
         self.engine, self.partition, self.store = preparing.prepare(self.config)
-        self.algorithm = fedvlm.algorithms.build(self.config.algorithm)
+        self.algorithm = build(self.config.algorithm)
         self.state = self.algorithm.init(self.engine.adapter)
+        self.forms = Forms(self.engine.adapter, self.config.wire.max_norm)
         self.startup = time.perf_counter() - began
         self.elements = sum(t.numel() for t in self.state.values())
         self._write_job(steps, rounds)
@@ -222,7 +225,7 @@ class Ours:
         (self.folder / "config.yaml").write_text(dump(self.config))
 
     def _plan(self, number: int) -> Any:
-        from fedvlm.rounds.federate import Round
+        from fedvlm.rounds.schedule import Round
 
         return Round(number, tuple(self.partition.clients), self.algorithm, evaluate=False)
 
@@ -232,7 +235,7 @@ class Ours:
 
         plan = self._plan(self.number + 1)
         self.result = federate._round(
-            plan, self.engine, self.partition.weights, self.state, (), Quiet()
+            plan, self.engine, self.partition.weights, self.state, (), Quiet(), self.forms
         )
 
     def round(self) -> float:
@@ -267,16 +270,19 @@ class Peer:
     """A peer's process, which does a round when it is told to."""
 
     def __init__(self, name: str, python: Path, folder: Path):
-        script, *rest = PEERS[name]
+        module, *rest = PEERS[name]
         start = [sys.executable if name in OURS else str(python)]
         if name == "fedvlm-torchrun":
             start += ["-m", "torch.distributed.run", "--nproc-per-node", str(os.cpu_count())]
-        command = [*start, str(HERE / script), str(folder), name, *rest]
+        command = [*start, "-m", module, str(folder), name, *rest]
+        path = [str(HERE)]  # Ray's workers import the module from it, too
+        if name in OURS:
+            path += filter(None, [os.environ.get("PYTHONPATH")])
         self._log = open(folder / f"{name}.log", "w+")  # noqa: SIM115
         began = time.perf_counter()
         self._process = subprocess.Popen(
             command,
-            env={**os.environ, **QUIET, "PYTHONPATH": str(HERE)},
+            env={**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join(path)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,

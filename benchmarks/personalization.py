@@ -37,12 +37,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from _common import ROOT
-from _personalization import cells as cells
-from _personalization import figures as figures
-from _personalization import pages as pages
+from _personalization import cells, figures, pages, record, targets
 from _personalization import plan as plans
-from _personalization import record as record
-from _personalization import targets as targets
 from _personalization.runs import Job, do, read
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import mean

@@ -1,6 +1,6 @@
 """fedvlm with a process a core, as `torchrun -m fedvlm run` works.
 
-Run by `peers.py`: torchrun --nproc-per-node N _peer/fedvlm.py JOB NAME
+Run by `peers.py`: torchrun --nproc-per-node N -m _peer.fedvlm JOB NAME
 """
 
 from __future__ import annotations
@@ -12,8 +12,10 @@ import fedvlm
 from _peer.common import Job, Pace
 from fedvlm.algorithms.table import build
 from fedvlm.engines.group import joined
+from fedvlm.engines.wire import Forms
 from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Quiet
+from fedvlm.rounds.schedule import Round
 
 
 def main() -> None:
@@ -26,12 +28,13 @@ def main() -> None:
             return
         engine, partition, store = federate._prepare_all(config, group, Quiet())
         state = algorithm.init(engine.adapter)
+        weights, forms = partition.weights, Forms(engine.adapter, config.wire.max_norm)
         job = Job(folder)
         pace = Pace(job, name)
         for number in range(1, job.rounds + 1):
             pace.wait()
-            plan = federate.Round(number, tuple(partition.clients), algorithm, evaluate=False)
-            state, line = federate._round(plan, engine, partition.weights, state, (), Quiet())
+            plan = Round(number, tuple(partition.clients), algorithm, evaluate=False)
+            state, line = federate._round(plan, engine, weights, state, (), Quiet(), forms)
             store.commit(number, state, line, {"round": number})
             pace.done(dict(state))
 

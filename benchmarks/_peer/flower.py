@@ -3,7 +3,7 @@
 The template loads its model anew for every message. Here an actor keeps it, and gets the adapter
 written into it, unless the last word is `reload`.
 
-Run by `peers.py`: python _peer/flower.py JOB NAME LOOP [reload]
+Run by `peers.py`: python -m _peer.flower JOB NAME LOOP [reload]
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ def client_app(folder: str, loop: str, reload: bool) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        import flower as here  # by its name, so that an actor keeps what it has cached
+        from _peer import flower as here  # by its name, so that an actor keeps what it has cached
 
         job, model = here.resident(folder)
         if reload:

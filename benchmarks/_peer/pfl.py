@@ -1,6 +1,6 @@
 """pfl-research's simulated FedAvg on the same PEFT model.
 
-Run by `peers.py`: python _peer/pfl.py JOB NAME
+Run by `peers.py`: python -m _peer.pfl JOB NAME
 """
 
 from __future__ import annotations

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _personalization import cells as cells
+from _personalization import cells
 from _personalization.cells import Cell
 from _personalization.record import Rates, read_rates
 from _personalization.runs import Job, read
