@@ -1,4 +1,4 @@
-"""fedvlm with a process a core, as `torchrun -m fedvlm run` works.
+"""fedvlm with one process for each core, like `torchrun -m fedvlm run`.
 
 Run by `peers.py`: torchrun --nproc-per-node N -m _peer.fedvlm JOB NAME
 """
