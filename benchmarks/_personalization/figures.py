@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from _personalization import ranks as ranking
 from _personalization.cells import REFERENCES, Cell
 from _personalization.pages import Row, scores
+from fedvlm.figures.style import KINDS
 from fedvlm.metrics import mean, standard_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DPI = 120
-PERSONAL, GLOBAL, UNTUNED = "#0072B2", "#E69F00", "#8C8C8C"  # the colours in the plots of a run
+PERSONAL, GLOBAL, UNTUNED = KINDS["personal"], KINDS["global"], KINDS["untuned"]
 COLUMNS = 4
 
 
