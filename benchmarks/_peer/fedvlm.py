@@ -1,6 +1,6 @@
-"""fedvlm with a process a core, as `torchrun -m fedvlm run` works.
+"""fedvlm with one process for each core, like `torchrun -m fedvlm run`.
 
-Run by `peers.py`: torchrun --nproc-per-node N _peer/fedvlm.py JOB NAME
+Run by `peers.py`: torchrun --nproc-per-node N -m _peer.fedvlm JOB NAME
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from fedvlm.engines.group import joined
 from fedvlm.engines.wire import Forms
 from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Quiet
+from fedvlm.rounds.schedule import Round
 
 
 def main() -> None:
@@ -30,7 +31,7 @@ def main() -> None:
         pace = Pace(job, name)
         for number in range(1, job.rounds + 1):
             pace.wait()
-            plan = federate.Round(number, tuple(partition.clients), evaluate=False)
+            plan = Round(number, tuple(partition.clients), evaluate=False)
             weights = partition.weights
             state, line = federate.one_round(plan, engine, weights, state, (), Quiet(), forms)
             store.commit(number, state, line, {"round": number})
