@@ -4,15 +4,15 @@ from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fedvlm.errors import FedVLMError
 from fedvlm.tree import Tree
@@ -20,33 +20,26 @@ from fedvlm.tree import Tree
 
 @contextlib.contextmanager
 def only_one(folder: Path, taken: str, patience: float = 0.0) -> Iterator[None]:
-    """Keeps a second process off a folder.
+    """Holds the lock of a folder, so that no second process works there.
+
+    The lock ends with its process, however the process ends.
 
     Args:
-        folder: is there already.
-        taken: what to say where another process has it.
-        patience: seconds to wait for that one to end.
+        folder: an existing folder.
+        taken: error message if another process holds the lock.
+        patience: seconds to wait for the other process to end.
 
     Raises:
-        FedVLMError: it has not ended, or the folder cannot be written.
+        FedVLMError: another process still holds the lock, or the folder cannot be written.
     """
-    with writable(folder):
-        handle = open(folder / ".lock", "w")  # noqa: SIM115
-    with handle:
-        until = time.monotonic() + patience
-        while not _locks(handle):
-            if time.monotonic() >= until:
-                raise FedVLMError(taken)
-            time.sleep(0.5)
-        yield
-
-
-def _locks(handle: IO[str]) -> bool:
+    lock = FileLock(folder / ".lock", thread_local=False)  # any thread may release it
     try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
+        with writable(folder):
+            held = lock.acquire(timeout=patience, poll_interval=0.5)
+    except Timeout:
+        raise FedVLMError(taken) from None
+    with held:
+        yield
 
 
 def _unfinished(path: Path) -> bool:
