@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from fedvlm.config import dump, load
 from fedvlm.data.clusters import cluster_codes
 from fedvlm.data.partition import Partition, make_partition
 from fedvlm.errors import ConfigError, DataError
+from fedvlm.planning.forecast import forecast
+from fedvlm.rounds.prepare import divide
 from test_partition import config, everyone, sizes, table
 
 TOPICS = {
@@ -178,3 +181,22 @@ def test_clusters_that_share_their_words_have_names_of_their_own():
 def test_answers_that_make_no_clusters_are_refused(answers, said):
     with pytest.raises(DataError, match=said):
         make_partition(table(40, answer=answers), config(kind="dirichlet", clusters=3, clients=2))
+
+
+@pytest.mark.parametrize("do", [divide, forecast])
+def test_without_scikit_learn_clusters_are_refused_before_any_row_is_read(do, monkeypatch):
+    asked = load(None, "partition={kind: dirichlet, clusters: 3}", "data.path=no/such.parquet")
+    with pytest.raises(DataError, match="does not exist"):
+        do(asked)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(DataError, match=r"clusters=3 needs .* pip install 'fedvlm\[clusters\]'"):
+        do(asked)
+
+
+def test_without_scikit_learn_every_other_partition_is_made(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    rows = table(40, answer=["yes", "no"] * 20)
+    for kind in ("iid", "dirichlet", "shards", "quantity"):
+        assert everyone(make_partition(rows, config(kind=kind, clients=2))) == list(range(40))
+    with pytest.raises(DataError, match=r"fedvlm\[clusters\]"):
+        make_partition(rows, config(kind="dirichlet", clusters=2, clients=2))

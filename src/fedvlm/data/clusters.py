@@ -4,13 +4,28 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import numpy as np
 
 from fedvlm.errors import DataError
+from fedvlm.settings.sections import PartitionConfig
 
 _WORDS = 20_000  # most frequent words that are looked at
 _NAMED = 3  # words in a cluster's name
+
+
+def check_installed(settings: PartitionConfig) -> None:
+    """Refuses a partition by clusters where scikit-learn is not installed.
+
+    Raises:
+        DataError: with the command that installs it.
+    """
+    if settings.clusters and find_spec("sklearn") is None:
+        raise DataError(
+            f"partition.clusters={settings.clusters} needs scikit-learn, which is not installed: "
+            "pip install 'fedvlm[clusters]', or label the rows by partition.column"
+        )
 
 
 def cluster_codes(texts: Sequence[str], count: int, seed: int) -> tuple[np.ndarray, list[str]]:

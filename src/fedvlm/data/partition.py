@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from fedvlm.data import assign, explicit
-from fedvlm.data.clusters import cluster_codes
+from fedvlm.data.clusters import check_installed, cluster_codes
 from fedvlm.data.labels import binned_codes, codes_of, values_of
 from fedvlm.data.skew import Skew, frequent, measure
 from fedvlm.errors import DataError
@@ -175,6 +175,7 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
             or lists that do not name every row.
     """
     settings = config.partition
+    check_installed(settings)
     by_site = settings.kind == "auto" and config.data.path is None and "site" in rows.column_names
     kind = ("column" if by_site else "iid") if settings.kind == "auto" else settings.kind
     column = "site" if by_site else settings.column
