@@ -11,10 +11,12 @@ import functools
 import math
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+DIGITS = Path(__file__).parents[1] / "assets" / "digits" / "digits.npz"
 SIDE = 64  # pixels of a picture's edge
 CELL = SIDE // 2  # a scene is a 2 x 2 grid of places
 _ZOOM = 2
@@ -241,14 +243,15 @@ def _spikes(count: int, inner: float) -> tuple[tuple[float, float], ...]:
 
 @functools.lru_cache(maxsize=1)
 def handwriting() -> tuple[np.ndarray, ...]:
-    """scikit-learn's 1,797 handwritten digits by value: ten arrays [samples, 8, 8], 0 (ground) to
-    255 (ink).
-    """
-    from sklearn.datasets import load_digits
+    """The 1,797 handwritten digits in ``assets/digits``, by value.
 
-    digits = load_digits()
-    ink = np.clip(digits.images * 16, 0, 255).astype(np.uint8)
-    return tuple(ink[digits.target == value] for value in range(10))
+    Returns:
+        Ten arrays ``[samples, 8, 8]``, 0 (ground) to 255 (ink).
+    """
+    with np.load(DIGITS) as digits:
+        images, values = digits["images"], digits["values"]
+    ink = np.minimum(images.astype(np.int64) * 16, 255).astype(np.uint8)
+    return tuple(ink[values == value] for value in range(10))
 
 
 def _print(thing: Thing) -> Image.Image:
