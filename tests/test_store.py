@@ -1,5 +1,8 @@
 """The run's folder: atomic, resumable, and clear about what it refuses."""
 
+import threading
+import time
+
 import pytest
 import torch
 
@@ -62,6 +65,25 @@ def test_a_second_process_is_kept_off(store):
     other = Store(store.folder)
     with pytest.raises(FedVLMError, match="another process"), other.locked():
         pass
+
+
+def test_who_waits_gets_the_folder_once_it_is_free(tmp_path):
+    (tmp_path / "shared").mkdir()
+    held = files.only_one(tmp_path / "shared", "taken")
+    held.__enter__()
+    leave = threading.Timer(0.3, held.__exit__, (None, None, None))  # in another thread
+    leave.start()
+    began = time.monotonic()
+    with files.only_one(tmp_path / "shared", "taken", patience=60.0):
+        assert 0.2 < time.monotonic() - began < 30.0
+    leave.join()
+
+
+def test_an_output_folder_may_hold_a_lock_file(tmp_path):
+    with files.only_one(tmp_path, "taken"):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        stores.check_fresh(tmp_path)
+    stores.check_fresh(tmp_path)
 
 
 def test_client_folders_are_distinct_and_safe():

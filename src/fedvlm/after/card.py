@@ -9,8 +9,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
-
 from fedvlm.metrics import METRICS, number
 from fedvlm.rounds.results import of_all
 from fedvlm.settings.sections import Config
@@ -30,16 +28,20 @@ STAGES = {
 
 
 def front_matter(base: str, *, merged: bool) -> str:
-    """The YAML that the hub reads. The licence is left out: it is the publisher's to choose."""
-    head: dict[str, Any] = {"base_model": base}
-    head["base_model_relation"] = "finetune" if merged else "adapter"
-    head["library_name"] = "transformers" if merged else "peft"
-    head["pipeline_tag"] = "image-text-to-text"
+    """The YAML block that the hub reads. It has no licence: the publisher chooses one."""
+    from huggingface_hub import ModelCardData
+
     tags = [] if merged else [f"base_model:adapter:{base}"]
-    head["tags"] = [*tags, "lora", "federated-learning", "vision-language", "fedvlm"]
+    head = ModelCardData(
+        base_model=base,
+        base_model_relation="finetune" if merged else "adapter",
+        library_name="transformers" if merged else "peft",
+        pipeline_tag="image-text-to-text",
+        tags=[*tags, "lora", "federated-learning", "vision-language", "fedvlm"],
+    )
     local = Path(base).is_absolute()
     note = "# base_model is a folder: put a hub name before you publish this card\n" * local
-    return f"---\n{note}{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
+    return f"---\n{note}{head.to_yaml()}\n---\n"
 
 
 def text(

@@ -123,9 +123,11 @@ def _most_kept(config: Config, partition: Partition, algorithm: Algorithm) -> in
 def divide(config: Config) -> tuple[Any, Partition]:
     """The rows, and who has which."""
     from fedvlm.batches import objectives
+    from fedvlm.data.clusters import check_installed
     from fedvlm.data.partition import make_partition
     from fedvlm.data.sources import load_rows
 
+    check_installed(config.partition)
     rows = load_rows(config.data, config.seed, pairs=objectives.build(config.objective).pairs)
     partition = make_partition(rows, config)
     split, clients = config.eval.split, scored(config, partition.clients)
