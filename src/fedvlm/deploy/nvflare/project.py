@@ -277,7 +277,7 @@ def write_job(folder: Path, job: Path, sites: list[str], limits: Limits) -> Path
     executor, client = SITE_CLASSES
     threads = {"max_call_threads": limits.at_once + 4}
     collab = {"server_obj_id": "_server", "sync_task_timeout": 120, **threads}
-    files = {
+    described = {
         "meta.json": {
             "name": "fedvlm",
             "resource_spec": {},
@@ -303,6 +303,6 @@ def write_job(folder: Path, job: Path, sites: list[str], limits: Limits) -> Path
             "components": [{"id": "_client", "path": client, "args": {}}],
         },
     }
-    for name, tree in files.items():
+    for name, tree in described.items():
         files.write_text(folder / name, json.dumps(tree, indent=2))
     return folder
