@@ -322,12 +322,12 @@ def test_a_full_disk_loses_nothing_and_the_round_can_be_done_again(data, tmp_pat
             raise OSError(28, "No space left on device")
         plain(path, tree)
 
-    monkeypatch.setattr(store, "save_tree", full)
+    monkeypatch.setattr(files, "save_tree", full)
     with pytest.raises(FedVLMError, match="disk is full, and round 2 is not kept") as error:
         site.train(2, down)
     assert str(tmp_path) not in str(error.value), "the server is told"
     assert [path.name for path in (site.store.folder / "rounds").iterdir()] == ["00001"]
-    monkeypatch.setattr(store, "save_tree", plain)
+    monkeypatch.setattr(files, "save_tree", plain)
     assert site.store.rounds() == [1]
     kept = site.store.personal(["site-0"])[0]
     assert all(torch.equal(kept[n], t) for n, t in first.trees["mine"].items())
