@@ -77,7 +77,7 @@ class Finished(dict):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, pictures):
     return Finished(tmp_path_factory.mktemp("runs"))
 
 
