@@ -15,6 +15,7 @@ from pathlib import Path
 import pytest
 
 from fedvlm.processes import cores
+from forked import Commands
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -146,6 +147,14 @@ def families_table() -> str:
 def _cell(outcomes: list[str]) -> str:
     passed = outcomes.count("passed")
     return "yes" if passed == len(outcomes) > 0 else f"{passed} of {len(outcomes)} tests"
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory):
+    """Runs commands of fedvlm in processes, for tests that interrupt or kill them."""
+    found = Commands(tmp_path_factory.mktemp("commands"))
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="session")
