@@ -1,4 +1,4 @@
-"""What the tests share: small runs on the bundled model and data, one thread, no network."""
+"""Shared fixtures: small runs on the bundled model and data, one thread, no network."""
 
 from __future__ import annotations
 
@@ -14,6 +14,9 @@ from pathlib import Path
 
 import pytest
 
+from fedvlm.processes import cores
+from forked import Commands
+
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
 
@@ -24,13 +27,28 @@ def _one_thread():
     torch.set_num_threads(1)
 
 
-@pytest.fixture
-def no_pictures(monkeypatch):
-    """Runs draw nothing, which takes a third of a small one's time: for tests of other things."""
+@pytest.fixture(scope="session", autouse=True)
+def no_pictures():
+    """Runs draw no pictures: drawing would take a third of a small run's time."""
     from fedvlm.figures import plots, skewplot
 
-    monkeypatch.setattr(plots, "plot_run", lambda *args, **options: None)
-    monkeypatch.setattr(skewplot, "plot_partition", lambda *args, **options: None)
+    drawing = (
+        (plots, "plot_run", plots.plot_run),
+        (skewplot, "plot_partition", skewplot.plot_partition),
+    )
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, _ in drawing:
+            patch.setattr(module, name, lambda *args, **options: None)
+        yield drawing
+
+
+@pytest.fixture(scope="module")
+def pictures(no_pictures):
+    """Runs draw their pictures while a module that asks for this is tested."""
+    with pytest.MonkeyPatch.context() as patch:
+        for draws in no_pictures:
+            patch.setattr(*draws)
+        yield
 
 
 @pytest.fixture
@@ -74,12 +92,19 @@ def pytest_addoption(parser):
     parser.addoption("--families-table", help="write what test_families.py found as Markdown")
 
 
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_auto_num_workers():
+    """One worker more than there are cores: one of them mostly waits, for deployed runs."""
+    return cores() + 1
+
+
 def pytest_collection_modifyitems(items):
-    """The tests of a model family follow one another: they share its model and its run."""
+    """Tests that wait come first. The tests of a model family share a model: they stay together."""
     ours = [n for n, item in enumerate(items) if item.path.name == "test_families.py"]
     by_family = sorted((items[n] for n in ours), key=lambda item: item.callspec.params["family"])
     for n, item in zip(ours, by_family, strict=True):
         items[n] = item
+    items.sort(key=lambda item: item.get_closest_marker("waits") is None)
 
 
 @pytest.hookimpl(wrapper=True)
@@ -122,6 +147,14 @@ def families_table() -> str:
 def _cell(outcomes: list[str]) -> str:
     passed = outcomes.count("passed")
     return "yes" if passed == len(outcomes) > 0 else f"{passed} of {len(outcomes)} tests"
+
+
+@pytest.fixture(scope="session")
+def commands(tmp_path_factory):
+    """Runs commands of fedvlm in processes, for tests that interrupt or kill them."""
+    found = Commands(tmp_path_factory.mktemp("commands"))
+    yield found
+    found.close()
 
 
 @pytest.fixture(scope="session")

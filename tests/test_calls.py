@@ -24,6 +24,14 @@ class Site:
         return {"did": header["do"]}, blob[::-1]
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _settled():
+    """As in a deployed process, where :func:`calls.release` looks at new objects only."""
+    calls.settle()
+    yield
+    gc.unfreeze()
+
+
 @pytest.fixture
 def site(monkeypatch):
     monkeypatch.setattr(calls, "PATIENCE", 0.05)

@@ -21,7 +21,7 @@ from loopback import begin, processes, read, said, serve, until
 from wiretap import Wiretap, are_records, pieces_of, pieces_of_rows
 
 pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy]'")
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.waits]
 
 SITES = ("north", "south")
 SMALL = {

@@ -1,11 +1,8 @@
 """The round loop on the bundled model: what it computes, writes, resumes and refuses."""
 
 import json
-import os
 import random
 import signal
-import subprocess
-import sys
 import time
 from hashlib import sha256
 from importlib.metadata import version
@@ -78,7 +75,7 @@ class Finished(dict):
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory):
+def finished(tmp_path_factory, pictures):
     return Finished(tmp_path_factory.mktemp("runs"))
 
 
@@ -283,33 +280,28 @@ def test_a_finished_run_resumes_to_its_results(finished):
 
 
 @pytest.mark.slow
-def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(small, finished):
+def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(small, finished, commands):
     config = Path(small["output"]).parent / "config.yaml"
     config.write_text(yaml.safe_dump(small))
     folder = Path(small["output"])
-    code = "import torch; torch.set_num_threads(1); from fedvlm.cli.app import main; main()"
-    command = [sys.executable, "-c", code, "run"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     draw = random.Random(0)
     arguments, kills = [str(config)], 0
     for _ in range(40):
-        process = subprocess.Popen(
-            [*command, *arguments], env=environment, stdout=subprocess.PIPE, text=True
-        )
+        commands.start("run", *arguments)
         seen = draw.randrange(1, 4)  # lines of progress before the kill
-        while kills < 3 and seen and process.stdout.readline():
-            seen -= 1
+        while kills < 3 and len(commands.lines()) < seen and commands.running():
+            time.sleep(0.01)
         if kills < 3:
             time.sleep(draw.random() * 0.3)
-            process.send_signal(signal.SIGKILL)
+            commands.send(signal.SIGKILL)
             kills += 1
-        process.communicate()
-        if process.returncode == 0:
+        code = commands.code()
+        if code == 0:
             break
-        assert process.returncode == -signal.SIGKILL
+        assert code == -signal.SIGKILL, commands.err.read_text()
         if store.is_run(folder):
             arguments = ["--resume", str(folder)]
-    assert process.returncode == 0
+    assert code == 0
     assert kills == 3
     assert bytes_of(folder) == bytes_of(finished["plora"].folder)
 

@@ -17,8 +17,6 @@ from fedvlm.rounds import comparison
 from fedvlm.rounds.prepare import prepare
 from fedvlm.tree import digest
 
-pytestmark = pytest.mark.usefixtures("no_pictures")
-
 
 @pytest.mark.parametrize(
     ("override", "kept"),

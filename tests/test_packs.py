@@ -235,36 +235,55 @@ def test_the_disk_holds_a_round_before_the_checkpoint_names_it(tmp_path, monkeyp
     assert tmp_path in synced, "and then the checkpoint's own folder"
 
 
-WRITER = """
-import random, sys, torch
+WRITERS = """
+import os, random, sys, torch
 from fedvlm.store.run import Store
-store = Store(sys.argv[1])
-with store.locked():
-    store.create({"config.yaml": "{}"})
-    store.rewind()
-    first = -1 if store.finished() is None else store.finished()
-    print("ready", flush=True)
-    for r in range(first + 1, 100000):
-        cohort = random.Random(r).sample(range(24), 8)
-        for start in (0, 4):
-            group = cohort[start : start + 4]
-            store.keep(r, start, {f"c{k}": {"x": torch.full((20000,), float(r))} for k in group})
-        store.commit(r, {"x": torch.full((9,), float(r))}, {"round": r}, {"round": r})
+
+def write(folder):
+    store = Store(folder)
+    with store.locked():
+        store.create({"config.yaml": "{}"})
+        store.rewind()
+        first = -1 if store.finished() is None else store.finished()
+        print(os.getpid(), flush=True)
+        for r in range(first + 1, 100000):
+            cohort = random.Random(r).sample(range(24), 8)
+            for start in (0, 4):
+                group = cohort[start : start + 4]
+                kept = {f"c{k}": {"x": torch.full((20000,), float(r))} for k in group}
+                store.keep(r, start, kept)
+            store.commit(r, {"x": torch.full((9,), float(r))}, {"round": r}, {"round": r})
+
+for line in sys.stdin:  # one writer a line: a fork, which has torch already
+    if writer := os.fork():
+        os.waitpid(writer, 0)
+        print("ended", flush=True)
+    else:
+        write(line.strip())
 """
 
 
-def test_kill_in_the_middle_of_a_pack_loses_nothing_that_is_committed(tmp_path):
+@pytest.fixture
+def writers():
+    """A process that starts writers: a folder goes in, a process id and ``ended`` come out."""
+    command = [sys.executable, "-c", WRITERS]
+    with subprocess.Popen(
+        command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
+    ) as process:
+        yield process
+
+
+def test_kill_in_the_middle_of_a_pack_loses_nothing_that_is_committed(tmp_path, writers):
     folder = tmp_path / "run"
     draw = random.Random(0)
     torn = last = kills = 0
     while kills < 4 or ((not torn or not last) and kills < 40):  # a busy machine needs more
         kills += 1
-        command = [sys.executable, "-c", WRITER, str(folder)]
-        process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-        assert process.stdout.readline() == "ready\n"
+        writers.stdin.write(f"{folder}\n")
+        writer = int(writers.stdout.readline())
         time.sleep(0.2 + draw.random() * 0.2)
-        process.send_signal(signal.SIGKILL)
-        process.wait()
+        os.kill(writer, signal.SIGKILL)
+        assert writers.stdout.readline() == "ended\n"
         store = Store(folder)
         with store.locked():
             done = store.finished()

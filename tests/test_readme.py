@@ -21,7 +21,9 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import typer
 
+from fedvlm.cli.app import app
 from fedvlm.config import load
 
 ROOT = Path(__file__).parents[1]
@@ -111,6 +113,15 @@ def make_targets(markdown: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def named_commands(markdown: str) -> set[tuple[str, str]]:
+    """Pairs of words after ``fedvlm``, in fenced and indented blocks and in inline code."""
+    calls = [c for block in parse(markdown) if block.language in SHELL for c in commands(block)]
+    calls += re.findall(r"`(fedvlm [^`]+)`", markdown)
+    calls += re.findall(r"^ {4}(fedvlm .+)", markdown, re.MULTILINE)
+    words = re.compile(r"(?:\S+/)?fedvlm ([a-z]+)(?: ([a-z]+)(?=\s|$))?")
+    return {(found[1], found[2] or "") for call in calls if (found := words.match(call))}
+
+
 def script(block: Block) -> str:
     """What is run of a shell block: no ``make``, and the overrides that the README adds."""
     lines = []
@@ -191,11 +202,15 @@ def test_make_targets_exist():
 
 
 @needs_readme
-def test_subcommands_exist_even_where_they_are_not_run(folder):
-    shell = [c for b in BLOCKS if b.not_run and b.language in SHELL for c in commands(b)]
-    names = {found[1] for c in shell if (found := re.search(r"(?:^|/)fedvlm ([a-z-]+)", c))}
-    for name in sorted(names):
-        execute(Block("bash", f"fedvlm {name} --help\n", 0), folder)
+def test_every_command_that_a_page_names_exists():
+    known, named = typer.main.get_command(app).commands, set()
+    for page in (README, ROOT / "CONTRIBUTING.md", *(ROOT / "docs").glob("*.md")):
+        for name, second in named_commands(page.read_text(encoding="utf-8")):
+            assert name in known, f"{page.name}: fedvlm {name}"
+            group = getattr(known[name], "commands", None)
+            assert not group or second in group, f"{page.name}: fedvlm {name} {second}"
+            named.add(name)
+    assert named == set(known), "every command is on some page"
 
 
 @needs_readme
@@ -277,6 +292,11 @@ def test_scripts_leave_out_make_and_add_what_the_readme_says():
 
 def test_make_targets_are_found_in_blocks_and_in_the_text():
     assert make_targets(SAMPLE) == ["demo", "check", "test"]
+
+
+def test_commands_are_found_in_blocks_and_in_the_text():
+    text = SAMPLE + "As `fedvlm deploy run` does, and fedvlm itself:\n\n    fedvlm demo  # short\n"
+    assert named_commands(text) == {("run", ""), ("deploy", "run"), ("demo", "")}
 
 
 def test_blocks_are_executed_in_the_folder(tmp_path):

@@ -10,6 +10,8 @@ import pytest
 
 from fedvlm.deploy.supervisor import Supervisor
 
+pytestmark = pytest.mark.waits
+
 ECHO = """
 import json, os, socket, sys, time
 from fedvlm.deploy import worker

@@ -343,7 +343,7 @@ def test_settings_of_the_wire_that_mean_nothing_are_refused(words):
 
 
 @pytest.fixture
-def quick(small, no_pictures):
+def quick(small):
     """Three rounds of two of three sites."""
     small["data"]["scenes"] |= {"rows": 12}
     small["train"] |= {"rounds": 3, "local_steps": 1, "clients_per_round": 2}

@@ -1,11 +1,12 @@
-"""One call between server and site, in pieces that are short.
+"""Long calls between server and site, made of short messages.
 
-Training takes as long as a round may, and an NVFlare call says nothing until it ends. So a site
-answers within :data:`PATIENCE`, if only that it is at work, and is asked again: one that is gone is
-known in seconds, whatever the deadline of a round. Large tensors have messages of their own: a site
-keeps those of its answer until they are fetched, so the server says how many it holds at a time.
+Training may take as long as a round's deadline, and an NVFlare call returns nothing until it ends.
+Therefore a site answers every message within :data:`PATIENCE`, at least with ``at_work``, and the
+server asks again. So the server notices within seconds that a site is gone, whatever the deadline.
+Large tensors travel in separate messages: a site keeps the tensors of its answer until the server
+fetches them. So the server decides how many it holds at a time.
 
-Where messages are large their memory is freed at once (:func:`settle`, :func:`release`).
+The memory of a large message is freed as soon as it is sent (:func:`settle`, :func:`release`).
 """
 
 from __future__ import annotations
@@ -21,26 +22,26 @@ from typing import Any
 
 from fedvlm.deploy.frames import Message
 
-PATIENCE = 5.0  # seconds after which a site says that it is at work
-SILENCE = 20.0  # seconds after which a site that says nothing is gone: it may have a busy machine
-GRACE = 10.0  # seconds more for the ways there and back
-SMALL = 2**21  # bytes of tensors that are no reason for messages of their own
-SENDS = 4  # large messages on their way to sites at a time
-TURN = 30.0  # seconds after which a message that is still on its way keeps no other one waiting
+PATIENCE = 5.0  # seconds until a site that is still working answers ``at_work``
+SILENCE = 20.0  # seconds without an answer until a site counts as gone; its machine may be busy
+GRACE = 10.0  # seconds that a call may take beyond its limit, for the messages there and back
+SMALL = 2**21  # bytes; tensors up to this size travel with the header
+SENDS = 4  # number of large messages that are sent to sites at the same time
+TURN = 30.0  # seconds until a large message that is still being sent lets the next one begin
 
 Exchange = Callable[[str, dict[str, Any], bytes, float], Message]
-"""``(site, header, tensors, seconds) -> (header, tensors)``: one message, and its answer."""
+"""``(site, header, tensors, seconds) -> (header, tensors)``: one message and its answer."""
 
 
 class Late(Exception):
-    """There was no answer in time."""
+    """No answer arrived in time."""
 
 
 class Desk:
-    """The site's end: it takes what the server asks, and answers in time.
+    """The site's end: takes the server's requests and answers every message in time.
 
     Args:
-        call: does it: ``(header, tensors, seconds) -> (header, tensors)``.
+        call: does the work of a request: ``(header, tensors, seconds) -> (header, tensors)``.
     """
 
     def __init__(self, call: Callable[[dict[str, Any], bytes, float], Message]):
@@ -49,9 +50,11 @@ class Desk:
         self._answer: Future[Message] = Future()
 
     def ask(self, header: dict[str, Any], blob: bytes) -> Message:
-        """The answer; ``at_work`` before it is there, ``kept`` where its tensors are to be fetched.
+        """Returns the answer to one message.
 
-        A ``ping`` is answered whatever is under way, and who sends much is not kept waiting.
+        The answer is ``at_work`` while the work is not finished. It is ``kept`` when its tensors
+        are large: the server then fetches them. Two messages are answered at once, even during
+        other work: a ``ping``, and a message with large tensors.
         """
         number, do = header.pop("number"), header["do"]
         if do == "ping":
@@ -61,7 +64,7 @@ class Desk:
             self._answer = background(lambda: self._call(header, blob, limit))
             self._number = number
         elif number != self._number:
-            return {"error": "failed", "message": "this site was asked something else since"}, b""
+            return {"error": "failed", "message": "this site was asked something new since"}, b""
         release()
         answer = self._answer
         wait([answer], 0 if len(blob) > SMALL else PATIENCE)
@@ -73,15 +76,16 @@ class Desk:
 
 
 def asking(exchange: Exchange) -> Exchange:
-    """The server's end: calls that may take long, of messages that may not.
+    """The server's end: makes calls that may take long from messages that may not.
 
     Args:
-        exchange: sends one message and waits so many seconds for the answer to begin.
+        exchange: sends one message and waits up to ``seconds`` for the answer to begin.
 
     Returns:
-        The same, for calls; it raises :class:`Late` where the answer is not there ``seconds`` and
-        :data:`GRACE` after it was asked, even if bytes still trickle in. An answer ``kept: N`` has
-        tensors, which are those of the call ``do: fetch, number: N``.
+        A function with the signature of ``exchange`` for whole calls. It raises :class:`Late` when
+        the answer is not complete ``seconds`` + :data:`GRACE` after the request, even if bytes
+        still arrive. An answer ``kept: N`` means: the call ``do: fetch, number: N`` returns the
+        tensors.
     """
     sending = threading.BoundedSemaphore(SENDS)
 
@@ -113,25 +117,25 @@ def asking(exchange: Exchange) -> Exchange:
 
 
 def settle() -> None:
-    """To be called once, when all is loaded: from then on :func:`release` takes milliseconds.
+    """Makes :func:`release` take milliseconds. To be called once, when everything is loaded.
 
-    What there is by now is left out of later searches for garbage.
+    Later garbage collections skip all objects that exist at this moment.
     """
     gc.collect()
     gc.freeze()
 
 
 def release() -> None:
-    """Frees the messages that have gone.
+    """Frees the memory of messages that have been sent.
 
-    NVFlare's tasks that send refer to themselves and to what they sent, so that it is only freed
-    when Python next looks for such circles: seldom where there are many objects, as with torch.
+    NVFlare's send tasks hold references to themselves and to their message. Only Python's search
+    for reference cycles frees them. It runs seldom in a process with many objects, as with torch.
     """
     gc.collect()
 
 
 def background(function: Callable[[], Any]) -> Future[Any]:
-    """What a function returns or raises, from a thread that keeps no process from ending."""
+    """Runs a function in a daemon thread. The future gets its result or its exception."""
     future: Future[Any] = Future()
 
     def work() -> None:

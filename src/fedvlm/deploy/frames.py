@@ -1,4 +1,4 @@
-"""Messages between a site's two processes: a JSON header, and bytes (a safetensors file)."""
+"""Messages between the two processes of a site: a JSON header and bytes (a safetensors file)."""
 
 from __future__ import annotations
 
@@ -8,29 +8,32 @@ import struct
 import time
 from typing import Any
 
-HEADER = 2**24
-BLOB = 2**31
+HEADER = 2**24  # bytes of the largest header
+BLOB = 2**31  # bytes of the largest body
 _SIZES = struct.Struct(">IQ")
 
 Message = tuple[dict[str, Any], bytes]
 
 
 class Closed(Exception):
-    """The other end is gone."""
+    """The other end has closed the connection."""
 
 
 def send(
     sock: socket.socket, header: dict[str, Any], blob: bytes = b"", limit: float | None = None
 ) -> None:
-    """Sends one message; the other end has to take it within ``limit`` seconds.
+    """Sends one message. The other end must take it within ``limit`` seconds.
 
     Raises:
-        Closed: nobody receives it.
-        TimeoutError: it took too long.
+        Closed: the other end is gone.
+        TimeoutError: the message was not taken in time.
     """
     text = json.dumps(header).encode()
     if len(text) > HEADER or len(blob) > BLOB:
-        raise ValueError(f"a message of {len(text)} and {len(blob)} bytes is too large")
+        raise ValueError(
+            f"a header of {len(text)} bytes and a body of {len(blob)} bytes are too large: at most "
+            f"{HEADER} and {BLOB} bytes are allowed"
+        )
     try:
         sock.settimeout(limit)
         sock.sendall(_SIZES.pack(len(text), len(blob)) + text)
@@ -45,18 +48,19 @@ def receive(sock: socket.socket, limit: float | None = None) -> Message:
     """Waits for one message, at most ``limit`` seconds.
 
     Raises:
-        Closed: the other end has ended.
-        TimeoutError: it took too long.
+        Closed: the other end is gone, or it sent no message.
+        TimeoutError: no whole message arrived in time.
     """
     until = None if limit is None else time.monotonic() + limit
     sizes = _SIZES.unpack(_exactly(sock, _SIZES.size, until))
     if sizes[0] > HEADER or sizes[1] > BLOB:
-        raise Closed("what came is no message")
+        raise Closed(f"announced sizes of {sizes[0]} and {sizes[1]} bytes: this is no message")
     header = json.loads(_exactly(sock, sizes[0], until))
     return header, _exactly(sock, sizes[1], until)
 
 
 def _exactly(sock: socket.socket, size: int, until: float | None) -> bytes:
+    """Receives ``size`` bytes. ``until`` is a time of the monotonic clock."""
     whole = bytearray(size)
     view, done = memoryview(whole), 0
     while done < size:
@@ -74,6 +78,6 @@ def _exactly(sock: socket.socket, size: int, until: float | None) -> bytes:
         except OSError as error:
             raise Closed(str(error)) from error
         if not count:
-            raise Closed("the other end has closed")
+            raise Closed("the other end has closed the connection")
         done += count
     return bytes(whole)

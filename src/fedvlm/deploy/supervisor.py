@@ -1,4 +1,4 @@
-"""Keeps a site's worker process running, from a process that has neither torch nor a model."""
+"""Keeps a site's worker process running, from a process without torch and without a model."""
 
 from __future__ import annotations
 
@@ -16,16 +16,16 @@ from fedvlm.deploy.frames import Closed, Message, receive, send
 
 logger = logging.getLogger("fedvlm")
 
-OPENING = 600.0  # seconds in which a worker has to have loaded data and model
-TRIES = 2
+OPENING = 600.0  # seconds within which a worker must have loaded data and model
+TRIES = 2  # number of workers that are asked during one call
 
 
 class Supervisor:
-    """A worker process, started when it is needed, and again when it has died.
+    """Starts a worker process when one is needed, and another one when it has died.
 
     Args:
-        own: what the worker has to know of its site; see :class:`.worker.Worker`.
-        command: how it is started, before the socket's number and ``own``.
+        own: the site's settings for the worker; see :class:`fedvlm.deploy.worker.Worker`.
+        command: starts a worker. The socket's number and ``own`` are appended to it.
     """
 
     def __init__(self, own: dict[str, Any], command: list[str] | None = None):
@@ -35,24 +35,27 @@ class Supervisor:
         self._process: subprocess.Popen[bytes] | None = None
         self._sock: socket.socket | None = None
         self._opening: dict[str, Any] | None = None
-        self._opens_until = 0.0  # a new worker opens the run, and has not said that it has
+        self._opens_until = 0.0  # not 0: a new worker is still opening the run
         self._number = 0
         self._over = False
         self._turn = threading.Lock()
 
     @property
     def pid(self) -> int | None:
-        """The worker's, None while there is none."""
+        """The worker's process id, None without a worker."""
         return self._process.pid if self._process else None
 
     def call(self, header: dict[str, Any], blob: bytes = b"", limit: float = 60.0) -> Message:
-        """The worker's answer; one call at a time. A worker that dies is replaced, once a call.
+        """Asks the worker and returns its answer. One call runs at a time.
+
+        A worker that dies during the call is replaced once, and the new one is asked again. A
+        worker that takes too long is ended. Its successor opens the run in the background. While
+        it does, later calls may reach their limit too; they return an error and leave it alive.
 
         Args:
-            header: ``do``, and what it needs; the last ``open`` is repeated to a new worker.
-            blob: tensors.
-            limit: seconds; a worker that takes longer is ended, and the next one opens the run
-                meanwhile. That may take longer than a call, which then finds it at that.
+            header: ``do`` and its arguments. A new worker gets the last ``open`` again.
+            blob: tensors, as a safetensors file.
+            limit: seconds.
         """
         until = time.monotonic() + limit
         if not self._turn.acquire(timeout=limit):
@@ -82,25 +85,25 @@ class Supervisor:
             self._turn.release()
 
     def end(self) -> None:
-        """Ends the worker for good."""
+        """Ends the worker for good: the call under way starts no other one."""
         self._over = True
         self.stop()
 
     def stop(self) -> None:
-        """Ends the worker, if there is one; the next call starts another."""
+        """Ends the worker, if there is one. The next call starts another one."""
         if self._process:
             self._process.kill()
             self._reap()
 
     def _late(self, header: dict[str, Any], limit: float) -> str:
-        """What became of a call that took too long."""
+        """Ends a call that took too long, and returns the message about it."""
         if time.monotonic() < self._opens_until:
             logger.warning("no '%s': the new worker is still opening the run", header["do"])
             return f"the site's new worker was still opening the run after {limit:.0f} s"
         self.stop()
         logger.warning("'%s' took more than %.0f s: ended", header["do"], limit)
         if self._opening and header["do"] != "open" and not self._over:
-            with contextlib.suppress(Closed):  # the next call finds out, and starts another
+            with contextlib.suppress(Closed):  # the next call notices, and starts another
                 self._start()
         return f"'{header['do']}' took more than {limit:.0f} s at the site"
 
@@ -124,7 +127,7 @@ class Supervisor:
         return receive(self._sock, max(0.1, until - time.monotonic()))
 
     def _start(self, opens: bool = True) -> None:
-        """A new worker, which opens the run that the one before had, if there was one."""
+        """Starts a worker. With ``opens``, it opens the run of an earlier worker."""
         ours, theirs = socket.socketpair()
         with theirs:
             number = str(theirs.fileno())
@@ -137,6 +140,7 @@ class Supervisor:
             send(self._sock, self._opening, b"", OPENING)
 
     def _reap(self) -> int | None:
+        """Waits until the worker has ended, and returns its exit code, None if unknown."""
         process, sock = self._process, self._sock
         self._process = self._sock = None
         self._opens_until = 0.0
@@ -149,5 +153,5 @@ class Supervisor:
                 return process.wait(10)
             except subprocess.TimeoutExpired:
                 process.kill()
-        logger.warning("the worker %d does not end: the system holds it", process.pid)
+        logger.warning("the worker %d does not end, even when killed", process.pid)
         return None

@@ -1,4 +1,4 @@
-"""The process that has the model at a site: it does what comes in, until the other end is gone."""
+"""A site's worker process: holds the model and answers requests until the supervisor is gone."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from fedvlm.errors import DataError, FedVLMError
 
 logger = logging.getLogger("fedvlm")
 
-LOCKED = 60.0  # seconds to wait for another process of this site to let go of the state
+LOCKED = 60.0  # seconds to wait until another process of this site releases the state
 
 
 class Worker:
-    """Answers messages; ``open`` comes first and loads data and model.
+    """Answers requests. The first one is ``open``, which loads data and model.
 
     Args:
-        own: of the site: ``name``, ``data``, ``state`` (folder), ``policy`` (file or None).
+        own: the site's ``name``, ``data``, ``state`` (folder) and ``policy`` (file or None).
     """
 
     def __init__(self, own: dict[str, Any]):
@@ -33,7 +33,7 @@ class Worker:
         self._lock: Any = None
 
     def perform(self, asked: dict[str, Any], blob: bytes) -> Message:
-        """One message's answer; mistakes are answers too."""
+        """Returns the answer to one request. Every error is an answer too."""
         from fedvlm.deploy.policy import Refused
 
         try:
@@ -42,7 +42,7 @@ class Worker:
             logger.warning("refused: %s", error)
             return {"error": "refused", "message": str(error)}, b""
         except Exception as error:
-            # What is wrong with the rows is told here; the server is told that something is.
+            # Details of the rows stay in the site's log. The server gets the kind of error only.
             if isinstance(error, FedVLMError):
                 logger.error("'%s' failed: %s", asked.get("do"), error)
             else:
@@ -58,7 +58,7 @@ class Worker:
         if do == "open":
             return self._open(asked), b""
         if site is None:
-            raise FedVLMError("the run has not been opened")
+            raise FedVLMError(f"'{do}' came before 'open': this worker has no run yet")
         if do == "adapter":
             about, tree = site.adapter_files()
             return {"peft": about}, save(tree)
@@ -76,7 +76,7 @@ class Worker:
         elif do == "export":
             site.export(_plain(asked["name"]), asked["kind"], int(asked["round"]), down)
         else:
-            raise FedVLMError(f"a site cannot '{do}'")
+            raise FedVLMError(f"a site does not know the request '{do}'")
         return {}, b""
 
     def _open(self, asked: dict[str, Any]) -> dict[str, Any]:
@@ -91,7 +91,7 @@ class Worker:
             config = configs.load(asked["config"])
             policy.check(config)
             folder = Path(self.own["state"]) / "runs" / run
-            self._lock = Store(folder).locked(LOCKED)  # an earlier job's worker may be ending
+            self._lock = Store(folder).locked(LOCKED)  # an earlier worker may be ending
             self._lock.__enter__()
             self.site = Site(self.own["name"], config, self.own["data"], folder, policy)
             self.run = run
@@ -104,14 +104,14 @@ class Worker:
                 self.site.rows,
             )
         if run != self.run:
-            raise FedVLMError(f"this process has run '{self.run}', and '{run}' is asked for")
+            raise FedVLMError(f"this worker has opened run '{self.run}' and cannot open '{run}'")
         return self.site.described()
 
 
 def _plain(name: Any) -> str:
-    """A name that is a name in a folder, and no path."""
+    """Returns the name of a file, and refuses a path."""
     if not isinstance(name, str) or not name or set(name) - _ALLOWED or name.startswith("."):
-        raise FedVLMError(f"{name!r:.60} is no name of a file")
+        raise FedVLMError(f"{name!r:.60} is no file name of letters, digits, '-', '_' and '.'")
     return name
 
 
@@ -119,7 +119,7 @@ _ALLOWED = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_
 
 
 def serve(sock: socket.socket, worker: Worker) -> None:
-    """Answers until the other end closes; then ends at once, whatever is under way."""
+    """Answers requests until the other end closes. Then the process ends at once."""
     waiting: queue.Queue[Message] = queue.Queue()
 
     def read() -> None:
@@ -137,7 +137,7 @@ def serve(sock: socket.socket, worker: Worker) -> None:
 
 
 def main() -> None:
-    """``python -m fedvlm.deploy.worker FD JSON``: started by the supervisor only."""
+    """``python -m fedvlm.deploy.worker FD JSON``: only the supervisor starts this."""
     import json
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -147,7 +147,7 @@ def main() -> None:
 
 
 def log_to(path: str | None) -> None:
-    """Has this package's log lines go to the site's log, which a person reads."""
+    """Sends this package's log lines to a file, the site's log, or to standard error."""
     handler = logging.FileHandler(path) if path else logging.StreamHandler(sys.stderr)
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
     logger.addHandler(handler)

@@ -1,7 +1,9 @@
-"""Real machines, by NVFlare's Collab API. Every import of ``nvflare`` is in this package.
+"""Runs on real machines with NVFlare's Collab API. Only this package imports ``nvflare``.
 
-``site start`` runs NVFlare's client, which starts a process a run for :mod:`.client`: it has no
-torch, so that little can end it, and hands everything to a worker process (:mod:`.worker`), which
-has the model and is started again when it dies (:mod:`.supervisor`). The server's process for a run
-(:mod:`.server`) drives the ordinary round loop with :class:`fedvlm.deploy.remote.Remote`.
+``fedvlm site start`` runs NVFlare's client. For every run, NVFlare's client starts a process with
+:mod:`.client`. That process has no torch, so that little can end it. It hands all work to a worker
+process (:mod:`fedvlm.deploy.worker`), which holds the model. When the worker dies, the supervisor
+(:mod:`fedvlm.deploy.supervisor`) starts another one. At the server, NVFlare starts a process with
+:mod:`.server` for every run. It drives the ordinary round loop with
+:class:`fedvlm.deploy.remote.Remote`.
 """

@@ -1,7 +1,7 @@
-"""A site's process for one run, as NVFlare starts it: thin, so that little can end it.
+"""A site's process for one run, started by NVFlare. It is thin, so that little can end it.
 
-It has no torch, no rows and no model; tensors pass through it as bytes. NVFlare ends a whole job
-when one of these processes dies, which is why the work is done in another one.
+It has no torch, no rows and no model. Tensors pass through it as bytes. NVFlare ends the whole job
+when one of these processes dies. Therefore another process, the worker, does the work.
 """
 
 from __future__ import annotations
@@ -21,12 +21,12 @@ from fedvlm.deploy.worker import log_to
 
 logger = logging.getLogger("fedvlm")
 
-# NVFlare's own form of tensors imports torch; without it nothing but bytes and text is accepted.
+# NVFlare's serialization of tensors imports torch. Without it, only bytes and text are accepted.
 sys.modules.setdefault("nvflare.app_opt.pt.decomposers", None)  # type: ignore[arg-type]
 
 
 class Client:
-    """What the server may call at a site: one method."""
+    """The one method that the server may call at a site."""
 
     def __init__(self) -> None:
         self.supervisor: Supervisor | None = None
@@ -36,7 +36,7 @@ class Client:
     def begin(self) -> None:
         own = json.loads(os.environ[SITE])
         if own["name"] != collab.site_name:
-            raise RuntimeError(f"this is site '{own['name']}', and not '{collab.site_name}'")
+            raise RuntimeError(f"the job is for site '{collab.site_name}', this is '{own['name']}'")
         log_to(own["log"])
         self.supervisor = Supervisor(own)
         self.desk = Desk(self.supervisor.call)
@@ -44,7 +44,7 @@ class Client:
 
     @collab.publish
     def ask(self, header: str, blob: bytes) -> list[Any]:
-        """Does what the header says; other sites may not ask."""
+        """Answers one message of the server. Calls by other sites are refused."""
         if collab.caller != "server":
             logger.warning("refused a call by '%s'", collab.caller)
             return [json.dumps({"error": "refused", "message": "only the server may ask"}), b""]

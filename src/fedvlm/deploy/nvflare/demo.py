@@ -29,12 +29,12 @@ SETTINGS: dict[str, Any] = {
 
 
 def demo(folder: Path, overrides: list[str], tell: Callable[[dict[str, Any]], None]) -> Results:
-    """Provisions, starts all processes, runs, and ends them.
+    """Provisions a federation, starts its processes, runs, and ends the processes.
 
     Args:
-        folder: where everything goes; the run is in ``run``.
-        overrides: settings other than the demo's.
-        tell: is told what happens.
+        folder: gets all files. The run is in its subfolder ``run``.
+        overrides: settings that replace those of the demo.
+        tell: receives the events.
     """
     folder = folder.absolute()
     if folder.exists() and any(folder.iterdir()):
@@ -56,7 +56,7 @@ def demo(folder: Path, overrides: list[str], tell: Callable[[dict[str, Any]], No
 
 
 def rows(folder: Path) -> None:
-    """The bundled scenes: a parquet for each site, and one of all for a run in one process."""
+    """Writes the bundled scenes: a parquet file for each site, and ``all.parquet`` for all."""
     import fedvlm
 
     folder.mkdir(parents=True)
@@ -68,14 +68,14 @@ def rows(folder: Path) -> None:
 
 
 def loopback(sites: Sequence[str], name: str = "fedvlm") -> Project:
-    """A federation whose server is this machine, on ports that are free."""
+    """Describes a federation whose server is this machine, on free ports."""
     port, admin_port = free_ports(2)
     server = Server(address="localhost", port=port, admin_port=admin_port)
     return Project(name=name, server=server, sites=list(sites))
 
 
 def free_ports(count: int) -> list[int]:
-    """Ports that nobody listens on."""
+    """Finds ports without a listener."""
     sockets = [socket.socket() for _ in range(count)]
     for each in sockets:
         each.bind(("127.0.0.1", 0))
@@ -86,7 +86,7 @@ def free_ports(count: int) -> list[int]:
 
 
 class Started:
-    """Commands in processes of their own, ended on leaving."""
+    """Runs ``fedvlm`` commands as child processes, and ends them on leaving the context."""
 
     def __init__(self, folder: Path):
         self.folder = folder

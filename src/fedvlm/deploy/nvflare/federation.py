@@ -1,4 +1,4 @@
-"""Runs over real machines, from the server's machine: submit, follow, resume, status, abort."""
+"""Controls deployed runs on the server's machine: submit, follow, resume, status, abort."""
 
 from __future__ import annotations
 
@@ -28,19 +28,19 @@ from fedvlm.store import run as stores
 
 Tell = Callable[[dict[str, Any]], None]
 
-CONNECT = 20.0  # seconds for the server to answer
-HEARD = 100.0  # seconds since the last sign of a site that is connected; it gives one every 30
-ASKED = 5.0  # seconds between questions to the server how the job is
+CONNECT = 20.0  # seconds to wait for the server's answer
+HEARD = 100.0  # seconds since the last heartbeat of a connected site; one is sent every 30 seconds
+ASKED = 5.0  # seconds between two requests for the job's status
 EVENTS = "events.jsonl"
-OVER = ("done", "renewed", "aborted", "error")  # a job's last event
-AGAIN = 3  # jobs in a row that end without a finished round, before this is an error
+OVER = ("done", "renewed", "aborted", "error")  # the last event of a job is one of these
+AGAIN = 3  # number of jobs in a row without a finished round that is an error
 
 
 class Federation:
-    """A provisioned federation, as its server's machine sees it.
+    """A provisioned federation, controlled from the server's machine.
 
     Args:
-        folder: what ``fedvlm deploy init`` has written.
+        folder: the federation that ``fedvlm deploy init`` has written.
     """
 
     def __init__(self, folder: str | Path):
@@ -49,10 +49,10 @@ class Federation:
 
     @contextlib.contextmanager
     def session(self) -> Iterator[Session]:
-        """Connected to the server.
+        """Opens a connection to the server.
 
         Raises:
-            FedVLMError: it does not answer.
+            FedVLMError: the server does not answer.
         """
         try:
             with contextlib.redirect_stdout(io.StringIO()):
@@ -70,23 +70,23 @@ class Federation:
                 found.close()
 
     def connected(self, session: Session) -> list[str]:
-        """The sites that are connected now: NVFlare lists those that are gone for ten minutes."""
+        """The sites that are connected now. NVFlare itself lists a lost site for ten minutes."""
         heard = session.get_system_info().client_info
         found = {c.name for c in heard if time.time() - (c.last_connect_time or 0) < HEARD}
         return [site for site in self.project.sites if site in found]
 
     def jobs(self, session: Session) -> list[dict[str, Any]]:
-        """The jobs that wait or run."""
+        """The jobs that are waiting or running."""
         found = [dict(job) for job in session.list_jobs()]
         return [job for job in found if not _ended(str(job.get("status")))]
 
     def status(self) -> dict[str, Any]:
-        """Who is connected, and what runs."""
+        """The connected sites, and the jobs that are waiting or running."""
         with self.session() as session:
             return {"sites": self.connected(session), "jobs": self.jobs(session)}
 
     def abort(self) -> list[str]:
-        """Ends the jobs that wait or run; finished rounds stay, and ``--resume`` goes on."""
+        """Ends the waiting and running jobs. Finished rounds stay, and ``--resume`` continues."""
         with self.session() as session:
             found = [str(job["job_id"]) for job in self.jobs(session)]
             for job in found:
@@ -95,10 +95,10 @@ class Federation:
         return found
 
     def readmit(self) -> list[str]:
-        """Ends the jobs that run with the round that is under way.
+        """Ends the running jobs after their current round.
 
-        The ``run`` that follows goes on with all sites that are connected then: NVFlare lets nobody
-        join a job that runs.
+        NVFlare lets no site join a running job. The next job of the run has all sites that are
+        connected when it begins.
         """
         with self.session() as session:
             found = [str(job["job_id"]) for job in self.jobs(session)]
@@ -116,21 +116,21 @@ class Federation:
         wait: float = 60.0,
         tell: Tell = lambda event: None,
     ) -> Results:
-        """A run over the sites that are connected, to its end.
+        """Does a run over the connected sites, to its end.
 
-        A job that ends before the run does (a site's process was killed, say) is followed by
-        another one, which goes on at the next round with whoever is connected then. So is one that
-        ends with a round because a site is back that was gone.
+        A job may end before the run does, for example because a site's process was killed. Then
+        another job continues with the next round and the sites that are connected by then. A job
+        also ends early, after a round, when a lost site is back.
 
         Args:
-            config: of the run; ``output`` is on this machine.
-            resume: go on with the run in ``output``.
-            limits: what the server waits for.
-            wait: seconds for all sites to connect; those that have by then take part.
-            tell: is told what happens.
+            config: the run's settings. ``output`` is a folder on this machine.
+            resume: whether to continue the run in ``output``.
+            limits: deadlines and sizes that the server enforces.
+            wait: seconds to wait until all sites are connected. Later sites do not take part.
+            tell: receives the events.
 
         Raises:
-            FedVLMError: the run cannot begin, or not go on.
+            FedVLMError: the run cannot begin, or cannot continue.
         """
         limits = limits or Limits()
         config = config.model_copy(update={"output": str(Path(config.output).absolute())})
@@ -156,13 +156,13 @@ class Federation:
             if failures >= AGAIN:
                 raise FedVLMError(
                     f"{AGAIN} jobs ended without a finished round; '{events}' and "
-                    f"'{self.folder / 'server' / 'nvflare.log'}' say why"
+                    f"'{self.folder / 'server' / 'nvflare.log'}' have the reason"
                 )
             tell({"event": "again", "round": done, "early": how != "renewed"})
         return Results.read(config.output)
 
     def _clear(self, session: Session, config: Config, resume: bool) -> None:
-        """Ends an earlier job of the run that goes on; a server that crashed still lists it.
+        """Ends an earlier job of the run that continues. A server lists it even after a crash.
 
         Raises:
             FedVLMError: another run is under way.
@@ -179,13 +179,13 @@ class Federation:
                 )
 
     def _submitted(self) -> Iterator[Path]:
-        """Files with the numbers of the jobs that were submitted."""
+        """Paths of the files with the ids of submitted jobs."""
         return (self.folder / "runs").glob("*/submitted")
 
     def _gathered(
         self, session: Session, least: int, wait: float, first: bool, tell: Tell
     ) -> list[str]:
-        """The connected sites, once they are all, or enough for a job that follows another."""
+        """Waits for the sites, and returns the connected ones. A later job needs ``least`` only."""
         until = time.monotonic() + wait
         found: list[str] = []
         while len(found) < len(self.project.sites):
@@ -215,7 +215,7 @@ class Federation:
         resume: bool,
         tell: Tell,
     ) -> tuple[str, Path]:
-        """Starts a job; its id, and the file of its events."""
+        """Submits a job. Returns its id, and the path of the file with its events."""
         folder = self.folder / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         events = folder / EVENTS
         job = {
@@ -232,7 +232,7 @@ class Federation:
         return number, events
 
     def _mark(self, job: str) -> Path:
-        """A file that says that a person has ended the job."""
+        """Path of a file that exists when a person has ended the job."""
         return self.folder / "runs" / f"{job}.aborted"
 
     def _follow(
@@ -244,10 +244,10 @@ class Federation:
         away: Away,
         tell: Tell,
     ) -> str:
-        """Tells a job's events until it has ended, and how it has.
+        """Passes on a job's events until it has ended. Returns how it ended.
 
         Raises:
-            FedVLMError: the run cannot go on, as the server's process says, or the server is gone.
+            FedVLMError: the server's process reports an error, or the server is gone.
         """
         seen, asked = 0, time.monotonic()
         while True:
@@ -275,10 +275,10 @@ class Federation:
 
 
 class Away:
-    """Sites that did not answer; each is waited for, and let in again when it is back.
+    """The sites that are lost. A site that is back may take part in the next job.
 
     Attributes:
-        since: site -> when it did not answer, in seconds since 1970.
+        since: site -> time at which it gave no answer, in seconds since 1970.
     """
 
     def __init__(self) -> None:
@@ -286,7 +286,7 @@ class Away:
         self._tried: Counter[str] = Counter()
 
     def note(self, event: dict[str, Any]) -> None:
-        """Takes one of a job's events."""
+        """Takes note of one event of a job."""
         site = event.get("site", "")
         if event["event"] == "failed" and event.get("gone"):
             self.since[site] = event["time"]
@@ -296,10 +296,13 @@ class Away:
             self._tried.pop(site, None)
 
     def back(self, clients: Sequence[Any]) -> list[str]:
-        """The sites that are heard again; one that then does not answer is not tried for ever.
+        """The sites that have connected again. A site is returned ``AGAIN`` times at most.
+
+        A finished training step sets a site's count back to zero.
 
         Args:
-            clients: of NVFlare's server, each with ``name`` and ``last_connect_time``.
+            clients: the clients that NVFlare's server lists, each with ``name`` and
+                ``last_connect_time``.
         """
         heard = {client.name: client.last_connect_time or 0 for client in clients}
         found = [site for site, since in self.since.items() if heard.get(site, 0) > since]
@@ -316,36 +319,40 @@ def begun(folder: str | Path) -> bool:
 
 
 def check(config: Config, resume: bool) -> None:
-    """Refuses what cannot be run over sites.
+    """Refuses a run that cannot be deployed.
+
+    Args:
+        config: the run's settings.
+        resume: whether the run in ``output`` continues.
 
     Raises:
-        ConfigError: the settings mean nothing there.
-        FedVLMError: the folder is taken, or holds nothing to go on with.
+        ConfigError: the algorithm needs all rows in one place.
+        FedVLMError: the folder is taken, or holds no run to resume.
     """
     if find(config.algorithm.name).pools:
         raise ConfigError(
             [f"algorithm.name={config.algorithm.name} needs all rows in one place: use fedvlm run"]
         )
     if resume and not begun(config.output):
-        raise FedVLMError(f"'{config.output}' holds no deployed run to go on with")
+        raise FedVLMError(f"'{config.output}' holds no deployed run to resume")
     if not resume:
         stores.check_fresh(config.output)
 
 
 def saved(folder: str | Path) -> Config:
-    """The settings of the deployed run in a folder.
+    """Reads the settings of the deployed run in a folder.
 
     Raises:
-        FedVLMError: it holds none.
+        FedVLMError: the folder holds no deployed run.
     """
     if not begun(folder):
-        raise FedVLMError(f"'{folder}' holds no deployed run to go on with")
+        raise FedVLMError(f"'{folder}' holds no deployed run to resume")
     config = configs.load(Path(folder) / stores.CONFIG)
     return config.model_copy(update={"output": str(folder)})
 
 
 def _output(folder: Path) -> str:
-    """Where the results of a job go."""
+    """The folder for the results of a job."""
     return str(json.loads((folder / "job.json").read_text())["config"]["output"])
 
 

@@ -27,15 +27,15 @@ from fedvlm.deploy.policy import read_policy
 from fedvlm.errors import FedVLMError
 from fedvlm.store.files import only_one
 
-QUICK = 30.0  # seconds: a process that ends sooner has failed to start
-MOST = 5  # such failures in a row end the command
+QUICK = 30.0  # seconds; a process that ends sooner has failed to start
+MOST = 5  # number of such failures in a row that ends the command
 SITE = "FEDVLM_SITE"
-"""The environment variable with what ``fedvlm site start`` says of the site, as JSON."""
+"""The environment variable with the site's settings from ``fedvlm site start``, as JSON."""
 LOG = "site.log"
 RETURNING = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(2**18)}
-"""Has the server's processes return the memory of large messages; what trains does better without.
+"""Settings of glibc's allocator: the server's processes return the memory of large messages.
 
-These are glibc's; other systems' allocators do not know them.
+Processes that train are faster without them. Other systems' allocators ignore them.
 """
 TAKEN = "'{}' is in use by another fedvlm process"
 MARK = "FEDVLM_PROCESSES_OF"
@@ -47,9 +47,9 @@ NOTED = {
     "has expired: ask for a new kit",
     "requires identity": "refused: the kit's certificate is another site's",
 }
-"""Lines in NVFlare's log -> what they mean to a person; each is said when it is new."""
+"""Part of a line in NVFlare's log -> its meaning for a person, printed when it changes."""
 LARGEST = 2**30 + 2**24
-"""Bytes: NVFlare refuses a message that is larger before it holds it; its own limit is 4 GiB."""
+"""Bytes. NVFlare refuses a larger message before it receives it; its own limit is 4 GiB."""
 UNHEARD = (
     f"not connected after {QUICK:.0f} s; still trying. Is the server running, its port open, and "
     "the kit of its federation? The server's lines say whom it refuses"
@@ -60,8 +60,8 @@ def serve(folder: Path, say: Callable[[str], None]) -> None:
     """Runs the server of a federation until it is stopped.
 
     Args:
-        folder: what ``fedvlm deploy init`` has written.
-        say: gets lines for a person.
+        folder: the federation that ``fedvlm deploy init`` has written.
+        say: prints a line for a person.
     """
     project = read_federation(folder)
     server = (folder / "server").absolute()
@@ -86,14 +86,14 @@ def serve(folder: Path, say: Callable[[str], None]) -> None:
 def start_site(
     kit: str | Path, data: str, state: Path, policy: str | None, say: Callable[[str], None]
 ) -> None:
-    """Takes part with one site's rows until it is stopped.
+    """Takes part in runs with one site's rows, until it is stopped.
 
     Args:
         kit: the site's start-up kit.
-        data: its rows.
-        state: folder for its personal state, logs and NVFlare's files.
-        policy: file of what is allowed.
-        say: gets lines for a person.
+        data: the site's rows.
+        state: folder for the site's personal state, its logs and NVFlare's files.
+        policy: file with the site's policy: the limits on what the server may ask.
+        say: prints a line for a person.
 
     Raises:
         FedVLMError: kit, data, policy or state cannot be used.
@@ -127,7 +127,7 @@ def start_site(
 
 
 def systemd_unit(kit: str, data: str, state: str, policy: str | None) -> str:
-    """A unit for ``/etc/systemd/system/fedvlm-site.service``."""
+    """Returns the text of ``/etc/systemd/system/fedvlm-site.service``."""
     words = [sys.executable, "-m", "fedvlm", "site", "start", str(Path(kit).absolute())]
     words += ["--data", str(Path(data).absolute()), "--state", str(Path(state).absolute())]
     words += ["--policy", str(Path(policy).absolute())] if policy else []
@@ -149,10 +149,10 @@ WantedBy=multi-user.target
 
 
 def read_federation(folder: Path) -> Project:
-    """The project of a folder that ``deploy init`` has written.
+    """Reads the project of a federation that ``fedvlm deploy init`` has written.
 
     Raises:
-        FedVLMError: it holds none.
+        FedVLMError: the folder holds no federation.
     """
     if not (folder / PROJECT).exists() or not (folder / "server").exists():
         raise FedVLMError(
@@ -177,18 +177,18 @@ def _keep(
     shown: Path | None = None,
     silence: str = "",
 ) -> None:
-    """Runs a command until this process is told to end; starts it again when it has ended.
+    """Runs a command until this process is asked to end. Starts it again whenever it ends.
 
     Args:
-        command: what runs.
+        command: the command.
         folder: its working directory.
-        environment: its environment.
-        log: gets its output.
-        say: gets lines for a person.
-        shown: a file whose new lines are for a person too.
-        silence: is said where none of ``NOTED`` is in the log for a while.
+        environment: its environment variables.
+        log: file that gets its output.
+        say: prints a line for a person.
+        shown: file whose new lines are printed too.
+        silence: printed when the log has had no line of ``NOTED`` for ``QUICK`` seconds.
     """
-    if paths := environment.get("PYTHONPATH"):  # relative ones mean something here only
+    if paths := environment.get("PYTHONPATH"):  # the command has another working directory
         environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
     environment.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     environment.setdefault("MALLOC_ARENA_MAX", "4")
@@ -243,7 +243,7 @@ def _interrupt(*_: Any) -> None:
 
 
 def _ends_with_parent() -> None:
-    """Has Linux end this process when the one that starts it is killed."""
+    """Makes Linux kill this process when its parent is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -272,7 +272,7 @@ def _end_all(mark: str) -> None:
 
 @contextlib.contextmanager
 def _tail(path: Path | None) -> Iterator[Callable[[], list[str]]]:
-    """Gives the lines that a file has got since it was asked last."""
+    """Yields a function that returns the lines added to a file since its last call."""
     if path is None:
         yield list
         return

@@ -1,4 +1,4 @@
-"""A federation's names, certificates, start-up kits, and jobs: what NVFlare reads."""
+"""The files that NVFlare reads: names, certificates, start-up kits and jobs of a federation."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.settings.method import Positive, Section
 from fedvlm.store import files
 
-SOON = datetime.timedelta(days=30)  # before its end, a certificate is made anew
+SOON = datetime.timedelta(days=30)  # a certificate is renewed this long before its end
 RENEWED = (
     "on the server's machine, 'fedvlm deploy init project.yml' again; then hand out the new kit"
 )
@@ -41,7 +41,7 @@ Port = Annotated[int, Field(ge=1, le=65535)]
 
 
 class Server(Section):
-    """Where the sites find the server."""
+    """Address and ports of the server."""
 
     address: str = Field(description="host name that all sites can resolve; in its certificate")
     port: Port = 8002
@@ -58,7 +58,7 @@ class Server(Section):
 
 
 class Project(Section):
-    """``project.yml``: who takes part."""
+    """``project.yml``: the server and the sites of a federation."""
 
     name: str = "fedvlm"
     server: Server
@@ -85,24 +85,24 @@ def _problems(site: str) -> list[str]:
 
 
 def read_project(path: str | Path) -> Project:
-    """A federation's description.
+    """Reads the description of a federation.
 
     Raises:
-        ConfigError: naming everything that is wrong.
+        ConfigError: the file has mistakes; the error lists all of them.
     """
     return configs.read_file(path, Project, "project")
 
 
 def provision(project: Project, folder: Path) -> dict[str, Path]:
-    """Writes certificates and kits; again, for new sites or for certificates that end, as well.
+    """Writes certificates and kits. Called again, it adds new sites and renews certificates.
 
     Args:
-        project: who takes part.
-        folder: gets ``ca`` (private keys of all: keep it off every other machine), ``server``,
-            ``admin`` and ``sites/NAME.zip``.
+        project: the description of the federation.
+        folder: gets ``ca``, ``server``, ``admin`` and ``sites/NAME.zip``. ``ca`` has the private
+            keys of all: keep it off every other machine.
 
     Returns:
-        Who -> the kit: ``server``, ``admin`` and every site.
+        ``server``, ``admin`` or the name of a site -> the path of its kit.
     """
     folder.mkdir(parents=True, exist_ok=True)
     ca = folder / "ca"
@@ -134,7 +134,7 @@ def provision(project: Project, folder: Path) -> dict[str, Path]:
             shutil.rmtree(target / part, ignore_errors=True)
             shutil.copytree(made[-1] / source / part, target / part)
         for script in (target / "startup").glob("*.sh"):
-            script.unlink()  # they start NVFlare without what is ours
+            script.unlink()  # they would start NVFlare without our settings
         target.chmod(0o700)
         kits[who] = target
     for site in project.sites:
@@ -146,10 +146,12 @@ def provision(project: Project, folder: Path) -> dict[str, Path]:
 
 
 def _forget_ending(path: Path) -> None:
-    """Has those certificates made anew that end soon: NVFlare keeps what it has made, over or not.
+    """Removes the certificates that end soon, so that NVFlare makes new ones.
+
+    NVFlare keeps every certificate that it has made, even an expired one.
 
     Args:
-        path: NVFlare's file of them all, if it has made any.
+        path: NVFlare's file with all certificates. It may not exist yet.
     """
     if not path.exists():
         return
@@ -197,7 +199,7 @@ def _nvflare(project: Project) -> dict[str, Any]:
 
 
 def _restrict(local: Path, classes: tuple[str, ...]) -> None:
-    """Allows jobs of ours only: no code travels with a job, and no other class is made by one."""
+    """Allows our jobs only: a job carries no code and creates no classes but ``classes``."""
     tree = json.loads((local / "resources.json.default").read_text())
     tree["class_list_enforcement_mode"] = "enforce"
     tree["class_allow_list"] = list(classes)
@@ -216,7 +218,7 @@ def _restrict(local: Path, classes: tuple[str, ...]) -> None:
 
 
 def _zipped(kit: Path) -> Path:
-    """A kit as one file that only its owner may read; the folder is removed."""
+    """Packs a kit into one file that only its owner may read, and removes the kit's folder."""
     path = kit.with_suffix(".zip")
     path.unlink(missing_ok=True)
     handle = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600)
@@ -230,10 +232,10 @@ def _zipped(kit: Path) -> Path:
 
 
 def unpacked(kit: str | Path, workspace: Path) -> str:
-    """Puts a site's kit where NVFlare's client looks for it; the site's name.
+    """Unpacks a site's kit where NVFlare's client looks for it. Returns the site's name.
 
     Raises:
-        FedVLMError: it is no kit.
+        FedVLMError: the file is no kit.
     """
     try:
         with zipfile.ZipFile(kit) as archive:
@@ -252,10 +254,10 @@ def unpacked(kit: str | Path, workspace: Path) -> str:
 
 
 def check_certificate(path: Path) -> str:
-    """What a person has to know of a certificate's end; empty while that is far away.
+    """Returns a warning if a certificate ends soon, else an empty text.
 
     Raises:
-        FedVLMError: it is over.
+        FedVLMError: the certificate has expired.
     """
     end, left = _left(path.read_bytes())
     if left < datetime.timedelta():
@@ -264,7 +266,7 @@ def check_certificate(path: Path) -> str:
 
 
 def _left(certificate: bytes) -> tuple[str, datetime.timedelta]:
-    """The day on which a certificate ends, and how long that is from now."""
+    """The day on which a certificate ends, and the time until then."""
     from cryptography import x509
 
     end = x509.load_pem_x509_certificate(certificate).not_valid_after_utc
@@ -272,12 +274,12 @@ def _left(certificate: bytes) -> tuple[str, datetime.timedelta]:
 
 
 def write_job(folder: Path, job: Path, sites: list[str], limits: Limits) -> Path:
-    """A job as NVFlare takes it: names of classes that the kits allow, and no code."""
+    """Writes a job for NVFlare: names of classes that the kits allow, and no code."""
     controller, server = SERVER_CLASSES
     executor, client = SITE_CLASSES
     threads = {"max_call_threads": limits.at_once + 4}
     collab = {"server_obj_id": "_server", "sync_task_timeout": 120, **threads}
-    written = {
+    described = {
         "meta.json": {
             "name": "fedvlm",
             "resource_spec": {},
@@ -303,6 +305,6 @@ def write_job(folder: Path, job: Path, sites: list[str], limits: Limits) -> Path
             "components": [{"id": "_client", "path": client, "args": {}}],
         },
     }
-    for name, tree in written.items():
+    for name, tree in described.items():
         files.write_text(folder / name, json.dumps(tree, indent=2))
     return folder

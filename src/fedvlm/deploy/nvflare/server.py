@@ -1,4 +1,4 @@
-"""The server's process for one run: the ordinary round loop, with clients at their sites."""
+"""The server's process for one run: the ordinary round loop over clients at remote sites."""
 
 from __future__ import annotations
 
@@ -24,15 +24,17 @@ from fedvlm.tree import digest
 
 SITES = "sites.json"
 RENEW = "renew"
-"""A file beside a job's events: the job ends with the round that is under way."""
-PATIENCE = 60.0  # seconds for the process of an earlier job to end
+"""Name of a file beside a job's events. When the file exists, the job ends after the round."""
+MALFORMED = "its answer is not a JSON object with bytes"
+PATIENCE = 60.0  # seconds to wait until the process of an earlier job has ended
 
 
 class Server:
-    """What NVFlare runs at the server.
+    """The object that NVFlare runs at the server.
 
     Args:
-        job: a JSON file: ``config``, ``limits``, ``events`` (a file), ``resume``.
+        job: path of a JSON file with ``config``, ``limits``, ``events`` (path of a file) and
+            ``resume``.
     """
 
     def __init__(self, job: str):
@@ -64,15 +66,15 @@ class Server:
 
 
 class Aborted(Exception):
-    """NVFlare has ended the job: a person did, or a site's process died."""
+    """The job was ended: by a person, or by NVFlare because a site's process died."""
 
 
 class Renewed(Exception):
-    """The job has ended with a round, for another one of all sites that are connected."""
+    """The job has ended after a round. Another job follows, with all connected sites."""
 
 
 def calling(proxies: dict[str, Any], aborted: Callable[[], bool]) -> Callable[..., Any]:
-    """How a site is asked; once a job is aborted nobody is."""
+    """Returns the function that asks a site. It raises :class:`Aborted` once the job is aborted."""
 
     def exchange(
         site: str, header: dict[str, Any], blob: bytes, seconds: float
@@ -87,13 +89,13 @@ def calling(proxies: dict[str, Any], aborted: Callable[[], bool]) -> Callable[..
                 raise Unanswered("its answer was broken off: too large, or cut short") from None
             raise Gone(f"no answer: {error.cause}") from None
         if not (isinstance(answer, list | tuple) and len(answer) == 2):
-            raise Unanswered("its answer has another form")
+            raise Unanswered(MALFORMED)
         about, tensors = answer
         if not isinstance(about, str) or not isinstance(tensors, bytes | bytearray):
-            raise Unanswered("its answer has another form")
+            raise Unanswered(MALFORMED)
         found = json.loads(about)
         if not isinstance(found, dict):
-            raise Unanswered("its answer has another form")
+            raise Unanswered(MALFORMED)
         return found, bytes(tensors)
 
     patient = asking(exchange)
@@ -114,13 +116,13 @@ def calling(proxies: dict[str, Any], aborted: Callable[[], bool]) -> Callable[..
 def perform(
     job: dict[str, Any], call: Callable[..., Any], sites: list[str], tell: Callable[..., None]
 ) -> None:
-    """A whole run, or what is left of it.
+    """Does a whole run, or the rest of one.
 
     Args:
-        job: as :class:`Server` has it.
+        job: the contents of the file of :class:`Server`.
         call: asks a site.
-        sites: those that are connected.
-        tell: is told what happens.
+        sites: the connected sites.
+        tell: receives the events.
     """
     config = configs.load(job["config"])
     store = Store(config.output)
@@ -131,8 +133,8 @@ def perform(
             engine.open(known["run"], config, known=known["weights"])
             if digest(engine.adapter) != known["adapter"]:
                 raise FedVLMError(
-                    "the sites begin from another initial adapter than when the run began: the "
-                    "model or the packages have changed; restore them, or start a new run"
+                    "the initial adapter of the sites is not the one that the run began with: the "
+                    "model or the packages have changed. Restore them, or start a new run"
                 )
             federate.begin(config, store, {}, resume=True)
         else:
@@ -148,11 +150,11 @@ def perform(
 
 
 class Told(Progress):
-    """Progress as events; after a round the job may have to end.
+    """Reports progress as events, and ends the job after a round when that is asked for.
 
     Args:
-        tell: gets the events.
-        renew: a file that says so.
+        tell: receives the events.
+        renew: path of the file that asks for the end of the job; see :data:`RENEW`.
     """
 
     def __init__(self, tell: Callable[..., None], renew: Path):
