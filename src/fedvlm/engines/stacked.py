@@ -1,0 +1,102 @@
+"""Optimizers, clipping and random streams for stacks of clients."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from fedvlm.settings.sections import TrainConfig
+from fedvlm.tree import factor
+
+
+@dataclass(frozen=True)
+class Session:
+    """The optimizer of a stretch of training, for the clients of that stretch.
+
+    Attributes:
+        optimizer: over ``trained``.
+        trained: the stacked parameters, ``[clients, ...]``.
+        clients: how many.
+    """
+
+    optimizer: torch.optim.Optimizer
+    trained: dict[str, nn.Parameter]
+    clients: int
+
+    def resumed(self, fresh: Session, places: Sequence[int]) -> Session:
+        """This optimizer's state for some of its clients.
+
+        Args:
+            fresh: a new optimizer over these clients' parameters.
+            places: theirs in this session, in the order of the new one.
+        """
+        same = all(self.trained[name] is p for name, p in fresh.trained.items())
+        if same and places == list(range(self.clients)):
+            return self
+        for name, parameter in fresh.trained.items():
+            state = self.optimizer.state[self.trained[name]]
+            fresh.optimizer.state[parameter] = {
+                key: value[places].clone() if value.dim() else value.clone()
+                for key, value in state.items()
+                if value is not None
+            }
+        return fresh
+
+
+class Streams:
+    """A random stream a client, for dropout: states of the global generator, swapped in and out."""
+
+    def __init__(self, seeds: Sequence[int]):
+        self._seeds = list(seeds)
+        self._states: dict[int, tuple[Tensor, list[Tensor]]] = {}
+
+    @contextlib.contextmanager
+    def of(self, client: int) -> Iterator[None]:
+        """The client's stream, from where it was left."""
+        cuda = torch.cuda.is_available()
+        with torch.random.fork_rng():
+            if client in self._states:
+                state, states = self._states[client]
+                torch.set_rng_state(state)
+                torch.cuda.set_rng_state_all(states)
+            else:
+                torch.manual_seed(self._seeds[client])
+            yield
+            states = torch.cuda.get_rng_state_all() if cuda else []
+            self._states[client] = torch.get_rng_state(), states
+
+
+def clip(stacked: Sequence[Tensor], limit: float) -> None:
+    """Scales every client's gradient to a norm of at most ``limit``, as ``clip_grad_norm_`` does.
+
+    Args:
+        stacked: parameters ``[clients, ...]``.
+        limit: largest norm.
+    """
+    grads = [p.grad for p in stacked if p.grad is not None]
+    each = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads]
+    norms = torch.linalg.vector_norm(torch.stack(each), dim=0)  # [clients]
+    scale = (limit / (norms + 1e-6)).clamp(max=1.0)
+    for g in grads:
+        g.mul_(scale.view(-1, *[1] * (g.dim() - 1)))
+
+
+def make_optimizer(
+    trained: Mapping[str, nn.Parameter], settings: TrainConfig, scale: float
+) -> torch.optim.Optimizer:
+    """A fresh optimizer, with a learning rate for A and one for B."""
+    groups = [
+        {"params": [p for n, p in trained.items() if factor(n) == f], "lr": rate * scale}
+        for f, rate in settings.rates.items()
+    ]
+    groups = [g for g in groups if g["params"]]
+    if settings.optimizer == "sgd":
+        return torch.optim.SGD(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+    fused = next(iter(trained.values())).device.type in ("cpu", "cuda")
+    return torch.optim.AdamW(
+        groups, lr=settings.lr, weight_decay=settings.weight_decay, fused=fused
+    )
