@@ -68,12 +68,13 @@ class CohortEngine(Shell):
 
     def _session(self, group: Sequence[Member], trained: Mapping[str, nn.Parameter]) -> Session:
         """The optimizer of a stretch: a fresh one, or that of the stretch before."""
-        settings, before = self.config.train, group[0].session
-        scale = settings.rate_scale(group[0].task.round)
+        settings, first = self.config.train, group[0]
+        scale = settings.rate_scale(first.task.round)
         fresh = Session(make_optimizer(trained, settings, scale), dict(trained), len(group))
-        if before is None or not group[0].wanted.resume:
+        if not first.wanted.resume or not first.resumable:
             return fresh
-        return before.resumed(fresh, [member.place for member in group])
+        places = [member.place for member in group]
+        return first.session.resumed(fresh, places, first.resumable)
 
     def _steps_of(self, group: Sequence[Member], session: Session) -> list[list[Tensor]]:
         """Trains the loaded clients; every client's losses, a step each."""
@@ -85,6 +86,8 @@ class CohortEngine(Shell):
         for number, active in enumerate(plan):
             following = plan[number + 1] if number + 1 < len(plan) else None
             done = [k for k in range(len(group)) if k not in active]
+            if number:
+                session.leave(done)
             session.optimizer.zero_grad()
             found = self._backward(active, following, streams)
             extras.before()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -21,29 +21,43 @@ class Session:
         optimizer: over ``trained``.
         trained: the stacked parameters, ``[clients, ...]``.
         clients: how many.
+        left: client -> its rows of the optimizer's state when its last step was done, of clients
+            with fewer steps than others: name of a factor -> kind of state -> tensor.
     """
 
     optimizer: torch.optim.Optimizer
     trained: dict[str, nn.Parameter]
     clients: int
+    left: dict[int, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
 
-    def resumed(self, fresh: Session, places: Sequence[int]) -> Session:
+    def leave(self, clients: Iterable[int]) -> None:
+        """Notes the state of clients that have done their steps; the others go on."""
+        for client in clients:
+            if client not in self.left:
+                self.left[client] = {name: self._rows(name, client) for name in self.trained}
+
+    def _rows(self, name: str, client: int) -> dict[str, Tensor]:
+        state = self.optimizer.state[self.trained[name]]
+        return {key: t[client].clone() for key, t in state.items() if t is not None and t.dim()}
+
+    def resumed(self, fresh: Session, places: Sequence[int], steps: int) -> Session:
         """This optimizer's state for some of its clients.
 
         Args:
             fresh: a new optimizer over these clients' parameters.
             places: theirs in this session, in the order of the new one.
+            steps: the number of steps that each of them has had with this optimizer.
         """
         same = all(self.trained[name] is p for name, p in fresh.trained.items())
-        if same and places == list(range(self.clients)):
+        if same and not self.left and list(places) == list(range(self.clients)):
             return self
         for name, parameter in fresh.trained.items():
-            state = self.optimizer.state[self.trained[name]]
-            fresh.optimizer.state[parameter] = {
-                key: value[places].clone() if value.dim() else value.clone()
-                for key, value in state.items()
-                if value is not None
-            }
+            rows = [self.left.get(k, {}).get(name) or self._rows(name, k) for k in places]
+            state = {key: torch.stack([row[key] for row in rows]) for key in rows[0]}
+            known = self.optimizer.state[self.trained[name]].get("step")
+            if known is not None:
+                state["step"] = torch.full_like(known, steps)
+            fresh.optimizer.state[parameter] = state
         return fresh
 
 

@@ -31,6 +31,7 @@ class Member:
         end: its adapter after the last stretch; empty before the first.
         session: the engine's optimizer of the last stretch, shared by the clients of that stretch.
         place: its place among those clients.
+        resumable: how many steps it has had with that optimizer.
     """
 
     task: Task
@@ -41,6 +42,7 @@ class Member:
     end: Tree = field(default_factory=dict)
     session: Any = None
     place: int = 0
+    resumable: int = 0
 
     @property
     def wanted(self) -> Train:
@@ -81,11 +83,13 @@ def perform(members: Sequence[Member], train: TrainTogether, validate: Validate)
         waiting = [member for member in members if isinstance(member.ask, Train)]
         if not waiting:
             return
-        first = _kind(waiting[0])
+        first = _kind(min(waiting, key=lambda member: member.stretches))  # nobody falls behind
         group = [member for member in waiting if _kind(member) == first]
         outcomes, session = train(group)
         for place, (member, outcome) in enumerate(zip(group, outcomes, strict=True)):
+            resumed = member.resumable if member.wanted.resume else 0
             member.session, member.place = session, place
+            member.resumable = resumed + len(outcome.losses)
             member.stretches += 1
             member.losses += outcome.losses
             member.end = outcome.trained.end
@@ -96,5 +100,5 @@ def _kind(member: Member) -> tuple[Any, ...]:
     """What has to be the same for clients to train together."""
     ask = member.wanted
     trained = tuple(name for name in ask.begin if ask.trains(name))
-    session = id(member.session) if ask.resume else None
-    return trained, tuple(term.rate for term in ask.terms), session
+    resumed = (id(member.session), member.resumable) if ask.resume else None
+    return trained, tuple(term.rate for term in ask.terms), resumed
