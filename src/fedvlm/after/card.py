@@ -1,6 +1,6 @@
-"""The model card of an export: what it is, how it was trained, what it scores, what left the site.
+"""The model card of an export: model, training, scores, and the data that left the site.
 
-A card is made of numbers that the run has already written. It holds no row of anyone's data.
+A card holds only numbers that the run has already written, and no row of anyone's data.
 """
 
 from __future__ import annotations
@@ -50,7 +50,7 @@ def text(
     loading: str,
     head: str,
 ) -> str:
-    """A card from its parts; ``scores`` are table title -> stage -> metric -> number."""
+    """A card from its parts; ``scores`` maps table title -> stage -> metric -> number."""
     parts = [f"{head}\n# {title}\n"]
     parts.append(
         "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in facts.items())])
@@ -68,7 +68,7 @@ def text(
 
 
 def of_run(run: Opened, client: str | None, *, base: str, tree: Tree, loading: str, merged: bool):
-    """The card of a client's model of a run, or of the global model (None)."""
+    """The card of a client's model, or of the global model (``client`` is None)."""
     config, table = run.config, run.results.table
     whose = "the global model" if client is None else f"the model of client `{client}`"
     counts = run.partition.counts()
@@ -119,11 +119,11 @@ def of_site(
     return text(title, facts, scores, privacy, loading, head)
 
 
-# -- how to load it
+# -- loading code
 
 
 def loading_adapter(base: str, bundled: bool) -> str:
-    """Code that needs PEFT and transformers only."""
+    """Code that needs only PEFT and transformers."""
     notes = ["Put the path of this folder, or its name on the hub, for `ADAPTER`."]
     if bundled:
         notes.append(
@@ -150,7 +150,7 @@ model = PeftModel.from_pretrained(model, ADAPTER).eval()
 
 
 def loading_merged() -> str:
-    """Code that needs transformers only."""
+    """Code that needs only transformers."""
     code = """\
 import sys
 
@@ -183,7 +183,7 @@ print(processor.batch_decode(ids[:, start:], skip_special_tokens=True)[0].strip(
 
 
 def filled(loading: str, config: Config) -> str:
-    """The code with this run's precision and length of answers."""
+    """The code with this run's precision and answer length."""
     return loading.replace("DTYPE", f"torch.{config.model.dtype}").replace(
         "TOKENS", str(config.eval.max_new_tokens)
     )
@@ -271,5 +271,5 @@ def _mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def factors(names: Sequence[str]) -> str:
-    """Which factors some names are: ``A``, ``B``, or ``A and B``."""
+    """The factors among some names: ``A``, ``B``, or ``A and B``."""
     return " and ".join(sorted({factor(n) for n in names})) or "nothing"
