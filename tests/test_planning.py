@@ -156,7 +156,7 @@ def test_a_dry_run_prints_the_plan_writes_nothing_and_loads_no_weights(
     assert (code, errors) == (0, "")
     plan = forecast(load(None, *words[2:]))
     assert f"{plan.all_sent['up']:,} " in text
-    assert f"{plan.size.trained:,} parameters a client" in text
+    assert f"{plan.size.trained:,} parameters per client" in text
     assert "nothing was trained or written" in text
     assert list(tmp_path.iterdir()) == []
 

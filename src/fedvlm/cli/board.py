@@ -1,4 +1,4 @@
-"""The progress of a comparison: one bar a run on a terminal, plain lines elsewhere."""
+"""The progress of a comparison: one bar per run on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from fedvlm.settings.sections import Config
 def board(
     algorithms: Sequence[str], config: Config, seeds: int, quiet: bool
 ) -> Iterator[Callable[[Event], None] | None]:
-    """Yields what to call with (run, metrics line, seconds) after every round."""
+    """Yields a function to call with (run, metrics line, seconds) after every round."""
     rounds = config.train.rounds
     if quiet:
         yield None
