@@ -377,7 +377,7 @@ def test_a_download_to_be_scored_is_checked_as_one_to_be_trained(both):
         assert "error" not in call("site-1", header, save(down), 9)[0]
         for wrong in (down | {name: down[name] * NAN}, {n: down[n] for n in down if n != name}):
             refused, _ = call("site-1", header, save(wrong), 9)
-            assert "'site-1' refuses what the server sent" in refused["message"]
+            assert "'site-1' refuses the server's message" in refused["message"]
 
 
 def test_the_server_tells_the_sites_none_of_its_paths(both, data):
