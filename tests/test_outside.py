@@ -183,7 +183,7 @@ def test_an_object_and_settings_for_another_algorithm_exclude_each_other(small):
 @pytest.mark.parametrize(
     ("algorithms", "jobs", "said"),
     [
-        ([("mine", sharing({}))], 2, "stays in this process; set jobs=1"),
+        ([("mine", sharing({}))], 2, "cannot go to another process; set jobs=1"),
         ([("a/b", sharing({}))], 1, "'a/b' is no label"),
         ([("lora", sharing({}))], 1, "'lora' is no label"),
         (["lorra"], 1, "did you mean 'lora'"),
@@ -197,7 +197,7 @@ def test_a_comparison_that_cannot_be_made_says_why(small, algorithms, jobs, said
 
 def test_a_setting_that_none_of_the_compared_takes_is_refused(small):
     del small["algorithm"]
-    with pytest.raises(ConfigError, match=r"algorithm\.mix_a: none of lora, plora takes it"):
+    with pytest.raises(ConfigError, match=r"mix_a: none of lora, plora has this setting"):
         fedvlm.compare(["lora", "plora"], small, "algorithm.mix_a=0.2")
     runs = fedvlm.rounds.comparison.planned(["lora", "mix"], small, "algorithm.mix_a=0.2")
     assert runs["mix seed 0"].algorithm.mix_a == 0.2

@@ -178,7 +178,7 @@ def test_a_round_goes_on_without_the_upload_that_is_bad():
 
 def test_a_round_without_a_usable_upload_is_an_error():
     fold, state = fold_of({"a": {}, "b": {A: INITIAL[A]}})
-    with pytest.raises(FedVLMError, match="none of the 2 uploads") as caught:
+    with pytest.raises(FedVLMError, match="all 2 uploads of this round were rejected") as caught:
         fold.update(state, 1)
     assert all(f"client '{c}' lacks" in str(caught.value) for c in "ab")
 
@@ -393,7 +393,7 @@ def test_a_run_names_who_was_rejected_and_stops_where_all_are(quick, monkeypatch
 
     monkeypatch.setattr(CohortEngine, "train", spoilt)
     quick["train"] |= {"rounds": 3, "clients_per_round": None}
-    with pytest.raises(FedVLMError, match="none of the 3 uploads"):
+    with pytest.raises(FedVLMError, match="all 3 uploads of this round were rejected"):
         fedvlm.run(quick)
     first, second = files.read_lines(Path(quick["output"]) / "metrics.jsonl")[1:]
     assert first["rejected"].keys() == {"site-0", "site-1"}
