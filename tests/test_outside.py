@@ -161,7 +161,7 @@ def test_an_object_runs_resumes_and_is_compared(small, tmp_path, no_pictures):
     stopped = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
         fedvlm.run(small, f"output={stopped}", algorithm=plora, progress=Stop(1))
-    with pytest.raises(FedVLMError, match=r"handed over as an object; hand it over again"):
+    with pytest.raises(FedVLMError, match=r"given as an object; give it again"):
         fedvlm.resume(stopped)
     fedvlm.resume(stopped, algorithm=plora)
     assert bytes_of(stopped) == bytes_of(whole.folder)
