@@ -356,7 +356,7 @@ def test_a_site_refuses_what_its_policy_does_not_allow(data, tmp_path):
 
     refused, _ = worker.perform({"do": "train", "round": 1, "sampled": 1.0}, save(down))
     assert refused["error"] == "refused"
-    assert "at most 100 are allowed" in refused["message"]
+    assert "the limit is 100 (bytes_per_round)" in refused["message"]
 
 
 def test_a_site_may_keep_its_row_count_to_itself(data, tmp_path):
