@@ -77,7 +77,13 @@ def compare(
             f"output: '{folder}' holds a single run; choose another folder with output=DIR"
         )
     left = {name: c for name, c in runs.items() if not done(c)}
-    each(_Runs(objects), left, jobs, tell)
+    work: Work = run_one
+    if objects:
+
+        def work(name: str, config: Config, tell: Tell) -> None:
+            run_one(name, config, tell, objects.get(_label(config)))
+
+    each(work, left, jobs, tell)
     return _conclude(folder, runs)
 
 
@@ -163,6 +169,11 @@ def _runs(
     return runs
 
 
+def _label(config: Config) -> str:
+    """The name of a run's algorithm in a comparison."""
+    return config.algorithm.name.removeprefix(f"{OWN}:")
+
+
 def _folder(tree: dict[str, Any], label: str, seed: Any) -> str:
     return str(Path(tree.get("output") or Config().output) / f"{label}-seed-{seed}")
 
@@ -228,25 +239,22 @@ class _Relay(Progress):
         self.tell((self.name, line, seconds))
 
 
-class _Runs:
-    """Does a run, or continues it, with the object of its label where there is one."""
+def run_one(name: str, config: Config, tell: Tell, algorithm: Algorithm | None = None) -> None:
+    """Does a run, or continues it.
 
-    def __init__(self, objects: Mapping[str, Algorithm]):
-        self.objects = dict(objects)
+    Args:
+        name: of the run.
+        config: its settings.
+        tell: called with (run, metrics line, seconds) after every round.
+        algorithm: an object, where the settings name none.
+    """
+    from fedvlm.rounds.federate import resume, run
 
-    def __call__(self, name: str, config: Config, tell: Tell) -> None:
-        from fedvlm.rounds.federate import resume, run
-
-        progress = _Relay(name, tell)
-        algorithm = self.objects.get(config.algorithm.name.removeprefix(f"{OWN}:"))
-        if stores.is_run(config.output):
-            resume(config.output, progress, algorithm=algorithm)
-        else:
-            run(config, algorithm=algorithm, progress=progress)
-
-
-run_one = _Runs({})
-"""Does a run whose algorithm has a name, or continues it."""
+    progress = _Relay(name, tell)
+    if stores.is_run(config.output):
+        resume(config.output, progress, algorithm=algorithm)
+    else:
+        run(config, algorithm=algorithm, progress=progress)
 
 
 def _in_processes(work: Work, runs: Mapping[str, Config], jobs: int, tell: Tell) -> None:
@@ -323,8 +331,7 @@ def _conclude(folder: Path, runs: dict[str, Config]) -> Comparison:
 
     results: dict[str, list[Results]] = {}
     for config in runs.values():
-        label = config.algorithm.name.removeprefix(f"{OWN}:")
-        results.setdefault(label, []).append(Results.read(config.output))
+        results.setdefault(_label(config), []).append(Results.read(config.output))
     rows = sorted(
         (_row(name, found) for name, found in results.items()), key=lambda r: -r["personal"]
     )
