@@ -283,6 +283,12 @@ def test_apfls_mixture_takes_the_steps_of_its_own_model():
         ({"algorithm": {"name": "fedex", "prox_mu": 1}}, r"prox_mu has no meaning.*fedex"),
         ({"algorithm": {"name": "lora", "mix_a": 0.1}}, "mix_a has no meaning"),
         ({"algorithm": {"name": "local", "server": {"name": "adam"}}}, "server has no meaning"),
+        (
+            {"algorithm": {"name": "lora", "server": {"lr": 0.5}}},
+            "lr of no optimizer has no meaning",
+        ),
+        ({"algorithm": {"name": "local", "x": 1}}, r"unknown key 'algorithm\.x'; .* no settings"),
+        ({"algorithm": {"name": "auto", "ft_step": 1}}, r"did you mean 'algorithm\.ft_steps'\?"),
         ({"algorithm": {"name": "scaffold"}}, r"set train\.optimizer=sgd"),
         ({"algorithm": {"name": "pair"}, "lora": {"rank": 3}}, "even, got 3"),
         ({"algorithm": {"name": "apfl", "mix_b": 1.0}}, "below 1"),

@@ -146,6 +146,21 @@ def test_a_request_that_trains_nothing_is_refused(pair):
             list(engine.train([Task(Visit(partition.clients[0], 1.0, round=1), {})]))
 
 
+def test_a_stretch_cannot_resume_one_of_other_factors(pair):
+    settings, sides, folder = pair
+
+    def other(local: Local):
+        now, _ = yield Train(local.begin, of("B"))
+        end, _ = yield Train(now, of("A"), resume=True)
+        return Sent({}, end)
+
+    for engine, partition in sides:
+        switched(engine, partition, settings, EXACT, folder=folder)
+        given(engine, other, folder)
+        with pytest.raises(fedvlm.FedVLMError, match=r"site-0.*resumes .* trained other factors"):
+            list(engine.train([Task(Visit(partition.clients[0], 1.0, round=1), {})]))
+
+
 def test_a_program_runs_until_all_have_what_they_asked_for():
     """Groups are made anew after every stretch, whoever is ahead."""
 

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedvlm.algorithms.base import Ask, Program, Score, Sent, Train, Trained, Validation, step
 from fedvlm.engines.wire import Task
+from fedvlm.errors import FedVLMError
 from fedvlm.tree import Tree
 
 if TYPE_CHECKING:
@@ -32,6 +33,7 @@ class Member:
         session: the engine's optimizer of the last stretch, shared by the clients of that stretch.
         place: its place among those clients.
         resumable: how many steps it has had with that optimizer.
+        trained: the names of the factors of the last stretch.
     """
 
     task: Task
@@ -43,6 +45,7 @@ class Member:
     session: Any = None
     place: int = 0
     resumable: int = 0
+    trained: tuple[str, ...] = ()
 
     @property
     def wanted(self) -> Train:
@@ -72,7 +75,11 @@ Validate = Callable[[str, Sequence[Tree]], tuple[Validation, ...]]
 
 
 def perform(members: Sequence[Member], train: TrainTogether, validate: Validate) -> None:
-    """Runs all programs to their end."""
+    """Runs all programs to their end.
+
+    Raises:
+        FedVLMError: a stretch resumes the optimizer of one that trained other factors.
+    """
     for member in members:
         member.ask = step(member.program)
     while True:
@@ -89,6 +96,7 @@ def perform(members: Sequence[Member], train: TrainTogether, validate: Validate)
         for place, (member, outcome) in enumerate(zip(group, outcomes, strict=True)):
             resumed = member.resumable if member.wanted.resume else 0
             member.session, member.place = session, place
+            member.trained = _trained(member)
             member.resumable = resumed + len(outcome.losses)
             member.stretches += 1
             member.losses += outcome.losses
@@ -98,7 +106,17 @@ def perform(members: Sequence[Member], train: TrainTogether, validate: Validate)
 
 def _kind(member: Member) -> tuple[Any, ...]:
     """What has to be the same for clients to train together."""
-    ask = member.wanted
-    trained = tuple(name for name in ask.begin if ask.trains(name))
+    ask, trained = member.wanted, _trained(member)
+    if ask.resume and member.stretches and trained != member.trained:
+        raise FedVLMError(
+            f"client '{member.task.client}': the algorithm resumes the optimizer of a stretch that "
+            f"trained other factors ({len(member.trained)} then, {len(trained)} now); a stretch that "
+            "resumes has to train the same ones"
+        )
     resumed = (id(member.session), member.resumable) if ask.resume else None
     return trained, tuple(term.rate for term in ask.terms), resumed
+
+
+def _trained(member: Member) -> tuple[str, ...]:
+    ask = member.wanted
+    return tuple(name for name in ask.begin if ask.trains(name))

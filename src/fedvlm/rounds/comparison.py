@@ -152,7 +152,7 @@ def _runs(
                 f"'{label}' is no label for an object: letters, digits and . + - _, and no name of "
                 "the table"
             )
-    problems += _nobodys(tree.get("algorithm"), [x for x in labels if x not in objects])
+    problems += _nobodys(tree, [x for x in labels if x not in objects])
     first, runs = tree.get("seed") or 0, {}
     for seed in range(first, first + seeds) if isinstance(first, int) else [first]:
         for label in labels:
@@ -196,19 +196,20 @@ def _settings(tree: dict[str, Any], label: str, is_object: bool) -> dict[str, An
     return own
 
 
-def _nobodys(given: Any, labels: Sequence[str]) -> list[str]:
-    """The settings of ``algorithm`` that none of the compared algorithms takes."""
-    if not isinstance(given, dict):
-        return []
-    known = {"name"}
+def _nobodys(tree: Mapping[str, Any], labels: Sequence[str]) -> list[str]:
+    """The settings that none of the compared algorithms takes."""
+    known, entries = {"name"}, []
     for label in labels:
         with contextlib.suppress(KeyError, FedVLMError):
-            known |= find(label).settings.model_fields.keys()
-    return [
-        f"algorithm.{key}: none of {', '.join(labels) or 'the objects'} takes it"
-        for key in given
-        if key not in known
-    ]
+            entries.append(find(label))
+    for entry in entries:
+        known |= entry.settings.model_fields.keys()
+    given, lora = (tree.get(key) for key in ("algorithm", "lora"))
+    idle = [f"algorithm.{k}" for k in given if k not in known] if isinstance(given, dict) else []
+    takers = {"ranks": any(e.ranks for e in entries), "spare": any(e.spare for e in entries)}
+    if isinstance(lora, dict):
+        idle += [f"lora.{k}" for k, taken_ in takers.items() if lora.get(k) and not taken_]
+    return [f"{key}: none of {', '.join(labels) or 'the objects'} takes it" for key in idle]
 
 
 def done(config: Config) -> bool:
