@@ -117,7 +117,7 @@ def test_listed_rows_that_were_skipped_are_no_mistake(caplog):
         (None, "No such file"),
         ("{a: [0", "cannot be used"),
         ("[1, 2]", "a mapping of clients to row numbers"),
-        ("{a: [0, 1], b: [1, 2]}", r"1 rows are listed more than once, row 1 first \(of a, b\)"),
+        ("{a: [0, 1], b: [1, 2]}", r"1 rows are listed more than once, such as row 1 \(by a, b\)"),
     ],
 )
 def test_a_file_of_lists_that_cannot_be_used_is_refused(tmp_path, content, said):

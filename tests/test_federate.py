@@ -311,7 +311,7 @@ def test_other_data_are_not_resumed(small):
         federate.run(small, progress=Stop(1))
     path = Path(small["output"]) / "partition.json"
     path.write_text(path.read_text().replace("0", "1", 1))
-    with pytest.raises(FedVLMError, match="the data are not what they were"):
+    with pytest.raises(FedVLMError, match="the data have changed"):
         federate.resume(small["output"])
 
 

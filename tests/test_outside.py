@@ -162,7 +162,7 @@ def test_an_object_runs_resumes_and_is_compared(small, tmp_path, no_pictures):
     stopped = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
         fedvlm.run(small, f"output={stopped}", algorithm=plora, progress=Stop(1))
-    with pytest.raises(FedVLMError, match=r"handed over as an object; hand it over again"):
+    with pytest.raises(FedVLMError, match=r"given as an object; give it again"):
         fedvlm.resume(stopped)
     fedvlm.resume(stopped, algorithm=plora)
     assert bytes_of(stopped) == bytes_of(whole.folder)
@@ -184,7 +184,7 @@ def test_an_object_and_settings_for_another_algorithm_exclude_each_other(small):
 @pytest.mark.parametrize(
     ("algorithms", "jobs", "said"),
     [
-        ([("mine", sharing({}))], 2, "stays in this process; set jobs=1"),
+        ([("mine", sharing({}))], 2, "cannot go to another process; set jobs=1"),
         ([("a/b", sharing({}))], 1, "'a/b' is no label"),
         ([("lora", sharing({}))], 1, "'lora' is no label"),
         (["lorra"], 1, "did you mean 'lora'"),
@@ -198,9 +198,9 @@ def test_a_comparison_that_cannot_be_made_says_why(small, algorithms, jobs, said
 
 def test_a_setting_that_none_of_the_compared_takes_is_refused(small):
     del small["algorithm"]
-    with pytest.raises(ConfigError, match=r"algorithm\.mix_a: none of lora, plora takes it"):
+    with pytest.raises(ConfigError, match=r"mix_a: none of lora, plora has this setting"):
         fedvlm.compare(["lora", "plora"], small, "algorithm.mix_a=0.2")
-    with pytest.raises(ConfigError, match=r"lora\.ranks: none of fedex, pair takes it"):
+    with pytest.raises(ConfigError, match=r"lora\.ranks: none of fedex, pair has this setting"):
         fedvlm.compare(["fedex", "pair"], small, "lora.ranks={x: 1}")
     runs = planned(["lora", "mix"], small, "algorithm.mix_a=0.2")
     assert runs["mix seed 0"].algorithm.mix_a == 0.2

@@ -356,7 +356,7 @@ def test_a_site_refuses_what_its_policy_does_not_allow(data, tmp_path):
 
     refused, _ = worker.perform({"do": "train", "round": 1, "sampled": 1.0}, save(down))
     assert refused["error"] == "refused"
-    assert "at most 100 are allowed" in refused["message"]
+    assert "the limit is 100 (bytes_per_round)" in refused["message"]
 
 
 def test_a_site_may_keep_its_row_count_to_itself(data, tmp_path):
@@ -377,7 +377,7 @@ def test_a_download_to_be_scored_is_checked_as_one_to_be_trained(both):
         assert "error" not in call("site-1", header, save(down), 9)[0]
         for wrong in (down | {name: down[name] * NAN}, {n: down[n] for n in down if n != name}):
             refused, _ = call("site-1", header, save(wrong), 9)
-            assert "'site-1' refuses what the server sent" in refused["message"]
+            assert "'site-1' refuses the server's message" in refused["message"]
 
 
 def test_the_server_tells_the_sites_none_of_its_paths(both, data):

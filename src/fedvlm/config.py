@@ -1,8 +1,8 @@
-"""One typed tree for a run. A file and ``key=value`` overrides go in; unknown keys are refused.
+"""Reads and writes the configuration of a run: a typed tree from a file and ``key=value`` texts.
 
 :func:`load` collects *all* mistakes before it raises, and suggests the nearest valid name for an
-unknown key. The sections themselves are in :mod:`fedvlm.settings.sections`; the section
-``algorithm`` has the class that the algorithm's row of the table names.
+unknown key. The sections are in :mod:`fedvlm.settings.sections`. The class of the section
+``algorithm`` comes from the algorithm's row of the table.
 """
 
 from __future__ import annotations
@@ -32,14 +32,14 @@ def load(source: Source = None, *overrides: str) -> Config:
         *overrides: dotted assignments such as ``train.rounds=20``; values are YAML.
 
     Raises:
-        ConfigError: listing every unknown key, wrong type and impossible value at once.
+        ConfigError: lists every unknown key, wrong type and impossible value at once.
     """
     tree, problems = read(source, *overrides)
     return checked(tree, problems)
 
 
 def own(source: Source = None, *overrides: str, label: str = "") -> Config:
-    """As :func:`load`, for an algorithm that is handed over as an object.
+    """Builds the configuration like :func:`load`, for an algorithm given as an object.
 
     Args:
         source: as for :func:`load`.
@@ -47,7 +47,8 @@ def own(source: Source = None, *overrides: str, label: str = "") -> Config:
         label: the object's name in a comparison.
 
     Raises:
-        ConfigError: also where the section ``algorithm`` holds settings: the object has its own.
+        ConfigError: as :func:`load`; or the section ``algorithm`` holds settings, which an object
+            cannot take.
     """
     tree, problems = read(source, *overrides)
     given = tree.get("algorithm") or {}
@@ -57,7 +58,7 @@ def own(source: Source = None, *overrides: str, label: str = "") -> Config:
     name = given.pop("name", table.OWN) if isinstance(given, dict) else ""
     if given or str(name).partition(":")[0] != table.OWN:
         problems.append(
-            "algorithm: an object was handed over as the algorithm of this run; leave out "
+            "algorithm: the algorithm of this run is given as an object; leave out "
             + ", ".join(f"algorithm.{key}" for key in given or ["name"])
         )
     tree["algorithm"] = {"name": f"{table.OWN}:{label}" if label else name}
@@ -65,7 +66,7 @@ def own(source: Source = None, *overrides: str, label: str = "") -> Config:
 
 
 def read(source: Source = None, *overrides: str) -> tuple[dict[str, Any], list[str]]:
-    """The tree of settings as it was given, unchecked, and the overrides that cannot be read.
+    """The unchecked tree of settings, and a problem for each override that cannot be read.
 
     Raises:
         ConfigError: the file cannot be read, or holds no mapping.
@@ -91,11 +92,11 @@ def checked(tree: dict[str, Any], problems: Sequence[str] = ()) -> Config:
     """The configuration of a tree of settings.
 
     Args:
-        tree: sections by name; what is left out has its default.
-        problems: mistakes that were found before.
+        tree: sections by name; missing settings have their defaults.
+        problems: earlier mistakes.
 
     Raises:
-        ConfigError: all mistakes, those found before first.
+        ConfigError: lists all mistakes, the earlier ones first.
     """
     algorithm, wrong = _algorithm(tree.get("algorithm"))
     problems = [*problems, *wrong]
@@ -112,7 +113,7 @@ def checked(tree: dict[str, Any], problems: Sequence[str] = ()) -> Config:
 
 
 def _algorithm(given: Any) -> tuple[AlgorithmConfig, list[str]]:
-    """The section ``algorithm``, of the class that its algorithm has; and what is wrong with it."""
+    """The section ``algorithm`` in the class of its algorithm, and its problems."""
     given = {} if given is None else given
     if not isinstance(given, dict):
         return AlgorithmConfig(), [f"algorithm: it must hold settings, got {given!r}"]
@@ -132,7 +133,7 @@ def _algorithm(given: Any) -> tuple[AlgorithmConfig, list[str]]:
 
 
 def _of_algorithm(error: Any, settings: type[AlgorithmConfig], name: str) -> str:
-    """A validation error of the section ``algorithm`` as a person reads it."""
+    """A validation error of the section ``algorithm`` as a readable text."""
     where = ".".join(str(p) for p in error["loc"])
     elsewhere = (entry.settings.model_fields for entry in table.TABLE.values())
     if error["type"] == "extra_forbidden" and any(where in fields for fields in elsewhere):
@@ -174,15 +175,15 @@ def _read(source: Source) -> dict[str, Any]:
 
 
 def read_file(path: str | Path, kind: type[S], what: str) -> S:
-    """A file with settings of its own kind, such as a site's policy.
+    """Reads a file of other settings, such as a site's policy.
 
     Args:
         path: a YAML file.
-        kind: what it has to hold.
-        what: its name in messages.
+        kind: the class of the settings.
+        what: the name of the file in messages.
 
     Raises:
-        ConfigError: naming everything that is wrong in it.
+        ConfigError: lists all mistakes in the file.
     """
     try:
         tree = yaml.safe_load(Path(path).read_text("utf-8")) or {}
@@ -196,7 +197,7 @@ def read_file(path: str | Path, kind: type[S], what: str) -> S:
 
 
 def _number(text: str) -> float | None:
-    """YAML 1.1 reads 3e-4 as a string; people mean the number."""
+    """The number in a text such as 3e-4, which YAML 1.1 reads as a string; else None."""
     try:
         return float(text) if "e" in text.lower() and text[:1] in "+-.0123456789" else None
     except ValueError:
@@ -217,20 +218,20 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> list[str]:
     for part in parents:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
-            return [f"'{key}': '{part}' holds the value {child!r}, it has no keys of its own"]
+            return [f"'{key}': '{part}' has the value {child!r} and so no keys"]
         node = child
     node[leaf] = value
     return []
 
 
 def _describe(error: Any, kind: type[BaseModel], prefix: str = "", about: str = "there are") -> str:
-    """A validation error as a person reads it.
+    """A validation error as a readable text.
 
     Args:
-        error: pydantic's.
-        kind: the class that was validated.
-        prefix: of its keys, where it is a section.
-        about: introduces the list of keys.
+        error: the error of pydantic.
+        kind: the validated class.
+        prefix: the prefix of its keys, for a section.
+        about: words before the list of keys.
     """
     where = prefix + ".".join(str(p) for p in error["loc"])
     where = where.removesuffix(".")

@@ -26,7 +26,7 @@ from fedvlm.store import run as stores
 from fedvlm.tree import Tree
 
 MOST_STEPS = 100
-CHECKS = 5  # validations on the way
+CHECKS = 5  # validations during the tuning
 
 
 @dataclass(frozen=True)
@@ -34,7 +34,7 @@ class Onboarded:
     """A site that joined a finished run.
 
     Attributes:
-        folder: its adapter, its personal factors, its scores and a card.
+        folder: the folder with the site's adapter, personal factors, scores and card.
         table: the content of ``scores.json``.
     """
 
@@ -55,25 +55,25 @@ def onboard(
     steps: int | None = None,
     lr: float | None = None,
 ) -> Onboarded:
-    """Gives a new site its own model, from what a finished run shares and the site's own rows.
+    """Gives a new site its own model, from the shared factors of a finished run and its own rows.
 
-    The site downloads what the server sends a client, tunes only what the run's algorithm keeps
-    personal (everything, where nothing is), and keeps what has the lowest loss on its validation
-    rows: what was downloaded, a point on the way, or a mean of such points. It is scored on rows
-    held out as in the run. The run's own files are not changed; the site's are in
-    ``FOLDER/onboarded/NAME``, and its name works as a client's from then on.
+    The site gets the download of a client. It tunes only the factors that the run's algorithm keeps
+    personal, or all factors if the algorithm keeps none. It keeps the adapter with the lowest loss
+    on its validation rows: the download, a point of the tuning, or a mean of such points. It is
+    scored on held-out rows, split like in the run. The files of the run do not change. The site's
+    files are in ``FOLDER/onboarded/NAME``, and its name then works like the name of a client.
 
     Args:
         folder: the run's folder.
         data: the site's rows, in the run's columns.
-        *overrides: settings other than the run's, in the sections model, data, train, eval, engine.
-        name: of the site; None is the name of the data.
-        steps: optimizer steps; None is as many as a client with as many rows took in all rounds,
-            at most 100.
-        lr: learning rate of all factors; None is the run's.
+        *overrides: changed settings, in the sections model, data, train, eval, engine.
+        name: the name of the site; None: the name of the data.
+        steps: optimizer steps; None: as many as a client with this number of rows took in all
+            rounds, at most 100.
+        lr: learning rate of all factors; None: the learning rates of the run.
 
     Raises:
-        FedVLMError: no finished run, a name that is taken, or rows that cannot be used.
+        FedVLMError: there is no finished run, the name is taken, or the rows cannot be used.
     """
     run = open_run(folder, *overrides)
     site = name if name is not None else Path(data).stem
@@ -89,7 +89,7 @@ def onboard(
     shared = algorithm.model(run.initial, down, {})
     kept, personal = _personal(algorithm, run.initial, visit, down)
     everything = set(run.initial)
-    # The round after the last one: the schedule of the learning rate is over.
+    # The round after the last round, where the schedule of the learning rate has ended.
     after = Visit(site, visit.weight, round=config.train.rounds + 1)
     with TemporaryDirectory() as scratch:
 
@@ -119,7 +119,7 @@ def onboard(
 
 
 def _settings(config: Config, data: str | Path, lr: float | None) -> Config:
-    """The run's settings for one site's rows, with its limits on held-out rows as they were."""
+    """The run's settings for the rows of one site, with the run's section ``eval``."""
     settings = on_new_data(config, data).model_copy(update={"eval": config.eval})
     least: dict[str, Any] = {"kind": "iid", "column": None, "clients": 1, "min_rows": 2}
     tree = settings.model_dump()
@@ -130,7 +130,7 @@ def _settings(config: Config, data: str | Path, lr: float | None) -> Config:
 
 
 def _rows(run: Opened, config: Config, site: str) -> tuple[Any, Any]:
-    """The site's rows, and its split, made as a run makes it."""
+    """The site's rows and their split, made like in a run."""
     from fedvlm.data.partition import make_partition
     from fedvlm.data.sources import load_rows
 
@@ -138,8 +138,8 @@ def _rows(run: Opened, config: Config, site: str) -> tuple[Any, Any]:
     (split,) = make_partition(rows, config).splits.values()
     if not len(getattr(split, config.eval.split)):
         raise DataError(
-            f"site '{site}' has {len(rows)} rows and none in '{config.eval.split}', on which the "
-            "run scores; give it more rows, or set eval.split=test"
+            f"site '{site}' has {len(rows)} rows, but none in '{config.eval.split}', the split "
+            "that the run scores; give it more rows, or set eval.split=test"
         )
     return rows, split
 
@@ -151,16 +151,16 @@ def _steps(config: Config, rows: int) -> int:
 def _personal(
     algorithm: Algorithm, initial: Tree, visit: Visit, down: Tree
 ) -> tuple[bool, set[str]]:
-    """Whether the algorithm keeps anything; and the factors that it keeps, all if it keeps none."""
+    """Whether the algorithm keeps anything, and the kept factors; all factors if it keeps none."""
     kept = rehearse(algorithm, initial, visit, down, 1).sent.keep
     return bool(kept), set(kept) & set(initial) or set(initial)
 
 
 def _tuning(begin: Tree, trained: set[str], steps: int) -> Algorithm:
-    """Local steps from ``begin`` on some factors; nothing is sent.
+    """An algorithm that tunes some factors from ``begin`` and sends nothing.
 
-    The client keeps one of these: ``begin``, a point on the way, or the mean of the adapters up to
-    a point. Validation loss decides; without validation rows it is the last point.
+    The client keeps ``begin``, a point of the tuning, or the mean of all points up to one of them,
+    whichever has the lowest validation loss. Without validation rows, it keeps the last point.
     """
 
     def work(local: Local) -> Program:
@@ -188,8 +188,8 @@ def _target(run: Opened, site: str) -> Path:
     folder = run.folder / ONBOARDED / files.slugs([site])[site]
     if folder.exists():
         raise FedVLMError(
-            f"the site '{site}' has been onboarded: '{folder}' exists; remove it to do it again, "
-            "or give another name with --name NAME"
+            f"the site '{site}' has been onboarded: '{folder}' exists; remove this folder to do it "
+            "again, or give another name with --name NAME"
         )
     return folder
 

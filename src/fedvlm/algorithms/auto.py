@@ -1,23 +1,25 @@
-"""``auto``: every client chooses, now and then, how much of the others it takes.
+"""``auto``: every client chooses its own mixture of personal and shared factors.
 
-A client begins a round with one of five mixtures of its own factors and the download. Simpler
-algorithms begin with the same ones: the server's factors (lora), its B on the own A (plora), the
-own B on its A (fedsa), halves of both (mix), the own factors (local). The client takes the mixture
-of the lowest loss on its validation rows in its second round, and in every third round from then
-on. In the two rounds that follow it takes the same mixture again.
+A client begins a round with one of five mixtures of its factors and the download. Each mixture is
+the start of a simpler algorithm: the download (lora), the download's B on the client's A (plora),
+the client's B on the download's A (fedsa), halves of both (mix), the client's factors (local). In
+its second round, and in every third round from then on, the client chooses the mixture of the
+lowest loss on its validation rows. In the two rounds after a choice, it uses the same mixture.
 
-After the last round the server sends the mean of its rounds, the later ones weighing more
-(:func:`fedvlm.algorithms.server.late_mean`). Every client chooses once more and tunes. It takes the
-mean of its adapter over the tuning (stochastic weight averaging, Izmailov et al., arXiv 1803.05407)
-and ends with the best of the same five mixtures of that mean and the download.
+After the last round, the server sends a mean of its states over the rounds, with larger weights
+for later rounds (:func:`fedvlm.algorithms.server.late_mean`). Every client chooses once more and
+tunes. It averages its adapter over the tuning (stochastic weight averaging, Izmailov et al., arXiv
+1803.05407), and ends with the best of the same five mixtures of this average and the download.
 
-Where less than half of all examples take part in a round, its clients begin at the download and
-keep no factors. Their factors would be old when they are needed, and a model that many have trained
-from tunes best in the end (FedAvg as meta-learning: Jiang et al., arXiv 1909.12488). A client
-without factors of its own begins its tuning far from where it ends. It takes the mean over the
-second half, and ends with that mean or the download: the one that is wrong less often on its
-validation rows. The loss would prefer the download, which is less sure of itself, even where the
-download is never right.
+If the cohort of a round has less than half of all examples, its clients begin at the download and
+keep no factors. Kept factors would be outdated at their next use. Besides, a model from which many
+clients have trained is the best start for tuning (FedAvg as meta-learning: Jiang et al., arXiv
+1909.12488).
+
+A client without kept factors begins its tuning far from the end of the tuning. So it averages over
+the second half of the tuning. It ends with this average or with the download, whichever gives fewer
+wrong answers on its validation rows. The loss is no criterion here: it prefers the download, which
+is less confident, even where the download is never right.
 """
 
 from __future__ import annotations
@@ -34,8 +36,8 @@ from fedvlm.algorithms.tuning import CheckedTuning, best, lowest_loss, stretches
 from fedvlm.tree import Mean, Tree, named, part, plain
 
 CHOSEN, TUNED = "chosen", "tuned"
-EVERY = 3  # of a client's rounds: it chooses again
-FEW = 0.5  # of all examples: in a round with fewer, a client begins at the download
+EVERY = 3  # rounds of a client from one choice to the next
+FEW = 0.5  # share of all examples: in rounds with a smaller share, clients begin at the download
 HALVES: Mix = {"A": 0.5, "B": 0.5}
 
 STARTS: tuple[Mix, ...] = (
@@ -54,13 +56,13 @@ class AutoConfig(ServerStep, CheckedTuning):
 def auto(
     steps: int, checks: int, *, server_lr: float = 1.0, starts: Sequence[Mix] = STARTS
 ) -> Algorithm:
-    """FedAvg of both factors, with each client's start by validation, and tuning in the end.
+    """FedAvg of both factors, with each client's start chosen by validation, and final tuning.
 
     Args:
-        steps: of tuning after the last round.
-        checks: points of the tuning, evenly spaced, that count in its mean besides its start.
-        server_lr: length of the server's step to the clients' mean; 1 reaches it.
-        starts: the mean's part in each factor, for each mixture that is chosen from.
+        steps: optimizer steps of tuning after the last round.
+        checks: number of evenly spaced points of the tuning that are averaged with its start.
+        server_lr: step of the server towards the clients' mean; 1 reaches it.
+        starts: the mixtures to choose from: the share of the download in each factor.
     """
 
     def model(initial: Tree, down: Tree, mine: Tree) -> Tree:
@@ -73,7 +75,7 @@ def auto(
         return [{**local.begin, **tree} for tree in found]
 
     def choose(local: Local) -> Program:
-        """The work of a round: may choose a mixture, then trains it."""
+        """The work of a round: chooses a mixture if due, then trains from it."""
         if local.visit.sampled < FEW:
             end, _ = yield Train({**local.begin, **plain(local.down)})
             return Sent(end)
@@ -86,7 +88,10 @@ def auto(
         return Sent(end, {**end, **named(CHOSEN, last)})
 
     def chosen(local: Local, last: Tree) -> Generator[Score, Any, tuple[Tree, Tree]]:
-        """The mixture of the lowest validation loss, and its number; as before without rows."""
+        """The mixture of the lowest validation loss, and the memory of this choice.
+
+        Without validation rows, the start of the round and the former memory.
+        """
         import torch
 
         options = mixtures(local, plain(local.mine))
@@ -119,5 +124,5 @@ def auto(
 
 
 def wrong_less_often(found: Validation) -> tuple[float, ...]:
-    """The order of adapters by wrong answers, then by loss."""
+    """A key that sorts adapters by wrong answers, then by loss."""
     return found.wrong, found.loss

@@ -1,4 +1,4 @@
-"""Settings that any algorithm takes whose server averages the factors themselves."""
+"""The settings of algorithms whose server averages factors."""
 
 from __future__ import annotations
 
@@ -17,16 +17,18 @@ Step = Annotated[float, Field(gt=0)]
 class ServerStep(AlgorithmConfig):
     """The server's step."""
 
-    server_lr: Step = Field(1.0, description="step of the server towards the clients' mean")
+    server_lr: Step = Field(
+        1.0, description="step of the server towards the clients' mean; 1 reaches it"
+    )
 
 
 class Averaging(ServerStep):
-    """The server's step or optimizer, and a pull while clients train."""
+    """The server's step or optimizer, and the clients' proximal term."""
 
     server: ServerConfig = ServerConfig()
     prox_mu: Annotated[float, Field(ge=0)] | None = Field(
         None,
-        description="pull to the download while training; empty: 0.01 for fedprox, else 0",
+        description="pull towards the download in training; empty: 0.01 for fedprox, else 0",
     )
 
 
@@ -34,9 +36,9 @@ def averaging(algorithm: Algorithm, settings: Averaging, mu: float | None = None
     """``algorithm`` with the server's optimizer and the clients' proximal term.
 
     Args:
-        algorithm: one whose server averages factors.
-        settings: of the run.
-        mu: the strength of the pull, unless the settings name one.
+        algorithm: an algorithm whose server averages factors.
+        settings: the settings of the algorithm.
+        mu: the strength of the pull where the settings leave it empty.
     """
     strength = mu if settings.prox_mu is None else settings.prox_mu
     return proximal(optimized(algorithm, settings.server), strength)

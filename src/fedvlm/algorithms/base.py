@@ -41,19 +41,19 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 State = Tree
-"""What the server keeps between rounds: named tensors, so that a checkpoint is one file."""
+"""The state of the server between rounds: named tensors, so that a checkpoint is one file."""
 
 
 @dataclass(frozen=True)
 class Visit:
-    """One client in one round, as both ends of the wire know it.
+    """One client in one round; both ends of the wire know these facts.
 
     Attributes:
-        client: the client's name; empty for nobody in particular, who is sent the global model.
+        client: the client's name; empty for the global model, which belongs to no client.
         weight: the number of the client's training examples.
         sampled: the cohort's share of all clients' examples, in (0, 1].
         round: from 1; 0 before the first round.
-        final: whether this is the one more round with all clients, see :class:`Algorithm`.
+        final: whether this is the extra round with all clients, see :class:`Algorithm`.
     """
 
     client: str
@@ -73,8 +73,8 @@ class Local:
     Attributes:
         visit: the client and the round.
         begin: the client's model, ``model(initial, down, mine)``: a whole adapter.
-        down: what the server sent.
-        mine: what the client kept; empty at first.
+        down: the download from the server.
+        mine: the tensors that the client kept in its last round; empty at first.
         steps: the usual number of optimizer steps of a round at this client.
     """
 
@@ -103,14 +103,14 @@ class Train:
     """Asks for a stretch of local training; the answer is a :class:`Trained`.
 
     Attributes:
-        begin: the whole adapter that training begins with.
-        trains: selects the factors that are trained; the others are constant.
+        begin: the whole adapter at the start of training.
+        trains: selects the factors to train; the others stay constant.
         steps: optimizer steps, 0 or more; None: the usual number of a round.
         terms: extra gradients, added before clipping.
-        mask: ``(name, factor) -> mask``, true where elements of a trained factor are trained. It
-            broadcasts to ``[rank, in]`` or ``[out, rank]``. None: everywhere.
-        resume: continue with the optimizer of this client's stretch before, which trained the same
-            factors; otherwise the optimizer is a fresh one.
+        mask: ``(name, factor) -> mask``, true for the elements of a trained factor that are
+            trained. It broadcasts to ``[rank, in]`` or ``[out, rank]``. None: all elements.
+        resume: whether to continue with the optimizer of this client's previous stretch, which
+            trained the same factors. Otherwise the optimizer is fresh.
     """
 
     begin: Tree
@@ -137,20 +137,20 @@ class Trained(NamedTuple):
 class Score:
     """Asks for the scores of adapters on the client's validation rows.
 
-    The answer is a :class:`Validation` for each adapter, or ``()`` where the client has no
-    validation rows.
+    The answer is a :class:`Validation` for each adapter, or ``()`` for a client without validation
+    rows.
     """
 
     trees: Sequence[Tree]
 
 
 class Validation(NamedTuple):
-    """The worth of an adapter on a client's validation rows; lower is better.
+    """The scores of an adapter on a client's validation rows; lower is better.
 
     Attributes:
-        loss: in nats a token, or DPO's loss a pair.
-        wrong: the share of the answers' tokens that are not the likeliest, or of pairs whose
-            rejected answer is preferred.
+        loss: mean loss, in nats a token (SFT) or DPO's loss a pair.
+        wrong: share of the answer tokens that are not the most likely token (SFT), or of the pairs
+            whose rejected answer is preferred (DPO).
     """
 
     loss: float
@@ -162,8 +162,8 @@ class Sent:
     """The end of a client's round.
 
     Attributes:
-        up: what leaves the client; empty: nothing does.
-        keep: what the client keeps for its next round. It never leaves the client.
+        up: the upload; empty: nothing leaves the client.
+        keep: the tensors that the client keeps for its next round. They never leave the client.
     """
 
     up: Tree
@@ -172,7 +172,7 @@ class Sent:
 
 @dataclass(frozen=True)
 class Upload:
-    """What the server got from a client."""
+    """An upload at the server, with the visit that it belongs to."""
 
     visit: Visit
     tree: Tree
@@ -180,8 +180,8 @@ class Upload:
 
 Ask = Train | Score
 Program = Generator[Ask, Any, Sent]
-"""A client's round under way. It is sent a :class:`Trained` for each :class:`Train`, and a tuple of
-:class:`Validation` for each :class:`Score`."""
+"""A running round of a client. It receives a :class:`Trained` for each :class:`Train`, and a tuple
+of :class:`Validation` for each :class:`Score`."""
 
 
 class Init(Protocol):
@@ -191,13 +191,13 @@ class Init(Protocol):
 
 
 class Send(Protocol):
-    """Server: what the client of a visit is sent."""
+    """Server: the download for the client of a visit."""
 
     def __call__(self, state: State, visit: Visit) -> Tree: ...
 
 
 class Model(Protocol):
-    """Client: the whole adapter that a client has, from what it was sent and what it keeps."""
+    """Client: the client's whole adapter, from the initial adapter, the download and kept state."""
 
     def __call__(self, initial: Tree, down: Tree, mine: Tree) -> Tree: ...
 
@@ -206,27 +206,27 @@ class Work(Protocol):
     """Client: a round, as a generator.
 
     It also runs on tensors without values (:mod:`fedvlm.algorithms.dry`), with empty ``mine`` and
-    no validation rows. The names and shapes of what it sends may depend on the round and on
-    ``down``, not on values or on the client's name.
+    no validation rows. The names and shapes of its upload may depend on the round and on ``down``,
+    but not on values or on the client's name.
     """
 
     def __call__(self, local: Local) -> Program: ...
 
 
 class Update(Protocol):
-    """Server: the tensors of the state that change, from the weighted mean of the summands."""
+    """Server: the changed tensors of the state, from the weighted mean of the lifted uploads."""
 
     def __call__(self, state: State, mean: Tree, round: int) -> Tree: ...
 
 
 class Lift(Protocol):
-    """Server: what of an upload enters the mean, such as a product, and with which weight."""
+    """Server: the summand of an upload in the mean, such as a product B A, and its weight."""
 
     def __call__(self, upload: Tree, visit: Visit) -> tuple[Tree, float]: ...
 
 
 class Gather(Protocol):
-    """Server: the tensors of the state that change, from all uploads of a round at once."""
+    """Server: the changed tensors of the state, from all uploads of a round at once."""
 
     def __call__(self, state: State, uploads: Sequence[Upload], round: int) -> Tree: ...
 
@@ -238,7 +238,7 @@ def by_examples(upload: Tree, visit: Visit) -> tuple[Tree, float]:
 
 @dataclass(frozen=True)
 class Averaged:
-    """A server that sees the weighted mean of the uploads; they are folded in one by one."""
+    """A server that uses the weighted mean of the uploads; uploads are folded in one by one."""
 
     update: Update
     lift: Lift = by_examples
@@ -258,12 +258,12 @@ class Algorithm:
     Attributes:
         init: server, ``(initial) -> state``.
         send: server, ``(state, visit) -> down``.
-        model: client, ``(initial, down, mine) -> adapter``: what a client has, to be scored,
-            exported, or trained from.
+        model: client, ``(initial, down, mine) -> adapter``: the client's model, which is scored,
+            exported, and the usual start of training.
         work: client, ``(local) -> generator`` of :class:`Train` and :class:`Score`, which returns
             :class:`Sent`.
-        server: the way from the uploads to the next state: :class:`Averaged` or :class:`Gathered`.
-        final: whether one more round with all clients follows the last one, for tuning.
+        server: how uploads become the next state: :class:`Averaged` or :class:`Gathered`.
+        final: whether an extra round with all clients follows the last round, for tuning.
     """
 
     init: Init
@@ -275,7 +275,7 @@ class Algorithm:
 
 
 def step(program: Program, answer: Trained | tuple[Validation, ...] | None = None) -> Ask | Sent:
-    """Hands a program an answer; returns its next request, or its end.
+    """Sends an answer to a program; returns its next request or its result.
 
     Raises:
         TypeError: the program yields or returns anything else.
@@ -294,7 +294,7 @@ def step(program: Program, answer: Trained | tuple[Validation, ...] | None = Non
 
 
 def changed(program: Program, change: Callable[[Ask], Ask]) -> Program:
-    """``program``, each of whose requests passes through ``change``."""
+    """``program`` with ``change`` applied to each of its requests."""
     ask = step(program)
     while not isinstance(ask, Sent):
         ask = step(program, (yield change(ask)))

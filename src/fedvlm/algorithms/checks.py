@@ -13,38 +13,40 @@ VALUES = "uploads factors, not steps from the download"
 
 
 def even_rank(config: Config) -> str:
-    """Half of the ranks are shared."""
+    """Requires an even rank, because the algorithm splits the ranks into halves."""
     rank = config.lora.rank
-    return f"it halves the rank: lora.rank must be even, got {rank}" if rank % 2 else ""
+    return (
+        f"it splits the ranks into halves: lora.rank must be even, got {rank}" if rank % 2 else ""
+    )
 
 
 def plain_sgd(config: Config) -> str:
-    """Its correction is defined for SGD."""
+    """Requires plain SGD, because the correction is defined for SGD only."""
     if config.train.optimizer == "sgd":
         return ""
-    return "it corrects steps of plain SGD: set train.optimizer=sgd, and a train.lr for it"
+    return "it corrects steps of plain SGD: set train.optimizer=sgd, and a train.lr for SGD"
 
 
 def validation(config: Config) -> str:
-    """It chooses by validation rows."""
+    """Requires validation rows, because the algorithm chooses by their loss."""
     if config.data.val_fraction:
         return ""
     return (
-        "it goes by the loss on validation rows: data.val_fraction must be above 0"
+        "it needs the loss on validation rows: data.val_fraction must be above 0"
         " (or choose another algorithm: plora needs no validation rows)"
     )
 
 
 def own_part(config: Config) -> str:
-    """A client has a part of its own in both factors."""
+    """Requires a personal part in both factors."""
     settings: Any = config.algorithm
     if max(settings.mix.values()) < 1:
         return ""
-    return "it needs a model of its own: algorithm.mix_a and algorithm.mix_b must be below 1"
+    return "it needs a personal model: algorithm.mix_a and algorithm.mix_b must be below 1"
 
 
 def share_map(settings: Any, modules: Iterable[str]) -> list[str]:
-    """Every pattern of a share map has an adapted module."""
+    """Requires that every pattern of a share map matches an adapted module."""
     modules = list(modules)
     shown = ", ".join(modules[:4])
     return [
@@ -56,10 +58,10 @@ def share_map(settings: Any, modules: Iterable[str]) -> list[str]:
 
 
 def general(config: Config, entry: Any) -> list[str]:
-    """What is wrong with a run's settings for its algorithm.
+    """The problems of a run's settings with its algorithm.
 
     Args:
-        config: of the run, each section valid by itself.
+        config: the settings of the run; each section is valid by itself.
         entry: the algorithm's row of the table.
     """
     name, lora = config.algorithm.name, config.lora
@@ -77,7 +79,7 @@ def general(config: Config, entry: Any) -> list[str]:
         )
     if entry.partial and config.wire.compress == "topk":
         wrong.append(
-            "wire.compress=topk sends the rest of an upload later, and algorithm.name="
+            "wire.compress=topk sends the rest of an upload in later rounds, but algorithm.name="
             f"{name} {entry.partial}: set wire.compress=int8"
         )
     if reason := entry.check(config):

@@ -1,10 +1,10 @@
-"""Terms that keep clients together while they train.
+"""Extra terms in client training, against the drift of clients.
 
 - FedProx, Li et al., arXiv 1812.06127: ``mu / 2 * |w - download|^2`` is added to the loss.
 - SCAFFOLD, Karimireddy et al., arXiv 1910.06378, algorithm 1 with option II for the control
-  variates. It corrects steps of plain SGD, the only optimizer that the paper defines it for. Means
-  are weighted by examples, as everywhere here; the paper's are not. With gradient clipping, the
-  corrected gradient is clipped.
+  variates. It corrects steps of plain SGD, the only optimizer for which the paper defines it. Means
+  are weighted by examples, as everywhere in this package; the means of the paper are not. With
+  gradient clipping, the corrected gradient is clipped.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ CHANGE = "changes"
 
 
 def towards(down: Tree, mu: float) -> Term:
-    """The gradient of ``mu / 2 * |w - down|^2``, on the factors that were sent."""
+    """The gradient of ``mu / 2 * |w - down|^2``, on the factors in the download."""
     return Term({n: -mu * t for n, t in plain(down).items()}, rate=mu)
 
 
 def proximal(algorithm: Algorithm, mu: float | None) -> Algorithm:
-    """``algorithm`` with a proximal term in all rounds but the final one."""
+    """``algorithm`` with a proximal term in all rounds except the final round."""
     if not mu:
         return algorithm
 
@@ -53,7 +53,7 @@ def proximal(algorithm: Algorithm, mu: float | None) -> Algorithm:
 
 
 def scaffold(*, server_lr: float = 1.0) -> Algorithm:
-    """FedAvg of A and B with control variates: a client keeps its own, the server their mean."""
+    """FedAvg of A and B with control variates: each client keeps one, the server their mean."""
 
     def init(initial: Tree) -> State:
         return {**initial, **named(CONTROL, {n: t.new_zeros(t.shape) for n, t in initial.items()})}

@@ -1,8 +1,8 @@
-"""A client's round without training: on an adapter that has shapes and no values.
+"""A client's round without training, on an adapter that has shapes and no values.
 
-The plan of a run and the form of a message follow from an algorithm alone. Its own functions are
-run on tensors of the ``meta`` device; whole numbers keep their values, because later shapes may
-depend on them (a client's rank).
+The plan of a run and the form of a message follow from the algorithm alone: its functions run on
+tensors of the ``meta`` device. Whole numbers keep their values, because later shapes may depend on
+them (a client's rank).
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ PATH = {"A": 1.0, "B": 1.0}
 
 
 class Rehearsal(NamedTuple):
-    """A client's round as it would be.
+    """The requests and the result of a client's round.
 
     Attributes:
         stretches: the requests for training.
-        scored: the number of adapters that are scored on validation rows, where there are any.
-        sent: what the client sends and keeps; names and shapes are right, values mean nothing.
+        scored: the number of adapters to score on validation rows, if the client has any.
+        sent: the result of the round; names and shapes are right, values mean nothing.
     """
 
     stretches: tuple[Train, ...]
@@ -32,13 +32,13 @@ class Rehearsal(NamedTuple):
 def rehearse(
     algorithm: Algorithm, initial: Tree, visit: Visit, down: Tree, steps: int
 ) -> Rehearsal:
-    """Runs a client's program and answers without training; the client has kept nothing before.
+    """Runs the program of a client without kept state, and answers its requests without training.
 
     Args:
-        algorithm: of the run.
+        algorithm: the algorithm of the run.
         initial: the common initial adapter, or one without values.
         visit: the client and the round.
-        down: what the client is sent, with or without values.
+        down: the client's download, with or without values.
         steps: the usual number of steps of a round.
     """
     begin = algorithm.model(initial, down, {})

@@ -1,14 +1,17 @@
-"""Two adapters a client, in one of the model's rank: the first half of the ranks and the second.
+"""Two adapters a client, stored as one: the first half and the second half of the ranks.
 
-The adapters' sum is trained and used, each with weight 1. Payloads are half of LoRA's.
+The sum of both adapters is trained and used, each with weight 1. Messages have half the size of
+LoRA's.
 
-- ``pair``: a shared and an own half, trained together; the shared one is averaged.
-- FedDPA-T, Yang et al., arXiv 2403.19211: a round trains the shared half with the own one switched
-  off, and the own half beside the shared one as it was downloaded. The paper weighs the two by an
-  instance's likeness to the client's data (its code by 0.5 each while training); that is not here.
-- FedALT, Bian et al., arXiv 2503.11880: the own half is trained beside a frozen one, the mean of
-  the other clients' own halves (the last that each has sent), A and B apart. The paper's mixer, a
-  gate that weighs the two by the input, is not here. The server keeps every client's last half.
+- ``pair``: a shared and a personal half, trained together. The server averages the shared half.
+- FedDPA-T, Yang et al., arXiv 2403.19211: a round first trains the shared half with the personal
+  half switched off, then the personal half beside the downloaded shared half. The paper weighs the
+  two halves by the similarity of an instance to the client's data (its code by 0.5 each in
+  training). These weights are not implemented.
+- FedALT, Bian et al., arXiv 2503.11880: the personal half is trained beside a frozen half. The
+  frozen half is the mean of the other clients' personal halves, as last sent by each, with separate
+  means of A and of B. The paper's mixer, a gate that weighs the two halves by the input, is not
+  implemented. The server keeps the last half of every client.
 """
 
 from __future__ import annotations
@@ -35,7 +38,7 @@ from fedvlm.tree import Tree, cut, factor, mask, pad, plain, step
 
 
 def pair(ranks: int, *, server_lr: float = 1.0) -> Algorithm:
-    """A shared half and an own half, trained together."""
+    """A shared half and a personal half, trained together."""
     half = ranks // 2
 
     def work(local: Local) -> Program:
@@ -46,7 +49,7 @@ def pair(ranks: int, *, server_lr: float = 1.0) -> Algorithm:
 
 
 def feddpa(ranks: int, *, server_lr: float = 1.0) -> Algorithm:
-    """FedDPA-T: the shared half alone, then the own half beside it."""
+    """FedDPA-T: trains the shared half alone, then the personal half beside the download."""
     half = ranks // 2
 
     def work(local: Local) -> Program:
@@ -63,7 +66,7 @@ def feddpa(ranks: int, *, server_lr: float = 1.0) -> Algorithm:
 
 
 def fedalt(ranks: int) -> Algorithm:
-    """An own half, beside the frozen mean of the others' own halves."""
+    """A personal half, beside the frozen mean of the other clients' personal halves."""
     half = ranks // 2
 
     def send(state: State, visit: Visit) -> Tree:
@@ -98,6 +101,6 @@ def _halves(
 
 
 def _sum(half: int, first: Tree, second: Tree) -> Tree:
-    """The adapter of both halves."""
+    """The adapter with both halves of the ranks."""
     right = pad(second, half, 0)
     return {n: t + right[n] for n, t in pad(first, 0, half).items()}

@@ -1,4 +1,4 @@
-"""A row of the table of algorithms; an outside package brings rows of its own."""
+"""A row of the table of algorithms; other packages can add rows."""
 
 from __future__ import annotations
 
@@ -16,18 +16,19 @@ class Entry:
     """A row of the table.
 
     Attributes:
-        sends: what leaves a client.
-        keeps: what is personal and stays.
+        sends: the parts that leave a client, as text.
+        keeps: the personal parts that stay, as text.
         source: the paper.
         build: ``(settings, lora) -> algorithm``; the settings are an instance of ``settings``.
         settings: the section ``algorithm`` of a run's configuration, a frozen pydantic model.
         ranks: whether clients may have unequal ranks (``lora.ranks``).
         spare: whether the adapter has ranks that no client trains (``lora.spare``).
-        pools: whether all training rows are in one place; no federation.
-        names: whether a question begins with its client's name.
-        partial: why the rest of an upload may not be sent later (``wire.compress=topk``), if so.
-        check: ``(config) -> text``: what is wrong with a run's settings; empty if nothing is.
-        fits: ``(settings, modules) -> problems``: what does not fit the adapted modules.
+        pools: whether all training rows are in one place, without federation.
+        names: whether each question begins with the name of its client.
+        partial: the reason why the rest of an upload may not be sent in later rounds
+            (``wire.compress=topk``); empty if it may.
+        check: ``(config) -> text``: the problem with a run's settings; empty if there is none.
+        fits: ``(settings, modules) -> problems`` of the settings with the adapted modules.
     """
 
     sends: str

@@ -1,15 +1,17 @@
-"""Aggregation of the products B A themselves, of which the means of A and of B are not the factors.
+"""Exact aggregation: the mean of the products B A, not the product of the means of A and of B.
 
-- FedEx-LoRA, Singhal et al., arXiv 2410.09432: clients begin with the means of A and of B, and
-  what these lack of the mean product is added to the frozen weights.
+- FedEx-LoRA, Singhal et al., arXiv 2410.09432: clients begin with the means of A and of B. The
+  difference between the mean product and the product of the means is added to the frozen weights.
 - FLoRA, Wang et al., arXiv 2409.05976: the clients' factors are stacked, weighted by examples, so
-  that their product is the mean product; clients add it to the frozen weights and begin anew.
+  that the product of the stack is the mean product. Clients add this product to the frozen weights
+  and begin with a new LoRA.
 
-Here the frozen weights stay what they are. What is added to them is carried in ``spare`` ranks of
-the adapter that no client trains, so that engines, exports and PEFT see an ordinary LoRA. It is
-exact while these ranks suffice for the sum of all that was added; beyond that it is the nearest
-matrix of that rank (truncated SVD). FLoRA's clients begin each round with the common initial A and
-zero B (the paper's code attaches a new LoRA). Its payload down is the spare ranks, not the stack.
+In this implementation the frozen weights do not change. The ``spare`` ranks of the adapter, which
+no client trains, hold the sum of all additions to the frozen weights. So engines, exports and PEFT
+see an ordinary LoRA. The result is exact while the spare ranks suffice for this sum. Beyond that,
+it is the nearest matrix of that rank (truncated SVD). In FLoRA, clients begin each round with the
+common initial A and zero B (the paper's code attaches a new LoRA), and download the spare ranks
+instead of the stack.
 """
 
 from __future__ import annotations
@@ -27,10 +29,10 @@ def exact(ranks: int, spare: int, *, restart: bool = False) -> Algorithm:
     """The mean of the clients' products.
 
     Args:
-        ranks: the adapter's first ranks, which clients train and send.
-        spare: the ranks after these, for what is added to the frozen weights.
-        restart: FLoRA: everything is added, and clients begin with the initial adapter.
-            Otherwise FedEx-LoRA: they go on with the means of A and of B.
+        ranks: number of the adapter's first ranks, which clients train and send.
+        spare: number of the ranks after these, for the additions to the frozen weights.
+        restart: True: FLoRA, which adds the whole mean product, and whose clients begin with the
+            initial adapter. False: FedEx-LoRA, whose clients begin with the means of A and of B.
     """
 
     def init(initial: Tree) -> State:

@@ -1,16 +1,16 @@
-"""Clients of unequal ranks, and the two algorithms that were made for them.
+"""Clients of unequal ranks, and two algorithms for them.
 
 A client of a lower rank has zeros in the ranks that it lacks. They stay zero: where A is zero, B
-gets no gradient, and the reverse. The client is sent its own ranks only, and sends no others. All
-clients have the same scaling, ``lora.alpha`` over the largest rank, so a factor means the same to
-each of them. (FLoRA's code does so too, with twice each client's rank as its alpha.)
+gets no gradient, and the reverse. The client receives and sends its own ranks only. All clients
+have the same scaling, ``lora.alpha`` over the largest rank, so a factor means the same at each
+client. (FLoRA's code also has one scaling for all: its alpha is twice the client's rank.)
 
-- FlexLoRA, Bai et al., arXiv 2402.11505: the server averages the products B A, and every client
-  gets the singular vectors of the largest singular values that its rank has room for. That the
-  values are split evenly between A and B is ours.
-- HetLoRA, Cho et al., arXiv 2401.06432: lower ranks are padded with zeros, the mean is weighted
-  by the norms of the clients' products, and clients get the first ranks of it. The rank
-  self-pruning of that paper is not here.
+- FlexLoRA, Bai et al., arXiv 2402.11505: the server averages the products B A. Every client gets
+  the singular vectors of the largest singular values, as many as its rank. The even split of the
+  singular values between A and B is ours.
+- HetLoRA, Cho et al., arXiv 2401.06432: lower ranks are padded with zeros, and the mean is weighted
+  by the norms of the clients' products. Clients get the first ranks of the mean. The rank
+  self-pruning of the paper is not implemented.
 """
 
 from __future__ import annotations
@@ -77,9 +77,10 @@ def ranked(algorithm: Algorithm, ranks: Mapping[str, int] | None, largest: int) 
     """``algorithm`` for clients of unequal ranks.
 
     Args:
-        algorithm: one whose trees have factors of the largest rank.
-        ranks: pattern over clients' names -> rank. The first pattern that is found decides. A
-            client that fits none has the largest rank. None: all have that, and nothing changes.
+        algorithm: an algorithm whose trees have factors of the largest rank.
+        ranks: pattern of client names -> rank. The first pattern that matches decides. A client
+            without a match has the largest rank. None: all clients have the largest rank, and the
+            algorithm is unchanged.
         largest: ``lora.rank``.
     """
     if not ranks:
@@ -117,7 +118,7 @@ def ranked(algorithm: Algorithm, ranks: Mapping[str, int] | None, largest: int) 
 
 
 def _filled(algorithm: Algorithm, full: Callable[[Tree], Tree]) -> Averaged | Gathered:
-    """The server of ``algorithm``, to which uploads of lower ranks come padded."""
+    """The server of ``algorithm``, with uploads of lower ranks padded before it sees them."""
     server = algorithm.server
     if isinstance(server, Averaged):
         return replace(server, lift=lambda upload, visit: server.lift(full(upload), visit))
@@ -129,11 +130,11 @@ def _filled(algorithm: Algorithm, full: Callable[[Tree], Tree]) -> Averaged | Ga
 
 
 def _factors(tree: Tree) -> tuple[Tree, Tree]:
-    """The factors, and the numbers beside them."""
+    """The factors, and the scalars beside them."""
     return split(tree, lambda n: tree[n].ndim > 0)
 
 
 def _only(tree: Tree, r: int) -> Tree:
-    """The first ``r`` ranks."""
+    """The tree with the first ``r`` ranks only."""
     own, told = _factors(tree)
     return {**cut(own, 0, r), **told}

@@ -1,14 +1,16 @@
-"""Personal models between a client's own and the shared one.
+"""Personal models between a client's own factors and the shared factors.
 
 - Interpolation: before a round, each factor is ``(1 - mix) * own + mix * mean``. With ``mix`` 1 for
-  both factors that is FedAvg, with 0 for A and 1 for B it is pLoRA, with 0 for both local training.
-- Ditto, Li et al., arXiv 2012.04221, algorithm 1: the shared model is FedAvg's, and a personal one
-  is trained beside it, pulled to the download by ``mu / 2 * |v - w|^2``. A client's personal model
-  begins as its first download. Both are trained for the length of a round.
-- APFL, Deng et al., arXiv 2003.13461, with a fixed mixture (the paper also has an adaptive one):
-  the client's model is ``mix * w + (1 - mix) * v``, w shared and v own. The paper alternates steps
-  of w and v; here a round trains w first, and then the mixture with w as downloaded, factor by
-  factor, which for SGD is v's own step with its learning rate divided by ``(1 - mix)^2``.
+  both factors this is FedAvg, with 0 for A and 1 for B it is pLoRA, with 0 for both it is local
+  training.
+- Ditto, Li et al., arXiv 2012.04221, algorithm 1: the shared model is that of FedAvg. A personal
+  model is trained beside it, pulled to the download by ``mu / 2 * |v - w|^2``. The personal model
+  begins at the client's first download. Both models are trained for the length of a round.
+- APFL, Deng et al., arXiv 2003.13461, with a fixed mixture (the paper also has an adaptive
+  mixture): the client's model is ``mix * w + (1 - mix) * v``, with w shared and v personal. The
+  paper alternates steps of w and v. Here a round first trains w. Then it trains the mixture with
+  the downloaded w, factor by factor. For SGD, this equals the steps of v with the learning rate
+  divided by ``(1 - mix)^2``.
 """
 
 from __future__ import annotations
@@ -27,18 +29,18 @@ from fedvlm.settings.method import Fraction
 from fedvlm.tree import Tree, factor, split
 
 Mix = Mapping[str, float]
-"""The mean's part in a client's model, by factor (A, B)."""
+"""The share of the mean in a client's model, by factor (A, B)."""
 
 
 class MixConfig(ServerStep):
     """Settings of ``mix`` and ``apfl``."""
 
-    mix_a: Fraction = Field(0.5, description="the mean's part in a client's A")
-    mix_b: Fraction = Field(0.5, description="the mean's part in a client's B")
+    mix_a: Fraction = Field(0.5, description="share of the mean in a client's A, 0 to 1")
+    mix_b: Fraction = Field(0.5, description="share of the mean in a client's B, 0 to 1")
 
     @property
     def mix(self) -> Mix:
-        """The mean's part in a client's factors."""
+        """The share of the mean in a client's factors."""
         return {"A": self.mix_a, "B": self.mix_b}
 
 
@@ -46,12 +48,12 @@ class DittoConfig(ServerStep):
     """Settings of ``ditto``."""
 
     prox_mu: Annotated[float, Field(ge=0)] = Field(
-        0.1, description="pull of the personal model to the download"
+        0.1, description="pull of the personal model towards the download; 0: none"
     )
 
 
 def mixing(mix: Mix, *, server_lr: float = 1.0) -> Algorithm:
-    """Every round begins between the client's own factors and the mean of all."""
+    """Every round begins between the client's own factors and the mean of all clients."""
     both = sharing({"": "AB"}, server_lr=server_lr)
 
     def uploads(name: str) -> bool:
@@ -73,7 +75,7 @@ def mixing(mix: Mix, *, server_lr: float = 1.0) -> Algorithm:
 
 
 def ditto(mu: float, *, server_lr: float = 1.0) -> Algorithm:
-    """A shared model, and a personal one that is pulled to it."""
+    """A shared model, and a personal model that is pulled to it."""
 
     def work(local: Local) -> Program:
         shared, _ = yield Train({**local.begin, **local.down})
@@ -85,7 +87,7 @@ def ditto(mu: float, *, server_lr: float = 1.0) -> Algorithm:
 
 
 def apfl(mix: Mix, *, server_lr: float = 1.0) -> Algorithm:
-    """A shared model, and a mixture of it with a personal one."""
+    """A shared model, and its mixture with a personal model."""
 
     def work(local: Local) -> Program:
         shared, _ = yield Train({**local.begin, **local.down})
@@ -104,7 +106,7 @@ def apfl(mix: Mix, *, server_lr: float = 1.0) -> Algorithm:
 
 
 def blend(mix: Mix, down: Tree, mine: Tree) -> Tree:
-    """``mix * down + (1 - mix) * mine``; the one there is, where there is only one."""
+    """``mix * down + (1 - mix) * mine``; a factor in only one of the two is unchanged."""
     mixed = {**down, **mine}
     for name in down.keys() & mine.keys():
         shared = mix[factor(name)]

@@ -1,8 +1,9 @@
-"""Servers that do more than take the rounds' means: optimizers, and a mean over the rounds.
+"""Optimizers at the server, and a mean over the rounds.
 
-A round's change is the gradient of an optimizer. FedAdagrad, FedYogi and FedAdam: Reddi et al.,
-arXiv 2003.00295, algorithm 2, without bias correction; the second moment begins at tau squared.
-FedAvgM: Hsu et al., arXiv 1909.06335; the momentum is a sum, not a mean, of the rounds' changes.
+The optimizer takes the change of a round as its gradient. FedAdagrad, FedYogi and FedAdam: Reddi et
+al., arXiv 2003.00295, algorithm 2, without bias correction; the second moment begins at tau
+squared. FedAvgM: Hsu et al., arXiv 1909.06335; the momentum is a sum, not a mean, of the rounds'
+changes.
 """
 
 from __future__ import annotations
@@ -30,20 +31,22 @@ SECOND: dict[str, Second] = {
 
 
 class ServerConfig(Section):
-    """An optimizer at the server, whose gradient is a round's change (arXiv 2003.00295)."""
+    """An optimizer at the server; its gradient is the change of a round (arXiv 2003.00295)."""
 
     name: Literal["none", "avgm", "adagrad", "yogi", "adam"] = Field(
-        "none", description="none: the mean itself; avgm: arXiv 1909.06335"
+        "none", description="server optimizer; none: plain mean; avgm: arXiv 1909.06335"
     )
     lr: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="its learning rate; empty: 1 for avgm, 0.01 for the others"
+        None, description="server learning rate; empty: 1 for avgm, 0.01 for the others"
     )
     beta1: Annotated[float, Field(ge=0, lt=1)] | None = Field(
         None, description="momentum; empty: 0 for adagrad, 0.9 for the others"
     )
-    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(0.99, description="of yogi and adam")
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.99, description="yogi, adam: decay of the second moment"
+    )
     tau: Annotated[float, Field(gt=0)] = Field(
-        1e-3, description="adagrad, yogi, adam: how far the step adapts; smaller is more"
+        1e-3, description="adagrad, yogi, adam: degree of adaptivity; smaller adapts more"
     )
 
     @model_validator(mode="after")
@@ -71,11 +74,12 @@ class ServerConfig(Section):
 
 
 def optimized(algorithm: Algorithm, settings: ServerConfig) -> Algorithm:
-    """``algorithm`` with an optimizer that makes steps of the rounds' changes.
+    """``algorithm`` with an optimizer at the server.
 
     Args:
-        algorithm: one whose server is :class:`Averaged` and takes a whole step to its update.
-        settings: of the optimizer.
+        algorithm: an algorithm whose server is :class:`Averaged` and takes the whole step to the
+            mean.
+        settings: the settings of the optimizer.
     """
     if settings.name == "none":
         return algorithm
@@ -93,7 +97,7 @@ def optimized(algorithm: Algorithm, settings: ServerConfig) -> Algorithm:
 
     def update(state: State, mean: Tree, round: int) -> Tree:
         old = plain(state)
-        new = server.update(old, mean, round)  # a factor that rested is not in it
+        new = server.update(old, mean, round)  # without factors that were not trained
         moments, squares = part(state, "first"), part(state, "second")
         moved, first, seconds = dict(new), dict[str, "Tensor"](), dict[str, "Tensor"]()
         for name in new.keys() & old.keys():
@@ -117,21 +121,22 @@ def optimized(algorithm: Algorithm, settings: ServerConfig) -> Algorithm:
 
 
 def late_mean(algorithm: Algorithm, power: int = 3) -> Algorithm:
-    """``algorithm``, whose final round is sent a mean of the states after all others.
+    """``algorithm`` with a mean of the states after all rounds as the download of the final round.
 
-    Round ``t`` of ``T`` weighs about ``(t / T) ** power``: polynomial-decay averaging, Shamir and
-    Zhang, arXiv 1212.1824. The mean is mostly of the last quarter, whatever the number of rounds.
+    Round ``t`` of ``T`` has the weight ``(t / T) ** power``, approximately: polynomial-decay
+    averaging, Shamir and Zhang, arXiv 1212.1824. The last quarter of the rounds has most of the
+    weight, whatever the number of rounds.
 
     Args:
-        algorithm: one with a final round, in which its state stays as it is.
-        power: 0 is the plain mean of all rounds.
+        algorithm: an algorithm with a final round that leaves the state unchanged.
+        power: 0 gives the plain mean of all rounds.
     """
     server = algorithm.server
     assert isinstance(server, Averaged)
 
     def init(initial: Tree) -> State:
         state = algorithm.init(initial)
-        late = {n: t.clone() for n, t in state.items()}  # a checkpoint has every tensor once
+        late = {n: t.clone() for n, t in state.items()}  # a checkpoint may not share tensors
         return {**state, **named("late", late)}
 
     def send(state: State, visit: Visit) -> Tree:

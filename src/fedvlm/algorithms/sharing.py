@@ -1,15 +1,16 @@
-"""Algorithms that differ only in which factors are shared: one map from modules to factors.
+"""Algorithms that differ only in the shared factors: a map from modules to factors.
 
 - FedVLM's personalized LoRA (pLoRA), arXiv 2507.17088: share B, keep A.
 - FedIT / FedAvg of LoRA, arXiv 2305.05644: share A and B.
 - FedSA-LoRA, arXiv 2410.01463: share A, keep B.
 - FFA-LoRA, arXiv 2403.12313: A frozen at its common start, share B.
-- Fed-ALoRA, arXiv 2509.25414: share B, keep A. With equal ranks that is pLoRA's map, so the name
-  is an alias. The paper's decomposition of B for unequal ranks is not here.
-- RoLoRA, arXiv 2502.01755: B is trained and shared in odd rounds, A in even ones.
+- Fed-ALoRA, arXiv 2509.25414: share B, keep A. With equal ranks this is the map of pLoRA, so both
+  names give the same algorithm. The paper's decomposition of B for unequal ranks is not
+  implemented.
+- RoLoRA, arXiv 2502.01755: B is trained and shared in odd rounds, A in even rounds.
 - IAT, arXiv 2606.08687: the image encoder and the decoder keep different factors. Only the abstract
-  was at hand. Our reading: the encoder keeps A and the decoder keeps B, and the projector counts as
-  encoder. The paper's orthogonality regularizer is not here.
+  was available. In our reading, the encoder keeps A and the decoder keeps B, and the projector
+  belongs to the encoder. The paper's orthogonality regularizer is not implemented.
 - Local training: share nothing.
 """
 
@@ -30,10 +31,10 @@ IAT = {"part:language": "A", "": "B"}
 
 
 class ShareConfig(Averaging):
-    """Settings of an algorithm that is a share map from the configuration."""
+    """Settings of ``share``, a share map from the configuration."""
 
     share: dict[str, Factors] = Field(
-        description="module pattern -> factors that are aggregated (A, B, AB, none); a pattern may "
+        description="pattern of module names -> aggregated factors (A, B, AB, none); a pattern may "
         "be part:vision, part:projector, part:language, layer:0-3, joined by &"
     )
 
@@ -46,14 +47,14 @@ class ShareConfig(Averaging):
 
 
 def sharing(share: Mapping[str, str], *, train: str = "AB", server_lr: float = 1.0) -> Algorithm:
-    """The algorithm that aggregates the factors a map names, and keeps the other trained ones.
+    """The algorithm that aggregates the factors of a map; clients keep the other trained factors.
 
     Args:
-        share: pattern over module names (see :func:`fedvlm.layers.matcher`) -> ``"A"``, ``"B"``,
-            ``"AB"`` or ``"none"``. The first pattern that fits a module decides. A module that no
-            pattern fits shares nothing.
-        train: the factors that are trained at all.
-        server_lr: the length of the server's step towards the clients' mean; 1 reaches it.
+        share: pattern of module names (see :func:`fedvlm.layers.matcher`) -> ``"A"``, ``"B"``,
+            ``"AB"`` or ``"none"``. The first pattern that matches a module decides. A module
+            without a match shares nothing.
+        train: the trained factors: ``"A"``, ``"B"`` or ``"AB"``.
+        server_lr: step of the server towards the clients' mean; 1 reaches it.
     """
     shared = select(share)
 
@@ -81,7 +82,7 @@ def sharing(share: Mapping[str, str], *, train: str = "AB", server_lr: float = 1
 
 
 def alternating(*, server_lr: float = 1.0) -> Algorithm:
-    """RoLoRA: a round trains and sends one factor, B first; every client is sent both."""
+    """RoLoRA: a round trains and sends one factor, B first; every client downloads both."""
 
     def work(local: Local) -> Program:
         def turn(name: str) -> bool:

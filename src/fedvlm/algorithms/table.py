@@ -1,6 +1,6 @@
 """The table of algorithms: the only place where a name becomes an algorithm.
 
-Packages add rows by the entry-point group ``fedvlm.algorithms``: name -> :class:`Entry`.
+Other packages add rows by the entry-point group ``fedvlm.algorithms``: name -> :class:`Entry`.
 """
 
 from __future__ import annotations
@@ -29,10 +29,10 @@ from fedvlm.settings.method import AlgorithmConfig, LoraConfig
 from fedvlm.tree import module
 
 ALIASES = {"fedavg": "lora", "fedit": "lora"}
-"""Names that people know an algorithm by."""
+"""Other common names of algorithms."""
 
 OWN = "own"
-"""The name of an algorithm that was handed over as an object; ``own:LABEL`` in a comparison."""
+"""The name of an algorithm that was given as an object; ``own:LABEL`` in a comparison."""
 
 GROUP = "fedvlm.algorithms"
 
@@ -271,10 +271,10 @@ TABLE: dict[str, Entry] = {
 
 
 def find(name: str) -> Entry:
-    """The entry of a name, of an alias, or of an installed package's algorithm.
+    """The entry of a name, which may be an alias or an algorithm of an installed package.
 
     Raises:
-        KeyError: there is none.
+        KeyError: the name is unknown.
         FedVLMError: an installed package's entry cannot be loaded.
     """
     name = ALIASES.get(name, name)
@@ -312,14 +312,15 @@ def names() -> list[str]:
 
 
 def build(config: AlgorithmConfig, lora: LoraConfig | None = None) -> Algorithm:
-    """The algorithm that a config names.
+    """The configured algorithm.
 
     Args:
-        config: the section ``algorithm``; one without settings stands for their defaults.
-        lora: the adapter's; None: its defaults.
+        config: the section ``algorithm``. A plain :class:`AlgorithmConfig` stands for the defaults
+            of its algorithm.
+        lora: the section ``lora``; None: its defaults.
 
     Raises:
-        FedVLMError: the algorithm was handed over as an object, which is not here.
+        FedVLMError: the run was started with an object, which the configuration does not hold.
     """
     lora, entry = lora or LoraConfig(), find(config.name)
     settings = config if isinstance(config, entry.settings) else entry.settings(name=config.name)
@@ -327,13 +328,13 @@ def build(config: AlgorithmConfig, lora: LoraConfig | None = None) -> Algorithm:
 
 
 def taken(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings of the section ``algorithm`` for another name: those that it takes."""
+    """The section ``algorithm`` for another name, with those of ``settings`` that it has."""
     known = find(name).settings.model_fields
     return {k: v for k, v in settings.items() if k in known} | {"name": name}
 
 
 def spare_ranks(name: str, lora: LoraConfig) -> int:
-    """Ranks of the adapter that no client trains."""
+    """The number of ranks of the adapter that no client trains."""
     return _spare(lora) if find(name).spare else 0
 
 
@@ -347,7 +348,7 @@ def check_fit(config: AlgorithmConfig, adapter: Iterable[str]) -> None:
     """Refuses settings that do not fit the adapted modules.
 
     Raises:
-        ConfigError: naming them, and some of the modules that exist.
+        ConfigError: names these settings, and some of the adapted modules.
     """
     problems = find(config.name).fits(config, sorted({module(name) for name in adapter}))
     if problems:
@@ -360,12 +361,12 @@ def _spare(lora: LoraConfig) -> int:
 
 def _missing(config: AlgorithmConfig, lora: LoraConfig) -> Algorithm:
     raise FedVLMError(
-        f"algorithm.name={config.name}: the algorithm of this run was handed over as an object; "
-        "hand it over again, as in fedvlm.resume(folder, algorithm=...), or install it as an entry "
-        f"point of the group '{GROUP}'"
+        f"algorithm.name={config.name}: the algorithm of this run was given as an object; give it "
+        "again, as in fedvlm.resume(folder, algorithm=...), or install it as an entry point of the "
+        f"group '{GROUP}'"
     )
 
 
 HANDED_OVER = Entry(
-    "what the object's work returns", "what the object keeps", "handed over as an object", _missing
+    "what the object's work returns", "what the object keeps", "given as an object", _missing
 )

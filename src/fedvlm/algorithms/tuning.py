@@ -1,6 +1,6 @@
 """Local tuning at the end of a run: FedAvg + FT, the baseline of arXiv 2108.07313.
 
-Tuning takes a number of steps, or stops early on the client's validation rows.
+Tuning takes a fixed number of steps, or stops early by the client's validation rows.
 """
 
 from __future__ import annotations
@@ -29,14 +29,16 @@ from fedvlm.tree import Mean, Select, Tree
 class Tuning(AlgorithmConfig):
     """Length of the tuning after the last round."""
 
-    ft_steps: Positive = Field(20, description="steps of local tuning after the last round")
+    ft_steps: Positive = Field(
+        20, description="optimizer steps of local tuning after the last round"
+    )
 
 
 class CheckedTuning(Tuning):
-    """Length of the tuning, and the points at which it is looked at."""
+    """Length of the tuning, and the number of its points."""
 
     ft_checks: Positive = Field(
-        5, description="lora+es: validations during ft_steps; auto: points that are averaged"
+        5, description="lora+es: validations during ft_steps; auto: averaged points of the tuning"
     )
 
 
@@ -49,7 +51,7 @@ class StoppedConfig(Averaging, CheckedTuning):
 
 
 def tuned(algorithm: Algorithm, steps: int) -> Algorithm:
-    """``algorithm``, then ``steps`` of local tuning of all factors; the results stay local."""
+    """``algorithm``, then ``steps`` of local tuning of all factors; the tuned models stay local."""
 
     def tune(local: Local) -> Program:
         end, _ = yield Train(local.begin, steps=steps)
@@ -62,7 +64,7 @@ def stopped(algorithm: Algorithm, steps: int, checks: int) -> Algorithm:
     """``algorithm``, then local tuning of all factors that stops early.
 
     Tuning takes ``steps`` in ``checks`` stretches, each with a fresh optimizer. The client keeps
-    the point of the lowest validation loss; the last point, without validation rows.
+    the point of the lowest validation loss. Without validation rows, it keeps the last point.
     """
 
     def tune(local: Local) -> Program:
@@ -84,12 +86,12 @@ def ending(algorithm: Algorithm, tune: Callable[[Local], Program]) -> Algorithm:
 def stretches(
     begin: Tree, steps: int, checks: int, trains: Select = everything, *, resume: bool = False
 ) -> Generator[Train, Any, list[Tree]]:
-    """Trains for ``steps`` in ``checks`` stretches; the adapters before the first and after each.
+    """Trains for ``steps`` in ``checks`` stretches; returns the start and the end of each stretch.
 
     Args:
-        begin: the whole adapter to begin with.
+        begin: the whole adapter at the start.
         steps: optimizer steps of all stretches together.
-        checks: the number of stretches; stretches of no steps are left out.
+        checks: the number of stretches; stretches without steps are left out.
         trains: selects the factors that are trained.
         resume: whether the stretches share one optimizer.
     """
@@ -103,20 +105,20 @@ def stretches(
 
 
 def lowest_loss(found: Validation) -> tuple[float, ...]:
-    """The order of adapters by validation loss."""
+    """A key that sorts adapters by validation loss."""
     return (found.loss,)
 
 
 def best(
     trees: Sequence[Tree], merit: Callable[[Validation], tuple[float, ...]] = lowest_loss
 ) -> Generator[Score, Any, Tree]:
-    """The adapter of the lowest ``merit`` on validation rows; the last one without such rows."""
+    """The adapter with the lowest ``merit`` on validation rows; without such rows, the last."""
     merits = [merit(found) for found in (yield Score(trees))]
     return trees[min(range(len(merits)), key=merits.__getitem__, default=-1)]
 
 
 def averages(points: Sequence[Tree]) -> list[Tree]:
-    """The mean of each point and those before it: stochastic weight averaging.
+    """For each point, the mean of this and all earlier points: stochastic weight averaging.
 
     Izmailov et al., arXiv 1803.05407.
     """

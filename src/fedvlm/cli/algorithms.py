@@ -53,7 +53,9 @@ def print_algorithm(name: str) -> None:
     for key, kind, default, about in _settings(entry.settings, "algorithm."):
         out.add_row(key, kind, default, about)
     if entry.ranks:
-        out.add_row("lora.ranks", "mapping", "", "client pattern -> its rank, where ranks differ")
+        out.add_row(
+            "lora.ranks", "mapping", "", "pattern of client names -> rank; empty: lora.rank"
+        )
     if entry.spare:
         out.add_row("lora.spare", "int", "", "ranks that are not trained; empty: 4 times lora.rank")
     console.print(out) if out.row_count else console.print("  no settings of its own")

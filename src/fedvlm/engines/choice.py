@@ -15,15 +15,15 @@ if TYPE_CHECKING:
 logger = logging.getLogger("fedvlm")
 
 ROUTED = re.compile(r"(^|\.)experts?\.")
-"""Layers of a mixture of experts: a token's place does not show whose row it belongs to."""
+"""Layers of a mixture of experts: the position of a token does not show the row of the token."""
 
 
 def engine_class(config: EngineConfig, model: Any) -> type[Shell]:
-    """The engine that a config names, where it can train the model's adapted layers.
+    """The configured engine; the reference engine where LoRA is on a mixture of experts.
 
     Args:
-        config: of the engine.
-        model: with LoRA attached.
+        config: settings of the engine.
+        model: the model with LoRA attached.
     """
     from fedvlm.engines.cohort import CohortEngine
     from fedvlm.engines.reference import ReferenceEngine
@@ -32,8 +32,8 @@ def engine_class(config: EngineConfig, model: Any) -> type[Shell]:
     routed = sorted({module(name) for name in handles(model) if ROUTED.search(name)})
     if config.name == "cohort" and routed:
         logger.warning(
-            "LoRA is on %d layers of a mixture of experts, such as %s: clients are trained one "
-            "after another (engine.name=reference); a lora.target without them trains many at once",
+            "LoRA is on %d layers of a mixture of experts, such as %s: clients train one after "
+            "another (engine.name=reference); to train many at once, leave them out of lora.target",
             len(routed),
             routed[0],
         )

@@ -1,10 +1,10 @@
-"""The cohort engine: many clients on one base in one pass, the same adapters as one after another.
+"""The cohort engine: many clients on one base in one pass.
 
-The clients' batches lie side by side, their factors are stacked (:mod:`fedvlm.models.stack`), and
-one optimizer steps all of them. Batches, losses, clipping and schedules are each client's own, so
-the result is the reference engine's up to rounding. What cannot lie side by side exactly is trained
-a client at a time on the same stack: batches whose pictures take different numbers of patches, and
-anything with ``lora.dropout``, whose random stream is each client's own.
+The batches of the clients lie side by side, their factors are stacked (:mod:`fedvlm.models.stack`),
+and one optimizer steps all clients. Each client has its own batches, loss, clipping and schedule,
+so the adapters equal those of the reference engine up to rounding. Two cases cannot share a pass
+exactly, and train one client at a time on the same stack: batches whose pictures have different
+numbers of patches, and ``lora.dropout``, because each client has its own random stream.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from fedvlm.seeds import derive
 from fedvlm.tree import Tree
 
 Batches = Mapping[int, np.ndarray]
-"""Clients' places in the stack -> the rows of a batch."""
+"""Place of a client in the stack -> the rows of its batch."""
 
 
 class CohortEngine(Shell):
@@ -47,7 +47,7 @@ class CohortEngine(Shell):
         super().__init__(*args, **options)
         self.stack = Stack(self.model)
         self.device = self.collator.device
-        self._packed = False  # whether a layer was met whose first axis is not the rows
+        self._packed = False  # whether an adapted layer has a first axis other than the rows
         self._images = self._frozen_images()
         self.width = self.config.engine.clients or self._fitting()
 
@@ -67,7 +67,7 @@ class CohortEngine(Shell):
         return outcomes, session
 
     def _session(self, group: Sequence[Member], trained: Mapping[str, nn.Parameter]) -> Session:
-        """The optimizer of a stretch: a fresh one, or that of the stretch before."""
+        """The optimizer of a stretch: a fresh one, or the optimizer of the previous stretch."""
         settings, first = self.config.train, group[0]
         scale = settings.rate_scale(first.task.round)
         fresh = Session(make_optimizer(trained, settings, scale), dict(trained), len(group))
@@ -77,7 +77,7 @@ class CohortEngine(Shell):
         return first.session.resumed(fresh, places, first.resumable)
 
     def _steps_of(self, group: Sequence[Member], session: Session) -> list[list[Tensor]]:
-        """Trains the loaded clients; every client's losses, a step each."""
+        """Trains the loaded clients; returns the losses of each client, one a step."""
         limit, trained = self.config.train.max_grad_norm, session.trained
         extras = Extras([member.wanted for member in group], trained)
         streams = Streams([derive(*self._seed(member), "dropout") for member in group])
@@ -93,7 +93,7 @@ class CohortEngine(Shell):
             extras.before()
             if limit:
                 clip(list(trained.values()), limit)
-            # A client that has done its steps stays where it is, whatever the optimizer remembers.
+            # The optimizer would still move a client that has done its steps; it is restored.
             kept = {n: p.detach()[done].clone() for n, p in trained.items()} if done else {}
             session.optimizer.step()
             extras.after()
@@ -105,7 +105,7 @@ class CohortEngine(Shell):
         return losses
 
     def _plan(self, group: Sequence[Member]) -> list[Batches]:
-        """The batches of each step; a client that has done its steps is not in it."""
+        """The batches of each step, for the clients that still have steps to do."""
         drawn = [list(self._batches(member)) for member in group]
         most = max(map(len, drawn))
         return [{k: own[n] for k, own in enumerate(drawn) if n < len(own)} for n in range(most)]
@@ -113,12 +113,12 @@ class CohortEngine(Shell):
     def _backward(
         self, drawn: Batches, following: Batches | None, streams: Streams
     ) -> list[Tensor]:
-        """Gradients of the sum of the clients' mean losses; these losses.
+        """Computes gradients of the sum of the clients' mean losses; returns these losses.
 
         Args:
-            drawn: the active clients' batches.
-            following: those of the next step, which are collated meanwhile.
-            streams: the clients' random streams.
+            drawn: the batches of the active clients.
+            following: the batches of the next step, which are collated meanwhile.
+            streams: the random streams of the clients.
         """
         weights = {k: self._weight(rows) for k, rows in drawn.items()}
         parts = self._parts(drawn)
@@ -138,7 +138,7 @@ class CohortEngine(Shell):
     def _backward_part(
         self, drawn: Batches, after: Batches | None, weights: Mapping[int, int], streams: Streams
     ) -> dict[int, Tensor]:
-        """The same for a micro-batch of each client; the losses' parts."""
+        """The same for one micro-batch of each client; returns its part of each loss."""
         if self.config.lora.dropout or not self._side_by_side(drawn):
             return {
                 k: self._backward_one(k, rows, weights[k], streams) for k, rows in drawn.items()
@@ -164,11 +164,11 @@ class CohortEngine(Shell):
             return self._backward_rows(rows, weight)
 
     def _backward_rows(self, rows: np.ndarray, weight: int) -> Tensor:
-        """Gradients of some of one client's rows; their part of its mean loss.
+        """Computes gradients on rows of one client; returns their part of its mean loss.
 
         Args:
-            rows: all of the batch, or a micro-batch.
-            weight: of the whole batch.
+            rows: the batch, or a micro-batch.
+            weight: the weight of the whole batch.
         """
         loss = self._terms(rows).loss.sum() / weight
         loss.backward()
@@ -179,7 +179,7 @@ class CohortEngine(Shell):
         return sum(self.objective.weight(self.collator.features(int(i))) for i in rows)
 
     def _validate(self, trees: Sequence[Tree], rows: np.ndarray) -> list[Validation]:
-        """Adapters beside one another, as clients with the same rows."""
+        """Scores the adapters in one pass, like clients with the same rows."""
         share = max(1, self.config.eval.batch_size // len(trees))
         if len(trees) == 1 or not self._side_by_side({0: rows}):
             return self._validate_each(trees, rows)
@@ -193,7 +193,7 @@ class CohortEngine(Shell):
         return summed(parts, len(trees))
 
     def _validate_each(self, trees: Sequence[Tree], rows: np.ndarray) -> list[Validation]:
-        """One adapter after another."""
+        """Scores one adapter after another."""
         found = []
         for tree in trees:
             self.stack.load([tree], self.device)
@@ -203,7 +203,7 @@ class CohortEngine(Shell):
         return found
 
     def _frozen_images(self) -> ImageFeatures | None:
-        """The pictures' features, where LoRA does not change them."""
+        """The features of the pictures, where LoRA does not change them."""
         settings = self.config.engine
         if not settings.cache:
             return None
@@ -216,10 +216,10 @@ class CohortEngine(Shell):
         return images if images.usable(first) else None
 
     def _fitting(self) -> int:
-        """How many clients fit into a pass, from what the first one's batch keeps."""
+        """The number of clients that fit into a pass, measured on a batch of the first client."""
         size = self.config.engine.micro_batch or self.config.train.batch_size
         rows = next(iter(self.partition.splits.values())).train[:size]
-        self.stack.load([self.adapter] * 2, self.device)  # two: one alone goes another way
+        self.stack.load([self.adapter] * 2, self.device)  # a stack of one is computed differently
         for p in self.stack.params.values():
             p.requires_grad_(True)
         self.stack.activate([0, 1])
@@ -239,7 +239,7 @@ class CohortEngine(Shell):
         return self._images.given(list(rows) * copies)
 
     def _terms(self, rows: np.ndarray) -> Terms:
-        """The objective on rows in blocks of the active clients."""
+        """The objective on rows; the active clients' rows are blocks of equal size."""
         copies = 2 if self.objective.pairs else 1
         self._batch(rows, copies)
         with self._known(rows, copies):
@@ -255,11 +255,11 @@ class CohortEngine(Shell):
         self.stack.batch(len(rows), copies, lambda: self._uniform(rows))
 
     def _uniform(self, rows: np.ndarray) -> bool:
-        """Whether the rows' pictures are of one shape."""
+        """Whether all pictures of the rows have the same shape."""
         return uniform([self.collator.features(int(i)) for i in rows])
 
     def _side_by_side(self, drawn: Batches) -> bool:
-        """Whether these batches may share a pass; asked once a layer is known that packs."""
+        """Whether these batches may share a pass; layers that pack rows need equal shapes."""
         return not self._packed or self._uniform(np.concatenate(list(drawn.values())))
 
     def _answer(self, models: Sequence[tuple[Tree, np.ndarray]]) -> list[list[Answer]]:
@@ -275,7 +275,7 @@ class CohortEngine(Shell):
         return found
 
     def _answer_part(self, drawn: Batches) -> dict[int, list[Answer]]:
-        """Answers of the active clients to a block of rows each."""
+        """Answers of the active clients, each to its own block of rows."""
         if len(drawn) > 1 and not self._side_by_side(drawn):
             alone = (self._answer_part({k: rows}) for k, rows in drawn.items())
             return {k: answers for part in alone for k, answers in part.items()}
@@ -290,18 +290,18 @@ class CohortEngine(Shell):
 
 
 def beside(drawn: Batches) -> tuple[np.ndarray, int]:
-    """The clients' rows in blocks of one size, and this size."""
+    """The clients' rows in blocks of equal size, and this size."""
     size = max(map(len, drawn.values()))
     return np.concatenate([filled(rows, size) for rows in drawn.values()]), size
 
 
 def filled(rows: np.ndarray, size: int) -> np.ndarray:
-    """``size`` rows: the last one is repeated where there are fewer."""
+    """``size`` rows: the last row is repeated as often as necessary."""
     return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows))])
 
 
 def uniform(rows: Sequence[Features]) -> bool:
-    """Whether the rows' pictures are of one shape: the same tensors, sizes and grids."""
+    """Whether all pictures of the rows have the same shape: tensors, sizes and grids."""
     first = rows[0].extras
     return all(
         other.extras[k].shape == v.shape
@@ -312,7 +312,7 @@ def uniform(rows: Sequence[Features]) -> bool:
 
 
 def summed(terms: Sequence[Terms], models: int) -> list[Validation]:
-    """Scores from batches in which some models have as many rows each, one model after another."""
+    """Scores of ``models`` models, from batches with a block of equal size for each model."""
     loss, wrong, weight = (
         torch.cat([getattr(t, n).view(models, -1) for t in terms], 1).sum(1)
         for n in ("loss", "wrong", "weight")

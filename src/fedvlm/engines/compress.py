@@ -1,21 +1,21 @@
 """Compression, a stage on the wire: fewer bytes for the same tensors, with any algorithm.
 
-What is compressed is the *change*: where a tensor of an upload has the name and the shape of one
-that the client was sent, the difference of the two; any other tensor as it is. The server
-knows what it sent and adds the difference to it. So a LoRA factor loses precision of its round's
-step alone, not of its value.
+The stage compresses the *change*: the difference between a tensor of the upload and the tensor of
+the download with the same name and shape. A tensor without such a counterpart is compressed whole.
+The server adds the change to the download. So compression costs precision in the step of a round,
+not in the value of a LoRA factor.
 
 - ``bf16``: half the bytes, 8 significant bits an element.
-- ``int8``: whole numbers from -127 to 127 times a scale, one for each row of a matrix, or of its
-  transpose where that has fewer: for each rank, as a rule.
-- ``topk``: the elements of the largest magnitude of the whole upload, and where they are.
+- ``int8``: integers from -127 to 127 and a scale for each row of a matrix, or for each column where
+  there are fewer columns. For LoRA factors this is, as a rule, one scale for each rank.
+- ``topk``: the elements of the largest magnitude in the whole upload, and their positions.
 
-With ``int8`` and ``topk``, what was not sent is added to the client's next change before that is
-compressed (error feedback: Seide et al., Interspeech 2014; Stich et al., arXiv 1809.07599;
-Karimireddy et al., arXiv 1901.09847). The sum of what the server got of a client lacks no more than
-this rest, whatever the number of rounds. The rest is the stage's memory at the client. It is a rest
-of the round's step only where clients begin at the download; elsewhere (``Entry.partial``) ``topk``
-is refused.
+With ``int8`` and ``topk``, the part that was not sent (the rest) is added to the client's next
+change before compression (error feedback: Seide et al., Interspeech 2014; Stich et al., arXiv
+1809.07599; Karimireddy et al., arXiv 1901.09847). So the sum of a client's changes at the server
+lacks no more than one rest, whatever the number of rounds. The rest is the stage's memory at the
+client. It belongs to the step of the round only where clients begin at the download. Algorithms
+whose clients may begin elsewhere (``Entry.partial``) refuse ``topk``.
 """
 
 from __future__ import annotations
@@ -41,12 +41,13 @@ SCALES, VALUES, INDICES = "scales", "values", "indices"
 
 @dataclass(frozen=True)
 class Codec:
-    """How tensors become a message.
+    """A method of compression.
 
     Attributes:
-        pack: from float32 tensors to a message, whose names and shapes follow from theirs.
-        unpack: the inverse, up to what is lost; ValueError for a message that none made.
-        feedback: whether what is lost is added to the next change.
+        pack: from float32 tensors to a message; names and shapes of the message depend only on
+            names and shapes of the tensors.
+        unpack: the inverse, up to the loss; ValueError for a message that ``pack`` cannot make.
+        feedback: whether the loss is added to the next change.
     """
 
     pack: Callable[[Tree], Tree]
@@ -55,7 +56,7 @@ class Codec:
 
 
 def compression(settings: WireConfig) -> tuple[Stage, ...]:
-    """The stage that a run's settings name; none where uploads travel as they are."""
+    """The compression stage of a run's settings; empty without compression."""
     if settings.compress == "none":
         return ()
     codec = {
@@ -80,7 +81,7 @@ def compression(settings: WireConfig) -> tuple[Stage, ...]:
 
 
 def _based(down: Tree, name: str, step: Tensor) -> Tensor:
-    """The tensor whose change this is."""
+    """The tensor of the upload, from its change and the download."""
     base = down.get(name)
     return step if base is None or base.shape != step.shape else base + step.to(base.dtype)
 
@@ -126,7 +127,7 @@ def _scaled(message: Tree) -> Tree:
 
 
 def _rows(tensor: Tensor) -> tuple[Tensor, bool]:
-    """``[rows, elements]`` of a tensor, and whether these are the columns of its matrix."""
+    """A tensor as ``[rows, elements]``, and whether these rows are columns of its matrix."""
     if tensor.dim() < 2:
         return tensor.reshape(1, -1), False
     matrix = tensor.flatten(1)
@@ -138,7 +139,7 @@ def _rows(tensor: Tensor) -> tuple[Tensor, bool]:
 
 
 def _largest(fraction: float, tree: Tree) -> Tree:
-    """The largest elements, and, without elements, the names and shapes of all tensors."""
+    """The largest elements, with empty tensors that carry the names and shapes of all tensors."""
     import torch
 
     flat = torch.cat([tree[n].flatten() for n in sorted(tree)])

@@ -14,7 +14,7 @@ class Extras:
     """The terms and masks of the clients' requests.
 
     Args:
-        asks: the clients' requests, in the order of the stack. Their terms have the same rates.
+        asks: the clients' requests, in the order of the stack. All clients have the same rates.
         trained: the stacked parameters, ``[clients, ...]``.
     """
 
@@ -37,7 +37,7 @@ class Extras:
 
     @torch.no_grad()
     def before(self) -> None:
-        """Changes the gradients, before they are clipped."""
+        """Adds the terms and applies the masks to the gradients; to be called before clipping."""
         for name, p in self.trained.items():
             if p.grad is None:
                 continue
@@ -48,14 +48,14 @@ class Extras:
 
     @torch.no_grad()
     def after(self) -> None:
-        """Puts elements back that are not trained: weight decay moves them too."""
+        """Restores the elements outside the masks, which weight decay moves too."""
         for name, mask in self.masks.items():
             p = self.trained[name]
             p.copy_(torch.where(mask, p, self._held[name]))
 
 
 def _masks(asks: Sequence[Train], name: str, stacked: Tensor) -> Tensor:
-    """The clients' masks of one factor, ``[clients, ...]``; true where a client has none."""
+    """The clients' masks of one factor, ``[clients, ...]``; all true for a client without mask."""
     found = [
         ask.mask(name, own).expand(own.shape)
         if ask.mask

@@ -1,4 +1,4 @@
-"""The reference engine: one client after another, plain PEFT and PyTorch. The readable truth."""
+"""The reference engine: one client after another, in plain PEFT and PyTorch."""
 
 from __future__ import annotations
 
@@ -20,7 +20,10 @@ from fedvlm.tree import Tree, factor
 
 
 class ReferenceEngine(Shell):
-    """Trains and scores clients one at a time on one model in memory."""
+    """Trains and scores clients one at a time on one model in memory.
+
+    Other engines are tested against it. It is written to be read.
+    """
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
@@ -63,7 +66,7 @@ class ReferenceEngine(Shell):
         return kind(groups, lr=settings.lr, weight_decay=settings.weight_decay)
 
     def _backward(self, rows: np.ndarray) -> torch.Tensor:
-        """Gradients of a batch's mean loss, a micro-batch at a time; that loss."""
+        """Computes gradients of a batch's mean loss by micro-batches; returns this loss."""
         weight = sum(self.objective.weight(self.collator.features(int(i))) for i in rows)
         whole = torch.tensor(0.0)
         for part in pieces(rows, self.config.engine.micro_batch):
@@ -73,7 +76,7 @@ class ReferenceEngine(Shell):
         return whole
 
     def _terms(self, rows: np.ndarray) -> Any:
-        """The objective of the model as it is: losses and weights, a row each."""
+        """The objective of the present model: one loss and one weight a row."""
         return self.objective.terms(self.model, self.collator.training(rows))
 
     def _validate(self, trees: Sequence[Tree], rows: np.ndarray) -> list[Validation]:
@@ -100,7 +103,7 @@ class ReferenceEngine(Shell):
 
 
 def add_terms(ask: Train, trained: dict[str, torch.nn.Parameter]) -> None:
-    """Adds a request's extra gradients, and takes out the gradients outside its mask."""
+    """Adds the terms of a request to the gradients, and clears gradients outside its mask."""
     for name, p in trained.items():
         if p.grad is None:
             continue
@@ -114,7 +117,7 @@ def add_terms(ask: Train, trained: dict[str, torch.nn.Parameter]) -> None:
 
 @torch.no_grad()
 def put_back(ask: Train, trained: dict[str, torch.nn.Parameter]) -> None:
-    """Puts elements outside the mask back: weight decay moves those without a gradient too."""
+    """Restores the elements outside the mask: weight decay moves them without a gradient."""
     for name, p in trained.items() if ask.mask else ():
         assert ask.mask
         p.copy_(torch.where(ask.mask(name, p), p, ask.begin[name].to(p.device)))

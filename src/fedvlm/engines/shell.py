@@ -1,8 +1,7 @@
-"""What both engines share: rounds, personal states, and the answers of this round.
+"""The common part of both engines: rounds, personal states, and the answers of the present round.
 
-An engine brings three things of its own: it trains, validates and answers (:meth:`Shell._train`,
-:meth:`Shell._validate`, :meth:`Shell._answer`). These are implemented twice, independently, so that
-the engines can be compared.
+Each engine implements three methods: :meth:`Shell._train`, :meth:`Shell._validate` and
+:meth:`Shell._answer`. The two implementations are independent, so that tests can compare them.
 """
 
 from __future__ import annotations
@@ -38,18 +37,18 @@ class Shell:
 
     Args:
         model: the frozen base with LoRA attached.
-        collator: of the rows.
+        collator: makes batches of the rows.
         partition: client -> rows.
-        config: of the run.
-        store: keeps what is personal.
-        algorithm: of the run.
-        stages: of the wire.
+        config: the settings of the run.
+        store: keeps the personal states.
+        algorithm: the algorithm of the run.
+        stages: the stages of the wire.
 
     Attributes:
         width: clients in a pass.
         adapter: the common initial adapter.
-        forms: what a download has to be.
-        ended: the adapters of ``rated`` tasks when their training ended, until they are scored.
+        forms: the required form of downloads.
+        ended: client -> the adapter at the end of its training, for ``rated`` tasks, until scored.
     """
 
     width = 1
@@ -73,18 +72,18 @@ class Shell:
         self.ended: dict[str, Tree] = {}
         self._answers: dict[tuple[str, str], list[Answer]] = {}
 
-    # -- an engine's own part
+    # -- implemented by each engine
 
     def _train(self, group: Sequence[Member]) -> tuple[list[Outcome], Any]:
         """Trains clients whose requests are of one kind; see :mod:`fedvlm.engines.together`."""
         raise NotImplementedError
 
     def _validate(self, trees: Sequence[Tree], rows: np.ndarray) -> list[Validation]:
-        """The mean loss and the errors of each adapter on some rows."""
+        """The mean loss and the share of errors of each adapter on some rows."""
         raise NotImplementedError
 
     def _answer(self, models: Sequence[tuple[Tree, np.ndarray]]) -> list[list[Answer]]:
-        """What each adapter answers to its rows."""
+        """The answers of each adapter to its rows."""
         raise NotImplementedError
 
     # -- rounds
@@ -92,11 +91,11 @@ class Shell:
     def train(
         self, tasks: Sequence[Task], *, first: int = 0, fresh: bool = True
     ) -> Iterator[Reply]:
-        """As in :class:`fedvlm.engines.base.Engine`, also for a part of a round's cohort.
+        """Trains like :meth:`fedvlm.engines.base.Engine.train`, also a part of a round's cohort.
 
         Args:
-            tasks: the part.
-            first: the position of its first task in the cohort.
+            tasks: the tasks of the part.
+            first: the position of the first task in the cohort.
             fresh: whether the round begins.
         """
         if fresh:
@@ -141,11 +140,11 @@ class Shell:
             return tuple(self._validate(trees, rows)) if len(rows) and trees else ()
 
     def _reply(self, member: Member, memory: Mapping[str, Tree]) -> tuple[Reply, Tree]:
-        """A client's reply, and what it stores."""
+        """The reply of a client, and the state that it stores."""
         task, sent = member.task, member.sent
         upload, memory = packed(self.stages, sent.up, task.down, memory, task.visit)
         if task.rated:
-            # A client that sends nothing has its model already; others have what they trained.
+            # A client that sends nothing has its final model; else the trained adapter counts.
             own = self.algorithm.model(self.adapter, task.down, sent.keep)
             self.ended[task.client] = member.end if sent.up and member.end else own
         loss = torch.stack(member.losses).mean().item() if member.losses else 0.0
@@ -161,10 +160,10 @@ class Shell:
                 "lower train.lr, or set train.max_grad_norm"
             )
 
-    # -- what a stretch of training is, for both engines
+    # -- stretches of training, for both engines
 
     def _seed(self, member: Member) -> tuple[int, int, str, int]:
-        """Of a stretch: the run's seed, the round, the client, the stretch's number."""
+        """The seed of a stretch: the run's seed, the round, the client, the stretch's number."""
         task = member.task
         return self.config.seed, task.round, task.client, member.stretches
 
@@ -174,7 +173,7 @@ class Shell:
         return self.config.train.steps(len(rows)) if wanted is None else wanted
 
     def _batches(self, member: Member) -> Iterator[np.ndarray]:
-        """A client's batches in its next stretch."""
+        """The batches of a client in its next stretch."""
         seed, settings = self._seed(member), self.config.train
         run, round_, _, number = seed
         length = Length(self.collator.length, derive(run, round_, number, "lengths"))
@@ -184,7 +183,7 @@ class Shell:
         return batches(rows, settings.batch_size, steps, derive(*seed, "batches"), by_length)
 
     def _path(self, member: Member) -> dict[str, float]:
-        """The sum of the learning rates of the next stretch's steps, by factor."""
+        """The sum of the learning rates over the steps of the next stretch, by factor."""
         settings = self.config.train
         scale = self._steps(member) * settings.rate_scale(member.task.round)
         return {factor: scale * rate for factor, rate in settings.rates.items()}
@@ -202,14 +201,14 @@ class Shell:
             lora.save_adapter(self.model, tree, folders[client])
 
     def made(self, models: Models) -> Iterator[tuple[str, Tree]]:
-        """The adapters that are named; personal ones a pass at a time."""
+        """The named adapters by client; personal states are read a pass at a time."""
         downs = iter(models.downs)
         if models.kind == "end":
             yield from ((visit.client, self.ended.pop(visit.client)) for visit, _ in downs)
         elif models.kind == "global":
             sent: Tree | None = None
             for visit, down in downs:
-                if down is not sent:  # all are sent the same
+                if down is not sent:  # all clients get the same download
                     sent, tree = down, self.algorithm.model(self.adapter, down, {})
                 yield visit.client, tree
         else:
@@ -223,17 +222,17 @@ class Shell:
         return {client: average(found) for client, found in self.answers(models).items()}
 
     def answers(self, models: Iterable[tuple[str, Tree]]) -> dict[str, list[Answer]]:
-        """Neighbours with equal adapters share batches; within a round nothing is scored twice.
+        """Answers by client; neighbours with equal adapters share batches.
 
-        What is remembered ends with the round: a resumed run scores exactly what an uninterrupted
-        one does, in the same batches.
+        Within a round, no adapter is scored twice on the same rows. The remembered answers end with
+        the round, so a resumed run scores the same batches as an uninterrupted run.
         """
         found: dict[str, list[Answer]] = {}
         work: list[tuple[str, Tree, list[str]]] = []
         labelled = ((digest(tree), client, tree) for client, tree in models)
         for key, group in itertools.groupby(labelled, key=lambda item: item[0]):
             _, clients, trees = zip(*group, strict=True)
-            found |= {c: [] for c in clients}  # the order that was asked for
+            found |= {c: [] for c in clients}  # keeps the order of the request
             known = {c: self._answers[c, key] for c in clients if (c, key) in self._answers}
             found |= known
             if fresh := [c for c in clients if c not in known]:
@@ -244,7 +243,7 @@ class Shell:
         return found | (self._answer_new(work) if work else {})
 
     def _answer_new(self, work: Sequence[tuple[str, Tree, list[str]]]) -> dict[str, list[Answer]]:
-        """Answers of some adapters, each on the held-out rows of its clients; remembered."""
+        """Answers of some adapters to the held-out rows of their clients; remembers them."""
         held_out = [[self._held_out(c) for c in clients] for _, _, clients in work]
         models = [
             (tree, np.concatenate(rows)) for (_, tree, _), rows in zip(work, held_out, strict=True)
@@ -266,7 +265,7 @@ class Shell:
     def _recorded(
         self, indices: np.ndarray, terms: objectives.Terms, texts: Sequence[str]
     ) -> list[Answer]:
-        """Answers of one batch, from its losses and texts."""
+        """The answers of one batch, from its losses and texts."""
         rows = [self.collator.rows[int(i)] for i in indices]
         scores = score_texts(texts, [row["answer"] for row in rows])
         losses = {"loss": terms.loss / terms.weight, **terms.metrics, "weight": terms.weight}

@@ -47,12 +47,12 @@ def simulate(
         algorithm: what the clients run.
         clients: name -> (number of training examples, gradient of the loss by factor).
         initial: the common adapter: PEFT's names of factors -> ``[rank, in]`` or ``[out, rank]``.
-        rounds: how many to run now; more by :meth:`Simulation.run`.
+        rounds: the number of rounds to run now; :meth:`Simulation.run` runs more.
         steps: the usual number of optimizer steps of a round.
         lr: the learning rate.
-        validation: client -> the score of an adapter on its validation rows; a client that is not
-            in it has none.
-        stages: of the wire, such as compression.
+        validation: client -> function that scores an adapter on the client's validation rows; a
+            client without an entry has no validation rows.
+        stages: the stages of the wire, such as compression.
     """
     return Simulation(algorithm, clients, initial, steps, lr, validation or {}, stages).run(rounds)
 
@@ -61,12 +61,12 @@ class Simulation:
     """Federated rounds of an algorithm on clients whose loss is a formula.
 
     Attributes:
-        state: the server's.
-        kept: client -> what its algorithm keeps.
+        state: the state of the server.
+        kept: client -> the state that its algorithm keeps.
         memory: client -> the memories of the wire's stages.
         round: the last round, from 1.
         messages: client -> its last message.
-        uploads: client -> what the server made of it.
+        uploads: client -> the upload that the server read from this message.
         ends: client -> the adapters after each stretch of training in its last round.
     """
 
@@ -91,20 +91,20 @@ class Simulation:
         self.round, self.over = 0, False
 
     def run(self, rounds: int = 1, cohort: Iterable[str] | None = None) -> Simulation:
-        """Some more rounds with these clients, all unless named."""
+        """Runs more rounds with the clients of ``cohort``; None: with all clients."""
         for _ in range(rounds):
             self._round(list(cohort or self.clients))
         return self
 
     def finish(self) -> Simulation:
-        """The final round with all clients, where the algorithm has one."""
+        """Runs the final round with all clients, if the algorithm has one."""
         if self.algorithm.final:
             self.over = True
             self._round(list(self.clients))
         return self
 
     def model(self, client: str = "") -> Tree:
-        """A client's model now; the global one of nobody in particular."""
+        """The present model of a client; without a name, the global model."""
         visit = self._visit(client)
         down = self.algorithm.send(self.state, visit)
         return self.algorithm.model(self.initial, down, self.kept.get(client, {}))
@@ -160,7 +160,7 @@ class Simulation:
         return ask
 
     def _train(self, client: str, ask: Train) -> Tree:
-        """Plain SGD on a client's formula."""
+        """Trains by plain SGD on the client's formula."""
         gradient = self.clients[client][1]
         now = {n: t.clone() for n, t in ask.begin.items()}
         for _ in range(self.steps if ask.steps is None else ask.steps):

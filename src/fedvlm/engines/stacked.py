@@ -20,9 +20,9 @@ class Session:
     Attributes:
         optimizer: over ``trained``.
         trained: the stacked parameters, ``[clients, ...]``.
-        clients: how many.
-        left: client -> its rows of the optimizer's state when its last step was done, of clients
-            with fewer steps than others: name of a factor -> kind of state -> tensor.
+        clients: the number of clients.
+        left: the state of clients with fewer steps than others, after their last step: client ->
+            name of a factor -> kind of state -> the client's rows of the optimizer's state.
     """
 
     optimizer: torch.optim.Optimizer
@@ -31,7 +31,7 @@ class Session:
     left: dict[int, dict[str, dict[str, Tensor]]] = field(default_factory=dict)
 
     def leave(self, clients: Iterable[int]) -> None:
-        """Notes the state of clients that have done their steps; the others go on."""
+        """Saves the state of clients that have done their steps while others still train."""
         for client in clients:
             if client not in self.left:
                 self.left[client] = {name: self._rows(name, client) for name in self.trained}
@@ -41,12 +41,12 @@ class Session:
         return {key: t[client].clone() for key, t in state.items() if t is not None and t.dim()}
 
     def resumed(self, fresh: Session, places: Sequence[int], steps: int) -> Session:
-        """This optimizer's state for some of its clients.
+        """A session for some of the clients, with the state of this optimizer.
 
         Args:
-            fresh: a new optimizer over these clients' parameters.
-            places: theirs in this session, in the order of the new one.
-            steps: the number of steps that each of them has had with this optimizer.
+            fresh: a new optimizer over the parameters of these clients.
+            places: their places in this session, in the order of the new session.
+            steps: the number of steps of each of these clients with this optimizer.
         """
         same = all(self.trained[name] is p for name, p in fresh.trained.items())
         if same and not self.left and list(places) == list(range(self.clients)):
@@ -62,7 +62,7 @@ class Session:
 
 
 class Streams:
-    """A random stream a client, for dropout: states of the global generator, swapped in and out."""
+    """One random stream a client, for dropout: the state of the global generator is swapped."""
 
     def __init__(self, seeds: Sequence[int]):
         self._seeds = list(seeds)
@@ -70,7 +70,7 @@ class Streams:
 
     @contextlib.contextmanager
     def of(self, client: int) -> Iterator[None]:
-        """The client's stream, from where it was left."""
+        """Activates the client's stream, at the position of its last use."""
         cuda = torch.cuda.is_available()
         with torch.random.fork_rng():
             if client in self._states:
@@ -85,7 +85,7 @@ class Streams:
 
 
 def clip(stacked: Sequence[Tensor], limit: float) -> None:
-    """Scales every client's gradient to a norm of at most ``limit``, as ``clip_grad_norm_`` does.
+    """Scales the gradient of each client to a norm of at most ``limit``, like ``clip_grad_norm_``.
 
     Args:
         stacked: parameters ``[clients, ...]``.

@@ -1,7 +1,7 @@
-"""Stages on the wire: what an upload goes through between a client's algorithm and the server's.
+"""Stages on the wire: steps between the algorithm of a client and the algorithm of the server.
 
-A stage has a memory of its own at each client. It is kept beside what the algorithm keeps, under
-names that begin with ``wire.``, and no algorithm sees it.
+Each stage has a memory at each client. It is stored beside the state of the algorithm, under names
+that begin with ``wire.``. No algorithm sees it.
 """
 
 from __future__ import annotations
@@ -19,14 +19,14 @@ HEAD = "wire."
 class Pack(Protocol):
     """Client: the message and the stage's next memory.
 
-    ``down`` is what the client was sent; ``memory`` is empty at first.
+    ``down`` is the client's download. ``memory`` is empty at first.
     """
 
     def __call__(self, up: Tree, down: Tree, memory: Tree, visit: Visit) -> tuple[Tree, Tree]: ...
 
 
 class Open(Protocol):
-    """Server: what the message stands for; ValueError for a message that no client can make."""
+    """Server: the upload from a message; ValueError for a message that no client can make."""
 
     def __call__(self, message: Tree, down: Tree) -> Tree: ...
 
@@ -36,7 +36,7 @@ class Stage:
     """A step between a client's upload and the server.
 
     Attributes:
-        name: heads the names of its memory.
+        name: the prefix of the names of its memory.
         pack: ``(up, down, memory, visit) -> (message, memory)``; client.
         open: ``(message, down) -> up``; server.
     """
@@ -49,7 +49,7 @@ class Stage:
 def packed(
     stages: Sequence[Stage], up: Tree, down: Tree, memory: Mapping[str, Tree], visit: Visit
 ) -> tuple[Tree, dict[str, Tree]]:
-    """An upload after all stages, and their memories by name; nothing where nothing is sent."""
+    """An upload after all stages, and their memories by name; an empty upload passes unchanged."""
     if not up:
         return {}, dict(memory)
     after = {}
@@ -59,7 +59,7 @@ def packed(
 
 
 def opened(stages: Sequence[Stage], message: Tree, down: Tree) -> Tree:
-    """The upload that a message stands for.
+    """The upload from a message: all stages undone, in reverse order.
 
     Raises:
         ValueError: no client can have made the message.
@@ -71,10 +71,10 @@ def opened(stages: Sequence[Stage], message: Tree, down: Tree) -> Tree:
 
 
 def joined(keep: Tree, memory: Mapping[str, Tree]) -> Tree:
-    """What a client stores: what its algorithm keeps, and the stages' memories."""
+    """The stored state of a client: the state of its algorithm, and the memories of the stages."""
     taken = [name for name in keep if name.startswith(HEAD)]
     if taken:
-        raise ValueError(f"an algorithm may not keep '{taken[0]}': '{HEAD}' is the wire's own")
+        raise ValueError(f"an algorithm may not keep '{taken[0]}': '{HEAD}' names wire stages")
     whole = dict(keep)
     for name, tree in memory.items():
         whole |= named(f"{HEAD}{name}", tree)

@@ -1,7 +1,8 @@
-"""The programs of a pass of clients: those that wait for the same kind of training train together.
+"""Runs the programs of a pass of clients; equal requests for training are served together.
 
-A program is the client's side of an algorithm, a generator. Each runs until it asks for training.
-The clients whose requests are of one kind are trained in one go, get their results, and run on.
+A program is the client's side of an algorithm, a generator. Each program runs until it asks for
+training. Clients whose requests are of one kind train together, and their programs then continue
+with the results.
 """
 
 from __future__ import annotations
@@ -21,18 +22,18 @@ if TYPE_CHECKING:
 
 @dataclass
 class Member:
-    """A client of a pass, and how far its program is.
+    """A client of a pass, and the state of its program.
 
     Attributes:
-        task: its work.
+        task: the client's work.
         program: the client's side of the algorithm.
-        ask: what it waits for, or its end.
-        stretches: how many stretches of training it has had.
+        ask: the open request of the program, or its result.
+        stretches: number of stretches of training so far.
         losses: the loss of every step so far, each a scalar.
-        end: its adapter after the last stretch; empty before the first.
+        end: the adapter after the last stretch; empty before the first.
         session: the engine's optimizer of the last stretch, shared by the clients of that stretch.
-        place: its place among those clients.
-        resumable: how many steps it has had with that optimizer.
+        place: the client's place in that stretch.
+        resumable: number of the client's steps with that optimizer.
         trained: the names of the factors of the last stretch.
     """
 
@@ -49,26 +50,26 @@ class Member:
 
     @property
     def wanted(self) -> Train:
-        """Its request for training."""
+        """The open request for training."""
         assert isinstance(self.ask, Train)
         return self.ask
 
     @property
     def sent(self) -> Sent:
-        """The end of its round."""
+        """The result of the round."""
         assert isinstance(self.ask, Sent)
         return self.ask
 
 
 class Outcome(NamedTuple):
-    """One client's stretch of training: the program's answer, and the loss of every step."""
+    """A client's stretch of training: the result for its program, and the loss of every step."""
 
     trained: Trained
     losses: list[Tensor]
 
 
 TrainTogether = Callable[[Sequence[Member]], tuple[list[Outcome], Any]]
-"""Trains clients whose requests are of one kind; their outcomes, and the optimizer's session."""
+"""Trains clients whose requests are of one kind; returns outcomes and the optimizer's session."""
 
 Validate = Callable[[str, Sequence[Tree]], tuple[Validation, ...]]
 """``(client, adapters) -> scores`` on the client's validation rows; ``()`` without such rows."""
@@ -90,7 +91,7 @@ def perform(members: Sequence[Member], train: TrainTogether, validate: Validate)
         waiting = [member for member in members if isinstance(member.ask, Train)]
         if not waiting:
             return
-        first = _kind(min(waiting, key=lambda member: member.stretches))  # nobody falls behind
+        first = _kind(min(waiting, key=lambda member: member.stretches))  # fewest stretches first
         group = [member for member in waiting if _kind(member) == first]
         outcomes, session = train(group)
         for place, (member, outcome) in enumerate(zip(group, outcomes, strict=True)):
@@ -105,13 +106,13 @@ def perform(members: Sequence[Member], train: TrainTogether, validate: Validate)
 
 
 def _kind(member: Member) -> tuple[Any, ...]:
-    """What has to be the same for clients to train together."""
+    """The kind of a request: clients of equal kinds can train together."""
     ask, trained = member.wanted, _trained(member)
     if ask.resume and member.stretches and trained != member.trained:
         raise FedVLMError(
             f"client '{member.task.client}': the algorithm resumes the optimizer of a stretch that "
-            f"trained other factors ({len(member.trained)} then, {len(trained)} now); a stretch that "
-            "resumes has to train the same ones"
+            f"trained other factors ({len(member.trained)} then, {len(trained)} now); a stretch "
+            "that resumes has to train the same ones"
         )
     resumed = (id(member.session), member.resumable) if ask.resume else None
     return trained, tuple(term.rate for term in ask.terms), resumed

@@ -1,8 +1,8 @@
-"""Messages between server and clients, and their checks at the end that receives them.
+"""Messages between server and clients, and the checks of the receiver.
 
-The form of a message follows from the algorithm alone: its own functions are given an adapter that
-has shapes and no values (:mod:`fedvlm.algorithms.dry`). So a round of RoLoRA, a client of a lower
-rank and a compressed upload are each checked against what they have to be.
+The form of a message follows from the algorithm alone: its functions run on an adapter that has
+shapes and no values (:mod:`fedvlm.algorithms.dry`). So the checks know the exact form of a message
+in any round of RoLoRA, from a client of a lower rank, or after compression.
 """
 
 from __future__ import annotations
@@ -25,8 +25,8 @@ class Task:
 
     Attributes:
         visit: the client and the round.
-        down: what the server sent.
-        rated: whether its model at the end of the round's training is scored next.
+        down: the download from the server.
+        rated: whether the client's model at the end of the round's training will be scored.
     """
 
     visit: Visit
@@ -46,12 +46,12 @@ class Task:
 
 @dataclass(frozen=True)
 class Reply:
-    """What a client did.
+    """The result of a client's round.
 
     Attributes:
-        client: its name.
-        upload: what leaves it, after the wire's stages.
-        weight: the number of its training examples.
+        client: the client's name.
+        upload: the upload, after the wire's stages.
+        weight: the number of the client's training examples.
         loss: mean training loss over the round's steps: nats a token (SFT), the DPO loss a pair; 0
             where the round had no step.
     """
@@ -65,28 +65,28 @@ class Reply:
 def sent_up(
     algorithm: Algorithm, adapter: Tree, visit: Visit, down: Tree, stages: Sequence[Stage] = ()
 ) -> Tree:
-    """A message of a client; its values mean nothing, its form does.
+    """The form of a client's message, as tensors whose values mean nothing.
 
     Args:
-        algorithm: of the run.
+        algorithm: the algorithm of the run.
         adapter: the common initial adapter, or one without values.
         visit: the client and the round.
-        down: what the client was sent.
-        stages: of the wire.
+        down: the client's download.
+        stages: the stages of the wire.
     """
     up = rehearse(algorithm, adapter, visit, down, steps=1).sent.up
     return packed(stages, up, down, {}, visit)[0]
 
 
 class Forms:
-    """The form that each message must have; refuses a message of another form.
+    """Knows the form of each message, and refuses a message of another form.
 
     Args:
-        algorithm: of the run.
-        adapter: the common initial adapter; its shapes alone are used.
-        stages: of the wire.
-        max_norm: the largest norm of what an upload changes of what its client was sent (of the
-            upload itself, where it was sent no such tensors); None: any.
+        algorithm: the algorithm of the run.
+        adapter: the common initial adapter; only its shapes are used.
+        stages: the stages of the wire.
+        max_norm: the largest norm of an upload minus the download; tensors that the download lacks
+            count whole. None: no limit.
     """
 
     def __init__(
@@ -105,9 +105,9 @@ class Forms:
         """Refuses a download that the algorithm's server would not send.
 
         Args:
-            visit: whose download it is; nobody's for the global model.
-            down: what came.
-            client: who refuses; empty: the visit's client.
+            visit: the receiver's visit; :data:`NOBODY` for the global model.
+            down: the download as received.
+            client: the name of the receiver, for the error; empty: the visit's client.
 
         Raises:
             FedVLMError: names, shapes or types differ, or a value is not finite.
@@ -118,20 +118,20 @@ class Forms:
         wrong = _unlike(down, form) or _infinite(down)
         if wrong:
             name = client or visit.client
-            raise FedVLMError(f"client '{name}' refuses what the server sent: it {wrong}")
+            raise FedVLMError(f"client '{name}' refuses the server's message: it {wrong}")
 
     def received(self, visit: Visit, down: Tree, message: Tree, weight: float) -> Tree:
-        """The upload that a client's message stands for.
+        """The upload in a client's message.
 
         Args:
-            visit: the client as it registered; its weight is the most that it may claim.
-            down: what it was sent.
-            message: what came.
-            weight: the number of examples that it claims to have trained on.
+            visit: the client as registered; its weight limits the number of claimed examples.
+            down: the client's download.
+            message: the message as received.
+            weight: the claimed number of training examples.
 
         Raises:
-            FedVLMError: the message is not what the algorithm lets this client send, holds a value
-                that is not finite, changes too much, or claims too many examples.
+            FedVLMError: the message has another form than the algorithm's, holds a value that is
+                not finite, changes too much, or claims too many examples.
         """
         wrong = _unlike(message, self._upload(visit, down)) or _miscounted(visit, weight)
         upload: Tree = {}
@@ -162,11 +162,11 @@ class Forms:
         if norm <= self.max_norm:
             return ""
         most = f"wire.max_norm={self.max_norm:g}"
-        return f"changes what its client was sent by a norm of {norm:.4g}, above {most}"
+        return f"differs from the download by a norm of {norm:.4g}, above {most}"
 
 
 def _unlike(tree: Tree, form: Tree) -> str:
-    """How a message differs from what it has to be; empty if it does not."""
+    """The first difference between a message and its form, as a phrase; empty where they agree."""
     if missing := sorted(form.keys() - tree.keys()):
         return f"lacks {_named(missing)} of {len(form)} tensors"
     if extra := sorted(tree.keys() - form.keys()):
@@ -174,7 +174,7 @@ def _unlike(tree: Tree, form: Tree) -> str:
     for name, tensor in tree.items():
         like = form[name]
         if tensor.shape != like.shape or tensor.dtype != like.dtype:
-            return f"has '{name}' as {_described(tensor)}, which must be {_described(like)}"
+            return f"has '{name}' as {_described(tensor)} instead of {_described(like)}"
     return ""
 
 
@@ -189,7 +189,7 @@ def _described(tensor: Any) -> str:
 def _miscounted(visit: Visit, weight: float) -> str:
     if 0 < weight <= visit.weight:
         return ""
-    return f"claims {weight:g} training examples, and it registered {visit.weight:g}"
+    return f"claims {weight:g} training examples, but the client registered {visit.weight:g}"
 
 
 def _infinite(tree: Tree) -> str:
@@ -200,7 +200,7 @@ def _infinite(tree: Tree) -> str:
 
 
 def _norm(tree: Tree) -> float:
-    """Of all the tree's numbers together."""
+    """The norm of all real numbers of the tree together."""
     import torch
 
     real = [t for t in tree.values() if t.is_floating_point()]

@@ -1,4 +1,4 @@
-"""What a model and its adapters take, by their shapes alone: parameters, memory, messages."""
+"""Parameters, memory and messages of a model and its adapters, from shapes alone."""
 
 from __future__ import annotations
 
@@ -19,21 +19,21 @@ if TYPE_CHECKING:
     import torch
 
 PACKED = {"none": None, "8bit": 1.0, "4bit": 0.5}
-"""Bytes of a quantized weight, its scales left out."""
+"""Bytes of a quantized weight, without its scales."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """The model and its adapter.
+    """The size of the model and its adapter.
 
     Attributes:
-        parameters: of the frozen model.
-        weights: bytes of these on the device.
+        parameters: number of parameters of the frozen model.
+        weights: bytes of these parameters on the device.
         trained: elements of the adapter that a client of the largest rank trains.
         engine: the engine that can train this model.
         room: bytes that a pass of clients may add to the model.
-        most: clients that fit into a pass if batches took no room; an upper bound.
-        each: bytes of a client in a pass, its batch left out.
+        most: upper bound of the clients in a pass, for batches without memory.
+        each: bytes of a client in a pass, without its batch.
     """
 
     parameters: int
@@ -49,7 +49,7 @@ def shapes(model: Any, config: Config) -> Tree:
     """A client's adapter, without values, from a model on the ``meta`` device with LoRA attached.
 
     Raises:
-        ConfigError: the algorithm's settings do not fit it.
+        ConfigError: the settings of the algorithm do not fit the adapter.
     """
     from fedvlm.models.lora import handles
 
@@ -59,7 +59,7 @@ def shapes(model: Any, config: Config) -> Tree:
 
 
 def stand_in(config: Config) -> Tree:
-    """An adapter of one layer without values, for counting steps where the model is not known."""
+    """An adapter of one layer without values, to count steps where the model is unknown."""
     import torch
 
     ranks = config.lora.rank + (adapter_of(config).spare or 0)
@@ -69,13 +69,13 @@ def stand_in(config: Config) -> Tree:
 
 
 def measure(config: Config, model: Any, adapter: Tree, stretches: Iterable[Train]) -> Footprint:
-    """What a run's model and adapters take.
+    """The size of a run's model and adapters.
 
     Args:
-        config: the run's settings.
-        model: on the ``meta`` device, with LoRA attached.
+        config: the settings of the run.
+        model: the model on the ``meta`` device, with LoRA attached.
         adapter: see :func:`shapes`.
-        stretches: of training, of all rounds.
+        stretches: the stretches of training of all rounds.
     """
     from fedvlm.engines import memory
     from fedvlm.engines.choice import engine_class
@@ -105,7 +105,7 @@ def _weight_bytes(model: Any, frozen: Tree, packed: float | None) -> int:
 
     if packed is None:
         return nbytes([frozen])
-    head = model.get_output_embeddings()  # stays as it is, as do norms, embeddings, convolutions
+    head = model.get_output_embeddings()  # not quantized, like norms, embeddings, convolutions
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
     return int(sum(p.numel() * (packed if id(p) in linear else 4) for p in frozen.values()))
 
@@ -124,11 +124,11 @@ def _trained(adapter: Tree, stretches: Iterable[Train]) -> int:
 
 @dataclass(frozen=True)
 class Exchange:
-    """A client's round by shapes alone.
+    """A client's round, from shapes alone.
 
     Attributes:
-        up: bytes of its message.
-        down: bytes of what it is sent.
+        up: bytes of the client's message.
+        down: bytes of its download.
         stretches: its requests for training.
     """
 
@@ -138,11 +138,11 @@ class Exchange:
 
 
 class Exchanges:
-    """The exchanges of a run; they differ by round and by rank.
+    """The exchanges of a run, by round and by rank.
 
     Args:
-        config: the run's settings.
-        algorithm: of the run.
+        config: the settings of the run.
+        algorithm: the algorithm of the run.
         adapter: see :func:`shapes`.
     """
 

@@ -1,8 +1,7 @@
-"""What a run would do: its clients, steps, messages and memory, without weights, nothing written.
+"""The plan of a run: clients, steps, messages and memory, without weights and without writing.
 
-Rows are partitioned as the run partitions them. Rounds are those of
-:func:`fedvlm.rounds.schedule.plan`. The algorithm itself makes the messages, from an adapter that
-has shapes and no values.
+Rows are partitioned like in the run, and rounds come from :func:`fedvlm.rounds.schedule.plan`. The
+algorithm itself makes the messages, from an adapter that has shapes and no values.
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spread:
-    """The least, the median and the most of some numbers."""
+    """Minimum, median and maximum of some numbers."""
 
     least: float
     median: float
@@ -37,28 +36,30 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """Of one number at least."""
+        """The spread of one or more numbers."""
         values = list(values)
         return cls(min(values), statistics.median(values), max(values))
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run's plan. None, or an empty dict, is what cannot be known here; ``unknown`` says why.
+    """The plan of a run.
+
+    None or an empty dict stands for an unknown value; ``unknown`` gives the reason.
 
     Attributes:
-        config: the run's settings.
-        clients: how many there are.
-        cohort: how many take part in a round.
-        tuning: whether one more round of local tuning follows, with all clients.
+        config: the settings of the run.
+        clients: number of clients.
+        cohort: number of clients in a round.
+        tuning: whether a final round of local tuning follows, with all clients.
         rows: split -> rows a client.
         steps: optimizer steps a client and round.
-        all_steps: of all clients and rounds.
-        examples: rows that these steps see, repetitions counted.
-        size: the model's and the adapter's.
+        all_steps: optimizer steps of all clients and rounds.
+        examples: rows in the batches of these steps, repetitions counted.
+        size: the size of the model and the adapter.
         sent: up, down -> bytes a client and round.
         all_sent: up, down -> bytes of all clients and rounds.
-        unknown: what is not known, and why.
+        unknown: the unknown values, with reasons.
     """
 
     config: Config
@@ -76,11 +77,11 @@ class Forecast:
 
 
 def forecast(config: Config) -> Forecast:
-    """The plan of a run.
+    """Plans a run. At most the model's ``config.json`` is downloaded.
 
     Raises:
-        FedVLMError: the run could not be done. Not where the hub is out of reach, or has data that
-            are not in the cache: nothing is downloaded but a model's ``config.json``.
+        FedVLMError: the run is impossible. An unreachable hub, or hub data missing in the cache,
+            is no error: the values that depend on it are unknown.
     """
     unknown: list[str] = []
     partition = _partition(config, unknown)
@@ -118,7 +119,7 @@ def forecast(config: Config) -> Forecast:
 
 
 def examples(rows: int, size: int, steps: int) -> int:
-    """Rows that ``steps`` batches of ``size`` hold, where each pass over the rows is cut anew."""
+    """Rows in ``steps`` batches of ``size``; each pass over the rows may end with a short one."""
     passes, rest = divmod(steps, -(-rows // size))
     return passes * rows + min(rest * size, rows)
 
@@ -137,15 +138,15 @@ def _partition(config: Config, unknown: list[str]) -> Partition | None:
         if not on_hub or not isinstance(error.__cause__, OSError):
             raise
     unknown.append(
-        f"rows: data.path '{config.data.path}' is on the Hugging Face hub and not in the cache "
-        "here, and a dry run downloads no data; clients are what the configuration states"
+        f"rows: data.path '{config.data.path}' is on the Hugging Face hub, not in the local cache, "
+        "and a dry run downloads no data; the clients are taken from the configuration"
     )
     return None
 
 
 @contextmanager
 def _from_cache() -> Iterator[None]:
-    """Data sets of the hub are read from the cache alone."""
+    """Reads data sets of the hub from the cache only."""
     import datasets
 
     before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
@@ -156,7 +157,7 @@ def _from_cache() -> Iterator[None]:
 
 
 def _stated(config: Config) -> tuple[str, ...] | None:
-    """The clients as far as the configuration itself says who they are."""
+    """The names of the clients, as far as the configuration gives them."""
     from fedvlm.data import explicit
 
     settings = config.partition
@@ -176,12 +177,12 @@ def _rows(partition: Partition | None) -> dict[str, Spread]:
 
 
 class Work(NamedTuple):
-    """A client in a round.
+    """The work of a client in a round.
 
     Attributes:
-        steps: optimizer steps; None where they follow from rows that are not known.
-        examples: rows that these steps see; None where the rows are not known.
-        exchange: its messages and its stretches of training.
+        steps: optimizer steps; None where they depend on unknown rows.
+        examples: rows in the batches of these steps; None where the rows are unknown.
+        exchange: the client's messages and its stretches of training.
     """
 
     steps: int | None
@@ -203,7 +204,7 @@ def _work(
     if find(config.algorithm.name).pools and names:
         partition = pool.pooled(partition) if partition else None
         train = pool.as_long(config, len(names)).train
-    told = train.local_epochs is None  # else the steps follow from the rows
+    told = train.local_epochs is None  # else the steps depend on the rows
     for visit in visits:
         rows = len(partition.splits[visit.client].train) if partition else None
         usual = train.steps(rows or 0) if rows or told else None
@@ -218,7 +219,7 @@ def _work(
 
 
 def _model(config: Config, unknown: list[str]) -> Any:
-    """The model with LoRA attached, on the ``meta`` device; None where the hub is out of reach."""
+    """The model with LoRA attached, on the ``meta`` device; None without access to the hub."""
     from fedvlm.models import load, lora
 
     try:
@@ -228,8 +229,8 @@ def _model(config: Config, unknown: list[str]) -> Any:
             raise
         unknown.append(
             f"parameters, bytes, memory: the configuration of model.name '{config.model.name}' is "
-            "neither in the cache here nor to be had from the Hugging Face hub"
+            "not in the local cache, and the Hugging Face hub does not deliver it"
         )
         return None
-    trained = config.lora.model_copy(update={"spare": None})  # which have values
+    trained = config.lora.model_copy(update={"spare": None})  # spare ranks have values
     return lora.attach(bare, trained, config.seed)

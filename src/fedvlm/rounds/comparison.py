@@ -36,8 +36,8 @@ class Comparison:
     """A finished comparison.
 
     Attributes:
-        folder: where everything is; one run's folder each in ``ALGORITHM-seed-N``.
-        rows: one dict per algorithm, best first; the columns of ``comparison.csv``.
+        folder: the folder of the comparison; the runs are in its folders ``ALGORITHM-seed-N``.
+        rows: one dict per algorithm, best first, with the columns of ``comparison.csv``.
     """
 
     folder: Path
@@ -55,14 +55,14 @@ def compare(
     """Runs every algorithm with every seed; finished runs are skipped, unfinished ones continued.
 
     For one seed, all algorithms get the same rows, clients, splits, cohorts, batches and initial
-    adapter. A setting of the section ``algorithm`` goes to the algorithms that take it.
+    adapter. A setting of the section ``algorithm`` applies to the algorithms that have it.
 
     Args:
         algorithms: names, see ``fedvlm algorithms``; or objects, as ``(label, algorithm)``.
         config: as for :func:`fedvlm.run`; ``output`` is the folder of the comparison.
         *overrides: dotted assignments.
-        seeds: seeds ``config.seed``, ``config.seed + 1``, ...
-        jobs: runs at a time, each in a process of its own with one thread. Objects need jobs=1:
+        seeds: number of seeds: ``config.seed``, ``config.seed + 1``, ...
+        jobs: runs at a time, each in its own process with one thread. Objects need jobs=1, because
             they do not cross processes.
         tell: called with (run, metrics line, seconds) after every round.
 
@@ -97,7 +97,7 @@ def planned(
     """The runs of a comparison: name -> settings; see :func:`compare`.
 
     Raises:
-        ConfigError: all mistakes, of all runs.
+        ConfigError: lists the mistakes of all runs.
     """
     tree, problems = configs.read(config, *overrides)
     objects = dict(a for a in algorithms if not isinstance(a, str))
@@ -106,16 +106,17 @@ def planned(
 
 
 def each(work: Work, runs: Mapping[str, Config], jobs: int = 1, tell: Tell | None = None) -> None:
-    """Does a piece of work, such as :func:`run_one`, for every run, ``jobs`` at a time.
+    """Calls ``work``, such as :func:`run_one`, for every run, ``jobs`` at a time.
 
-    Image features that no run changes are computed by the first and handed on, in each process.
+    In each process, the first run computes the image features that no run changes, and the
+    following runs reuse them.
 
     Args:
-        work: called with a run's name, its settings, and where to tell its rounds; with several
-            jobs it is done in other processes, of one thread each, which have to be able to import
-            it.
+        work: called with a run's name, its settings, and a function that gets its rounds. With
+            several jobs it runs in other processes of one thread each, which must be able to
+            import it.
         runs: name -> settings.
-        jobs: pieces at a time.
+        jobs: runs at a time.
         tell: called with (run, metrics line, seconds) after every round.
     """
     tell = tell or (lambda event: None)
@@ -140,17 +141,17 @@ def _runs(
     if seeds < 1 or jobs < 1:
         problems.append(f"seeds and jobs must be at least 1, got {seeds} and {jobs}")
     if not labels:
-        problems.append(f"name the algorithms to compare; there are {', '.join(names())}")
+        problems.append(f"no algorithm is named; choose from {', '.join(names())}")
     if objects and jobs > 1:
         problems.append(
-            f"jobs={jobs}: {', '.join(objects)} was handed over as an object, which stays in this "
-            "process; set jobs=1, or install it as an entry point of the group 'fedvlm.algorithms'"
+            f"jobs={jobs}: {', '.join(objects)} is an object, which cannot go to another process; "
+            "set jobs=1, or install it as an entry point of the group 'fedvlm.algorithms'"
         )
     for label in objects:
         if not re.fullmatch(r"[\w.+-]+", label) or label in names():
             problems.append(
-                f"'{label}' is no label for an object: letters, digits and . + - _, and no name of "
-                "the table"
+                f"'{label}' is no label for an object: use letters, digits and . + - _, and no "
+                "name of a known algorithm"
             )
     problems += _nobodys(tree, [x for x in labels if x not in objects])
     first, runs = tree.get("seed") or 0, {}
@@ -179,7 +180,7 @@ def _folder(tree: dict[str, Any], label: str, seed: Any) -> str:
 
 
 def _settings(tree: dict[str, Any], label: str, is_object: bool) -> dict[str, Any]:
-    """The settings of one algorithm's runs: those that mean nothing to it are left out."""
+    """The settings for one algorithm, without settings of other algorithms."""
     own: dict[str, Any] = json.loads(json.dumps(tree))
     given = own.get("algorithm")
     if is_object:
@@ -197,7 +198,7 @@ def _settings(tree: dict[str, Any], label: str, is_object: bool) -> dict[str, An
 
 
 def _nobodys(tree: Mapping[str, Any], labels: Sequence[str]) -> list[str]:
-    """The settings that none of the compared algorithms takes."""
+    """Problems: settings that no compared algorithm has."""
     known, entries = {"name"}, []
     for label in labels:
         with contextlib.suppress(KeyError, FedVLMError):
@@ -209,7 +210,7 @@ def _nobodys(tree: Mapping[str, Any], labels: Sequence[str]) -> list[str]:
     takers = {"ranks": any(e.ranks for e in entries), "spare": any(e.spare for e in entries)}
     if isinstance(lora, dict):
         idle += [f"lora.{k}" for k, taken_ in takers.items() if lora.get(k) and not taken_]
-    return [f"{key}: none of {', '.join(labels) or 'the objects'} takes it" for key in idle]
+    return [f"{key}: none of {', '.join(labels) or 'the objects'} has this setting" for key in idle]
 
 
 def done(config: Config) -> bool:
@@ -225,13 +226,13 @@ def done(config: Config) -> bool:
     if there.model_copy(update=same) != config.model_copy(update=same):
         raise FedVLMError(
             f"output: '{config.output}' holds a run with other settings; choose another folder "
-            "with output=DIR, or remove that one"
+            "with output=DIR, or remove this folder"
         )
     return stores.is_done(config.output)
 
 
 class _Relay(Progress):
-    """Passes a run's rounds on under the run's name."""
+    """Forwards the rounds of a run under the run's name."""
 
     def __init__(self, name: str, tell: Tell):
         self.name, self.tell = name, tell
@@ -286,7 +287,7 @@ def _in_processes(work: Work, runs: Mapping[str, Config], jobs: int, tell: Tell)
 
 @contextlib.contextmanager
 def _pool(jobs: int, context: Any) -> Iterator[ProcessPoolExecutor]:
-    """A pool that stops at once on an error or Ctrl-C; unfinished runs can be gone on with."""
+    """A pool that stops at once on an error or Ctrl-C; unfinished runs can be continued later."""
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_run)
     try:
         yield pool
@@ -310,7 +311,7 @@ def _one_run() -> None:
 
 
 def _ends_with_its_parent() -> None:
-    """Ctrl-C is for the parent to decide on; when that dies, however, this process ends."""
+    """Leaves Ctrl-C to the parent process, and ends this process when the parent dies."""
     import multiprocessing
     import os
     import signal

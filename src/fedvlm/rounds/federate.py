@@ -43,22 +43,22 @@ def run(
 ) -> Results:
     """Runs one federated fine-tuning, from data to a folder with all results.
 
-    Where ``torchrun`` has started several processes, each of them calls this function, and they
-    share the clients. ``progress`` gets the events of the first one.
+    Where ``torchrun`` has started several processes, each process calls this function, and the
+    processes share the clients. ``progress`` gets the events of the first process.
 
     Args:
         config: path of a YAML file, a nested dict, a ``Config``, or None for the defaults.
         *overrides: dotted assignments, such as ``"train.rounds=20"``.
-        algorithm: an object of your own; then the section ``algorithm`` is left out.
+        algorithm: your own algorithm; then leave out the section ``algorithm``.
         resume: continue the unfinished run in ``config.output``.
-        progress: gets the run's events; None is silent.
+        progress: gets the run's events; None: no output.
 
     Returns:
         The results: scores per client and their summary, the bytes, the folder.
 
     Raises:
-        ConfigError: the configuration is wrong; all mistakes at once.
-        DataError: the data cannot be used as asked.
+        ConfigError: the configuration is wrong; the error lists all mistakes.
+        DataError: the data do not allow this configuration.
         FedVLMError: the model, the device or the output folder cannot be used.
     """
 
@@ -89,12 +89,12 @@ def resume(
     """Continues the run in ``folder``; the result is bit-identical to an uninterrupted run's.
 
     Args:
-        folder: of the run.
-        progress: gets the run's events; None is silent.
-        algorithm: the object that the run was started with, if it was one.
+        folder: the folder of the run.
+        progress: gets the run's events; None: no output.
+        algorithm: the object, if the run was started with one.
 
     Raises:
-        FedVLMError: the folder holds no run, or its data are not what they were.
+        FedVLMError: the folder holds no run, or the data have changed.
     """
     if not stores.is_run(folder):
         raise FedVLMError(f"'{folder}' holds no run; start one with 'fedvlm run output={folder}'")
@@ -110,7 +110,7 @@ def resume(
 def _prepare_all(
     config: Config, group: Group, progress: Progress, algorithm: Algorithm | None
 ) -> tuple[Engine, Partition, stores.Store]:
-    """As :func:`prepare`, with all processes ready to take part."""
+    """Prepares the run in all processes; see :func:`prepare`."""
     if group.size == 1:
         return prepare(config, progress, algorithm=algorithm)
     from fedvlm.engines.sharded import Sharded, together
@@ -122,7 +122,7 @@ def _prepare_all(
 
 
 def _follow(config: Config, group: Group, algorithm: Algorithm | None) -> Results:
-    """A run in a process other than the first: it does the parts that the first hands out."""
+    """A run in a process other than the first, which does the parts that process 0 sends."""
     from fedvlm.engines.sharded import serve, together
 
     engine, _, _ = together(group, lambda: prepare(config, algorithm=algorithm), _described)
@@ -131,28 +131,28 @@ def _follow(config: Config, group: Group, algorithm: Algorithm | None) -> Result
 
 
 def _described(prepared: tuple[Engine, Partition, stores.Store]) -> str:
-    """What has to be the same in all processes: who has which rows, and the initial adapter."""
+    """The part that must be equal in all processes: the initial adapter and the partition."""
     engine, partition, _ = prepared
     return digest(engine.adapter) + json.dumps(partition.to_dict())
 
 
 def begin(config: Config, store: stores.Store, described: Mapping[str, str], resume: bool) -> None:
-    """Makes a run's folder, or takes it back to the last finished round.
+    """Creates a run's folder, or takes it back to the last finished round.
 
     Args:
-        config: of the run.
-        store: its folder, locked.
-        described: a file -> what it says of the clients, which a resumed run has to say as well.
+        config: the settings of the run.
+        store: the folder of the run, locked.
+        described: name of a file -> its text about the clients, which a resumed run must repeat.
         resume: whether the run has begun before.
 
     Raises:
-        FedVLMError: the folder is in use, or the clients are not what they were.
+        FedVLMError: the folder is in use, or the clients have changed.
     """
     if resume:
         if any((store.folder / name).read_text() != text for name, text in described.items()):
             raise FedVLMError(
-                f"the data are not what they were when the run in '{store.folder}' began: another "
-                "partition came out; restore them, or start a new run with output=DIR"
+                f"the data have changed since the run in '{store.folder}' began: they give another "
+                "partition; restore the data, or start a new run with output=DIR"
             )
         store.rewind()
     else:
@@ -179,11 +179,11 @@ def drive(
     store: stores.Store,
     progress: Progress,
 ) -> Results:
-    """All rounds from the last finished one on, and the results; the same for every engine.
+    """Runs all rounds after the last finished round, and writes the results.
 
     Args:
-        config: of the run.
-        engine: has the clients.
+        config: the settings of the run.
+        engine: trains and scores the clients.
         weights: client -> its weight in a mean, the number of its training examples.
         store: the run's folder, locked and begun.
         progress: gets the run's events.
@@ -239,7 +239,7 @@ def one_round(
             if counts and reply.client in rated:
                 yield visits[reply.client], {}
 
-    # This trains them all; a pass is scored before the next is trained.
+    # This trains the whole cohort; each pass is scored before the next pass is trained.
     before = engine.score(Models("end", ends()))
     old, state = state, fold.update(state, round_.number)
     line: dict[str, Any] = {
@@ -274,7 +274,7 @@ def _score_all(
     clients: Sequence[str],
     personal: Sequence[str] | None = None,
 ) -> tuple[dict[str, Scores], dict[str, Scores]]:
-    """Scores of the clients' personal models (or of those named) and of the global model."""
+    """Scores of the global model and of personal models; ``personal`` None: of all clients."""
     own = clients if personal is None else personal
     return (
         engine.score(personal_models(engine, round_, state, own)),

@@ -1,4 +1,4 @@
-"""A round's uploads at the server: checked, then folded into the mean one by one."""
+"""Checks the uploads of a round at the server, and folds them into the mean one by one."""
 
 from __future__ import annotations
 
@@ -13,16 +13,16 @@ from fedvlm.tree import Mean, Tree, saved_bytes
 
 
 class Fold:
-    """A round's uploads at the server: checked and folded one by one, a bad one left out by name.
+    """Checks the uploads of a round and folds them one by one; rejects bad uploads by name.
 
     Args:
-        known: the cohort, as registered.
-        downs: what each client was sent.
-        forms: the checks.
+        known: client -> its visit, as registered.
+        downs: client -> its download.
+        forms: checks the messages.
 
     Attributes:
-        losses: client -> its training loss, of those whose upload counts.
-        rejected: client -> why its upload does not count.
+        losses: client -> its training loss, for accepted uploads.
+        rejected: client -> the reason for the rejection of its upload.
         bytes_up: client -> bytes of its message.
     """
 
@@ -35,7 +35,7 @@ class Fold:
         self._mean, self._uploads = Mean(), list[Upload]()
 
     def add(self, reply: Reply) -> bool:
-        """Takes a client's reply; whether its upload counts."""
+        """Adds the reply of a client; returns whether the upload is accepted."""
         client, visit = reply.client, self.known[reply.client]
         self.bytes_up[client] = saved_bytes(reply.upload)
         try:
@@ -66,7 +66,7 @@ class Fold:
         if self.rejected and not self.losses:
             told = "\n".join(f"  - {why}" for why in self.rejected.values())
             raise FedVLMError(
-                f"none of the {len(self.rejected)} uploads of this round can be used:\n{told}"
+                f"all {len(self.rejected)} uploads of this round were rejected:\n{told}"
             )
         if isinstance(self.server, Gathered):
             changes = self.server.update(state, self._uploads, round_) if self._uploads else {}

@@ -1,4 +1,4 @@
-"""Loads what a run needs: rows, clients, model, engine; nothing is written."""
+"""Loads rows, clients, model and engine of a run; writes nothing to the run's folder."""
 
 from __future__ import annotations
 
@@ -46,17 +46,17 @@ def prepare(
     store: stores.Store | None = None,
     algorithm: Algorithm | None = None,
 ) -> tuple[Shell, Partition, stores.Store]:
-    """Loads data and model, and checks that the run can be done; writes nothing to its folder.
+    """Loads data and model, and checks the run; writes nothing to the run's folder.
 
     Args:
-        config: of the run.
+        config: the settings of the run.
         progress: gets the run's events.
-        divided: the rows, and who has which, where they are there already.
-        store: keeps the personal states; that of ``config.output`` unless given.
-        algorithm: an object, where the configuration names none.
+        divided: the rows and their partition, if loaded before.
+        store: keeps the personal states; None: the store in ``config.output``.
+        algorithm: the algorithm as an object; None: the configured algorithm.
 
     Raises:
-        FedVLMError: the run cannot be done; see :func:`fedvlm.run`.
+        FedVLMError: the run is impossible; see :func:`fedvlm.run`.
     """
     from fedvlm.batches import objectives
     from fedvlm.batches.collate import Collator
@@ -96,7 +96,10 @@ def prepare(
 
 
 def visits(config: Config, partition: Partition) -> int:
-    """How many rows the cohorts' training takes: fewer than there are need no encoding ahead."""
+    """The number of rows that the whole training reads, repetitions counted.
+
+    If it is smaller than the number of rows, encoding ahead does not pay.
+    """
     sizes = [len(split.train) for split in partition.splits.values()]
     cohort = min(len(sizes), config.train.clients_per_round or len(sizes))
     steps = sum(map(config.train.steps, sizes)) / len(sizes)
@@ -104,11 +107,12 @@ def visits(config: Config, partition: Partition) -> int:
 
 
 def _most_kept(config: Config, partition: Partition, algorithm: Algorithm) -> int:
-    """How many adapters a run's folder may come to hold.
+    """The largest number of adapters that the run's folder may hold.
 
-    Packs keep twice the personal states of all clients that are ever trained, and a round's new and
-    merged ones where it does not replace all. The exported adapters come on top, and the server's
-    state, old and new, with what an optimizer or a mean over rounds remembers.
+    Packs hold at most twice the personal states of all clients that are ever trained. Where a round
+    does not replace all states, they also hold its new and its merged states. Added to these are
+    the exported adapters, and the old and the new state of the server, which may include the memory
+    of an optimizer or a mean over rounds.
     """
     everyone = len(partition.clients)
     cohort = min(everyone, config.train.clients_per_round or everyone)
@@ -116,12 +120,12 @@ def _most_kept(config: Config, partition: Partition, algorithm: Algorithm) -> in
         cohort = everyone
     trained = min(everyone, cohort * config.train.rounds)
     states = 2 * trained + (2 * cohort if cohort < trained else 0)
-    states *= 2 if config.wire.compress in ("int8", "topk") else 1  # and the rest of each upload
+    states *= 2 if config.wire.compress in ("int8", "topk") else 1  # the unsent rest of an upload
     return states + len(scored(config, partition.clients)) + 7
 
 
 def divide(config: Config) -> tuple[Any, Partition]:
-    """The rows, and who has which."""
+    """The rows and their partition into clients."""
     from fedvlm.batches import objectives
     from fedvlm.data.clusters import check_installed
     from fedvlm.data.partition import make_partition
@@ -134,14 +138,14 @@ def divide(config: Config) -> tuple[Any, Partition]:
     empty = [c for c in clients if not len(getattr(partition.splits[c], split))]
     if empty:
         raise DataError(
-            f"eval.split: {len(empty)} clients have no row in '{split}', '{empty[0]}' first; raise "
-            f"data.{split}_fraction or partition.min_rows"
+            f"eval.split: {len(empty)} clients, such as '{empty[0]}', have no row in '{split}'; "
+            f"raise data.{split}_fraction or partition.min_rows"
         )
     return rows, partition
 
 
 def weights_of(config: Config, partition: Partition) -> dict[str, float]:
-    """Client -> the number of rows that it trains on."""
+    """Client -> the number of its training rows."""
     from fedvlm.data import pool
 
     pools = find(config.algorithm.name).pools

@@ -1,4 +1,4 @@
-"""The rounds of a run and who takes part in each: a function of the configuration alone."""
+"""The rounds of a run and the cohort of each: a function of the configuration alone."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from fedvlm.settings.sections import Config
 
 @dataclass(frozen=True)
 class Round:
-    """One round's plan.
+    """The plan of one round.
 
     Attributes:
-        number: from 1; the one after ``train.rounds`` is the final round. 0: before the first.
+        number: from 1. The round after ``train.rounds`` is the final round; 0 stands for the time
+            before the first round.
         cohort: the clients that take part.
-        evaluate: whether clients are scored after it.
-        final: whether it is the final round, local tuning with all clients.
+        evaluate: whether clients are scored after the round.
+        final: whether this is the final round, local tuning with all clients.
     """
 
     number: int
@@ -34,10 +35,10 @@ class Round:
         return Visit(client, weight, sampled, self.number, self.final)
 
     def visits(self, weights: Mapping[str, float]) -> dict[str, Visit]:
-        """The cohort, as both ends of the wire know it.
+        """The visits of the cohort, known at both ends of the wire.
 
         Args:
-            weights: client -> the number of its training examples; of all clients.
+            weights: client -> the number of its training examples, for all clients.
         """
         sampled = sum(weights[c] for c in self.cohort) / sum(weights.values())
         return {c: self.visit(c, weights[c], sampled) for c in self.cohort}
@@ -58,7 +59,7 @@ def plan(config: Config, algorithm: Algorithm, clients: Sequence[str]) -> Iterat
 
 
 def standing(config: Config, algorithm: Algorithm, number: int | None = None) -> Round:
-    """A round without its cohort, for models that are scored or written then; None: the last."""
+    """A round without its cohort, to score or write models of that time; None: the last round."""
     last = config.train.rounds + algorithm.final
     number = last if number is None else number
     return Round(number, final=algorithm.final and number > config.train.rounds)

@@ -1,4 +1,4 @@
-"""The sections ``lora`` and ``algorithm`` of a configuration, and what all sections share."""
+"""The sections ``lora`` and ``algorithm`` of a configuration, and the base of all sections."""
 
 from __future__ import annotations
 
@@ -26,8 +26,8 @@ class LoraConfig(Section):
     dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     ranks: dict[str, Positive] | None = Field(
         None,
-        description="client pattern -> its rank, at most lora.rank, which the others have; the "
-        "scaling is alpha over lora.rank for all",
+        description="pattern of client names -> rank, at most lora.rank; empty: lora.rank for all "
+        "clients; all clients are scaled by alpha / lora.rank",
     )
     spare: Positive | None = Field(
         None, description="ranks that are not trained (fedex, flora); empty: 4 times lora.rank"
@@ -55,6 +55,6 @@ class LoraConfig(Section):
 
 
 class AlgorithmConfig(Section):
-    """The section ``algorithm``. Every algorithm has a subclass of it with settings of its own."""
+    """The section ``algorithm``; a subclass adds the settings of one algorithm."""
 
     name: str = Field("auto", description="a name from the table, see 'fedvlm algorithms'")
