@@ -23,7 +23,7 @@ class Formulas:
         self.algorithm = build(config.algorithm, config.lora)
         self.stages = compression(config.wire)
         known = {c: (w, masked(g, config.lora.rank)) for c, (w, g) in clients().items()}
-        rows = {client: self._validation for client in list(known)[:2]}  # the third has none
+        rows = dict.fromkeys(list(known)[:2], self._validation)  # the third has none
         self.run = simulate(self.algorithm, known, self.adapter, steps=2, validation=rows)
         self.weights = {client: weight for client, (weight, _) in known.items()}
         self.store = store

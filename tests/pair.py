@@ -19,6 +19,8 @@ from fedvlm.rounds.schedule import plan, standing
 from fedvlm.tree import products
 
 NAMES = ("reference", "cohort")
+TOLERANCE = 1e-7
+EXACT = "model.dtype=float64"
 
 
 class Kept:

@@ -18,6 +18,7 @@ from fedvlm.algorithms import table
 from fedvlm.algorithms.sharing import sharing
 from fedvlm.config import load, own
 from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.rounds.comparison import planned
 from fedvlm.store import files
 from test_federate import Stop, bytes_of
 
@@ -199,7 +200,9 @@ def test_a_setting_that_none_of_the_compared_takes_is_refused(small):
     del small["algorithm"]
     with pytest.raises(ConfigError, match=r"mix_a: none of lora, plora has this setting"):
         fedvlm.compare(["lora", "plora"], small, "algorithm.mix_a=0.2")
-    runs = fedvlm.rounds.comparison.planned(["lora", "mix"], small, "algorithm.mix_a=0.2")
+    with pytest.raises(ConfigError, match=r"lora\.ranks: none of fedex, pair has this setting"):
+        fedvlm.compare(["fedex", "pair"], small, "lora.ranks={x: 1}")
+    runs = planned(["lora", "mix"], small, "algorithm.mix_a=0.2")
     assert runs["mix seed 0"].algorithm.mix_a == 0.2
     assert "mix_a" not in json.dumps(runs["lora seed 0"].model_dump())
 

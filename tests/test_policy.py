@@ -48,6 +48,14 @@ def test_the_hash_of_several_files_is_that_of_what_sha256sum_prints(tmp_path):
     assert weights_digest(tmp_path) == said.split()[0]
 
 
+def test_a_policy_may_name_an_algorithm_by_an_alias(tmp_path):
+    (tmp_path / "p.yml").write_text("algorithms: [fedavg]")
+    policy = read_policy(tmp_path / "p.yml")
+    policy.check(load({"algorithm": {"name": "lora"}}))
+    with pytest.raises(Refused, match="algorithm 'plora', but the site allows fedavg"):
+        policy.check(RUN)
+
+
 @pytest.mark.parametrize(
     ("text", "said"),
     [

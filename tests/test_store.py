@@ -1,11 +1,13 @@
 """The run's folder: atomic, resumable, and clear about what it refuses."""
 
+import json
 import threading
 import time
 
 import pytest
 import torch
 
+import fedvlm
 from fedvlm.errors import FedVLMError
 from fedvlm.store import files
 from fedvlm.store import run as stores
@@ -131,3 +133,15 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(store):
     with pytest.raises(FedVLMError, match="is full"), files.writable(store.folder):
         raise OSError(28, "No space left on device")
     assert store.finished() == 0
+
+
+def test_a_run_of_the_first_version_is_refused_by_its_version(tmp_path):
+    about = tmp_path / "environment.json"
+    about.write_text(json.dumps({"packages": {"fedvlm": "0.2.0"}}))
+    stores.check_version(tmp_path)
+    about.write_text(json.dumps({"packages": {"fedvlm": "0.1.0"}}))
+    (tmp_path / "config.yaml").write_text("algorithm: {name: plora, ft_steps: 20}\n")
+    (tmp_path / "table.json").write_text("{}")
+    for opens in (stores.check_version, fedvlm.resume, fedvlm.open_run):
+        with pytest.raises(FedVLMError, match=r"made by fedvlm 0\.1\.0, .* 'fedvlm<0\.2'"):
+            opens(tmp_path)

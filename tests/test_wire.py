@@ -339,9 +339,6 @@ def test_settings_of_the_wire_that_mean_nothing_are_refused(words):
         load(None, "algorithm.name=lora", *words)
 
 
-# Whole runs
-
-
 @pytest.fixture
 def quick(small):
     """Three rounds of two of three sites."""
@@ -397,6 +394,6 @@ def test_a_run_names_who_was_rejected_and_stops_where_all_are(quick, monkeypatch
         fedvlm.run(quick)
     first, second = files.read_lines(Path(quick["output"]) / "metrics.jsonl")[1:]
     assert first["rejected"].keys() == {"site-0", "site-1"}
+    assert "rejected" not in second
     assert first["train_loss"].keys() == {"site-2"}
     assert "not finite" in first["rejected"]["site-0"]
-    assert "rejected" not in second

@@ -246,7 +246,7 @@ def _describe(error: Any, kind: type[BaseModel], prefix: str = "", about: str = 
 
 
 def _nearest(where: str, kind: type[BaseModel], prefix: str = "", about: str = "there are") -> str:
-    keys = list(_keys(kind, prefix))
+    keys = [key for key in _keys(kind, prefix) if key != "algorithm.name"]
     close = difflib.get_close_matches(where, keys, n=1, cutoff=0.6)
     leaf = where.rpartition(".")[2]
     by_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
@@ -254,10 +254,10 @@ def _nearest(where: str, kind: type[BaseModel], prefix: str = "", about: str = "
         leaves = {k.rpartition(".")[2]: k for k in keys}
         by_leaf = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)]
     best = by_leaf or close
-    if best and not prefix:
+    if best:
         return f": did you mean '{best[0]}'?"
-    hint = f": did you mean '{best[0]}'?" if best else ""
-    return f"{hint}; {about} {', '.join(kind.model_fields)}"
+    known = ", ".join(name for name in kind.model_fields if not prefix or name != "name")
+    return f"; {about} {known or 'no settings'}"
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

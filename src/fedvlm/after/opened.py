@@ -58,6 +58,7 @@ def open_run(folder: str | Path, *overrides: str) -> Opened:
         raise FedVLMError(
             f"'{path}' holds an unfinished run; finish it first: fedvlm run --resume {path}"
         )
+    stores.check_version(path)
     fixed = [o for o in overrides if o.partition("=")[0].split(".")[0].strip() not in SETTABLE]
     if fixed:
         raise ConfigError(

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import Field
+from pydantic import Field, model_validator
 
 from fedvlm.algorithms.base import Algorithm, Averaged, State, Visit
 from fedvlm.settings.method import Section
@@ -48,6 +48,17 @@ class ServerConfig(Section):
     tau: Annotated[float, Field(gt=0)] = Field(
         1e-3, description="adagrad, yogi, adam: degree of adaptivity; smaller adapts more"
     )
+
+    @model_validator(mode="after")
+    def _settings_have_a_meaning(self) -> ServerConfig:
+        fields = type(self).model_fields
+        idle = [n for n in fields if n != "name" and getattr(self, n) != fields[n].default]
+        if self.name == "none" and idle:
+            raise ValueError(
+                f"{', '.join(idle)} of no optimizer has no meaning: set algorithm.server.name, or "
+                "leave it out"
+            )
+        return self
 
     @property
     def rate(self) -> float:

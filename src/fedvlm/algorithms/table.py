@@ -106,7 +106,7 @@ TABLE: dict[str, Entry] = {
     "share": Entry(
         "what algorithm.share names",
         "the rest",
-        "a share map from the configuration",
+        "a map of your own",
         lambda c, lora: averaging(sharing(c.share, server_lr=c.server_lr), c),
         ShareConfig,
         ranks=True,

@@ -11,7 +11,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from fedvlm import config as configs
-from fedvlm.algorithms.table import find, names
+from fedvlm.algorithms.table import ALIASES, find, names
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.settings.method import Positive, Section
 from fedvlm.settings.sections import Config
@@ -73,7 +73,8 @@ class Policy(Section):
         name, rounds = config.algorithm.name, config.train.rounds
         if self.rounds is not None and rounds > self.rounds:
             wrong.append(f"{rounds} rounds (train.rounds), and the limit is {self.rounds}")
-        if self.algorithms is not None and name not in self.algorithms:
+        allowed = [ALIASES.get(one, one) for one in self.algorithms or ()]
+        if self.algorithms is not None and name not in allowed:
             wrong.append(f"algorithm '{name}', but the site allows {', '.join(self.algorithms)}")
         if find(name).pools:
             wrong.append(f"algorithm '{name}', which needs all sites' rows in one place")
@@ -166,7 +167,7 @@ def read_policy(path: str | Path | None) -> Policy:
         return Policy()
     policy = configs.read_file(path, Policy, "policy")
     odd = [key for key in policy.set if key.split(".")[0] not in SETTABLE]
-    unknown = [name for name in policy.algorithms or () if name not in names()]
+    unknown = [name for name in policy.algorithms or () if name not in (*names(), *ALIASES)]
     problems = [f"set.{key}: a site sets {', '.join(SETTABLE)} only" for key in odd]
     problems += [f"algorithms: there is no '{name}'" for name in unknown]
     if problems:

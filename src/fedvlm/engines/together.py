@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedvlm.algorithms.base import Ask, Program, Score, Sent, Train, Trained, Validation, step
 from fedvlm.engines.wire import Task
+from fedvlm.errors import FedVLMError
 from fedvlm.tree import Tree
 
 if TYPE_CHECKING:
@@ -33,6 +34,7 @@ class Member:
         session: the engine's optimizer of the last stretch, shared by the clients of that stretch.
         place: the client's place in that stretch.
         resumable: number of the client's steps with that optimizer.
+        trained: the names of the factors of the last stretch.
     """
 
     task: Task
@@ -44,6 +46,7 @@ class Member:
     session: Any = None
     place: int = 0
     resumable: int = 0
+    trained: tuple[str, ...] = ()
 
     @property
     def wanted(self) -> Train:
@@ -73,7 +76,11 @@ Validate = Callable[[str, Sequence[Tree]], tuple[Validation, ...]]
 
 
 def perform(members: Sequence[Member], train: TrainTogether, validate: Validate) -> None:
-    """Runs all programs to their end."""
+    """Runs all programs to their end.
+
+    Raises:
+        FedVLMError: a stretch resumes the optimizer of one that trained other factors.
+    """
     for member in members:
         member.ask = step(member.program)
     while True:
@@ -90,6 +97,7 @@ def perform(members: Sequence[Member], train: TrainTogether, validate: Validate)
         for place, (member, outcome) in enumerate(zip(group, outcomes, strict=True)):
             resumed = member.resumable if member.wanted.resume else 0
             member.session, member.place = session, place
+            member.trained = _trained(member)
             member.resumable = resumed + len(outcome.losses)
             member.stretches += 1
             member.losses += outcome.losses
@@ -99,7 +107,17 @@ def perform(members: Sequence[Member], train: TrainTogether, validate: Validate)
 
 def _kind(member: Member) -> tuple[Any, ...]:
     """The kind of a request: clients of equal kinds can train together."""
-    ask = member.wanted
-    trained = tuple(name for name in ask.begin if ask.trains(name))
+    ask, trained = member.wanted, _trained(member)
+    if ask.resume and member.stretches and trained != member.trained:
+        raise FedVLMError(
+            f"client '{member.task.client}': the algorithm resumes the optimizer of a stretch that "
+            f"trained other factors ({len(member.trained)} then, {len(trained)} now); a stretch "
+            "that resumes has to train the same ones"
+        )
     resumed = (id(member.session), member.resumable) if ask.resume else None
     return trained, tuple(term.rate for term in ask.terms), resumed
+
+
+def _trained(member: Member) -> tuple[str, ...]:
+    ask = member.wanted
+    return tuple(name for name in ask.begin if ask.trains(name))

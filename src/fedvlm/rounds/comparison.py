@@ -77,7 +77,13 @@ def compare(
             f"output: '{folder}' holds a single run; choose another folder with output=DIR"
         )
     left = {name: c for name, c in runs.items() if not done(c)}
-    each(_Runs(objects), left, jobs, tell)
+    work: Work = run_one
+    if objects:
+
+        def work(name: str, config: Config, tell: Tell) -> None:
+            run_one(name, config, tell, objects.get(_label(config)))
+
+    each(work, left, jobs, tell)
     return _conclude(folder, runs)
 
 
@@ -147,7 +153,7 @@ def _runs(
                 f"'{label}' is no label for an object: use letters, digits and . + - _, and no "
                 "name of a known algorithm"
             )
-    problems += _nobodys(tree.get("algorithm"), [x for x in labels if x not in objects])
+    problems += _nobodys(tree, [x for x in labels if x not in objects])
     first, runs = tree.get("seed") or 0, {}
     for seed in range(first, first + seeds) if isinstance(first, int) else [first]:
         for label in labels:
@@ -162,6 +168,11 @@ def _runs(
     if problems:
         raise ConfigError(list(dict.fromkeys(problems)))
     return runs
+
+
+def _label(config: Config) -> str:
+    """The name of a run's algorithm in a comparison."""
+    return config.algorithm.name.removeprefix(f"{OWN}:")
 
 
 def _folder(tree: dict[str, Any], label: str, seed: Any) -> str:
@@ -186,19 +197,20 @@ def _settings(tree: dict[str, Any], label: str, is_object: bool) -> dict[str, An
     return own
 
 
-def _nobodys(given: Any, labels: Sequence[str]) -> list[str]:
-    """Problems: settings of the section ``algorithm`` that no compared algorithm has."""
-    if not isinstance(given, dict):
-        return []
-    known = {"name"}
+def _nobodys(tree: Mapping[str, Any], labels: Sequence[str]) -> list[str]:
+    """Problems: settings that no compared algorithm has."""
+    known, entries = {"name"}, []
     for label in labels:
         with contextlib.suppress(KeyError, FedVLMError):
-            known |= find(label).settings.model_fields.keys()
-    return [
-        f"algorithm.{key}: none of {', '.join(labels) or 'the objects'} has this setting"
-        for key in given
-        if key not in known
-    ]
+            entries.append(find(label))
+    for entry in entries:
+        known |= entry.settings.model_fields.keys()
+    given, lora = (tree.get(key) for key in ("algorithm", "lora"))
+    idle = [f"algorithm.{k}" for k in given if k not in known] if isinstance(given, dict) else []
+    takers = {"ranks": any(e.ranks for e in entries), "spare": any(e.spare for e in entries)}
+    if isinstance(lora, dict):
+        idle += [f"lora.{k}" for k, taken_ in takers.items() if lora.get(k) and not taken_]
+    return [f"{key}: none of {', '.join(labels) or 'the objects'} has this setting" for key in idle]
 
 
 def done(config: Config) -> bool:
@@ -229,25 +241,22 @@ class _Relay(Progress):
         self.tell((self.name, line, seconds))
 
 
-class _Runs:
-    """Starts or continues a run; its algorithm may be one of the objects, by label."""
+def run_one(name: str, config: Config, tell: Tell, algorithm: Algorithm | None = None) -> None:
+    """Does a run, or continues it.
 
-    def __init__(self, objects: Mapping[str, Algorithm]):
-        self.objects = dict(objects)
+    Args:
+        name: of the run.
+        config: its settings.
+        tell: called with (run, metrics line, seconds) after every round.
+        algorithm: an object, where the settings name none.
+    """
+    from fedvlm.rounds.federate import resume, run
 
-    def __call__(self, name: str, config: Config, tell: Tell) -> None:
-        from fedvlm.rounds.federate import resume, run
-
-        progress = _Relay(name, tell)
-        algorithm = self.objects.get(config.algorithm.name.removeprefix(f"{OWN}:"))
-        if stores.is_run(config.output):
-            resume(config.output, progress, algorithm=algorithm)
-        else:
-            run(config, algorithm=algorithm, progress=progress)
-
-
-run_one = _Runs({})
-"""Starts or continues a run whose algorithm has a name in the table."""
+    progress = _Relay(name, tell)
+    if stores.is_run(config.output):
+        resume(config.output, progress, algorithm=algorithm)
+    else:
+        run(config, algorithm=algorithm, progress=progress)
 
 
 def _in_processes(work: Work, runs: Mapping[str, Config], jobs: int, tell: Tell) -> None:
@@ -324,8 +333,7 @@ def _conclude(folder: Path, runs: dict[str, Config]) -> Comparison:
 
     results: dict[str, list[Results]] = {}
     for config in runs.values():
-        label = config.algorithm.name.removeprefix(f"{OWN}:")
-        results.setdefault(label, []).append(Results.read(config.output))
+        results.setdefault(_label(config), []).append(Results.read(config.output))
     rows = sorted(
         (_row(name, found) for name, found in results.items()), key=lambda r: -r["personal"]
     )

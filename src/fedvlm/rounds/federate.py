@@ -98,6 +98,7 @@ def resume(
     """
     if not stores.is_run(folder):
         raise FedVLMError(f"'{folder}' holds no run; start one with 'fedvlm run output={folder}'")
+    stores.check_version(folder)
     read = configs.load if algorithm is None else configs.own
     settings = read(Path(folder) / stores.CONFIG)
     settings = settings.model_copy(update={"output": str(folder)})
