@@ -29,7 +29,7 @@ def _one_thread():
 
 @pytest.fixture(scope="session", autouse=True)
 def no_pictures():
-    """Runs draw no pictures: drawing would take a third of a small run's time."""
+    """Runs draw no pictures, because drawing takes a third of a small run's time."""
     from fedvlm.figures import plots, skewplot
 
     drawing = (
@@ -44,7 +44,7 @@ def no_pictures():
 
 @pytest.fixture(scope="module")
 def pictures(no_pictures):
-    """Runs draw their pictures while a module that asks for this is tested."""
+    """Runs draw their pictures in modules that use this fixture."""
     with pytest.MonkeyPatch.context() as patch:
         for draws in no_pictures:
             patch.setattr(*draws)
@@ -94,12 +94,12 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """One worker more than there are cores: one of them mostly waits, for deployed runs."""
+    """One more worker than cores, because the worker of deployed runs mostly waits."""
     return cores() + 1
 
 
 def pytest_collection_modifyitems(items):
-    """Tests that wait come first. The tests of a model family share a model: they stay together."""
+    """Runs tests that wait first, and the tests of a family, which share a model, together."""
     ours = [n for n, item in enumerate(items) if item.path.name == "test_families.py"]
     by_family = sorted((items[n] for n in ours), key=lambda item: item.callspec.params["family"])
     for n, item in zip(ours, by_family, strict=True):
@@ -123,7 +123,7 @@ def pytest_sessionfinish(session):
 
 
 def families_table() -> str:
-    """The outcomes so far: a family a row, a capability a column."""
+    """The table of the outcomes so far: one row a family, one column a capability."""
     from datetime import date
     from importlib.metadata import version
 
@@ -185,7 +185,7 @@ def own_run(finished_run, tmp_path):
 
 @pytest.fixture(scope="session")
 def new_rows(tmp_path_factory):
-    """A parquet of one site's rows that no run has seen, and a picture of them."""
+    """A folder with a parquet of one site's new rows, and one of their pictures."""
     import fedvlm
     from fedvlm.data.images import open_image
 

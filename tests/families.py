@@ -40,7 +40,7 @@ FAMILIES: dict[str, Callable[[Path], None]] = {}
 
 @functools.cache
 def folder(family: str) -> str:
-    """A family's folder, built once in a session of tests."""
+    """The folder of a family's model, built once a test session."""
     path = tempfile.mkdtemp(prefix=f"{family}-")
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     build(family, Path(path))

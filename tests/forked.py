@@ -39,10 +39,10 @@ for line in sys.stdin:
 
 
 class Commands:
-    """Runs one command at a time, as ``fedvlm`` does in a terminal of its own.
+    """Runs one command at a time, like ``fedvlm`` in a terminal.
 
     Args:
-        folder: gets what the commands print.
+        folder: folder for the output of the commands.
     """
 
     def __init__(self, folder: Path):
@@ -88,6 +88,6 @@ class Commands:
         return int(self._server.stdout.readline())
 
     def close(self) -> None:
-        """Ends the process that has the imports."""
+        """Ends the process with the imports."""
         self._server.stdin.close()
         self._server.wait(10)

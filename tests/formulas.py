@@ -16,7 +16,7 @@ from toy import adapter, clients, masked
 
 
 class Formulas:
-    """An engine over :func:`fedvlm.simulate`'s clients; what they keep is in a run's folder."""
+    """An engine over clients of :func:`fedvlm.simulate`, with kept states in a run's folder."""
 
     def __init__(self, config, store, spare=0):
         self.adapter = adapter(config.lora.rank + spare)
@@ -65,7 +65,7 @@ class Formulas:
 
 
 def drive(config, progress=None, *, resume=False, spare=0):
-    """A run, or what is left of it; its folder."""
+    """Runs or resumes a run; returns its folder."""
     store = Store(config.output)
     with store.locked():
         engine = Formulas(config, store, spare)

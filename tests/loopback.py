@@ -1,4 +1,4 @@
-"""A server and sites on this machine, as real processes with mutual TLS: what such tests share."""
+"""A server and sites on this machine, as real processes with mutual TLS."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def processes(folder: Path) -> Iterator[Started]:
-    """Starts commands of this checkout, one thread each; ended on leaving."""
+    """Starts commands of this checkout, one thread each, and ends them at the end."""
     from fedvlm.deploy.nvflare.demo import Started
 
     with pytest.MonkeyPatch.context() as patch, Started(folder) as started:
@@ -42,18 +42,18 @@ def begin(started: Started, name: str, kit: Path, rows: Path, state: Path) -> No
 
 
 def until(what: Callable[[], object], seconds: float) -> None:
-    """Waits until something is so, or the time is over."""
+    """Waits until ``what()`` is true, at most ``seconds``."""
     end = time.monotonic() + seconds
     while not what() and time.monotonic() < end:
         time.sleep(0.2)
 
 
 def said(folder: Path, name: str) -> str:
-    """What a command has printed."""
+    """The output of a command so far."""
     return (folder / f"{name}.log").read_text()
 
 
 def read(kit: Path, name: str) -> bytes:
-    """A file of a kit."""
+    """The content of a file in a kit."""
     with zipfile.ZipFile(kit) as archive:
         return archive.read(name)

@@ -1,4 +1,4 @@
-"""Both engines prepared for one run, and rounds of it on each: no scoring, no files but spools."""
+"""Both engines prepared for one run, and its rounds on each, without scoring or stored results."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ EXACT = "model.dtype=float64"
 
 
 class Kept:
-    """What clients keep, in memory: the part of a run's folder that an engine needs."""
+    """The part of a run's folder that an engine needs: the kept states, in memory."""
 
     def __init__(self, folder):
         self.folder, self.states = Path(folder), {}
@@ -38,14 +38,14 @@ class Kept:
 
 @dataclass
 class Played:
-    """Some rounds of an engine.
+    """The results of an engine's rounds.
 
     Attributes:
-        uploads: (round, client) -> what left the client.
-        losses: (round, client) -> its training loss.
-        ends: (round, client) -> its adapter at the end of training.
-        kept: client -> what it keeps after the last round.
-        state: the server's, after the last round.
+        uploads: (round, client) -> upload.
+        losses: (round, client) -> training loss.
+        ends: (round, client) -> adapter at the end of training.
+        kept: client -> kept state after the last round.
+        state: state of the server after the last round.
         answers: model -> client -> its answers to held-out rows.
     """
 
@@ -58,7 +58,7 @@ class Played:
 
 
 def engines(settings, *overrides, folder):
-    """Both engines of a run, each with a model of its own."""
+    """Both engines of a run, each with its own model."""
     found = []
     for name in NAMES:
         config = load(settings, *overrides, f"engine.name={name}", f"output={folder / name}")
@@ -71,8 +71,8 @@ def switched(engine, partition, settings, *overrides, folder):
     """The same engine for a run with another algorithm, or other settings of training."""
     config = load(settings, *overrides, f"output={folder}")
     entry = find(config.algorithm.name)
-    assert not entry.pools, "it needs rows of its own"
-    assert not entry.spare, "it needs an adapter of its own"
+    assert not entry.pools, "the algorithm needs other rows than the engine has"
+    assert not entry.spare, "the algorithm needs another adapter than the engine has"
     engine.config, engine.store = config, Kept(folder)
     engine.algorithm, engine.stages = build(config.algorithm, config.lora), compression(config.wire)
     engine.forms = Forms(engine.algorithm, engine.adapter, engine.stages)
@@ -80,7 +80,7 @@ def switched(engine, partition, settings, *overrides, folder):
 
 
 def play(engine, partition):
-    """All rounds of the engine's run, and its models' answers at the end."""
+    """Runs all rounds of the engine, and lets its models answer at the end."""
     algorithm, weights, found = engine.algorithm, partition.weights, Played()
     found.state = algorithm.init(engine.adapter)
     forms = Forms(algorithm, engine.adapter, engine.stages)
@@ -119,13 +119,13 @@ def furthest(ours, theirs):
 
 
 def assert_same(reference, cohort, tolerance, *, factors=True):
-    """Uploads, what is kept, adapters, the server's state, losses and answers.
+    """Asserts equal uploads, kept states, adapters, server states, losses and answers.
 
     Args:
-        reference: what one engine has done.
-        cohort: what the other has done.
+        reference: the results of one engine.
+        cohort: the results of the other engine.
         tolerance: the largest difference of a tensor's element.
-        factors: false compares the products B A: equal matrices have many pairs of factors.
+        factors: whether to compare factors; else the products B A, whose factors are not unique.
     """
     moved = [t for tree in reference.ends.values() for n, t in tree.items() if "lora_B" in n]
     assert any(t.abs().max() > 1e-3 for t in moved)
@@ -149,7 +149,7 @@ def assert_same(reference, cohort, tolerance, *, factors=True):
 
 
 def random_like(tree, scale, seed=0):
-    """An adapter near another one."""
+    """The adapter with noise added."""
     g = torch.Generator().manual_seed(seed)
     return {
         n: t + scale * torch.randn(t.shape, generator=g, dtype=t.dtype) for n, t in tree.items()

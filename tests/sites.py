@@ -1,4 +1,4 @@
-"""A federation's sites in this process: their workers, and a run over them."""
+"""The sites of a federation in this process: their workers, and a run over them."""
 
 import json
 import threading
@@ -13,7 +13,7 @@ from fedvlm.store import run as store
 
 SITES = ("site-0", "site-1", "site-2")
 SETTINGS = {
-    "model": {"dtype": "float64"},  # in single precision AdamW makes steps of rounding
+    "model": {"dtype": "float64"},  # in single precision, AdamW turns rounding into steps
     "partition": {"kind": "column", "column": "site", "splits": "alone", "min_rows": 2},
     "algorithm": {"name": "plora"},
     "train": {"rounds": 2, "local_steps": 2, "batch_size": 4},
@@ -28,15 +28,15 @@ def config(data, *overrides):
 
 
 class Here:
-    """The sites' workers in this process; ``down`` are those that do not answer."""
+    """The workers of the sites in this process; the sites in ``down`` do not answer."""
 
     def __init__(self, data, state, policy=None, sites=SITES):
         self.own = {s: {"name": s, "data": str(data / f"{s}.parquet")} for s in sites}
         self.own = {s: o | {"state": str(state / s), "policy": policy} for s, o in self.own.items()}
         self.workers = {s: Worker(own) for s, own in self.own.items()}
         self.down, self.slow, self.broken, self.asked = set(), {}, None, []
-        self.wire = []  # all that the sites have sent
-        self.configs = []  # all that they were told of the run
+        self.wire = []  # all messages from the sites
+        self.configs = []  # all settings that the sites got
 
     def __call__(self, site, header, blob, limit):
         self.asked.append((site, header["do"], header.get("round")))
@@ -49,7 +49,7 @@ class Here:
             raise Unanswered("it is away")
         header = json.loads(json.dumps(header))
         self.configs += [header["config"]] if "config" in header else []
-        with LOCK:  # torch's global random state is one in this process
+        with LOCK:  # the sites share torch's global random state
             answer = self.workers[site].perform(header, blob)
         self.wire.append(json.dumps(answer[0]).encode() + answer[1])
         return answer

@@ -1,4 +1,4 @@
-"""What every command after training refuses, and how it says so."""
+"""The refusals of the commands after training, and their messages."""
 
 import pytest
 

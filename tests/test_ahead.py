@@ -1,4 +1,4 @@
-"""Rows that are encoded ahead: the same features, once, within a budget of disk."""
+"""Rows encoded ahead: the same features, encoded once, within a budget of disk."""
 
 from __future__ import annotations
 
@@ -145,7 +145,7 @@ def test_a_batch_that_another_thread_began_is_the_one_that_is_asked_for(small, m
     monkeypatch.setattr(collator, "_training", lambda rows: began.append(rows) or plain(rows))
     collator.prefetch([0, 3])
     found = {rows: collator.training(rows) for rows in [(0, 3), (1, 2)]}
-    assert began == [[0, 3], [1, 2]], "neither was collated twice"
+    assert began == [[0, 3], [1, 2]], "no batch is collated twice"
     collator.prefetch([1, 2])
     found[0, 3] = collator.training((0, 3))
     for rows, batch in expected.items():

@@ -1,4 +1,4 @@
-"""One table of generic properties: a new algorithm is a new row."""
+"""Generic properties of all algorithms; a new algorithm is a new row of the table."""
 
 import re
 from dataclasses import FrozenInstanceError, fields, replace
@@ -72,7 +72,7 @@ KEEPS = dict.fromkeys(SENDS, "") | {
     **dict.fromkeys(("pair", "feddpa", "fedalt"), "AB"),
 }
 TRAINS = {name: "B" if name in ("ffa", "rolora") else "AB" for name in SENDS}
-SENDS_WHAT_IT_KEEPS = {"auto", "mix", "fedalt", "scaffold"}  # a copy, or the change of it
+SENDS_WHAT_IT_KEEPS = {"auto", "mix", "fedalt", "scaffold"}  # the same tensors, or their change
 SENDS_AND_KEEPS_TWO_MODELS = {"ditto", "apfl", "pair", "feddpa"}
 VISIT = Visit("c", 3.0, round=1)
 LAST = Visit("c", 3.0, round=9, final=True)
@@ -98,7 +98,7 @@ def adapter_for(name, seed=0):
 
 
 def trained(ask, seed=1):
-    """An adapter after a stretch of training: random where it trains, else as it was."""
+    """An adapter after a stretch of training: random factors where trained, else unchanged."""
     random, end = tree(seed, rank(ask.begin)), {}
     for name, t in ask.begin.items():
         end[name] = random[name] if ask.trains(name) else t
@@ -108,10 +108,10 @@ def trained(ask, seed=1):
 
 
 def worked(algorithm, adapter, down, mine=None, visit=VISIT, end=None):
-    """A client's round, each of whose stretches ends with the same adapter.
+    """Runs a client's round; each stretch of training ends with the same adapter.
 
     Returns:
-        What it sent; its requests for training; and its adapter after the last of them.
+        The upload, the requests for training, and the adapter after the last stretch.
     """
     begin = algorithm.model(adapter, down, mine or {})
     program = algorithm.work(Local(visit, begin, down, mine or {}, 5))
@@ -152,17 +152,17 @@ def test_a_client_sends_and_keeps_what_the_table_says(name):
     state = algorithm.init(adapter)
     down = algorithm.send(state, VISIT)
     begin = algorithm.model(adapter, down, {})
-    assert digest(begin) == digest(adapter), "everyone begins at the common initial adapter"
+    assert digest(begin) == digest(adapter), "every client begins at the common initial adapter"
     round_ = worked(algorithm, adapter, down)
     assert factors(n for n in NAMES if round_.stretches[0].trains(n)) == TRAINS[name]
     assert factors(round_.up) == SENDS[name]
     assert factors(round_.keep) == KEEPS[name]
     if name not in SENDS_WHAT_IT_KEEPS | SENDS_AND_KEEPS_TWO_MODELS:
-        assert not round_.up.keys() & round_.keep.keys(), "what is personal never leaves"
+        assert not round_.up.keys() & round_.keep.keys(), "personal tensors never leave the client"
     assert plain(round_.up).keys() <= down.keys() <= state.keys()
 
 
-@pytest.mark.parametrize("name", [n for n in SENDS if n != "apfl"])  # its two models differ
+@pytest.mark.parametrize("name", [n for n in SENDS if n != "apfl"])  # it has two models
 def test_one_client_alone_continues_where_it_stopped(name):
     """With a single client, the mean is its own upload, so sharing changes nothing."""
     algorithm, adapter = algorithm_of(name), adapter_for(name)
@@ -178,7 +178,7 @@ def test_one_client_alone_continues_where_it_stopped(name):
         assert torch.allclose(found[key], expected[key], atol=1e-5)
 
 
-PRODUCTS = ("fedex", "flora", "flexlora")  # these put the same product into other factors
+PRODUCTS = ("fedex", "flora", "flexlora")  # these change the factors, not their product
 
 
 @pytest.mark.parametrize("name", SENDS)
@@ -258,7 +258,7 @@ def test_settings_belong_to_their_algorithm_and_to_no_other():
 
 
 def test_no_algorithm_is_mentioned_by_name_outside_the_table():
-    """An engine or a round loop that knows a name has a hole in the protocol."""
+    """The name of an algorithm in an engine or the round loop shows a gap in the protocol."""
     src = Path(fedvlm.__file__).parent
     for room in ("engines", "rounds", "planning", "deploy", "after", "batches", "models"):
         for path in (src / room).rglob("*.py"):

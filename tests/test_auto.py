@@ -1,4 +1,4 @@
-"""Local tuning at the end, and ``auto``: what clients ask for, choose and end with."""
+"""Local tuning at the end, and ``auto``: requests, choices and final adapters of clients."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from toy import FEDAVG, INITIAL, A, B, clients, close
 
 
 def told(losses):
-    """Validation by a look-up: the adapter's first value of A -> its loss, and how often wrong."""
+    """Validation by a table: first value of A -> loss and share of wrong answers."""
     return lambda tree: Validation(*losses[round(tree[A][0, 0].item())])
 
 
@@ -79,7 +79,7 @@ def test_auto_ends_with_the_best_mixture_of_the_mean_over_its_tuning_and_the_ser
     for number, value in enumerate((4.0, 8.0), 1):
         mean = {A: torch.full((2, 5), value), B: torch.full((7, 2), -value)}
         state = {**state, **algorithm.server.update(state, mean, number)}
-    weight = (2 - 1) / (2 + 3)  # of the first of two rounds, see Shamir and Zhang
+    weight = (2 - 1) / (2 + 3)  # weight of the first of two rounds, see Shamir and Zhang
     late = weight * 4 + (1 - weight) * 8
     down = algorithm.send(state, LAST)
     assert torch.allclose(down[A], torch.full((2, 5), late))
@@ -95,7 +95,7 @@ def test_auto_ends_with_the_best_mixture_of_the_mean_over_its_tuning_and_the_ser
             scores=lambda tree, merit=merit: Validation(next(merit), 0.0),
         )
         kinds = [type(ask) for ask in asks]
-        assert kinds == [Score, Train, Train, Train, Score], "it chooses, tunes, and chooses"
+        assert kinds == [Score, Train, Train, Train, Score], "choice, tuning, choice"
         assert [ask.steps for ask in asks[1:4]] == [3, 3, 3]
         assert [ask.resume for ask in asks[1:4]] == [False, True, True]
         begun = asks[1].begin[A][0, 0].item()
@@ -117,14 +117,14 @@ def test_the_mean_of_the_rounds_weighs_them_by_a_polynomial(rounds):
     for n in range(1, rounds + 1):
         changes = algorithm.server.update(state, {B: torch.tensor([[float(n)]])}, n)
         state = {**state, **changes}
-    weights = range(1, rounds + 1)  # with power 1, exactly the number of the round
+    weights = range(1, rounds + 1)  # with power 1, the weight is the number of the round
     late = sum(n * w for n, w in zip(range(1, rounds + 1), weights, strict=True)) / sum(weights)
     assert algorithm.send(state, LAST)[B].item() == pytest.approx(late)
     assert algorithm.send(state, NOBODY)[B].item() == rounds
 
 
 def test_the_late_mean_is_of_every_factor_where_rounds_alternate():
-    """RoLoRA sends B in odd rounds and A in even ones; the mean has both."""
+    """RoLoRA sends B in odd rounds and A in even rounds; the late mean has both factors."""
     run = simulate(late_mean(tuned(alternating(), 1)), clients(), INITIAL)
     states = [run.run().state for _ in range(4)]
     late = part(run.state, "late")
@@ -137,7 +137,7 @@ def test_the_late_mean_is_of_every_factor_where_rounds_alternate():
 
 
 def test_auto_keeps_what_is_wrong_less_often_where_a_client_had_no_factors_of_its_own():
-    """Of the download, and the mean over the second half of its tuning."""
+    """It chooses between the download and the mean over the second half of its tuning."""
     algorithm = auto(steps=9, checks=3)
     down = algorithm.send({f"late/{A}": torch.full((2, 5), 7.0)}, LAST)
     local = Local(LAST, algorithm.model({}, down, {}), down, {}, 5)
@@ -158,16 +158,16 @@ def test_auto_chooses_in_a_clients_second_round_and_in_every_third_from_then_on(
     down, mine, chosen = algorithm.send(filled(10), Visit("a", 1.0)), {}, []
     for number in range(1, 9):
         local = Local(Visit("a", 1.0, round=number), algorithm.model({}, down, mine), down, mine, 5)
-        scores = told({10: (5.0, 0), 2: (1.0, 0), 6: (3.0, 0)})  # the own A is the best
+        scores = told({10: (5.0, 0), 2: (1.0, 0), 6: (3.0, 0)})  # the client's A is the best
         asks, sent = played(algorithm, local, moves=(2,), scores=scores)
         mine = sent.keep
         chosen.append(number if isinstance(asks[0], Score) else 0)
         begun = asks[-1].begin[A][0, 0]
-        assert begun == (10 if number == 1 else 2), "the server's, then the own A"
+        assert begun == (10 if number == 1 else 2), "the server's A in round 1, then the client's A"
     assert chosen == [0, 2, 0, 0, 5, 0, 0, 8]
     local = Local(LAST, algorithm.model({}, filled(10), mine), filled(10), mine, 5)
     asks, _ = played(algorithm, local, moves=(2, 2, 2), scores=scores)
-    assert isinstance(asks[0], Score), "before it tunes it always chooses"
+    assert isinstance(asks[0], Score), "a client always chooses before it tunes"
     assert len(asks[0].trees) == 5
 
 
@@ -196,7 +196,7 @@ def test_auto_begins_at_the_servers_factors_where_less_than_half_take_part():
 
 
 def test_clients_of_a_round_are_sent_the_same_tensors_by_auto():
-    """So that a message is written once, whatever the number of clients."""
+    """The server then writes the message once, whatever the number of clients."""
     algorithm, state = auto(steps=9, checks=3), filled(1)
     one, other = (algorithm.send(state, Visit(name, 1.0, 0.3)) for name in "ab")
     assert one.keys() == other.keys() == {A}

@@ -13,7 +13,7 @@ from fedvlm.deploy.calls import Desk, Late, asking
 
 
 class Site:
-    """A site's work, which lasts until it is let go."""
+    """A site whose work lasts until ``done`` is set."""
 
     def __init__(self):
         self.done, self.calls = threading.Event(), []
@@ -26,7 +26,7 @@ class Site:
 
 @pytest.fixture(scope="module", autouse=True)
 def _settled():
-    """As in a deployed process, where :func:`calls.release` looks at new objects only."""
+    """The state of a deployed process, where :func:`calls.release` sees new objects only."""
     calls.settle()
     yield
     gc.unfreeze()
@@ -57,11 +57,11 @@ def test_a_long_call_is_asked_again_until_it_is_answered(site):
     assert not nothing
     assert [what for what, *_ in messages[:4]] == ["train", "wait", "wait", "wait"]
     assert {size for _, size, _ in messages[1:]} == {0}, "tensors are sent once"
-    for _ in range(2):  # again, if the answer was lost
+    for _ in range(2):  # a second time, as after a lost answer
         fetched = call("a", {"do": "fetch", "number": kept["kept"]}, b"", 30)
         assert fetched == ({"did": "train"}, b"cba")
     assert call("a", {"do": "fetch", "number": "0"}, b"", 30)[0]["error"] == "failed"
-    assert max(seconds for *_, seconds in messages) < 1, "a site that is gone is known soon"
+    assert max(seconds for *_, seconds in messages) < 1, "a lost site is noticed soon"
     assert site.calls == [("train", 30)]
 
 
@@ -109,7 +109,7 @@ def test_few_messages_with_tensors_are_on_their_way_at_a_time(monkeypatch):
     assert most == 2
 
 
-def test_who_receives_slowly_keeps_others_waiting_for_a_while_only(monkeypatch):
+def test_a_slow_receiver_delays_others_for_a_limited_time(monkeypatch):
     monkeypatch.setattr(calls, "SENDS", 1)
     monkeypatch.setattr(calls, "SMALL", 2)
     monkeypatch.setattr(calls, "TURN", 0.1)
@@ -130,7 +130,7 @@ def test_who_receives_slowly_keeps_others_waiting_for_a_while_only(monkeypatch):
         assert slow.result()[0]["did"] == "slow"
 
 
-def test_messages_that_hold_themselves_are_freed():
+def test_messages_in_a_reference_cycle_are_freed():
     class Task:
         def __init__(self):
             self.own = self

@@ -1,4 +1,4 @@
-"""The command line as a person meets it: help, messages, exit codes, tables."""
+"""The command line: help, messages, exit codes, tables."""
 
 import json
 import signal
@@ -177,7 +177,7 @@ def test_when_a_comparison_is_killed_its_processes_end(tmp_path):
     parent.kill()
     parent.wait()
     _, left = psutil.wait_procs(children, timeout=30)
-    assert all(child.status() == psutil.STATUS_ZOMBIE for child in left), "they outlive it"
+    assert all(child.status() == psutil.STATUS_ZOMBIE for child in left), "children outlive it"
 
 
 def test_compare_skips_what_is_done_and_reports_the_gain(tmp_path, capsys, monkeypatch):
@@ -198,7 +198,7 @@ def test_compare_skips_what_is_done_and_reports_the_gain(tmp_path, capsys, monke
     code, text, _ = call(capsys, monkeypatch, *words)
     assert code == 0
     assert "local seed 1" in text
-    assert "plora seed 0" not in text, "it was done before"
+    assert "plora seed 0" not in text, "finished runs are skipped"
     assert all(p.stat().st_mtime_ns == t for p, t in before.items())
     code, _, errors = call(capsys, monkeypatch, *words, "train.lr=1e-3")
     assert code == 2
@@ -221,7 +221,7 @@ def test_compare_in_two_processes_gives_the_same_scores(tmp_path):
 
 
 def refuse(name, config, tell):
-    """A run that finds a mistake."""
+    """Stands for a run that fails."""
     raise ConfigError([f"lora.rank: {config.lora.rank} is larger than a layer, {name} says"])
 
 

@@ -1,9 +1,9 @@
-"""The cohort engine against the reference: the same adapters, losses and answers, in one pass.
+"""The cohort engine against the reference engine: the same adapters, losses and answers.
 
-AdamW turns the rounding noise of an element that has next to no gradient into steps of the learning
-rate: three more padding tokens move the reference engine itself by 7e-5 at a rate of 3e-3, and by
-2e-3 at 1e-2, and which element it is depends on the processor. So AdamW is compared in double
-precision, where the engines agree to 1e-13; in single precision plain SGD agrees to 1e-6.
+AdamW turns rounding noise into steps of the learning rate where an element has almost no gradient.
+Three more padding tokens move the reference engine itself by 7e-5 at a rate of 3e-3, and by 2e-3 at
+1e-2; the element depends on the processor. So AdamW is compared in double precision, where the
+engines agree to 1e-13. In single precision, plain SGD agrees to 1e-6.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 @pytest.fixture
 def small(small):
-    """With as little scoring as shows that it is the same; there are many runs here."""
+    """Settings with little scoring, because this module makes many runs."""
     small["eval"] |= {"every": 0, "max_rows": 2, "max_new_tokens": 3}
     return small
 
 
 def both(tmp_path, settings, *overrides, tolerance=TOLERANCE, factors=True):
-    """The same rounds by both engines: what they send, keep, lose and answer is the same."""
+    """Asserts that both engines send, keep, lose and answer the same in the same rounds."""
     played = [play(*side) for side in engines(settings, *overrides, folder=tmp_path)]
     assert_same(*played, tolerance, factors=factors)
 
@@ -90,7 +90,7 @@ def test_every_setting_trains_the_same_adapters(small, tmp_path, name):
 
 
 @pytest.mark.parametrize("name", ["plain", "rounds of local epochs", "preferences"])
-def test_without_adams_amplification_they_agree_to_rounding(small, tmp_path, name):
+def test_engines_agree_to_rounding_with_plain_sgd(small, tmp_path, name):
     small["data"]["scenes"] |= {"style": "quantity", "sites": 4, "rows": 14}
     small["train"] |= {"optimizer": "sgd", "lr": 0.1}
     both(tmp_path, small, *SETTINGS[name], tolerance=1e-6)
@@ -138,7 +138,7 @@ def test_every_algorithm_trains_the_same_adapters(pair, algorithm):
 
 
 @pytest.mark.parametrize("algorithm", OF_THEIR_OWN)
-def test_algorithms_with_rows_or_ranks_of_their_own_do_so_too(small, tmp_path, algorithm):
+def test_algorithms_with_other_rows_or_ranks_train_the_same_adapters(small, tmp_path, algorithm):
     small["train"] |= {"lr": 0.001}
     spare = TABLE[algorithm].spare
     both(tmp_path, small, EXACT, f"algorithm.name={algorithm}", factors=not spare)
@@ -164,7 +164,7 @@ def test_whole_runs_end_with_the_same_files(small, tmp_path, name):
     theirs, ours = map(adapters, runs)
     moved = [t for tree in theirs.values() for n, t in tree.items() if "lora_B" in n]
     assert any(t.abs().max() > 1e-3 for t in moved)
-    if name == "spare ranks":  # equal matrices have many pairs of factors
+    if name == "spare ranks":  # the factors of a matrix are not unique
         ours, theirs = ({c: products(t) for c, t in trees.items()} for trees in (ours, theirs))
     assert ours.keys() == theirs.keys()
     for client, tree in theirs.items():
@@ -209,7 +209,7 @@ def test_every_family_trains_the_same_adapters(small, tmp_path, family):
 
 
 def test_clients_do_not_touch_each_other(small, tmp_path):
-    """A client's adapter is the same whoever trains beside it."""
+    """A client's adapter does not depend on the other clients of the pass."""
     small["algorithm"] = {"name": "local"}
     kept = []
     for width in (3, 1):
@@ -302,7 +302,7 @@ def test_what_is_kept_for_the_backward_pass_is_counted_once():
 
     assert kept_for_backward(layer, forward) == (10 * 8 + 10 * 4) * 4
     freed = weakref.ref(results.pop())
-    assert freed() is None, "the measured graph holds nothing of itself"
+    assert freed() is None, "the measured graph is freed"
 
 
 def test_layers_of_experts_are_left_to_the_reference_engine(caplog):

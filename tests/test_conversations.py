@@ -1,4 +1,4 @@
-"""Conversations become rows: one for every answer, with what was said before it."""
+"""Conversations become rows: one for each answer, with the turns before it."""
 
 import io
 import json

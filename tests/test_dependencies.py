@@ -1,4 +1,4 @@
-"""What the package imports is what pyproject.toml declares, and the version is one."""
+"""Imports match the dependencies in pyproject.toml, and the version is the same everywhere."""
 
 import ast
 import re
@@ -42,7 +42,7 @@ def imports(tree: ast.AST, functions: bool = True) -> set[str]:
 
     Args:
         tree: the file.
-        functions: look into functions too, whose imports happen later or never.
+        functions: whether to count imports inside functions too.
     """
     modules = set()
     for node in nodes(tree, functions):

@@ -24,12 +24,12 @@ needed = pytest.mark.skipif(
 )
 SITES = ("north", "south", "west")
 SMALL = ("train.rounds=2", "train.local_steps=2", "eval.max_rows=4", "eval.max_new_tokens=4")
-EXACT = "model.dtype=float64"  # what AdamW makes of rounding is no difference between engines
+EXACT = "model.dtype=float64"  # so that AdamW does not amplify rounding
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A small form of ``fedvlm deploy demo``: its folder, and what it printed."""
+    """The folder and the output of a small ``fedvlm deploy demo``."""
     folder = tmp_path_factory.mktemp("deploy") / "demo"
     command = [sys.executable, "-m", "fedvlm", "deploy", "demo", "--to", str(folder), *SMALL, EXACT]
     paths = [str(Path(federate.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]
@@ -97,7 +97,7 @@ def test_a_kit_allows_one_class_and_no_code(demo):
     assert rights["byoc"] == rights["shell_commands"] == "none"
     assert not [n for n in names if n.endswith(".sh") or "server" in n]
     mode = (folder / "federation" / "sites" / "north.zip").stat().st_mode
-    assert mode & 0o077 == 0, "its owner alone may read the key"
+    assert mode & 0o077 == 0, "only its owner may read the key"
 
 
 PROJECTS = {
@@ -153,7 +153,7 @@ def test_pooled_algorithms_are_refused_before_anything_is_sent(tmp_path):
 
 
 @needed
-def test_a_job_that_is_over_is_in_nobodys_way(tmp_path):
+def test_a_finished_job_does_not_block_a_run(tmp_path):
     from fedvlm.deploy.nvflare.federation import Federation
 
     class Session:
@@ -192,7 +192,7 @@ def test_a_project_is_read_as_it_is_written(tmp_path):
 
 
 @needed
-def test_a_site_that_is_heard_again_is_let_in_and_not_for_ever():
+def test_a_site_that_reconnects_is_let_in_a_limited_number_of_times():
     from fedvlm.deploy.nvflare.federation import AGAIN, Away
 
     def heard(when):
@@ -200,10 +200,10 @@ def test_a_site_that_is_heard_again_is_let_in_and_not_for_ever():
 
     away = Away()
     away.note({"event": "failed", "site": "a", "gone": False, "time": 5.0})
-    assert not away.since, "a site that answers is asked again by the job that runs"
+    assert not away.since, "the running job asks a site again that still answers"
     for attempt in range(AGAIN):
         away.note({"event": "failed", "site": "a", "gone": True, "time": 10.0})
-        assert away.back(heard(9.0)) == [], "nothing was heard of it since"
+        assert away.back(heard(9.0)) == [], "the site has not connected since it failed"
         assert away.back(heard(11.0)) == ["a"], attempt
     away.note({"event": "failed", "site": "a", "gone": True, "time": 10.0})
     assert away.back(heard(11.0)) == []

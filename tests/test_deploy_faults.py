@@ -28,11 +28,11 @@ FAULTY = Path(__file__).parent / "faulty"
 SITES = ("north", "slow", "full", "liar")
 HONEST = sorted(SITES[:-1])
 ROUNDS, STOPPED, FULL = 7, 2, 3
-"""All rounds; that in which a worker stops; that in which a disk is full."""
+"""Number of rounds; the round in which a worker stops; the round with a full disk."""
 DEADLINE = 30
-"""Seconds to train. Two of them are enough to open a run, even where others are at work."""
+"""Seconds for training. Twice this time suffices to open a run, even on a busy machine."""
 DISK, MOST, LARGEST = 24, 2**20, 2**23
-"""The disk that fills up, in MiB; the largest upload, and the largest message, in bytes."""
+"""Size of the disk that fills up, in MiB; largest upload and largest message, in bytes."""
 LIES = {
     1: ("rejected", "not finite"),
     2: ("missing", "no safetensors file"),
@@ -42,7 +42,7 @@ LIES = {
     6: ("missing", "its loss is nan"),
     7: ("missing", "broken off"),
 }
-"""Round -> what became of the liar's upload, and why; ``faulty/sitecustomize.py`` has the lies."""
+"""Round -> fate of the liar's upload, and the reason; ``faulty/sitecustomize.py`` has the lies."""
 SETTINGS = {
     "algorithm": {"name": "plora"},
     "train": {"rounds": ROUNDS, "local_steps": 2, "batch_size": 4, "lr": 5e-3},
@@ -53,7 +53,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory):
-    """A disk of its own, so that it can be full."""
+    """A separate disk that a test can fill."""
     folder = tmp_path_factory.mktemp("disk")
     options = ["-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(folder)]
     mount = shutil.which("mount")
@@ -64,7 +64,7 @@ def disk(tmp_path_factory):
 
 
 class Watch:
-    """What happens, and the state of the site with the full disk, as it is while that is full."""
+    """Records events, and the state of the site with the full disk at the moment of its failure."""
 
     def __init__(self, state):
         self.events, self.state, self.found = [], state, None
@@ -77,13 +77,13 @@ class Watch:
             (self.state / "filler").unlink()
 
     def rounds(self, site, kind):
-        """Round -> what happened there."""
+        """Round -> event of this kind at the site."""
         return {e["round"]: e for e in self.events if (e.get("site"), e["event"]) == (site, kind)}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, disk):
-    """The run of all four: its folder, and what was seen of it."""
+    """The run of all four sites: its folder, and its events."""
     from fedvlm.deploy.nvflare.demo import loopback
     from fedvlm.deploy.nvflare.federation import Federation
 
@@ -113,7 +113,7 @@ def run(tmp_path_factory, disk):
 
 @pytest.fixture(scope="module")
 def alone(run, tmp_path_factory):
-    """The same run without the liar, in this process; who was away in a round is away in it."""
+    """The same run without the liar in this process; the same sites miss the same rounds."""
     folder, _ = run
     to, settings = tmp_path_factory.mktemp("alone"), configs.load(folder / "run" / "config.yaml")
     away = {(site, line["round"]) for line in lines(folder) for site in line.get("missing", ())}
@@ -149,7 +149,7 @@ def lines(folder):
 
 
 def state(folder, site):
-    """A site's folder of the run."""
+    """The folder of the run at a site."""
     (found,) = (folder / site / "runs").iterdir()
     return found
 
@@ -162,7 +162,7 @@ def test_the_run_is_finished_in_one_job_with_all_rounds(run):
         "submitted",
         "done",
     ]
-    assert all("north" in line["train_loss"] for line in lines(folder)[1:]), "it went on for others"
+    assert all("north" in line["train_loss"] for line in lines(folder)[1:]), "north never misses"
 
 
 def test_a_site_slower_than_the_deadline_is_left_out_and_takes_part_again(run):
@@ -171,7 +171,7 @@ def test_a_site_slower_than_the_deadline_is_left_out_and_takes_part_again(run):
     assert f"'train' took more than {DEADLINE} s at the site" in failed[STOPPED]["why"]
     assert "slow" in lines(folder)[STOPPED]["missing"]
     seconds = files.read_lines(folder / "run" / "timing.jsonl")[STOPPED]["seconds"]
-    assert DEADLINE <= seconds < DEADLINE + 10, "nobody waits for more than the deadline"
+    assert DEADLINE <= seconds < DEADLINE + 10, "the round waits no longer than the deadline"
     assert f"'train' took more than {DEADLINE} s: ended" in said(folder, "slow")
     again = [number for number in watch.rounds("slow", "trained") if number > STOPPED]
     assert len(again) >= 2
@@ -183,8 +183,8 @@ def test_a_site_with_a_full_disk_keeps_what_it_had_and_takes_part_again(run):
     folder, watch = run
     free, rounds, before = watch.found
     assert free == 0
-    assert rounds == [FULL - 2, FULL - 1], "nothing was dropped for what could not be written"
-    assert before.trees["mine"], "it is there, and has the hash that was written with it"
+    assert rounds == [FULL - 2, FULL - 1], "a failed write drops no earlier version"
+    assert before.trees["mine"], "the version before is complete and has its hash"
     failed = watch.rounds("full", "failed")
     assert list(failed) == [FULL]
     assert "the site's disk is full, and round 3 is not kept" in failed[FULL]["why"]
@@ -197,7 +197,7 @@ def test_a_site_with_a_full_disk_keeps_what_it_had_and_takes_part_again(run):
 
 
 @pytest.mark.parametrize("number", LIES)
-def test_an_upload_that_is_not_what_it_has_to_be_is_refused_by_name(run, number):
+def test_a_malformed_upload_is_refused_by_name(run, number):
     folder, watch = run
     how, why = LIES[number]
     line = lines(folder)[number]
@@ -205,12 +205,12 @@ def test_an_upload_that_is_not_what_it_has_to_be_is_refused_by_name(run, number)
     assert "liar" not in line["train_loss"]
     event = watch.rounds("liar", "rejected" if how == "rejected" else "failed")[number]
     assert why in event["why"]
-    assert not event.get("gone"), "it is there: no new job is begun to let it in again"
+    assert not event.get("gone"), "the site still answers, so no new job is needed"
     if how == "rejected":
         assert line[how] == {"liar": event["why"]}
 
 
-def test_scores_that_are_none_are_left_out_by_name(run):
+def test_malformed_scores_are_left_out_by_name(run):
     folder, watch = run
     assert watch.rounds("liar", "failed")[0]["why"] == "its scores are ['done']"
     for number in (0, ROUNDS):

@@ -1,4 +1,4 @@
-"""Intruders at a deployed run, and what somebody on the network sees: real processes, loopback."""
+"""Intruders at a deployed run, and the view of the network: real processes on loopback."""
 
 import contextlib
 import datetime
@@ -34,7 +34,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0
 
 
 def altered(kit, to, **files):
-    """A kit with other files."""
+    """A copy of a kit with some files replaced."""
     with zipfile.ZipFile(kit) as old, zipfile.ZipFile(to, "w") as new:
         for name in old.namelist():
             new.writestr(name, files.get(Path(name).name.replace(".", "_"), old.read(name)))
@@ -75,7 +75,7 @@ def pairs(kits, folder):
 
 
 def knock(port, root, pair=None):
-    """How the server takes a client with some certificate: ``let in``, or why it is not."""
+    """The server's reaction to a client with a certificate: ``let in``, or the error."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(root)
     context.set_alpn_protocols(["h2"])
@@ -95,7 +95,7 @@ def knock(port, root, pair=None):
 
 
 def raw(port, message):
-    """What comes back to a client that sends these bytes."""
+    """The server's answer to a client that sends these bytes."""
     found = b""
     with (
         socket.create_connection(("localhost", port), 10) as plain,
@@ -155,7 +155,7 @@ def seen(tmp_path_factory):
             plain = raw(port, PREFACE + secret)
             raw(tap.port, PREFACE + secret)
             again = raw(port, bytes(tap.sealed[0].up))
-            assert run.poll() is None, "all that was during the run"
+            assert run.poll() is None, "the run must still be going on"
             code = run.wait(240)
         until(lambda: len(refusals(folder)) == len(REFUSED), 30)
     assert code == 0, said(folder, "said")
@@ -170,11 +170,11 @@ REFUSED = {
     "a site's connection, sent again": "BAD_DECRYPT",
     "another": "authenticated as 'north' but claimed endpoint 'south' requires identity 'south'",
 }
-"""Who is refused -> why, in NVFlare's words at the server."""
+"""Intruder -> reason of the refusal, in NVFlare's words at the server."""
 
 
 def refusals(folder):
-    """Which of them the server's log has."""
+    """The intruders whose refusal is in the server's log."""
     log = (folder / "federation" / "server" / "nvflare.log").read_text()
     return {who for who, why in REFUSED.items() if why in log}
 
@@ -187,14 +187,14 @@ def test_the_server_refuses_all_intruders_and_says_why(seen):
     assert "let in" not in knocks.values()
     assert knocks.keys() == {"foreign", "expired", "nobody"}
     for answer in (plain, again):
-        assert not answer or are_records(answer), "no answer, or one of TLS"
+        assert not answer or are_records(answer), "no answer, or TLS records"
     assert "refused: the kit's certificate is another site's" in said(folder, "server")
     for name in ("foreign", "expired", "another"):
         assert "connected to the server" not in said(folder, name)
         assert not (folder / "sites" / name / "runs").exists()
 
 
-def test_a_person_is_told_at_once_that_a_certificate_is_over(seen):
+def test_an_expired_certificate_is_reported_at_once(seen):
     folder, *_ = seen
     assert "ended on" in said(folder, "expired")
     assert "hand out the new kit" in said(folder, "expired")
@@ -213,7 +213,7 @@ def test_a_certificate_that_ends_is_made_anew_by_the_same_authority(tmp_path):
     assert read(again["south"], "startup/client.crt") == before
     assert read(again["north"], "startup/rootCA.pem") == root
     (tmp_path / "new.crt").write_bytes(read(again["north"], "startup/client.crt"))
-    assert check_certificate(tmp_path / "new.crt") == "", "its end is far away"
+    assert check_certificate(tmp_path / "new.crt") == "", "the new certificate is valid for long"
     (tmp_path / "old.crt").write_bytes(made["north"]["cert"].encode())
     with pytest.raises(FedVLMError, match="ended on"):
         check_certificate(tmp_path / "old.crt")
@@ -232,14 +232,14 @@ def test_a_run_among_intruders_is_that_of_its_own_sites(seen):
 def test_the_network_sees_tls_records_and_nothing_else(seen):
     folder, _, _, tap = seen
     *flows, plain = tap.sealed
-    assert not are_records(plain.up), "a client without TLS would be seen"
+    assert not are_records(plain.up), "the check detects a client without TLS"
     streams = streams_of(flows)
     assert len(streams) >= 4
     assert all(are_records(stream) for stream in streams)
     personal, shared, rows = searched(folder)
-    assert sum(map(len, streams)) > sum(line_bytes(folder)), "all uploads have passed here"
+    assert sum(map(len, streams)) > sum(line_bytes(folder)), "the wiretap has recorded all uploads"
     assert not found(personal + shared + rows, streams)
-    assert found(rows, [bytes(plain.up)]), "what is sent without TLS would be found"
+    assert found(rows, [bytes(plain.up)]), "the search finds rows sent without TLS"
 
 
 def test_with_tls_taken_off_what_is_shared_is_there_and_what_is_private_is_not(seen):
@@ -247,10 +247,10 @@ def test_with_tls_taken_off_what_is_shared_is_there_and_what_is_private_is_not(s
     streams = streams_of(tap.opened)
     personal, shared, rows = searched(folder)
     assert min(len(personal), len(shared), len(rows)) > 200
-    assert len(found(shared, streams)) > 0.99 * len(shared), "a frame may begin within a piece"
+    assert len(found(shared, streams)) > 0.99 * len(shared), "frames cut some pieces"
     assert not found(personal + rows, streams)
     state = str(folder / "sites")
-    assert not found([state.encode(), b".parquet"], streams), "nor are the sites' paths"
+    assert not found([state.encode(), b".parquet"], streams), "the sites' paths do not leave them"
 
 
 def streams_of(flows):
@@ -262,7 +262,7 @@ def found(pieces, streams):
 
 
 def searched(folder):
-    """Pieces of what is personal, of what is shared, and of the rows, of both sites."""
+    """Pieces of personal tensors, of shared tensors and of rows, from both sites."""
     personal, shared, rows = [], [], []
     for site in SITES:
         rows += pieces_of_rows(folder / "data" / f"{site}.parquet")
@@ -273,6 +273,6 @@ def searched(folder):
 
 
 def line_bytes(folder):
-    """What each site has sent in each round, as the run says."""
+    """The bytes that each site has sent in each round, according to the run."""
     lines = store.Store(folder / "run").lines()[1:]
     return [size for line in lines for size in line["bytes_up"].values()]

@@ -1,4 +1,4 @@
-"""Direct preference optimization: TRL's loss on the same pairs, and what a run makes of it."""
+"""Direct preference optimization: TRL's loss on the same pairs, and a federated run."""
 
 from __future__ import annotations
 
@@ -75,7 +75,7 @@ def trls(tuned, indices, tmp_path, loss_type, swap=False):
         train_dataset=data,
         processing_class=loaded.processor,
     )
-    # TRL takes a given adapter for the reference; without this copy it takes the base model.
+    # TRL uses a given adapter as the reference; without this copy, it uses the base model.
     trainer.model.delete_adapter("ref")
     batch = trainer.data_collator([dict(row) for row in data])
     with torch.no_grad():
@@ -133,7 +133,7 @@ def test_a_federated_run_learns_the_preferences(small):
     results = fedvlm.run(small)
     assert results.metric == "reward_accuracy"
     assert results.metrics[0] == "reward_accuracy"
-    assert results.summary("untuned")["mean"] == 0.5, "its own reference: all pairs tie"
+    assert results.summary("untuned")["mean"] == 0.5, "the reference itself: all pairs tie"
     assert results.summary("personal")["mean"] >= 0.75
     margins = results.scores("personal", "reward_margin")
     assert all(m > 0.1 for m in margins.values())

@@ -1,4 +1,4 @@
-"""Exports: others load them without fedvlm, and they answer as the run's own models."""
+"""Exports load without fedvlm, and answer like the models of the run."""
 
 import json
 import re
@@ -46,7 +46,7 @@ print(type(model).__name__)
 
 
 def alone(code, *words):
-    """Runs code in a process of its own, without our package on its path; what it prints."""
+    """The output of code in another process, without our package on its path."""
     done = subprocess.run(
         [sys.executable, "-c", code, *map(str, words)], capture_output=True, text=True
     )
@@ -86,7 +86,7 @@ def test_others_load_it_without_fedvlm_and_get_our_outputs(
     ours = our_logits(finished_run, "site-1", picture)
     assert (theirs - ours).abs().max() <= (1e-5 if kind == "adapter" else 1e-4)
     other = our_logits(finished_run, None, picture)
-    assert (theirs - other).abs().max() > 1e-2, "the global model is another one"
+    assert (theirs - other).abs().max() > 1e-2, "the global model gives other logits"
 
 
 @pytest.mark.parametrize("kind", ["adapter", "merged"])
@@ -162,7 +162,7 @@ def test_the_card_is_what_the_hub_reads(exports):
     assert data.base_model == str(BUNDLED["tiny"].resolve())
     assert data.library_name == "peft"
     assert {"lora", "federated-learning"} <= set(data.tags)
-    assert data.license is None, "the publisher chooses"
+    assert data.license is None, "the license is left to the publisher"
     assert ModelCard.load(exports["merged"] / "README.md").data.library_name == "transformers"
 
 
@@ -224,7 +224,7 @@ def test_the_card_of_the_global_model_has_the_mean_of_all(own_run):
     assert "site-1" not in text
 
 
-def test_who_sends_nothing_is_said_to_send_nothing(finished_run):
+def test_the_card_of_an_algorithm_without_uploads_says_so(finished_run):
     run = open_run(finished_run)
     run.results.table["bytes"]["bytes_up"]["per_client_round"] = 0
     assert "nothing" in card._privacy(run, "site-1")[0]
@@ -252,7 +252,7 @@ def test_all_exports_every_client_and_the_global_model(own_run, capsys, monkeypa
     assert text.split() == [str(own_run / "export" / n) for n in names]
     assert len({(own_run / "export" / n / export.WEIGHTS).read_bytes() for n in names}) == 4
     after = bytes_of(own_run)
-    assert {k: after[k] for k in before} == before, "the run's own files stay as they were"
+    assert {k: after[k] for k in before} == before, "the files of the run do not change"
     code, _, errors = call(capsys, monkeypatch, "export", str(own_run), "--global")
     assert code == 2
     assert "is not empty" in errors

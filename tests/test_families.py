@@ -67,7 +67,7 @@ def collator(family):
 
 @functools.lru_cache(maxsize=2)
 def ran(family, objective="sft"):
-    """One round of plora over three clients, from nothing but the family's folder."""
+    """One round of plora with three clients, from the family's folder alone."""
     return fedvlm.run(
         {
             "output": tempfile.mkdtemp(prefix=f"{family}-run-") + "/run",
@@ -112,7 +112,7 @@ def test_load(family):
 
 @torch.no_grad()
 def test_loss(family):
-    """Cross-entropy on the answer alone: the model's own, whatever the padding, and causal."""
+    """The loss is the model's causal cross-entropy on the answer only, whatever the padding."""
     model, batches = loaded(family).model.train(), Collator(ROWS, loaded(family))
     batch = batches.training([0, 1])
     noisy, ours = sft_terms(model, batch), sft_terms(model.eval(), batch)
@@ -140,7 +140,7 @@ def test_loss(family):
 
 @torch.no_grad()
 def test_generate(family):
-    """A batch decodes as its rows alone do, and begins as the training's logits say."""
+    """A batch decodes like its single rows, and begins with the likeliest token of training."""
     model, batches = loaded(family).model.eval(), Collator(ROWS, loaded(family))
     tokenizer = batches.tokenizer
     together = greedy(model, batches.prompts([0, 1]), tokenizer, 8)
@@ -158,7 +158,7 @@ def test_generate(family):
 
 @pytest.mark.parametrize("preset", lora.PRESETS)
 def test_lora(family, preset):
-    """A preset adapts the linear layers of its parts; what learns nothing is left off, named."""
+    """A preset adapts the linear layers of its parts; idle layers are left out, by name."""
     model, batches = copy.deepcopy(loaded(family).model), collator(family)
     batch = Collator(ROWS, loaded(family)).training([0])
     config = LoraConfig(rank=2, target=preset)
@@ -210,7 +210,7 @@ def test_dpo_round(family):
 
 
 def test_reload(family):
-    """Plain PEFT, on the model that transformers loads, answers as the run did."""
+    """Plain PEFT on the model from transformers answers like the run."""
     results = ran(family)
     config = fedvlm.load_config(results.folder / "config.yaml")
     base = hf.AutoModelForImageTextToText.from_pretrained(families.folder(family))
@@ -226,7 +226,7 @@ def test_reload(family):
 
 
 def test_export(family):
-    """The merged model is whole: transformers alone loads it, and it answers as the run did."""
+    """The merged model loads with transformers alone, and answers like the run."""
     results = ran(family)
     adapter = fedvlm.export(results.folder, client="site-1")
     assert {p.name for p in adapter.iterdir()} == {

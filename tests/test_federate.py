@@ -1,4 +1,4 @@
-"""The round loop on the bundled model: what it computes, writes, resumes and refuses."""
+"""The round loop on the bundled model: results, files, resumption and refusals."""
 
 import json
 import random
@@ -33,7 +33,7 @@ ALGORITHMS = ("plora", "lora", "fedsa", "ffa", "local", "lora+ft")
 
 
 class Stop(Progress):
-    """Ctrl-C after some number of trained clients."""
+    """Raises Ctrl-C after a number of trained clients."""
 
     def __init__(self, after):
         self.left = after
@@ -45,7 +45,7 @@ class Stop(Progress):
 
 
 def bytes_of(folder):
-    """What every file of a run holds, but the lock and the clock's, which differ in any two."""
+    """File -> hash of its content, without files that differ between any two runs."""
     skipped = {".lock", "timing.jsonl", "config.yaml"}
     return {
         str(p.relative_to(folder)): sha256(p.read_bytes()).hexdigest()
@@ -55,7 +55,7 @@ def bytes_of(folder):
 
 
 class Finished(dict):
-    """A finished run of each algorithm that is asked for, on the same clients."""
+    """Algorithm -> its finished run, made at the first use, on the same clients."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -145,7 +145,7 @@ def test_who_shares_everything_has_one_model_and_who_shares_nothing_keeps_its_ow
 
 def test_local_tuning_changes_the_personal_models_alone(finished):
     before, after = evaluation(finished["lora+ft"], 2), evaluation(finished["lora+ft"], 3)
-    assert before == evaluation(finished["lora"], 2), "until then it is lora"
+    assert before == evaluation(finished["lora"], 2), "before the tuning, it equals lora"
     assert after["global"] == before["global"]
     assert after["personal"] != before["personal"]
 
@@ -257,7 +257,7 @@ def test_batches_sorted_by_length_hold_the_same_rows_with_less_padding():
     assert sorted(np.concatenate(by_length[10:])) == sorted(np.concatenate(plain[10:]))
     assert padding(by_length) < padding(plain) / 3
     longest = [lengths[b].max() for b in by_length[:10]]
-    assert longest != sorted(longest), "batches come in a drawn order, not the short ones first"
+    assert longest != sorted(longest), "the order of batches is random, not by length"
     ranks, others = (np.argsort([lengths[b].max() for b in x[:10]]) for x in (by_length, other))
     assert (ranks == others).mean() >= 0.8, "clients have their long batches at the same step"
 

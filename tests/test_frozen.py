@@ -1,4 +1,4 @@
-"""Image features that LoRA does not change: computed once for a picture, kept, handed on."""
+"""Image features that LoRA does not change: computed once a picture, kept, and reused by runs."""
 
 from __future__ import annotations
 
@@ -78,7 +78,7 @@ def language(small, tmp_path, *overrides):
 
 @pytest.fixture
 def looks(monkeypatch):
-    """A list that grows by one whenever a picture is looked at."""
+    """A list that grows with each computation of a picture's features."""
     look, seen = ImageFeatures._look, []
     monkeypatch.setattr(ImageFeatures, "_look", lambda *a: seen.append(a) or look(*a))
     return seen
@@ -111,7 +111,7 @@ def test_a_later_run_takes_over_what_an_earlier_one_kept(small, tmp_path, looks)
     engine, rows = language(small, tmp_path, "model.dtype=bfloat16")
     looks.clear()
     engine._images.of(rows[5])
-    assert len(looks) == 1, "outside of the scope nothing is handed on"
+    assert len(looks) == 1, "outside of the scope, runs reuse nothing"
 
 
 def test_what_an_earlier_run_kept_is_given_up_for_what_this_one_needs(small, tmp_path):
@@ -131,7 +131,7 @@ def test_what_an_earlier_run_kept_is_given_up_for_what_this_one_needs(small, tmp
         for row in (rows[0], rows[3], rows[4], rows[5], rows[1]):
             images.of(row)
             held.append((len(images._kept), len(images._earlier)))
-    assert held == [(1, 2), (2, 2), (3, 0), (4, 0), (4, 0)], "never more than four"
+    assert held == [(1, 2), (2, 2), (3, 0), (4, 0), (4, 0)], "four at most"
 
 
 def test_runs_that_are_compared_have_the_bytes_of_runs_alone(small, tmp_path, looks):
@@ -147,7 +147,7 @@ def test_runs_that_are_compared_have_the_bytes_of_runs_alone(small, tmp_path, lo
         for file in run.glob("adapters/*/adapter_model.safetensors"):
             other = together / f"{name}-seed-0" / file.relative_to(run)
             assert other.read_bytes() == file.read_bytes()
-    assert looked_at == max(alone.values()) + 1, "the other: once, whether they can be kept"
+    assert looked_at == max(alone.values()) + 1, "the second run computes one"
 
 
 def test_a_models_files_are_part_of_what_it_is(small, tmp_path):

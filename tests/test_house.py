@@ -1,4 +1,4 @@
-"""The house is as CONTRIBUTING.md draws it, and scripts/house.py counts it right."""
+"""The layers and the map match CONTRIBUTING.md, and scripts/house.py counts correctly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each algorithm's own rule, on clients whose loss is a formula: wrong if the rule were."""
+"""The rule of each algorithm, on clients whose loss is a formula."""
 
 from __future__ import annotations
 
@@ -88,7 +88,7 @@ def test_a_share_pattern_that_cannot_be_read_is_refused(pattern):
 
 
 def server_steps(changes, **settings):
-    """Where the server is after rounds whose means differ from its state by these numbers."""
+    """The server's value after each round, for means that differ from its state by ``changes``."""
     algorithm = optimized(FEDAVG, ServerConfig(**settings))
     state = algorithm.init({B: torch.tensor([[1.0]])})
     found = []
@@ -116,9 +116,9 @@ def test_fedadam_takes_the_step_that_the_paper_writes():
 def test_fedyogi_lowers_its_second_moment_by_no_more_than_the_change():
     tau, lr = 0.01, 0.1
     first, second = server_steps([0.5, 0.01], name="yogi", lr=lr, tau=tau, beta1=0.0)
-    v = tau**2 + 0.01 * 0.25  # the change squared is above v: v grows
+    v = tau**2 + 0.01 * 0.25  # the squared change is above v, so v grows
     assert first == pytest.approx(1 + lr * 0.5 / (v**0.5 + tau))
-    v = v - 0.01 * 1e-4  # and now below it
+    v = v - 0.01 * 1e-4  # the squared change is below v
     assert second == pytest.approx(first + lr * 0.01 / (v**0.5 + tau))
 
 
@@ -148,13 +148,13 @@ def test_a_factor_that_rested_is_not_moved_by_the_servers_momentum():
 @pytest.mark.parametrize("one", [flexlora, hetlora])
 @pytest.mark.parametrize("name", ["avgm", "adam"])
 def test_an_optimizer_steps_where_the_mean_is_not_of_factors(one, name):
-    """The mean of flexlora is of products, that of hetlora is weighted by norms."""
+    """flexlora averages products, and hetlora weighs by norms."""
     plain = simulate(one(), clients(), INITIAL, 1, steps=2)
     stepped = simulate(
         optimized(one(), ServerConfig(name=name, lr=0.5)), clients(), INITIAL, 1, steps=2
     )
     assert stepped.model().keys() == plain.model().keys()
-    if name == "avgm":  # half of the way, with no momentum yet
+    if name == "avgm":  # half of the step, without momentum in round 1
         half = {n: (INITIAL[n] + t) / 2 for n, t in plain.model().items()}
         assert close(stepped.model(), half)
     assert not close(stepped.model(), INITIAL)

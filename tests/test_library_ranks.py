@@ -1,4 +1,4 @@
-"""The rules of algorithms about ranks and likeness, on clients whose loss is a formula."""
+"""The rules of algorithms on ranks and similarity, on clients whose loss is a formula."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def test_the_global_models_product_is_the_mean_of_the_clients_products(restart):
         (begin,) = products(cut(run.model(), 0, 2)).values()
         frozen = wanted - begin
     (naive,) = products(simulate(FEDAVG, clients(), INITIAL, steps=2).run(3).model()).values()
-    assert not torch.allclose(found, naive, atol=1e-3), "the mean's factors would not do"
+    assert not torch.allclose(found, naive, atol=1e-3), "the means of the factors differ"
 
 
 def test_what_fedex_adds_is_never_trained_and_never_sent():
@@ -87,7 +87,7 @@ def test_factors_of_a_matrix_have_its_product_and_can_go_on_learning():
     matrix = torch.outer(torch.arange(4.0), torch.arange(5.0))  # rank 1
     found = factorized({"layers.0.q_proj": matrix}, INITIAL, 2)
     assert torch.allclose(products(found)["layers.0.q_proj"], matrix, atol=1e-5)
-    assert (found[A].norm(dim=1) > 0).all(), "a rank of zeros in both factors would be dead"
+    assert (found[A].norm(dim=1) > 0).all(), "a rank with zeros in both factors gets no gradient"
     none = factorized({"layers.0.q_proj": 0 * matrix}, INITIAL, 2)
     assert none[B].norm() == 0
     assert (none[A].norm(dim=1) > 0).all()
@@ -171,7 +171,7 @@ def test_feddpa_trains_the_shared_half_alone_and_the_own_half_beside_the_downloa
     down, own = dict(run.state), dict(run.kept["c1"])
     run.run(1)
     first, last = run.ends["c1"]
-    assert halves(first)[1][B].abs().max() == 0, "the own half is off while the shared one learns"
+    assert halves(first)[1][B].abs().max() == 0, "off while the shared half trains"
     assert not close(halves(first)[0], down)
     assert close(halves(last)[0], down, atol=0)
     assert not close(halves(last)[1], own)
@@ -186,8 +186,8 @@ def test_fedalts_frozen_half_is_the_mean_of_the_other_clients():
         assert torch.allclose(world[n], (2.0 * sent["c1"][n] + 3.0 * sent["c2"][n]) / 5.0)
         assert torch.equal(own[n], run.kept["c0"][n])
     run.run(1, ["c0"])
-    assert close(halves(run.ends["c0"][-1])[0], world, atol=0), "it is frozen"
-    assert close(halves(run.model("c0"))[0], world, atol=0), "and the others have sent no more"
+    assert close(halves(run.ends["c0"][-1])[0], world, atol=0), "the first half is frozen"
+    assert close(halves(run.model("c0"))[0], world, atol=0), "the others sent nothing new"
     assert not close(halves(run.model("c1"))[0], halves(run.model("c2"))[0])
 
 
@@ -208,13 +208,13 @@ def camps():
 ZERO = {n: torch.zeros_like(t) for n, t in INITIAL.items()}
 
 
-def test_likeness_decides_between_the_own_model_and_fedavg():
+def test_similarity_decides_between_the_own_model_and_fedavg():
     cold, warm = (simulate(similar(t), camps(), ZERO).run(1) for t in (0.001, 1e6))
     mean = simulate(FEDAVG, camps(), ZERO).run(1).model()
     assert close(warm.model("a0"), mean, atol=1e-5)
     sent = cold.uploads
     camp = {n: (sent["a0"][n] + 3 * sent["a1"][n]) / 4 for n in (A, B)}
-    assert close(cold.model("a0"), camp, atol=1e-5), "who is alike is weighed by examples"
+    assert close(cold.model("a0"), camp, atol=1e-5), "similar clients are weighted by examples"
     assert close(cold.model(), mean, atol=1e-6)
 
 
@@ -244,7 +244,7 @@ def test_a_client_that_has_sent_nothing_gets_the_mean_of_all():
         assert close(down, simulate(FEDAVG, camps(), ZERO).run(1).model())
 
 
-def test_who_rests_keeps_the_say_of_its_last_upload():
+def test_the_last_upload_of_a_resting_client_still_counts():
     algorithm = similar(1e6)
     run = simulate(algorithm, camps(), ZERO).run(1)
     before = dict(run.uploads)

@@ -1,4 +1,4 @@
-"""Every algorithm of the library in whole runs: what it resumes to, sends, writes and exports."""
+"""The algorithms in whole runs: resumption, messages, files and exports."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ pytestmark = pytest.mark.usefixtures("no_pictures")
 
 
 def settings(small, name):
-    """Three rounds of two of three sites, a second or so."""
+    """Three rounds with two of three sites each, which take about a second."""
     tree = json.loads(json.dumps(small))
     tree["data"]["scenes"] |= {"rows": 12}
     tree["train"] |= {"rounds": 3, "local_steps": 1, "clients_per_round": 2}
@@ -37,7 +37,7 @@ def settings(small, name):
 @pytest.mark.parametrize("compress", ["none", "int8"])
 @pytest.mark.parametrize("name", [n for n in TABLE if n != "share"])
 def test_a_stopped_run_of_formulas_resumes_to_the_same_bytes(tmp_path, name, compress):
-    """By the real round loop and the real store; every algorithm, two of three clients a round."""
+    """Every algorithm in the real round loop and store, with two of three clients a round."""
     own = taken(name, {"ft_steps": 4})
     tree = {"algorithm": own, "lora": {"rank": 2}, "wire": {"compress": compress}}
     tree["train"] = {"rounds": 4, "clients_per_round": 2}
@@ -57,7 +57,7 @@ def test_a_stopped_run_of_formulas_resumes_to_the_same_bytes(tmp_path, name, com
 
 @pytest.mark.parametrize("name", ["ditto", "fedex", "similar"])
 def test_a_stopped_run_resumes_to_the_same_bytes(small, tmp_path, name):
-    """With a model: two models a client, spare ranks, and a server that gathers."""
+    """With a real model: two models a client, spare ranks, and a server that gathers."""
     whole = fedvlm.run(settings(small, name), f"output={tmp_path / 'whole'}")
     stopped = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
@@ -71,7 +71,7 @@ def test_a_stopped_run_resumes_to_the_same_bytes(small, tmp_path, name):
 
 
 def test_centralized_training_is_one_client_with_all_rows(small):
-    """A plain federation of one site that has the three sites' rows takes the same steps."""
+    """The steps equal those of one site with the rows of all three sites."""
     tree = settings(small, "centralized")
     tree["train"] |= {"rounds": 1, "local_steps": 2, "clients_per_round": None}
     config = fedvlm.load_config(tree)
@@ -132,7 +132,7 @@ def test_auto_begins_with_the_mixture_of_the_lowest_loss_and_ends_with_it(small,
     tree["algorithm"] |= {"ft_steps": 4, "ft_checks": 2}
     tree["eval"] |= {"split": "val", "max_rows": 200}
     results = fedvlm.run(tree)
-    first, second, last, _ = begun  # the tuning has two stretches
+    first, second, last, _ = begun  # two stretches of tuning
     assert all(torch.equal(one[n], other[n]) for one in first for other in first for n in one)
     assert len(asked[0][0]) == len(STARTS)
     for start in (*second, *last):

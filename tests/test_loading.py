@@ -53,7 +53,7 @@ def logits(model, inputs):
 
 @pytest.fixture
 def copied(tmp_path):
-    """A copy of the tiny LLaVA's folder, to be spoilt."""
+    """A copy of the tiny LLaVA's folder that a test may damage."""
     return Path(shutil.copytree(folder("llava"), tmp_path / "llava"))
 
 
@@ -82,7 +82,7 @@ def test_a_processor_saved_again_has_its_class_and_gives_the_same_inputs(family,
     processor.save_pretrained(tmp_path)
     files = [json.loads((Path(p) / "processor_config.json").read_text("utf-8"))
              for p in (folder(family), tmp_path)]  # fmt: skip
-    if importlib.util.find_spec("torchvision"):  # then a part for videos is made, and saved in full
+    if importlib.util.find_spec("torchvision"):  # then the processor has a video part, and saves it
         for file in files:
             file["video_processor"] = file.get("video_processor", {}).get("video_processor_type")
     assert files[0] == files[1]

@@ -1,4 +1,4 @@
-"""A site that joins after training: what is trained, what is compared, what stays as it was."""
+"""A site that joins after training: trained factors, compared models, unchanged files."""
 
 import json
 import subprocess
@@ -27,7 +27,7 @@ from test_federate import bytes_of
 
 @pytest.fixture(scope="module")
 def joined(finished_run, new_rows, tmp_path_factory):
-    """A copy of the run that a new site has joined, and what the copy was before."""
+    """A copy of the run, the new site that joined it, and the hashes of its former files."""
     import shutil
 
     folder = tmp_path_factory.mktemp("joined") / "run"
@@ -46,7 +46,7 @@ def test_only_what_is_personal_is_trained(joined):
     shared = Store(folder).server()
     tree = adapter(site.folder)
     assert {factor(n) for n in shared} == {"B"}
-    assert digest({n: tree[n] for n in shared}) == digest(shared), "B is the server's"
+    assert digest({n: tree[n] for n in shared}) == digest(shared), "B comes from the server"
     start = {n: t for n, t in open_run(folder).initial.items() if factor(n) == "A"}
     moved = {n for n, t in start.items() if not torch.equal(t, tree[n])}
     assert moved == set(start)
@@ -54,7 +54,7 @@ def test_only_what_is_personal_is_trained(joined):
     assert digest(kept) == digest({n: tree[n] for n in start})
 
 
-def test_it_is_compared_with_what_it_would_have_had(joined, new_rows):
+def test_the_personal_model_is_compared_with_the_alternatives(joined, new_rows):
     _, site, _ = joined
     assert list(site.scores) == ["untuned", "shared", "alone", "personal"]
     losses = {m: s["loss"] for m, s in site.scores.items()}
@@ -116,14 +116,14 @@ def test_tuning_that_harms_is_not_used():
         assert [stretch.steps for stretch in stretches] == [2, 2, 1, 1, 1]
         assert [n for n in tree(0) if stretches[0].trains(n)] == ["m.lora_A.weight"]
         tried = [t["m.lora_A.weight"][0, 0].item() for t in ask.trees]
-        assert tried == [0, 0.5, 2, 1.5, pytest.approx(1.2), 1, 1, 5, 0, 0, 0], "means, and points"
+        assert tried == [0, 0.5, 2, 1.5, pytest.approx(1.2), 1, 1, 5, 0, 0, 0], "means and points"
         scores = tuple(Validation(1.0 if k == lowest else 3.0, 0.5) for k in range(11))
         sent = step(program, scores)
         mine = sent.keep
         assert not sent.up
         assert {n: t.unique().item() for n, t in mine.items()} == {"m.lora_A.weight": expected}
         model = tuning.model(tree(9), {}, mine)
-        assert model["m.lora_B.weight"].unique().item() == 0, "the server's"
+        assert model["m.lora_B.weight"].unique().item() == 0, "B comes from the server"
         assert model["m.lora_A.weight"].unique().item() == expected
 
 
@@ -146,7 +146,7 @@ def test_peft_loads_its_folder(joined):
 
 @pytest.mark.parametrize("name", [n for n in TABLE if n != "share"])
 def test_what_is_personal_is_what_the_algorithm_keeps(name):
-    """Without anything personal it is everything; local tuning at the end keeps everything."""
+    """All factors, if the algorithm keeps none; local tuning at the end keeps all factors."""
     expected = {"plora": "A", "fedalora": "A", "fedsa": "B", "iat": "B"}
     ranks = 8 + spare_ranks(name, LoraConfig(rank=8))
     shapes = {"A": (ranks, 5), "B": (4, ranks)}
@@ -173,7 +173,7 @@ def test_the_command_prints_the_comparison_and_refuses_names_that_are_taken(
     words = ("onboard", str(own_run), "--data", str(new_rows / "site.parquet"))
     code, text, errors = call(capsys, monkeypatch, *words, "--steps", "2", "--lr", "0.01")
     assert (code, errors) == (0, "")
-    assert "site site" in text, "named after the file"
+    assert "site site" in text, "the site has the name of the file"
     for said in ("before training", "shared model", "trained alone", "personal", "2 steps on"):
         assert said in text
     for name, said in (("site-1", "is a client of the run"), ("site", "has been onboarded")):
@@ -204,7 +204,7 @@ def test_a_site_that_diverges_leaves_nothing(own_run, new_rows):
 
 @pytest.mark.slow
 def test_on_sentences_that_people_wrote(shared_data, tmp_path):
-    """From a run to an export that PEFT loads in a process of its own, and to a new site."""
+    """From a run to an export that plain PEFT loads in another process, and to a new site."""
     from fedvlm.data.images import open_image
 
     frame = pd.read_parquet(shared_data / "statements.parquet")

@@ -39,7 +39,7 @@ SHORT = (
 
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
-    """The folder into which pip has installed the example package."""
+    """The folder with the example package, installed by pip."""
     folder = tmp_path_factory.mktemp("fedrep")
     source = shutil.copytree(EXAMPLE, folder / "source")
     command = [
@@ -65,7 +65,7 @@ def fedvlm_(installed, *words):
 
 @pytest.fixture(scope="module")
 def compared(installed, tmp_path_factory):
-    """A comparison in two processes of the example with an algorithm of the table."""
+    """A comparison of the example with an algorithm of the table, in two processes."""
     out = tmp_path_factory.mktemp("compared") / "out"
     words = ("compare", "fedrep,plora", f"output={out}", "algorithm.head_steps=1", *SHORT)
     done = fedvlm_(installed, *words, "--jobs", "2")
@@ -81,7 +81,7 @@ def test_the_example_is_a_package_of_one_short_file():
 def test_an_installed_algorithm_is_compared_by_the_command_line(compared):
     rows = list(csv.DictReader((compared / "comparison.csv").open()))
     assert {row["algorithm"] for row in rows} == {"fedrep", "plora"}
-    assert {row["bytes_up"] for row in rows} == {rows[0]["bytes_up"]}, "both send B alone"
+    assert {row["bytes_up"] for row in rows} == {rows[0]["bytes_up"]}, "both algorithms send only B"
     config = (compared / "fedrep-seed-0" / "config.yaml").read_text()
     assert "head_steps: 1" in config
 
@@ -98,7 +98,7 @@ def test_an_installed_algorithm_is_listed_exported_and_checked(compared, install
     wrong = fedvlm_(installed, "run", "algorithm.name=fedrep", "algorithm.head_stepz=1", "seed=-1")
     assert wrong.returncode == 2
     assert "algorithm.head_stepz': did you mean 'algorithm.head_steps'?" in wrong.stderr
-    assert "seed: " in wrong.stderr, "all mistakes at once"
+    assert "seed: " in wrong.stderr, "the error lists all mistakes"
     assert "Traceback" not in wrong.stderr
 
 
@@ -143,7 +143,7 @@ def test_a_stretch_of_no_steps_is_one(fedrep, small, no_pictures, head, engine):
     tree = files.load_tree(results.adapter("site-0") / "adapter_model.safetensors")
     moved = {n for n, t in tree.items() if "lora_B" in n and t.any()}
     assert initial == 2
-    assert bool(moved) == (still == "lora_A"), "B moves only where it has steps"
+    assert bool(moved) == (still == "lora_A"), "B changes only if it is trained"
 
 
 # Objects
@@ -170,7 +170,7 @@ def test_an_object_runs_resumes_and_is_compared(small, tmp_path, no_pictures):
     scores = {row["algorithm"]: row["personal"] for row in found.rows}
     assert scores["mine"] == scores["plora"]
     again = fedvlm.compare(["plora", ("mine", plora)], small, f"output={tmp_path / 'compared'}")
-    assert again.rows == found.rows, "what is finished is skipped"
+    assert again.rows == found.rows, "finished runs are skipped"
 
 
 def test_an_object_and_settings_for_another_algorithm_exclude_each_other(small):

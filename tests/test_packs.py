@@ -1,4 +1,4 @@
-"""Personal states in packs: read back, merged, and whole after a kill at any moment."""
+"""Personal states in packs: read back, merged, and complete after a kill at any moment."""
 
 import os
 import random
@@ -29,7 +29,7 @@ def packs(store):
 
 
 def values(store, clients=CLIENTS):
-    """What each client keeps, as one number."""
+    """The kept state of each client, as one number."""
     trees = store.personal(clients)
     for found in trees:
         assert not found or torch.equal(found["b"], -found["a"][0, 0].expand(4))
@@ -127,7 +127,7 @@ def test_the_disk_holds_at_most_twice_what_is_live_and_nothing_is_lost(tmp_path)
             c: expected.get(c) for c in CLIENTS
         }
     assert merged
-    assert values(Store(tmp_path)) == values(store), "the headers say the same"
+    assert values(Store(tmp_path)) == values(store), "a new store reads the same states"
 
 
 def test_merging_copies_no_more_than_was_written(tmp_path, monkeypatch):
@@ -143,7 +143,7 @@ def test_merging_copies_no_more_than_was_written(tmp_path, monkeypatch):
     rounds(Store(tmp_path), range(1, 61))
     copies = [n for name, n in written if "merged" in name]
     assert 0 < sum(copies) <= 60 * 8
-    assert max(copies) <= 2 * 8, "never all at once"
+    assert max(copies) <= 2 * 8, "never all states at once"
 
 
 @pytest.mark.parametrize("last", [7, 23])
@@ -196,7 +196,7 @@ def test_another_process_sees_a_round_once_it_is_told(tmp_path):
         other.refresh(number)
         assert values(other) == values(server)
         merged |= {name for name in packs(server) if "merged" in name}
-    assert merged, "and where the old packs went"
+    assert merged, "packs were merged, so the test covers merged states"
 
 
 def test_what_is_not_committed_does_not_count(tmp_path):
@@ -204,7 +204,7 @@ def test_what_is_not_committed_does_not_count(tmp_path):
     rounds(store, [1])
     before = values(store)
     store.keep(2, 0, {c: tree(9) for c in CLIENTS})
-    assert values(store) == [9] * len(CLIENTS), "but the round that goes on sees it"
+    assert values(store) == [9] * len(CLIENTS), "the running round sees its own states"
     assert values(Store(tmp_path)) == before
 
 
@@ -232,7 +232,7 @@ def test_the_disk_holds_a_round_before_the_checkpoint_names_it(tmp_path, monkeyp
     assert new <= before.keys()
     for name in ("personal", "server", "server/00030.safetensors", "metrics.jsonl"):
         assert tmp_path / name in before, name
-    assert tmp_path in synced, "and then the checkpoint's own folder"
+    assert tmp_path in synced, "the folder of the checkpoint is synced too"
 
 
 WRITERS = """
@@ -265,7 +265,7 @@ for line in sys.stdin:  # one writer a line: a fork, which has torch already
 
 @pytest.fixture
 def writers():
-    """A process that starts writers: a folder goes in, a process id and ``ended`` come out."""
+    """A process that starts writers: it reads a folder, and prints a process id and ``ended``."""
     command = [sys.executable, "-c", WRITERS]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1
@@ -301,4 +301,4 @@ def test_kill_in_the_middle_of_a_pack_loses_nothing_that_is_committed(tmp_path, 
         assert done >= last
         last = done
     assert last, "no round was finished"
-    assert torn, "no kill hit a round that was being written"
+    assert torn, "no kill hit an unfinished round"

@@ -1,4 +1,4 @@
-"""Preference pairs: a rejected answer for every row, where training asks for them."""
+"""Preference pairs: a rejected answer for every row, where the objective needs them."""
 
 import io
 import json
@@ -27,7 +27,7 @@ def picture() -> bytes:
 
 
 def written(tmp_path, **columns) -> str:
-    """Four rows exactly as RLAIF-V publishes them; keyword arguments replace columns."""
+    """Four rows in the form of RLAIF-V; keyword arguments replace columns."""
     rows = {
         "ds_name": ["RLAIF-V"] * 4,
         "image": [{"bytes": picture(), "path": f"{i}.jpg"} for i in range(4)],

@@ -1,4 +1,4 @@
-"""Every row goes to one client and one split, by the kind of partition that was asked for."""
+"""Every row goes to one client and one split, for every kind of partition."""
 
 import json
 import logging
@@ -24,7 +24,7 @@ DRAWN = ("iid", "dirichlet", "shards", "quantity")
 
 
 def table(n=200, labels=4, seed=0, **columns) -> datasets.Dataset:
-    """Rows without images: a partition looks at the other columns only."""
+    """Rows without images, which a partition does not need."""
     rng = np.random.default_rng(seed)
     rows = {
         "question": ["What?"] * n,
@@ -266,7 +266,7 @@ def test_test_images_that_others_train_on_are_reported(caplog):
     with caplog.at_level(logging.WARNING, logger="fedvlm"):
         partition = make_partition(rows, config(kind="column", column="site"))
     tests = [{paths[row] for row in split.test} for split in partition.splits.values()]
-    assert tests[0] == tests[1]  # images are ranked alike in all clients
+    assert tests[0] == tests[1]  # images have the same order in all clients
     assert not caplog.text
     uneven = table(12, image_path=[*"abcdefghij", "a", "b"], site=["x"] * 10 + ["y"] * 2)
     with caplog.at_level(logging.WARNING, logger="fedvlm"):

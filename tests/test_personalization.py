@@ -1,4 +1,4 @@
-"""The personalization benchmark: its plan, what it measures of a run, and that it goes on."""
+"""The personalization benchmark: its plan, its measurements of a run, and its resumption."""
 
 from __future__ import annotations
 
@@ -85,17 +85,17 @@ def test_the_estimate_counts_a_run_that_has_to_be_trained_for_clients_to_join_it
     joins = dataclasses.replace(base, cell=Cell("joined-mixed", 1.0, 80))
     alone = personalization._time([joins], [(base, 120.0)], 1)
     assert alone == "about 2 minutes with 1 at a time, and 1 times clients that join"
-    assert personalization._time([base, joins], [(base, 120.0)], 1) == alone, "once"
+    assert personalization._time([base, joins], [(base, 120.0)], 1) == alone, "counted once"
     files.write_text(base.folder / store.CONFIG, dump(base.config))
     assert personalization._time([joins], [], 1).startswith("about 0 minutes")
 
 
-# Fake runs: they write what a run writes, and cost nothing.
+# Fake runs: they write the files of a run without training.
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Runs that end at once; their scores rise with the learning rate. Gives those that ran."""
+    """Replaces runs by fakes whose scores rise with the learning rate; gives the runs' names."""
     ran: list[str] = []
 
     def run_one(name, config, tell):
@@ -140,14 +140,14 @@ def test_what_is_measured_is_not_run_again(fake, tmp_path):
     form = small_form()
     jobs = everything(form, tmp_path)
     assert len(fake) == 2 * 2 + 2 * 2
-    assert not (jobs[0].folder / "personal").exists(), "what nobody needs any more is removed"
+    assert not (jobs[0].folder / "personal").exists(), "files without further use are removed"
     rows = plans.rows(jobs)
     assert len(rows) == 2 * 2 * 5
     everything(form, tmp_path)
     assert len(fake) == 8
     wider = plans.Form((MIXED,), ("lora", "plora", "local"), (0, 1))
     everything(wider, tmp_path)
-    assert len(fake) == 8 + 2 + 2, "one more algorithm is its own runs and no others"
+    assert len(fake) == 8 + 2 + 2, "a new algorithm adds only its own runs"
 
 
 def test_a_run_that_was_killed_before_it_was_measured_is_measured_and_not_run_again(fake, tmp_path):
@@ -174,7 +174,7 @@ def test_a_run_that_fails_is_named_and_tried_again(fake, tmp_path, monkeypatch):
     failed = runs.do(jobs, 1)
     assert [line.split(" seed")[0] for line in failed] == ["mixed-1-24 plora 0.01"] * 2
     assert "no luck" in (jobs[-1].folder / runs.FAILED).read_text()
-    assert len(fake) == 2, "the others were run"
+    assert len(fake) == 2, "the other runs are done"
     monkeypatch.setattr(comparison, "run_one", works)
     assert runs.do(jobs, 1) == []
     assert not (jobs[-1].folder / runs.FAILED).exists()
@@ -194,7 +194,7 @@ def test_the_rate_of_the_best_validation_score_is_taken(fake, tmp_path):
     }
 
 
-def test_what_is_published_is_added_to_and_not_run_again(fake, tmp_path):
+def test_published_results_are_extended_and_not_run_again(fake, tmp_path):
     here, there, file = tmp_path / "here", tmp_path / "there", tmp_path / "all.jsonl"
     form = small_form()
     rows = plans.rows(everything(form, here))
@@ -203,20 +203,20 @@ def test_what_is_published_is_added_to_and_not_run_again(fake, tmp_path):
     ran = len(fake)
     assert record.unpack(file, there) == 4
     assert plans.rows(everything(form, there)) == rows
-    assert len(fake) == ran, "neither runs nor learning rates"
+    assert len(fake) == ran, "nothing is run again, not even for learning rates"
     everything(plans.Form((MIXED,), ("lora", "plora", "local"), (0,)), there)
     assert len(fake) == ran + 2 + 1
     record.pack(there, file)
     assert len(file.read_text().splitlines()) == 1 + 4 + 1
     assert record.unpack(file, there) == 0
-    assert {a for _, a in record.read_rates(there)} == {"lora", "plora"}, "as they were chosen"
+    assert {a for _, a in record.read_rates(there)} == {"lora", "plora"}, "published rates are kept"
     file = there / record.RATES
     written = file.stat().st_ino
     record.keep_rates(there, record.read_rates(there))
-    assert file.stat().st_ino == written, "nothing new: another process may be writing"
+    assert file.stat().st_ino == written, "without news, the file is not rewritten"
 
 
-def test_clients_join_a_run_of_which_only_the_numbers_are_there(fake, tmp_path, monkeypatch):
+def test_clients_join_a_run_of_which_only_the_numbers_are_left(fake, tmp_path, monkeypatch):
     (job,) = everything(plans.Form((MIXED,), ("lora",), (0,)), tmp_path / "here")
     record.pack(tmp_path / "here", tmp_path / "all.jsonl")
     record.unpack(tmp_path / "all.jsonl", tmp_path / "there")

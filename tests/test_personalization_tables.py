@@ -1,4 +1,4 @@
-"""The personalization benchmark: who is ranked how, and the tables that say so."""
+"""The personalization benchmark: ranks and tables."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ def test_with_one_seed_only_equal_scores_are_tied():
 def test_clearly_behind_is_two_standard_errors():
     scores = {"best": seeds(0.4, 0.6), "near": seeds(0.37, 0.55)}  # 0.04 behind, error 0.01
     assert ranking.clearly_behind(scores, "near")
-    scores["near"] = seeds(0.39, 0.53)  # 0.04 behind, error 0.03: a loss, and not a clear one
+    scores["near"] = seeds(0.39, 0.53)  # 0.04 behind, error 0.03: behind, but not clearly
     assert ranking.winners(scores) == {"best"}
     assert not ranking.clearly_behind(scores, "near")
     assert not ranking.clearly_behind(scores, "best")
@@ -69,7 +69,7 @@ def test_the_overview_leaves_out_cells_that_lack_an_algorithm_or_a_seed():
     ("curve", "round_"),
     [
         ({0: 0.1, 2: 0.44, 4: 0.46, 6: 0.5}, 4),
-        ({0: 0.5, 2: 0.3, 4: 0.5}, 0),  # what is not learnt needs no round
+        ({0: 0.5, 2: 0.3, 4: 0.5}, 0),  # the score at the start is enough
         ({0: 0.9, 2: 0.3, 4: 0.5}, 0),
         ({0: 0.0, 2: 0.0}, None),
         ({}, None),
@@ -134,7 +134,7 @@ def test_algorithms_that_were_run_in_few_cells_have_a_table_of_their_own_by_comm
     assert {r["algorithm"] for r in pages.main(rows)} == {"lora", "plora"}
     found = pages.everyone(rows)
     assert "mixed-1-24, seeds 0, 1 |" in found
-    assert "label" not in found, "there only the main ones were run"
+    assert "label" not in found, "only the main algorithms were run in that cell"
     lines = found.splitlines()[2:]
     assert [line.split("|")[1].strip() for line in lines] == ["`ffa`", "`plora`", "`lora`"]
     assert "| `ffa` | 1.0 | **65.0 ± 5.0** |" in found

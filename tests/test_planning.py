@@ -1,4 +1,4 @@
-"""``fedvlm run --dry-run``: the plan is what a run does, and costs neither weights nor files."""
+"""``fedvlm run --dry-run``: the plan equals the run, and needs neither weights nor files."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ HUB = ("data.path=some-org/some-data", "model.name=some-org/some-model")
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Loading weights fails."""
+    """Lets the loading of weights fail."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("weights were asked for")
@@ -39,7 +39,7 @@ def no_weights(monkeypatch):
 
 
 def told(folder, way):
-    """What a run's log says was sent: each client and round, in order."""
+    """The bytes in a run's log: each client and round, in order."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [size for line in lines[1:] for size in line[way].values()]
 
@@ -69,7 +69,7 @@ def test_the_bytes_of_a_plan_are_those_that_the_run_reports(finished_run):
     ],
     ids=lambda s: s["algorithm"]["name"] + "-ranks" * ("lora" in s),
 )
-def test_so_they_are_for_messages_that_differ_by_round_or_client(small, settings):
+def test_planned_bytes_are_right_where_messages_differ_by_round_or_client(small, settings):
     config = {**small, **{k: {**small.get(k, {}), **v} for k, v in settings.items()}}
     config["eval"] = {"every": 0, "max_rows": 1, "max_new_tokens": 1}
     config["train"] |= {"local_steps": 1, "clients_per_round": 2}
@@ -196,7 +196,7 @@ def test_without_the_hub_a_plan_says_what_is_not_known_and_why(capsys, monkeypat
     code, text, errors = call(capsys, monkeypatch, *words)
     assert (code, errors) == (0, "")
     plan = forecast(load(None, *words[2:]))
-    every = 3 * 5 + 20  # the rounds, and the tuning in the end
+    every = 3 * 5 + 20  # the rounds, and the final tuning
     assert (plan.clients, plan.cohort, plan.all_steps) == (7, 7, 7 * every)
     assert (plan.size, plan.rows, plan.examples, plan.all_sent) == (None, {}, None, {})
     assert "not known: rows: data.path 'some-org/some-data'" in text
@@ -207,7 +207,7 @@ def test_without_the_data_messages_are_known_where_the_model_is():
     plan = forecast(load(None, HUB[0], "partition.kind=column", "partition.column=site"))
     assert (plan.clients, plan.all_sent, plan.all_steps) == (None, {}, None)
     assert plan.sent["up"] == forecast(Config()).sent["up"]
-    assert plan.steps == Spread(5, 5, 20)  # the tuning in the end: algorithm.ft_steps
+    assert plan.steps == Spread(5, 5, 20)  # the final tuning: algorithm.ft_steps
 
 
 def test_the_configuration_of_the_paper_loads_and_is_planned_offline(capsys, monkeypatch):

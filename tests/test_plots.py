@@ -1,4 +1,4 @@
-"""The plots show the numbers that they are given, and say so legibly."""
+"""The plots show the given numbers legibly."""
 
 from __future__ import annotations
 

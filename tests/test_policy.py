@@ -1,4 +1,4 @@
-"""What a site allows a run to ask of it."""
+"""The limits that a site's policy sets for a run."""
 
 import hashlib
 import shutil

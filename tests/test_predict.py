@@ -22,7 +22,7 @@ QUESTION = "What is in the picture?"
 
 @pytest.fixture
 def pictures(new_rows, tmp_path):
-    """A folder of three pictures, one of them in a folder of its own."""
+    """A folder of three pictures, one of them in a subfolder."""
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
     picture = Image.open(new_rows / "picture.png")

@@ -38,5 +38,5 @@ def test_all_processes_of_a_command_end_and_no_others(start, tmp_path, monkeypat
     alone, other = start(ours, CHILD), start(others, CHILD)
     _end_all(ours)
     assert [tree.wait(10), alone.wait(10)] == [-9, -9]
-    assert tree.stdout.read() == "", "the child holds the pipe no longer"
+    assert tree.stdout.read() == "", "the child has closed the pipe"
     assert other.poll() is None

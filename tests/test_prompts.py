@@ -1,4 +1,4 @@
-"""What the model is shown: templates, begin and end tokens, and what does not fit."""
+"""The model's input: templates, begin and end tokens, and refused texts."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Runs of more clients than are looked at: who is scored, and what is held in memory."""
+"""Runs with more clients than scored clients: the scored clients, and the held memory."""
 
 import json
 import weakref
@@ -22,7 +22,7 @@ SITES = ["site-0", "site-1", "site-2"]
 
 @pytest.fixture(scope="module", params=["plora", "auto"])
 def both(request, tmp_path_factory):
-    """The same run with all clients scored, and with one of them."""
+    """The same run with all clients scored, and with one client scored."""
     folder = tmp_path_factory.mktemp("scale")
     settings = {
         "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
@@ -111,7 +111,7 @@ def test_a_pass_is_scored_before_the_next_is_trained(small, monkeypatch):
     small["data"]["scenes"]["sites"] = 8
     federate.run(small, "train.rounds=1", "engine.clients=2", "eval.max_new_tokens=2")
     assert len(most) == 8
-    assert max(most) <= 3, "one pass, and the first of the next"
+    assert max(most) <= 3, "at most one pass and the first client of the next"
 
 
 @pytest.mark.parametrize(

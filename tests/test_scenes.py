@@ -1,4 +1,4 @@
-"""The bundled data set: equal seeds give equal bytes, and sites differ in what their style says."""
+"""The bundled data set: equal seeds give equal bytes, and sites differ by their style."""
 
 from __future__ import annotations
 
@@ -117,7 +117,7 @@ def test_conventions_change_answers_and_nothing_else():
     assert pictures(plain) == pictures(local)
     changed = [
         a != b for a, b in zip(plain["chosen"], local["chosen"], strict=True)
-    ]  # site-0 speaks plain English, so 20 of 160 stay
+    ]  # site-0 uses plain English, so 20 of 160 answers stay
     assert 0.7 < np.mean(changed) < 0.95
 
 
@@ -257,7 +257,7 @@ def test_digits_are_real_handwriting():
 
 
 def sklearns() -> tuple[np.ndarray, ...]:
-    """The digits as scikit-learn has them, from which the asset was made."""
+    """The digits of scikit-learn, the source of the asset."""
     load_digits = pytest.importorskip("sklearn.datasets").load_digits
     images, values = load_digits(return_X_y=True)
     ink = np.clip(images.reshape(-1, 8, 8) * 16, 0, 255).astype(np.uint8)

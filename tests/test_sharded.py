@@ -1,4 +1,4 @@
-"""One run in two real processes, by torchrun and gloo: the same results as in one."""
+"""One run in two real processes, by torchrun and gloo: the results of one process."""
 
 import json
 import os
@@ -33,11 +33,11 @@ SETTINGS = (
 SAME_PASSES = (*SETTINGS, "algorithm.name=lora+ft", "algorithm.ft_steps=1", "engine.clients=1")
 RUNS = {
     "plora": (*SETTINGS, "algorithm.name=plora", "train.optimizer=sgd"),
-    # Turns of two clients and of one, for which process 0 has nothing to do.
+    # A turn of two clients and a turn of one, in which process 0 has no client.
     "odd": (*SAME_PASSES, "train.rounds=1", "train.clients_per_round=3"),
 }
 
-# Process 1 dies in round 2, after it has written what its clients keep.
+# Process 1 dies in round 2, after it has written the states of its clients.
 KILLED = """
 import os, signal, sys
 from fedvlm.cli.app import main
@@ -55,7 +55,7 @@ Shell.train = dying
 main()
 """
 
-# Goes on with the run above, does two more, and then one in which process 1 meets a mistake.
+# Resumes the run above, does two more runs, and then a run in which process 1 fails.
 SEVERAL = """
 import json, os, sys
 import fedvlm
@@ -136,7 +136,7 @@ def assert_close(found, expected, atol):
 
 
 def assert_told_the_same(found, expected):
-    """Equal files but for the last digits of numbers: order and texts are the same."""
+    """Asserts equal files, up to the last digits of numbers."""
 
     def numbers(tree):
         if isinstance(tree, dict):
@@ -176,7 +176,7 @@ def test_a_killed_process_ends_the_others_and_the_run_goes_on(folder, killed, tw
     stopped, code, errors = killed
     assert code != 0
     assert "SIGKILL" in errors
-    assert store.Store(stopped).finished() == 1, "round 2 was under way"
+    assert store.Store(stopped).finished() == 1, "the kill interrupted round 2"
     assert any(p.name.startswith("00002") for p in (stopped / "personal").iterdir())
     resumed, whole = tensors_of(folder / "two" / "resumed"), tensors_of(folder / "two" / "plora")
     assert_close(resumed, whole, 0.0)

@@ -26,7 +26,7 @@ from sites import SITES, Here, Keeping, config, deployed
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A parquet of each site's rows, and one of all."""
+    """A parquet with the rows of each site, and one with all rows."""
     folder = tmp_path_factory.mktemp("data")
     table = fedvlm.scenes(style="concept", sites=3, rows=16).to_pandas()
     table.to_parquet(folder / "all.parquet", index=False)
@@ -86,7 +86,7 @@ def test_sites_get_the_same_from_the_default_algorithm(data, tmp_path):
 def test_tensors_are_fetched_by_few_and_give_the_same_run(both, data, tmp_path):
     _, there, *_ = both
     call, begun = Keeping(data, tmp_path / "state"), []
-    call.slow["site-0"] = 0.2  # the others have their answers first, and wait for their turn
+    call.slow["site-0"] = 0.2  # the other sites answer first, and wait to be fetched
     plain, now = call.__call__, set()
 
     def watched(site, header, blob, limit):
@@ -100,7 +100,7 @@ def test_tensors_are_fetched_by_few_and_give_the_same_run(both, data, tmp_path):
 
     results = deployed(watched, config(data), tmp_path / "run", held=1, at_once=3)
     assert not call.kept
-    assert max(count for _, count in begun) == 1, "as many as the server may hold"
+    assert max(count for _, count in begun) == 1, "the server fetches as many as it may hold"
     adapter, *trained = [site for site, _ in begun]
     assert adapter == "site-0"
     assert trained == [*SITES, *SITES], "in the cohort's order"
@@ -128,7 +128,7 @@ def torch_names(blob):
 
 
 def last_download(call, site="site-0", round_=2):
-    """What the server sent in a round: the state after the one before."""
+    """The server's download in a round: the state after the previous round."""
     site = call.workers[site].site
     known = site.store.version(round_ - 1)
     assert known
@@ -140,7 +140,7 @@ LAST = {}
 
 @pytest.fixture(autouse=True, scope="module")
 def _remember():
-    """Keeps what each site was sent last."""
+    """Keeps the last download of each site."""
     plain = Site.train
 
     def train(self, round_, down, sampled=1.0):
@@ -170,7 +170,7 @@ def test_no_message_of_a_site_holds_personal_factors_images_or_text(both, data):
             mine = [tensor.numpy().tobytes() for tensor in version.trees["mine"].values()]
             secret += [tensor[:32] for tensor in mine]
             shared = [tensor.numpy().tobytes() for tensor in version.trees["upload"].values()]
-            assert all(tensor[:32] in sent for tensor in shared), "what is sent would be found"
+            assert all(tensor[:32] in sent for tensor in shared), "the search finds sent tensors"
     assert len(secret) > 100
     assert not [piece for piece in secret if piece in sent]
 
@@ -208,7 +208,7 @@ def test_damaged_state_is_named_and_not_used(both, tmp_path):
     with pytest.raises(FedVLMError, match=r"personal state of round 2 .* is damaged"):
         kept.personal(["site-2"])
     shutil.rmtree(path.parent)
-    assert kept.personal(["site-2"])[0], "the version before is there"
+    assert kept.personal(["site-2"])[0], "the previous version is kept"
 
 
 def SiteCopy(folder, to):
@@ -238,7 +238,7 @@ def test_a_site_that_is_away_is_left_out_and_comes_back(data, tmp_path):
     assert (failed["site"], failed["round"], failed["why"]) == ("site-1", 1, "it is away")
     asked = [what for site, *what in call.asked if site == "site-1"]
     again = asked.index(["train", 2])
-    assert asked[again - 1] == ["ping", None], "it is asked whether it is there, before it trains"
+    assert asked[again - 1] == ["ping", None], "the server pings the site before it lets it train"
 
 
 def test_a_bad_upload_is_rejected_by_name_and_the_round_goes_on(data, tmp_path):
@@ -280,7 +280,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize(("do", "said"), MALFORMED)
 def test_a_site_that_answers_malformed_is_left_out_by_name(do, said, both, data, monkeypatch):
-    *_, call = both  # its sites answer round 1 again, as they did
+    *_, call = both  # its sites repeat their replies of round 1
     plain, events = call.workers["site-2"].perform, []
 
     def perform(header, blob):
@@ -328,7 +328,7 @@ def test_a_full_disk_loses_nothing_and_the_round_can_be_done_again(data, tmp_pat
     monkeypatch.setattr(files, "save_tree", full)
     with pytest.raises(FedVLMError, match="disk is full, and round 2 is not kept") as error:
         site.train(2, down)
-    assert str(tmp_path) not in str(error.value), "the server is told"
+    assert str(tmp_path) not in str(error.value), "the server gets this text"
     assert [path.name for path in (site.store.folder / "rounds").iterdir()] == ["00001"]
     monkeypatch.setattr(files, "save_tree", plain)
     assert site.store.rounds() == [1]

@@ -1,4 +1,4 @@
-"""A site's worker process, and the one that keeps it running."""
+"""A site's worker process, and its supervisor."""
 
 import os
 import signal
@@ -47,7 +47,7 @@ def test_a_worker_that_dies_is_replaced_and_asked_again(supervisor, tmp_path):
     assert supervisor.call({"do": "x"})[0]["pid"] == first["pid"], "one process for all calls"
     after, _ = supervisor.call({"do": "die once", "mark": str(tmp_path / "mark")})
     assert after["pid"] != first["pid"]
-    assert after["opened"] == 1, "the new worker has opened the run before it was asked"
+    assert after["opened"] == 1, "the new worker has opened the run before the request"
     os.kill(supervisor.pid, signal.SIGKILL)
     assert "pid" in supervisor.call({"do": "x"})[0]
 
@@ -79,7 +79,7 @@ def test_a_worker_that_is_stopped_takes_no_message_and_is_replaced(supervisor):
     began = time.monotonic()
     late, _ = supervisor.call({"do": "x"}, bytes(2**24), limit=2.0)
     assert late["error"] == "timeout"
-    assert time.monotonic() - began < 10, "more than a socket's buffer was to be sent"
+    assert time.monotonic() - began < 10, "a message larger than a socket's buffer does not block"
     assert supervisor.call({"do": "x"})[0]["pid"] != first["pid"]
 
 

@@ -1,4 +1,4 @@
-"""The bundled tiny model: how it is built, trained and shipped, and what it can do."""
+"""The bundled tiny model: construction, training, files and abilities."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Programs of clients that ask for different things: both engines, and who trains with whom."""
+"""Programs of clients with different requests: both engines, and the groups that train."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def pair(tmp_path_factory):
 
 
 def given(engine, work, folder):
-    """The engine with an algorithm whose clients work like this."""
+    """The engine with an algorithm whose clients run ``work``."""
     engine.algorithm = Algorithm(
         init=lambda initial: {},
         send=lambda state, visit: {},
@@ -47,7 +47,7 @@ def of(letter):
 
 
 def unlike(local: Local):
-    """Programs that differ by client: other factors, other lengths, scores in between."""
+    """A program that differs by client: factors, lengths, and scores in between."""
     number = int(local.visit.client[-1])
     now, path = yield Train(local.begin, of("B"), 2 + number)
     assert path["B"] > 0
@@ -93,13 +93,13 @@ def test_clients_that_ask_for_the_same_train_in_one_go(pair, monkeypatch):
     list(engine.train([Task(Visit(c, 1.0, round=1), {}) for c in partition.clients]))
     zero, one, two = partition.clients
     assert groups[0] == [zero, one, two], "the first stretches are of one kind"
-    assert all((zero in group) == (two in group) for group in groups), "they always ask alike"
-    assert sum(map(len, groups)) == 5 + 4 + 5, "each has all of its stretches"
+    assert all((zero in group) == (two in group) for group in groups), "both train together"
+    assert sum(map(len, groups)) == 5 + 4 + 5, "each client has all of its stretches"
 
 
 @pytest.mark.parametrize("resume", [False, True])
 def test_a_stretch_that_resumes_continues_with_the_optimizer_of_the_one_before(pair, resume):
-    """Two stretches of two steps are one of four, where the optimizer is resumed."""
+    """With the optimizer resumed, two stretches of two steps equal one stretch of four."""
     settings, sides, folder = pair
 
     def halves(local: Local):
@@ -162,7 +162,7 @@ def test_a_stretch_cannot_resume_one_of_other_factors(pair):
 
 
 def test_a_program_runs_until_all_have_what_they_asked_for():
-    """Groups are made anew after every stretch, whoever is ahead."""
+    """Groups are formed anew after every stretch; the client with the fewest stretches is first."""
 
     def work(letters):
         for letter in letters:

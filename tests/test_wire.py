@@ -1,4 +1,4 @@
-"""What passes between server and clients: checked before it counts, compressed where asked for."""
+"""Messages between server and clients: checks and compression."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def wire(compress, **settings):
 
 
 def feed(tree, seed=0):
-    """A tree that training has moved."""
+    """The tree with noise added, like after training."""
     g = torch.Generator().manual_seed(seed)
     return {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in tree.items()}
 
 
 def message_of(algorithm, whole, visit=SITE, stages=()):
-    """What the client was sent, the message that it sends, and what the server makes of it."""
+    """A client's download, its message, and the upload that the server reads from it."""
     down = algorithm.send(algorithm.init(whole), visit)
     clients_ = {visit.client: (visit.weight, lambda n, now: 0.1 * now)}
     like = simulate(algorithm, clients_, whole, stages=stages)
@@ -87,7 +87,7 @@ def test_what_an_algorithm_sends_is_taken_at_both_ends(name, kind):
 
 
 def spoiled(message, change):
-    """A message with one thing wrong."""
+    """The message with ``change`` applied to one tensor."""
     name = next(iter(message))
     return {**message, name: change(message[name])}
 
@@ -193,7 +193,7 @@ def test_eight_bits_are_off_by_half_a_step_of_their_row_at_most():
     (stage,) = compression(wire("int8"))
     message, rest = stage.pack(step, down, {}, SITE)
     assert [message[n].dtype for n in (A, B)] == [torch.int8] * 2
-    assert message["scales"].shape == (2 + 2,), "a scale for every rank of A and of B"
+    assert message["scales"].shape == (2 + 2,), "one scale for each rank of A and of B"
     found = stage.open(message, down)
     for name, most in ((A, step[A].abs().amax(1)[:, None]), (B, step[B].abs().amax(0))):
         assert ((found[name] - step[name]).abs() <= most / 254 * 1.001).all()
@@ -225,7 +225,7 @@ def test_indices_that_no_client_would_send_are_refused(where):
 
 
 def wavy(name, now):
-    """A gradient that is different everywhere."""
+    """A gradient with a different value for each element."""
     return torch.cos(7 * now + torch.arange(now.numel()).view(now.shape))
 
 
@@ -234,7 +234,7 @@ def wavy(name, now):
     "algorithm", [FEDAVG, PLORA, alternating()], ids=["lora", "plora", "rolora"]
 )
 def test_what_was_not_sent_is_sent_later(algorithm, kind):
-    """All that a client's uploads would have said, the server has, but for the rest it keeps."""
+    """The sum at the server lacks only the rest that the client still keeps."""
     whole = adapter(ranks=2, out=9, into=11)
     stages = compression(wire(kind, **({"topk": 0.05} if kind == "topk" else {})))
     run = simulate(algorithm, {"c": (1.0, wavy)}, whole, stages=stages)
@@ -265,7 +265,7 @@ def test_clients_whose_uploads_are_compressed_learn_the_same(kind):
 
 @pytest.mark.parametrize("name", ["scaffold", "ditto", "apfl", "fedprox", "feddpa", "plora"])
 def test_the_algorithm_does_not_see_what_was_not_sent(name):
-    """With every element sent the rest is zero, and each algorithm does what it did."""
+    """With every element sent, the rest is zero, and the results equal those without the stage."""
     whole, algorithm = adapter(ranks=4), build(TABLE[name].settings(name=name), LoraConfig(rank=4))
     ways = (), compression(wire("topk", topk=1.0))
     runs = [simulate(algorithm, clients_of(whole), whole, 3, stages=stages) for stages in ways]
@@ -279,7 +279,7 @@ def test_the_algorithm_does_not_see_what_was_not_sent(name):
 @pytest.mark.parametrize("kind", ["int8", "topk"])
 @pytest.mark.parametrize("name", [n for n in TABLE if n != "share" and not TABLE[n].partial])
 def test_no_algorithm_sees_the_memory_of_a_stage(name, kind):
-    """Neither what it is handed nor what it asks to be scored has a name of the wire's."""
+    """No tree that the algorithm gets, trains or scores has a name of a stage."""
     whole, algorithm = adapter(ranks=4), build(TABLE[name].settings(name=name), LoraConfig(rank=4))
     if TABLE[name].spare:
         whole = adapter(ranks=20)
@@ -341,7 +341,7 @@ def test_settings_of_the_wire_that_mean_nothing_are_refused(words):
 
 @pytest.fixture
 def quick(small):
-    """Three rounds of two of three sites."""
+    """Three rounds with two of three sites each."""
     small["data"]["scenes"] |= {"rows": 12}
     small["train"] |= {"rounds": 3, "local_steps": 1, "clients_per_round": 2}
     small["eval"] |= {"every": 0, "max_rows": 1, "max_new_tokens": 1, "clients": 1}
@@ -365,7 +365,7 @@ def test_a_run_resumes_to_the_same_bytes_and_sends_what_was_planned(quick, tmp_p
     assert all(parted(tree)[1]["compress"] for tree in kept)
     opened = fedvlm.open_run(whole.folder)
     other = next(c for c in opened.partition.clients if c not in opened.clients)
-    assert opened.adapter_folder(other).exists(), "a client that was not scored has a model too"
+    assert opened.adapter_folder(other).exists(), "a client without scores has a model, too"
 
 
 def test_both_engines_send_the_same(quick, tmp_path):

@@ -38,7 +38,7 @@ def clients(count=3):
 
 
 def masked(gradient, ranks):
-    """The first ranks' own, and none in the others, which are zero in both factors."""
+    """A gradient on the first ranks only; the other ranks stay zero in both factors."""
 
     def found(name, now):
         own = {name: gradient(name, cut({name: now}, 0, 2)[name])}
@@ -48,7 +48,7 @@ def masked(gradient, ranks):
 
 
 def with_spare(count=3):
-    """Clients whose adapter has more than the two ranks that they train."""
+    """Clients that train two ranks of an adapter with more ranks."""
     return {c: (weight, masked(g, 2)) for c, (weight, g) in clients(count).items()}
 
 

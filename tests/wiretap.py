@@ -1,4 +1,4 @@
-"""Records what passes between sites and server, as it is on the wire and with TLS taken off."""
+"""Records the traffic between sites and server, as on the wire and without TLS."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ class Flow:
 
 
 class Wiretap:
-    """Listens where sites look for the server, and passes all on; two records are kept.
+    """Listens in place of the server, forwards all traffic, and keeps two records.
 
-    ``sealed`` is what anybody on the network sees. Behind that TLS ends, with the server's own
-    certificate, and begins anew with that of the site which is at the other end: ``opened`` is what
-    has passed there. Nobody can do the latter without the private keys of all of them.
+    ``sealed`` has the bytes that anybody on the network sees. The wiretap ends TLS with the
+    server's certificate, and begins TLS again with the certificate of the site: ``opened`` has the
+    bytes in between. This is impossible without the private keys of the server and of all sites.
 
     Args:
-        port: of the server.
+        port: the server's port.
         root: the authority's certificate.
         server: the server's certificate and key.
         sites: site -> its certificate and key.
@@ -105,7 +105,7 @@ def _context(kind: int, root: Path, pair: tuple[Path, Path]) -> ssl.SSLContext:
 
 
 def are_records(stream: bytes) -> bool:
-    """Whether bytes are TLS records from the first to the last, which may be cut off."""
+    """Whether the bytes consist of TLS records only; the last one may be incomplete."""
     at = 0
     while at + 5 <= len(stream):
         kind, version = stream[at], stream[at + 1 : at + 3]

@@ -1,4 +1,4 @@
-"""What the families of :mod:`families` are made of: tokenizers, towers, weights, folders."""
+"""Parts of the families of :mod:`families`: tokenizers, towers, weights, folders."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def qwen_tokenizer(*more: str, **named: str) -> Any:
 
 
 def scale(model: nn.Module) -> None:
-    """Gives every weight a deviation of 1 / sqrt(inputs), attention's queries and keys more."""
+    """Scales weights to a deviation of 1 / sqrt(inputs), and more for queries and keys."""
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             kernel = parameter.dim() > 3  # of a convolution
