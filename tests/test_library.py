@@ -285,7 +285,7 @@ def test_apfls_mixture_takes_the_steps_of_its_own_model():
         ({"algorithm": {"name": "local", "server": {"name": "adam"}}}, "server has no meaning"),
         (
             {"algorithm": {"name": "lora", "server": {"lr": 0.5}}},
-            "lr of no optimizer has no meaning",
+            "lr has no meaning without an optimizer",
         ),
         ({"algorithm": {"name": "local", "x": 1}}, r"unknown key 'algorithm\.x'; .* no settings"),
         ({"algorithm": {"name": "auto", "ft_step": 1}}, r"did you mean 'algorithm\.ft_steps'\?"),

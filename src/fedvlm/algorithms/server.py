@@ -55,8 +55,8 @@ class ServerConfig(Section):
         idle = [n for n in fields if n != "name" and getattr(self, n) != fields[n].default]
         if self.name == "none" and idle:
             raise ValueError(
-                f"{', '.join(idle)} of no optimizer has no meaning: set algorithm.server.name, or "
-                "leave it out"
+                f"{', '.join(idle)} has no meaning without an optimizer: set "
+                "algorithm.server.name, or leave it out"
             )
         return self
 

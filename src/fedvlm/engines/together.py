@@ -79,7 +79,7 @@ def perform(members: Sequence[Member], train: TrainTogether, validate: Validate)
     """Runs all programs to their end.
 
     Raises:
-        FedVLMError: a stretch resumes the optimizer of one that trained other factors.
+        FedVLMError: a stretch resumes the optimizer of a stretch that trained other factors.
     """
     for member in members:
         member.ask = step(member.program)
@@ -111,8 +111,8 @@ def _kind(member: Member) -> tuple[Any, ...]:
     if ask.resume and member.stretches and trained != member.trained:
         raise FedVLMError(
             f"client '{member.task.client}': the algorithm resumes the optimizer of a stretch that "
-            f"trained other factors ({len(member.trained)} then, {len(trained)} now); a stretch "
-            "that resumes has to train the same ones"
+            f"trained other factors ({len(member.trained)} then, {len(trained)} now); a resumed "
+            "stretch must train the same factors"
         )
     resumed = (id(member.session), member.resumable) if ask.resume else None
     return trained, tuple(term.rate for term in ask.terms), resumed

@@ -242,13 +242,13 @@ class _Relay(Progress):
 
 
 def run_one(name: str, config: Config, tell: Tell, algorithm: Algorithm | None = None) -> None:
-    """Does a run, or continues it.
+    """Starts or continues a run.
 
     Args:
-        name: of the run.
-        config: its settings.
+        name: the name of the run.
+        config: the settings of the run.
         tell: called with (run, metrics line, seconds) after every round.
-        algorithm: an object, where the settings name none.
+        algorithm: the algorithm as an object; None: the configured algorithm.
     """
     from fedvlm.rounds.federate import resume, run
 
