@@ -11,7 +11,7 @@ import yaml
 import fedvlm
 from fedvlm.algorithms.table import TABLE
 from fedvlm.config import load
-from fedvlm.engines.choice import memory
+from fedvlm.engines import memory
 from fedvlm.engines.reference import batches
 from fedvlm.models import load as loading
 from fedvlm.models import lora
