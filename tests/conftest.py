@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 
@@ -42,13 +43,18 @@ def no_pictures():
         yield drawing
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pictures(no_pictures):
-    """Runs draw their pictures while a module that asks for this is tested."""
-    with pytest.MonkeyPatch.context() as patch:
-        for draws in no_pictures:
-            patch.setattr(*draws)
-        yield
+    """A context in which runs draw their pictures."""
+
+    @contextlib.contextmanager
+    def drawn():
+        with pytest.MonkeyPatch.context() as patch:
+            for draws in no_pictures:
+                patch.setattr(*draws)
+            yield
+
+    return drawn
 
 
 @pytest.fixture
@@ -60,7 +66,7 @@ def small(tmp_path):
         "partition": {"min_rows": 4},
         "algorithm": {"name": "plora"},
         "train": {"rounds": 2, "local_steps": 2, "batch_size": 4},
-        "eval": {"every": 1, "max_rows": 4, "max_new_tokens": 6},
+        "eval": {"every": 1, "max_rows": 3, "max_new_tokens": 3},
         "lora": {"rank": 2, "alpha": 4},
     }
 

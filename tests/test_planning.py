@@ -9,7 +9,7 @@ import transformers as hf
 import yaml
 
 import fedvlm
-from fedvlm.algorithms.table import TABLE
+from fedvlm.algorithms.table import TABLE, build
 from fedvlm.config import load
 from fedvlm.engines import memory
 from fedvlm.engines.reference import batches
@@ -88,7 +88,7 @@ def test_every_algorithm_says_what_it_sends_from_shapes_alone(name):
     key = "base_model.model.model.text_model.layers.0.self_attn.q_proj.lora_{}.weight"
     real = {key.format("A"): torch.ones(rank, 6), key.format("B"): torch.ones(5, rank)}
     shapes = {n: t.to("meta") for n, t in real.items()}
-    algorithm = fedvlm.algorithms.build(config.algorithm, config.lora)
+    algorithm = build(config.algorithm, config.lora)
     visits = [(algorithm.at(n), "client-0") for n in (1, 2)]
     assert list(footprint.messages(config, shapes, visits)) == list(
         footprint.messages(config, real, visits)

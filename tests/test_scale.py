@@ -28,7 +28,7 @@ def both(request, tmp_path_factory):
         "partition": {"min_rows": 4},
         "algorithm": {"name": request.param, "ft_steps": 2},
         "train": {"rounds": 2, "clients_per_round": 2, "local_steps": 2, "batch_size": 4},
-        "eval": {"every": 1, "max_rows": 4, "max_new_tokens": 6},
+        "eval": {"every": 1, "max_rows": 3, "max_new_tokens": 3},
         "lora": {"rank": 2, "alpha": 4},
     }
     whole = federate.run({**settings, "output": str(folder / "whole")})

@@ -16,6 +16,7 @@ from fedvlm.models import load as loading
 from fedvlm.rounds import federate
 from fedvlm.store import files
 from fedvlm.store import run as store
+from test_cli import call
 
 SETTINGS = (
     "data.scenes.sites=4",
@@ -202,18 +203,21 @@ def test_a_mistake_in_one_process_is_one_message_and_ends_all(folder, two):
     assert store.Store(folder / "two" / "failing").finished() == 0
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["run", "train.round=3"], "error: the configuration has a problem"),
-        (["compare", "plora,lora"], "error: 'fedvlm compare' works in one process"),
-    ],
-)
-def test_a_mistake_that_all_processes_find_is_printed_once(words, said):
-    code, output, errors = launch("-m", "fedvlm", *words)
+def test_a_mistake_that_all_processes_find_is_printed_once():
+    code, output, errors = launch("-m", "fedvlm", "run", "train.round=3")
+    said = "error: the configuration has a problem"
     assert code != 0
     assert (errors.count("error: "), errors.count(said), output) == (1, 1, "")
     assert "exitcode  : 2" in errors
+
+
+def test_a_command_for_one_process_is_refused_in_several(capsys, monkeypatch):
+    started = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    code, output, errors = call(capsys, monkeypatch, "compare", "plora,lora")
+    assert (code, output) == (2, "")
+    assert errors.startswith("error: 'fedvlm compare' works in one process, and 2 were started")
 
 
 def test_a_message_arrives_as_it_was_and_no_tensor_travels_twice():
