@@ -100,7 +100,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """One worker more than there are cores: one of them mostly waits, for deployed runs."""
+    """One worker more than cores, since one worker mostly waits for deployed runs."""
     return cores() + 1
 
 
@@ -129,7 +129,7 @@ def pytest_sessionfinish(session):
 
 
 def families_table() -> str:
-    """The outcomes so far: a family a row, a capability a column."""
+    """The outcomes so far: one row for each family, one column for each capability."""
     from datetime import date
     from importlib.metadata import version
 
@@ -165,7 +165,7 @@ def commands(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The folder of a finished pLoRA run of three sites; tests that write to it copy it first."""
+    """The folder of a finished pLoRA run of three sites. A test that writes uses ``own_run``."""
     from fedvlm.rounds import federate
 
     folder = tmp_path_factory.mktemp("finished") / "run"
@@ -191,7 +191,7 @@ def own_run(finished_run, tmp_path):
 
 @pytest.fixture(scope="session")
 def new_rows(tmp_path_factory):
-    """A parquet of one site's rows that no run has seen, and a picture of them."""
+    """A folder with rows of one site that no run has seen, and with one of their pictures."""
     import fedvlm
     from fedvlm.data.images import open_image
 

@@ -1,4 +1,4 @@
-"""Direct preference optimization: TRL's loss on the same pairs, and what a run makes of it."""
+"""Direct preference optimization: the loss of TRL on the same pairs, and a run that learns."""
 
 from __future__ import annotations
 

@@ -33,7 +33,7 @@ ALGORITHMS = ("plora", "lora", "fedsa", "ffa", "local", "lora+ft")
 
 
 class Stop(Progress):
-    """Ctrl-C after some number of trained clients."""
+    """Acts like Ctrl-C after a number of trained clients."""
 
     def __init__(self, after):
         self.left = after
@@ -45,7 +45,7 @@ class Stop(Progress):
 
 
 def bytes_of(folder):
-    """What every file of a run holds, but the lock and the clock's, which differ in any two."""
+    """File -> digest, without the files that differ between equal runs."""
     skipped = {".lock", "timing.jsonl", "config.yaml"}
     return {
         str(p.relative_to(folder)): sha256(p.read_bytes()).hexdigest()
@@ -59,7 +59,7 @@ def without_pictures(files):
 
 
 class Finished(dict):
-    """A finished run of each algorithm that is asked for, on the same clients.
+    """Algorithm -> its finished run, on the same clients. A run is made when it is first used.
 
     Args:
         folder: gets the runs.
@@ -188,7 +188,7 @@ def test_one_client_and_one_round_equal_a_plain_training_loop(small, name):
     small["train"] |= {"rounds": 1, "local_steps": 5, "max_grad_norm": 1.0, "lr": 1e-3}
     config = load(small, "algorithm.name=lora", f"engine.name={name}")
     results = federate.run(config)
-    plain = load(config, "output=elsewhere", "engine.name=reference")  # its layers are PEFT's own
+    plain = load(config, "output=elsewhere", "engine.name=reference")  # with PEFT's own layers
     engine, partition, _ = preparing.prepare(plain)
     model, params = engine.model.train(), lora.handles(engine.model)
     optimizer = torch.optim.AdamW(params.values(), lr=config.train.lr, weight_decay=0.0)

@@ -1,4 +1,4 @@
-"""A site that joins after training: what is trained, what is compared, what stays as it was."""
+"""A site joins after training: what is trained, what is compared, what stays unchanged."""
 
 import json
 import sys
@@ -28,7 +28,7 @@ from test_federate import bytes_of
 
 @pytest.fixture(scope="module")
 def joined(finished_run, new_rows, tmp_path_factory):
-    """A copy of the run that a new site has joined, and what the copy was before."""
+    """A copy of the run that a new site has joined, the site, and the copy's digests before."""
     import shutil
 
     folder = tmp_path_factory.mktemp("joined") / "run"
@@ -141,7 +141,7 @@ def test_peft_loads_its_folder(joined):
 
 @pytest.mark.parametrize("name", [n for n in TABLE if n != "share"])
 def test_what_is_personal_is_what_the_algorithm_keeps(name):
-    """Without anything personal it is everything; local tuning at the end keeps everything."""
+    """An algorithm without a personal part, or with local tuning at the end, keeps all factors."""
     expected = {"plora": "A", "fedalora": "A", "fedsa": "B", "iat": "B"}
     ranks = 8 + spare_ranks(name, LoraConfig(rank=8))
     shapes = {"A": (ranks, 5), "B": (4, ranks)}

@@ -1,4 +1,4 @@
-"""Runs of more clients than are looked at: who is scored, and what is held in memory."""
+"""Runs with many clients: which clients are scored, and what is held in memory."""
 
 import json
 import weakref
@@ -21,7 +21,7 @@ SITES = ["site-0", "site-1", "site-2"]
 
 @pytest.fixture(scope="module", params=["plora", "auto"])
 def both(request, tmp_path_factory):
-    """The same run with all clients scored, and with one of them."""
+    """The same run twice: with all clients scored, and with one client scored."""
     folder = tmp_path_factory.mktemp("scale")
     settings = {
         "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},

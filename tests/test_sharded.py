@@ -1,4 +1,4 @@
-"""One run in two real processes, by torchrun and gloo: the same results as in one."""
+"""One run in two real processes, by torchrun and gloo, has the results of one process."""
 
 import json
 import os
@@ -34,11 +34,11 @@ SETTINGS = (
 SAME_PASSES = (*SETTINGS, "algorithm.name=lora+ft", "algorithm.ft_steps=1", "engine.clients=1")
 RUNS = {
     "plora": (*SETTINGS, "algorithm.name=plora", "train.optimizer=sgd"),
-    # Turns of two clients and of one, for which process 0 has nothing to do.
+    # Passes of two clients and of one client: then process 0 has nothing to do.
     "odd": (*SAME_PASSES, "train.rounds=1", "train.clients_per_round=3"),
 }
 
-# Process 1 dies in round 2, after it has written what its clients keep.
+# Process 1 dies in round 2, after it has written its clients' personal states.
 KILLED = """
 import os, signal, sys
 from fedvlm.cli.app import main
@@ -56,7 +56,7 @@ ReferenceEngine.train = dying
 main()
 """
 
-# Goes on with the run above, does two more, and then one in which process 1 meets a mistake.
+# Resumes the run above, does two more runs, and then one in which process 1 finds a mistake.
 SEVERAL = """
 import json, os, sys
 import fedvlm
@@ -78,7 +78,7 @@ main()
 
 
 def launch(*command):
-    """Runs a command in two processes; returns exit code, output, errors."""
+    """Runs a command in two processes. Returns the exit code, the output and the errors."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -137,7 +137,7 @@ def assert_close(found, expected, atol):
 
 
 def assert_told_the_same(found, expected):
-    """Equal files but for the last digits of numbers: order and texts are the same."""
+    """Files must be equal in order and text. Numbers may differ in their last digits."""
 
     def numbers(tree):
         if isinstance(tree, dict):

@@ -1,4 +1,4 @@
-"""What passes between server and clients: checked before it counts, compressed where asked for."""
+"""Messages between server and clients: their checks, and their compression."""
 
 from __future__ import annotations
 
@@ -39,18 +39,18 @@ def wire(compress, **settings):
 
 
 def feed(tree, seed=0):
-    """A tree that training has moved."""
+    """A tree with noise added, like one after training."""
     g = torch.Generator().manual_seed(seed)
     return {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in tree.items()}
 
 
 def work(down, end):
-    """A client's round without phases, begun at what it was sent."""
+    """The work of a client that starts from ``down`` and ends at ``end``."""
     return Work(down, {}, (end,), ({"A": 1.0, "B": 1.0},), {**end, **down})
 
 
 def message_of(algorithm, whole, client=SITE):
-    """What the client was sent, what it has trained and the message that it sends."""
+    """The download of a client, its message and its upload."""
     down = algorithm.download(algorithm.init(whole), client)
     like = Federation(algorithm, {client.name: (client.weight, lambda n, now: 0.1 * now)}, whole)
     like.run()
@@ -84,7 +84,7 @@ def test_what_an_algorithm_sends_is_taken_at_both_ends(name, kind):
 
 
 def spoiled(message, change):
-    """A message with one thing wrong."""
+    """A message with its first tensor changed."""
     name = next(iter(message))
     return {**message, name: change(message[name])}
 
@@ -231,7 +231,7 @@ def wavy(name, now):
     "algorithm", [FEDAVG, PLORA, alternating()], ids=["lora", "plora", "rolora"]
 )
 def test_what_was_not_sent_is_sent_later(algorithm, kind):
-    """All that a client's uploads would have said, the server has, but for the rest it keeps."""
+    """Sum of the received uploads, plus the unsent rest, is the sum of the intended uploads."""
     whole = adapter(ranks=2, out=9, into=11)
     one = compressed(algorithm, wire(kind, **({"topk": 0.05} if kind == "topk" else {})))
     run = Federation(one, {"c": (1.0, wavy)}, whole)
@@ -260,7 +260,7 @@ def test_clients_whose_uploads_are_compressed_learn_the_same(kind):
 
 @pytest.mark.parametrize("name", ["scaffold", "ditto", "apfl", "fedprox", "feddpa", "plora"])
 def test_the_algorithm_does_not_see_what_was_not_sent(name):
-    """With every element sent the rest is zero, and each algorithm does what it did."""
+    """When every element is sent, the rest is zero and no algorithm changes."""
     config = AlgorithmConfig(name=name)
     whole, lora = adapter(ranks=4), LoraConfig(rank=4)
     plain, all_sent = (build(config, lora, w) for w in (None, wire("topk", topk=1.0)))
