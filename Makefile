@@ -43,10 +43,11 @@ test: export OMP_NUM_THREADS = 1
 test: $(VENV)/.stamp-dev ## set up, then run the tests
 	$(BIN)/python -m pytest --numprocesses=auto --maxprocesses=4 --dist=worksteal
 
-check: $(VENV)/.stamp-dev ## lint, formatting and types
+check: $(VENV)/.stamp-dev ## lint, formatting, types and the layers of the house
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 bench: $(VENV)/.stamp-run ## run every benchmark briefly (QUICK= for the full length)
 	@found=0; for file in benchmarks/*.py; do \
@@ -69,7 +70,8 @@ pins: ## renew constraints.txt from a fresh environment
 	mv constraints.new constraints.txt
 
 clean: ## remove the environment, caches and build output (keeps runs/ and demo/)
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis \
+	  .import_linter_cache
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
 # Set-up. The stamps make a second run free; editing pyproject.toml or constraints.txt renews them.

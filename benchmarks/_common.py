@@ -1,4 +1,4 @@
-"""What the benchmarks share: clocks, pairs, and a line that says where they were run."""
+"""Shared by the benchmarks: clocks, paired repeats, and a line about date and device."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ ROOT = Path(__file__).resolve().parents[1]
 
 
 def seconds(work: Work) -> float:
-    """How long a piece of work takes; on a GPU, until it has done it."""
+    """Wall time of a piece of work in seconds; on a GPU the clock waits for all kernels."""
     import torch
 
     wait = torch.cuda.synchronize if torch.cuda.is_available() else lambda: None
@@ -28,7 +28,11 @@ def seconds(work: Work) -> float:
 
 
 def best_threads(work: Work) -> int:
-    """The number of torch's threads, 1 or every core's, with which the work is faster."""
+    """Sets torch's threads to 1 or to the number of cores, whichever is faster for the work.
+
+    Returns:
+        The chosen number.
+    """
     import torch
 
     found = {}
@@ -42,11 +46,11 @@ def best_threads(work: Work) -> int:
 
 
 def paired(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, list[float]]:
-    """Times of the sides, which work by turns: what disturbs one disturbs the next, too.
+    """Times of several sides that work by turns, so that a disturbance hits all of them.
 
     Args:
-        sides: name -> does its work once, and says how long it took.
-        repeats: turns of each.
+        sides: name -> function that works once and returns its seconds.
+        repeats: number of turns of each side.
     """
     taken: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(repeats):
@@ -56,7 +60,7 @@ def paired(sides: Mapping[str, Callable[[], float]], repeats: int) -> dict[str, 
 
 
 def ratio(slow: list[float], fast: list[float]) -> tuple[float, float, float]:
-    """The median of the pairs' ratios, the smallest and the largest."""
+    """Median, minimum and maximum of the ratios of pairs."""
     pairs = [s / f for s, f in zip(slow, fast, strict=True)]
     return statistics.median(pairs), min(pairs), max(pairs)
 

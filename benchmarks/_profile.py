@@ -1,4 +1,4 @@
-"""Where the time of a piece of work goes, by torch's profiler."""
+"""The time of a piece of work by kind of operation, measured by torch's profiler."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ KINDS = ("base products", "rank products", "attention", "elementwise and copies"
 
 
 def kind(name: str, shapes: list[Any], rank: int) -> str:
-    """The kind of an operation; a product is of the rank if one of its sides is as long."""
+    """The kind of an operation. A product with a side of length ``rank`` is a rank product."""
     name = name.lower()
     if "adam" in name or "sgd" in name:
         return "optimizer"
@@ -29,10 +29,10 @@ def kind(name: str, shapes: list[Any], rank: int) -> str:
 
 
 def profile(work: Work, rank: int) -> dict[str, float]:
-    """Seconds by kind, and `Python and waiting`: what is left of the wall time.
+    """Seconds by kind of operation. `Python and waiting` is the rest of the wall time.
 
-    On a GPU the kinds are its kernels' times and the rest is when none of them ran. The profiler
-    itself slows Python, so that the shares are more telling than the sum.
+    On a GPU the kinds count the time of kernels, and the rest is the time without a kernel. The
+    profiler slows Python down, so trust the shares more than the sum.
     """
     cuda = torch.cuda.is_available()
     activities = [torch.profiler.ProfilerActivity.CPU]
@@ -48,7 +48,7 @@ def profile(work: Work, rank: int) -> dict[str, float]:
     taken: dict[str, float] = defaultdict(float)
     for event in found.key_averages(group_by_input_shape=True):
         if event.device_type != torch.autograd.DeviceType.CPU:
-            continue  # a kernel, whose time is its operation's as well
+            continue  # a kernel: the time of its operation includes it
         of_device = event.self_device_time_total if cuda else event.self_cpu_time_total
         taken[kind(event.key, event.input_shapes, rank)] += of_device / 1e6
     table = {name: taken[name] for name in KINDS}

@@ -1,7 +1,7 @@
-"""Models of released shapes with random weights, and made-up data for them; nothing is downloaded.
+"""Models of released shapes with random weights, and synthetic rows. Nothing is downloaded.
 
-Speed does not depend on the values of weights, so a model is its configuration. The rows are made
-of random tokens and pixels, all of one size.
+Speed does not depend on the values of weights, so the configuration of a model is enough. The rows
+hold random tokens and pixels. All rows have one size.
 """
 
 from __future__ import annotations
@@ -21,24 +21,24 @@ from fedvlm.batches.collate import Collator
 from fedvlm.batches.prompts import Features
 from fedvlm.data.partition import Split
 from fedvlm.engines.choice import engine_class
-from fedvlm.engines.reference import ReferenceEngine
+from fedvlm.engines.shell import Shell
 from fedvlm.models.load import quiet_transformers, without_dropout
 from fedvlm.models.lora import attach, drop_dead
 from fedvlm.store.run import Store
 
-ROWS, PICTURES = 64, 8  # a client's rows, and different pictures among them
+ROWS, PICTURES = 64, 8  # rows of a client, and distinct pictures among them
 
 
 @dataclass(frozen=True)
 class Shape:
-    """A model, and the rows it is given.
+    """A model and the size of its rows.
 
     Attributes:
-        config: of transformers.
+        config: configuration of transformers.
         side: width and height of a picture, in pixels.
-        image_tokens: of a picture, at this side.
-        question: tokens of text before the answer.
-        answer: tokens that are learnt.
+        image_tokens: number of tokens of a picture of this size.
+        question: number of text tokens before the answer.
+        answer: number of tokens in the loss.
     """
 
     config: Any
@@ -51,8 +51,8 @@ class Shape:
 def florence(size: str, side: int = 768) -> Shape:
     """Florence-2 (arXiv 2311.06242), `base` or `large`: DaViT and BART.
 
-    A picture becomes one token for 32 x 32 pixels and one for their mean. DaViT's windows are 12
-    tokens wide at each of four scales: sides of 384 and 768 fill them.
+    A picture becomes one token for each 32 x 32 pixels and one token for their mean. The windows
+    of DaViT are 12 tokens wide at each of four scales. Sides of 384 and 768 pixels fill them.
     """
     wide = size == "large"
     heads = (8, 16, 32, 64) if wide else (4, 8, 16, 32)
@@ -80,7 +80,7 @@ def florence(size: str, side: int = 768) -> Shape:
 
 
 def smolvlm(side: int = 512) -> Shape:
-    """SmolVLM-500M: SigLIP-B/16 at 512 pixels and SmolLM2-360M; one tile of 64 image tokens."""
+    """SmolVLM-500M: SigLIP-B/16 at 512 pixels and SmolLM2-360M. A tile has 64 image tokens."""
     config = hf.AutoConfig.for_model(
         "smolvlm",
         image_token_id=49190,
@@ -136,13 +136,13 @@ def engine(
     batch: int,
     steps: int,
     target: str,
-) -> tuple[ReferenceEngine, Any]:
-    """An engine with made-up rows, `width` clients in a pass, and the partition of the rows."""
+) -> tuple[Shell, Any]:
+    """An engine with synthetic rows and `width` clients in a pass, and their partition."""
     config = fedvlm.load_config(
         {
             "output": tempfile.mkdtemp() + "/run",
             "lora": {"target": target},
-            "algorithm": {"name": "lora"},  # clients keep nothing: no disk is on the clock
+            "algorithm": {"name": "lora"},  # clients keep nothing, so the clock includes no disk
             "train": {"batch_size": batch, "local_steps": steps},
             "engine": {"name": name, "clients": width if name == "cohort" else None},
         }
@@ -167,7 +167,7 @@ def engine(
 
 
 class MadeUp(Collator):
-    """Rows of random tokens and pixels; the pixels lie on the device already."""
+    """Rows of random tokens and pixels. The pixels are on the device from the start."""
 
     def __init__(self, shape: Shape, model: Any):
         self.shape = shape

@@ -1,4 +1,4 @@
-"""The sides that `engine.py` and `gpu.py` compare: a round of an engine, and the floor under it."""
+"""The sides that `engine.py` and `gpu.py` compare: a round of an engine, and its lower bound."""
 
 from __future__ import annotations
 
@@ -10,36 +10,37 @@ import numpy as np
 import torch
 
 from _common import Work
-from fedvlm.algorithms.table import Client, build
+from fedvlm.algorithms.base import Visit
+from fedvlm.batches.draw import batches
 from fedvlm.batches.objectives import answer_nll
-from fedvlm.engines.reference import ReferenceEngine, batches
+from fedvlm.engines.shell import Shell
 from fedvlm.engines.wire import Task
 from fedvlm.models.frozen import ImageFeatures
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config
 
 
-def training(engine: ReferenceEngine, clients: Sequence[str]) -> Work:
-    """A round's training of all clients."""
-    algorithm = build(engine.config.algorithm)
-    state = algorithm.init(engine.adapter)
-    tasks = [Task(c, 1, algorithm.download(state, Client(c, 1.0))) for c in clients]
-    return lambda: list(engine.train(algorithm, tasks))
+def training(engine: Shell, clients: Sequence[str]) -> Work:
+    """The training of all clients in one round."""
+    state = engine.algorithm.init(engine.adapter)
+    visits = [Visit(client, 1.0, round=1) for client in clients]
+    tasks = [Task(visit, engine.algorithm.send(state, visit)) for visit in visits]
+    return lambda: list(engine.train(tasks))
 
 
 def drawn(config: Config, rows: np.ndarray, client: str, round_: int) -> list[np.ndarray]:
-    """The rows of a client's batches in a round, as the engines draw them."""
+    """The rows of each batch of a client in a round, as the engines draw them."""
     train = config.train
     seed = derive(config.seed, round_, client, 0, "batches")
     return list(batches(rows, train.batch_size, train.steps(len(rows)), seed))
 
 
-def floor(bare: Any, engine: ReferenceEngine, partition: Any) -> Work:
-    """The same rows through a frozen model without adapters, forward and to the inputs' gradients.
+def floor(bare: Any, engine: Shell, partition: Any) -> Work:
+    """The same rows through the frozen model without adapters: forward, and back to the inputs.
 
-    Training adapters cannot take less: this is what the base's own layers cost. No optimizer, no
-    products of a rank, no round around it. Where LoRA is in the language model only, pictures'
-    features are kept here as well, and gradients end at them.
+    This is the cost of the base layers, a lower bound for the training of adapters. It includes no
+    optimizer, no rank products and no round loop. Where LoRA is in the language model only, image
+    features are cached here as well, and gradients stop at them.
     """
     splits = partition.splits
     own = [drawn(engine.config, splits[c].train, c, 1) for c in partition.clients]
@@ -47,7 +48,7 @@ def floor(bare: Any, engine: ReferenceEngine, partition: Any) -> Work:
     images = ImageFeatures(bare, engine.collator.picture, 1 << 34) if kept else None
     bare.train()
     tokens = bare.get_input_embeddings().num_embeddings
-    for module in bare.modules():  # an encoder's token embeddings, and a decoder's
+    for module in bare.modules():  # the token embeddings of an encoder and of a decoder
         if isinstance(module, torch.nn.Embedding) and module.num_embeddings == tokens:
             module.register_forward_hook(lambda _m, _i, out: out.requires_grad_(True))
 

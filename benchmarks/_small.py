@@ -1,4 +1,4 @@
-"""What the benchmarks share: a model of another size, cheap rows, a paused run."""
+"""Shared by the benchmarks: a model of another size, cheap rows, and the settings of a run."""
 
 from __future__ import annotations
 
@@ -8,12 +8,12 @@ from typing import Any
 
 
 def write_model(folder: Path, width: int = 32, layers: int | None = 1) -> str:
-    """The bundled model's classes and processor in another size, weights random.
+    """Writes a model of the bundled model's classes in another size, with random weights.
 
     Args:
-        folder: gets it.
-        width: of the hidden states on either side.
-        layers: on either side; None: as many as the bundled model has.
+        folder: receives the model and its processor.
+        width: size of the hidden states, in the vision tower and in the language model.
+        layers: number of layers of each of the two; None keeps that of the bundled model.
     """
     import torch
     import transformers as hf
@@ -39,7 +39,7 @@ def write_model(folder: Path, width: int = 32, layers: int | None = 1) -> str:
 
 
 def write_rows(path: Path, clients: int, rows: int) -> str:
-    """``rows`` rows for each client: one of 64 pictures, a short question, one of 50 answers."""
+    """Writes ``rows`` rows for each client: one of 64 pictures, a question, one of 50 answers."""
     import datasets
     import numpy as np
     from PIL import Image
@@ -63,7 +63,7 @@ def write_rows(path: Path, clients: int, rows: int) -> str:
 
 
 def settings(folder: Path, clients: int, cohort: int, rows: int = 3) -> dict[str, Any]:
-    """A run on these, with one batch of two rows a step and no evaluation before the end."""
+    """Settings of a run on such a model and rows: two rows a batch, evaluation only at the end."""
     folder.mkdir(parents=True, exist_ok=True)
     model, data = folder / "model", folder / f"rows-{clients}"
     return {

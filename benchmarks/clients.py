@@ -1,16 +1,16 @@
-"""Rounds of 100 clients out of 100, 10,000 and 100,000 registered: time, and memory.
+"""Rounds of 100 clients out of 100, 10,000 and 100,000 registered clients: time and memory.
 
-Each number of clients has a process of its own, which runs the federated round loop with LoRA, on
-two rows a client, one of them to train on. Before its first round every client has a personal state
-on the disk, most of them written again in random order, so that half of the disk is stale, as after
-a long time: the rounds have old packs to merge. Then the processes run a round each by turns. A
-round's time is its wall time, from the draw of the cohort to the end of the commit. Of 100 clients
-all rows are encoded after the first round; of many more, few are: that costs too.
+Each number of clients has its own process. The process runs the federated round loop with LoRA on
+two rows a client, one of them for training. Before the first round every client has a personal
+state on the disk. Many states were written again in random order, so half of the bytes on the disk
+are stale, as after a long run, and the rounds have old packs to merge. The processes then run
+rounds by turns. The time of a round is its wall time from the draw of the cohort to the end of the
+commit. The rows of all cohorts are encoded before the first round.
 
     python benchmarks/clients.py [--quick] [--model one-layer] [--registered 100 5000]
 
-Printed are medians, and memory after the start and at its peak in the rounds; the last line is
-`RATIO <number> <what>`.
+The script prints medians, and the memory after the start and at the peak of the rounds. The last
+line is `RATIO <number> <what>`.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 import numpy as np
 
 from _small import settings
-from fedvlm.algorithms.table import Client, Work, build
+from fedvlm.algorithms.base import NOBODY
+from fedvlm.algorithms.dry import rehearse
 from fedvlm.config import load
 from fedvlm.rounds import federate
 from fedvlm.rounds import prepare as preparing
@@ -42,11 +43,11 @@ from fedvlm.rounds.progress import Progress
 from fedvlm.store.run import Store
 
 COHORT = 100
-AGAIN = 6  # times that a quarter of the clients is written again
+AGAIN = 6  # how often a quarter of the clients is written again
 
 
 class Paced(Progress):
-    """Runs a round whenever a line comes in, and tells its seconds and the memory so far."""
+    """Runs a round for each line of input, and prints its seconds and the memory so far."""
 
     def __init__(self, began: float):
         self.began = began
@@ -62,33 +63,33 @@ class Paced(Progress):
 
 
 def memory() -> dict[str, float]:
-    """What is resident now and was at most, in MB."""
+    """Resident memory now and at its peak, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     found = {line.split(":")[0]: line.split()[1] for line in lines if line.startswith("Vm")}
     return {"resident": int(found["VmRSS"]) / 1000, "peak": int(found["VmHWM"]) / 1000}
 
 
 def run(folder: Path, clients: int, model: str, rounds: int) -> None:
-    """A run of its own, its clients having states and their rows encoded; never ends by itself."""
+    """Prepares states and encoded rows, then runs rounds until the input ends."""
     began = time.perf_counter()
     chosen = settings(folder, clients, COHORT, rows=2) | {"lora": {"rank": 1, "alpha": 2}}
     config = load(chosen | ({"model": {"name": "tiny"}} if model == "tiny" else {}))
     engine, partition, store = preparing.prepare(config)
     with store.locked():
         federate.begin(config, store, {}, False)
-        algorithm = build(config.algorithm)
-        down = algorithm.download(algorithm.init(engine.adapter), Client("", 1.0))
-        mine = algorithm.finish(Work(down, {}, (engine.adapter,)))[1]
+        algorithm = engine.algorithm
+        down = algorithm.send(algorithm.init(engine.adapter), NOBODY)
+        mine = rehearse(algorithm, engine.adapter, NOBODY, down, 1).sent.keep
         fill(store, partition.clients, mine, engine.width)
         for round_ in itertools.islice(federate.plan(config, algorithm, partition.clients), rounds):
-            for client in round_.cohort:  # clients that come for the first time have new rows
+            for client in round_.cohort:  # a client's first round brings new rows
                 for row in partition.splits[client].train:
                     engine.collator.features(int(row))
         federate.drive(config, engine, partition.weights, store, Paced(began))
 
 
 def fill(store: Store, clients: tuple[str, ...], mine: Any, width: int) -> None:
-    """Writes a state for everyone, and new ones for many, pass by pass, as rounds do."""
+    """Writes a state for each client, then new states for many, pass by pass as rounds do."""
     rng = np.random.default_rng(0)
     orders = [rng.permutation(len(clients))]
     orders += [rng.permutation(len(clients))[: len(clients) // 4] for _ in range(AGAIN)]
@@ -101,7 +102,7 @@ def fill(store: Store, clients: tuple[str, ...], mine: Any, width: int) -> None:
 
 
 class Process:
-    """One number of registered clients, running a round when it is asked to."""
+    """The process of one number of registered clients. It runs a round on demand."""
 
     def __init__(self, folder: str, clients: int, model: str, rounds: int):
         command = [sys.executable, __file__, "--run", folder, str(clients), "--model", model]
@@ -128,11 +129,13 @@ class Process:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="100 and 2,000 clients")
-    parser.add_argument("--rounds", type=int, default=5, help="rounds that are measured")
+    parser.add_argument("--rounds", type=int, default=5, help="number of measured rounds")
     parser.add_argument(
         "--registered", type=int, nargs="+", default=[100, 10_000, 100_000], metavar="CLIENTS"
     )
-    parser.add_argument("--model", choices=("tiny", "one-layer"), help="tiny, unless --quick")
+    parser.add_argument(
+        "--model", choices=("tiny", "one-layer"), help="default: tiny, with --quick one-layer"
+    )
     parser.add_argument("--run", nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args()
     if options.run:
@@ -141,7 +144,7 @@ def main() -> None:
     counts = [100, 2_000] if options.quick else options.registered
     model = options.model or ("one-layer" if options.quick else "tiny")
     with tempfile.TemporaryDirectory(prefix="fedvlm-clients-") as folder:
-        settings(Path(folder), counts[0], COHORT, rows=2)  # the model's folder is there for all
+        settings(Path(folder), counts[0], COHORT, rows=2)  # writes the model once for all processes
         processes = [Process(folder, clients, model, options.rounds) for clients in counts]
         for process in processes:
             told = process.answer()

@@ -1,32 +1,34 @@
-"""What a deployed round costs beyond the sites' training, beside Flower's deployment runtime.
+"""The overhead of a deployed round, beside Flower's deployment runtime.
 
     python benchmarks/deploy.py [--quick] [--sites 3,10] [--megabytes 1,16] [--venv DIR]
 
-Real processes on this machine, over loopback, with TLS: `fedvlm deploy server`, a `fedvlm site
-start` for every site, and a run; `flower-superlink`, a `flower-supernode` for every client, and
-`flwr run`. Server and clients share this machine's cores, and so are in each other's way, on either
-side.
+The script starts real processes on this machine, over loopback, with TLS. For fedvlm these are
+`fedvlm deploy server`, a `fedvlm site start` for every site, and a run. For Flower they are
+`flower-superlink`, a `flower-supernode` for every client, and `flwr run`. On both sides server and
+clients share the cores of this machine, so they slow each other down.
 
-- fedvlm: `lora`, whose factors travel down and up, with one step of batch 1; the rank makes the
-  size. 1 MB is of the bundled model, 16 MB of one that is twice as wide, with random weights.
-- flower: FedAvg on arrays of the same shapes, and a client of numpy alone that returns what it was
-  sent plus a little. It has no model, nothing to compute and nothing to save, and no certificate of
-  its own, as ours have; the server has one.
+- fedvlm: `lora`, whose factors travel down and up, with one step of batch 1. The rank sets the size
+  of an upload. 1 MB uses the bundled model. 16 MB uses a model of twice the width with random
+  weights.
+- flower: FedAvg on arrays of the same shapes. The client uses numpy only and returns its download
+  plus a small number. It has no model, nothing to compute and nothing to save. Only the server has
+  a certificate; with fedvlm every site has one as well.
 
-Overhead is a round's wall time, from the end of the round before to its own end, less the slowest
-client's own seconds. So it has in it the messages down and up, TLS, what processes wait for each
-other and for a core, the checks of what comes in, the fold, the server's checkpoint. A client's own
-seconds are, at ours, those from the tensors it was sent to the upload's tensors; they include the
-writing of its state to the disk, which Flower's client does not do, and which has a column
-(`saves s`: the median of the last two rounds of all sites): overhead with it is the sum of the two.
-At Flower's they are those of the ClientApp's function, with its arrays' conversion. The first round
-is not counted, nor our last one, in which sites evaluate.
+The overhead of a round is its wall time, from the end of the round before to its end, minus the
+slowest client's own seconds. It includes the messages down and up, TLS, waiting for other processes
+and for a core, the checks on messages, the fold, and the server's checkpoint. With fedvlm, a
+client's own seconds last from the tensors of its download to the tensors of its upload. They
+include writing its state to the disk, which Flower's client does not do. The column `saves s` shows
+that part: the median of the last two rounds of all sites. Add it to the overhead for the overhead
+with saving. With Flower, a client's own seconds are those of the ClientApp's function, conversion
+of arrays included. The first round does not count. With fedvlm the last round, in which the sites
+evaluate, does not count either.
 
-Memory is the peak resident one (VmHWM) of the process with the round loop (`job`), and of the one
-that it belongs to (`server`); of a client, what its processes have allocated at most, all together,
-in the mean of all clients.
+Memory is the peak resident memory (VmHWM) of the process with the round loop (`job`) and of its
+parent (`server`). For a client it is the peak of the memory allocated by all its processes, as a
+mean over all clients.
 
-Flower is installed as by `peers.py`; NVFlare comes with `pip install 'fedvlm[deploy]'`. The last
+Flower is installed as for `peers.py`. NVFlare comes with `pip install 'fedvlm[deploy]'`. The last
 line is `RATIO <number> <what>`.
 """
 
@@ -44,11 +46,13 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import _deploy.flower
+import _deploy.ours
 from _common import environment
 from _deploy.watch import Outcome, limited
 from peers import QUIET, VENV, install
 
-LIMIT = 900  # seconds for one side of one case
+LIMIT = 900  # seconds of one side of one case
 HEAD = ("side", "sites", "MB up", "overhead s", "range", "round s", "own s", "saves s")
 MEMORY = ("server job MB", "server MB", "a client MB")
 
@@ -58,11 +62,15 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--quick", action="store_true", help="2 sites, 0.07 MB, 1 round")
-    parser.add_argument("--sites", default="3,10", help="how many (default: %(default)s)")
-    parser.add_argument("--megabytes", default="1,16", help="an upload's (default: %(default)s)")
+    parser.add_argument("--sites", default="3,10", help="numbers of sites (default: %(default)s)")
+    parser.add_argument(
+        "--megabytes", default="1,16", help="size of an upload (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=int, default=5, help="rounds after the first")
-    parser.add_argument("--at-once", type=int, default=16, help="our server's calls under way")
-    parser.add_argument("--only", choices=("fedvlm", "flower"), help="one side alone")
+    parser.add_argument(
+        "--at-once", type=int, default=16, help="calls in parallel of fedvlm's server"
+    )
+    parser.add_argument("--only", choices=("fedvlm", "flower"), help="measure one side only")
     parser.add_argument("--venv", type=Path, default=VENV, help="Flower's environment")
     options = parser.parse_args()
     if find_spec("nvflare") is None:
@@ -92,16 +100,20 @@ def main() -> None:
 
 
 def compare(sites: int, size: float, options: argparse.Namespace, flower: bool) -> float:
-    """Measures and prints a case; how many times ours Flower's overhead is, or a side's alone."""
+    """Measures a case and prints it.
+
+    Returns:
+        Flower's overhead over fedvlm's, or the seconds of overhead where one side runs alone.
+    """
     found: dict[str, Outcome] = {}
 
     def ours(folder: Path) -> Outcome:
-        return ours.measure(folder, sites, size, options.repeats, options.at_once)
+        return _deploy.ours.measure(folder, sites, size, options.repeats, options.at_once)
 
     def theirs(folder: Path) -> Outcome:
-        shapes = found["fedvlm"].shapes if "fedvlm" in found else ours.shapes(size)
+        shapes = found["fedvlm"].shapes if "fedvlm" in found else _deploy.ours.shapes(size)
         programs = options.venv.absolute() / "bin"
-        return flower.measure(folder, programs, QUIET, sites, shapes, options.repeats)
+        return _deploy.flower.measure(folder, programs, QUIET, sites, shapes, options.repeats)
 
     sides: dict[str, Callable[[Path], Outcome]] = {}
     if options.only != "flower":

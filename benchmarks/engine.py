@@ -1,16 +1,18 @@
-"""Speed of the cohort engine against the reference: a round's training, side by side in one run.
+"""Speed of the cohort engine against the reference engine: the training of a round.
 
     python benchmarks/engine.py [--quick] [--model tiny,mid] [--target language] [--profile]
 
-Both engines train the same clients on the same batches from the same adapters, by turns; each at
-the thread setting that is best for it. A third column is the floor: the same rows through the
-frozen model without adapters, forward and back to its inputs. Printed are medians of the repeats
-and the ratios of the pairs; the last line is `RATIO <number> <what>`.
+Both engines train the same clients on the same batches from the same adapters, by turns in one
+process. Each engine runs with the number of threads that suits it best. A third column is the
+floor: the same rows through the frozen model without adapters, forward and back to the inputs. The
+script prints medians of the repeats and the ratios of pairs. The last line is
+`RATIO <number> <what>`.
 
-Models: `tiny` is the bundled one with the bundled scenes. `mid` has the shape of Florence-2-base
-(231 M parameters, random weights) and made-up rows of 32 tokens in and out. Its pictures have 192
-pixels a side instead of 768, and 37 image tokens instead of 577: full ones have 16 times as many
-patches, too many for two cores and ten minutes. With `language` a picture is looked at only once.
+Models: `tiny` is the bundled model with the bundled scenes. `mid` has the shape of Florence-2-base
+(231 M parameters, random weights) and synthetic rows of 32 tokens in and out. Its pictures have 192
+pixels a side instead of 768, and 37 image tokens instead of 577. Pictures of full size have 16
+times as many patches, too many for two cores and ten minutes. With `language` the vision tower
+sees each picture only once.
 """
 
 from __future__ import annotations
@@ -35,14 +37,14 @@ from _profile import profile, show
 from fedvlm.models.load import load_model
 from fedvlm.rounds.prepare import prepare
 
-ROWS = 24  # a client's, of scenes; all are encoded before the clock starts
+ROWS = 24  # scenes of a client, all encoded before the clock starts
 MID = 192  # pixels
 ENGINES = ("reference", "cohort")
 
 
 @dataclass(frozen=True)
 class Case:
-    """A setting that is measured."""
+    """One measured setting."""
 
     model: str
     target: str
@@ -60,7 +62,7 @@ FULL = {
 
 
 def sides(case: Case) -> dict[str, Work]:
-    """One round of each engine, and the floor's work for it."""
+    """One round of each engine, and the floor for the same rows."""
     found: dict[str, Work] = {}
     for name in ENGINES:
         engine, partition = tiny(name, case) if case.model == "tiny" else mid(name, case)
@@ -96,7 +98,7 @@ def mid(name: str, case: Case) -> tuple[Any, Any]:
 
 
 def compare(case: Case, repeats: int, profiled: bool) -> float:
-    """Prints a row of the table; returns how much faster the cohort engine is."""
+    """Prints a row of the table; returns the speed of the cohort engine over the reference."""
     works = sides(case)
     threads = {name: best_threads(work) for name, work in works.items()}
 
@@ -129,9 +131,11 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one setting of tiny")
     parser.add_argument("--model", default="tiny,mid", help="default: %(default)s")
     parser.add_argument("--target", default="all-linear,language", help="default: %(default)s")
-    parser.add_argument("--clients", type=int, help="only settings with so many")
-    parser.add_argument("--batch", type=int, help="only settings with this size")
-    parser.add_argument("--profile", action="store_true", help="where the cohort's time goes")
+    parser.add_argument("--clients", type=int, help="only settings with this number of clients")
+    parser.add_argument("--batch", type=int, help="only settings with this batch size")
+    parser.add_argument(
+        "--profile", action="store_true", help="print the cohort engine's time by kind"
+    )
     options = parser.parse_args()
     cases = [
         Case(model, target, *rest)

@@ -1,12 +1,12 @@
-"""Speed and memory of the server's fold: a weighted mean of uploads, one at a time as they arrive.
+"""Speed and memory of the server's fold: a weighted mean of uploads, one after another.
 
-Folds the uploads of a cohort with the class that the round loop uses, and copies the same tensors
-over one more upload (``torch._foreach_copy_``), by turns in one process. Then a fresh process for
-each size of a cohort makes and folds uploads, and tells how far its memory rose.
+The script folds the uploads of a cohort with the class of the round loop, and copies the same
+tensors over one more upload (``torch._foreach_copy_``), by turns in one process. Then a fresh
+process for each size of a cohort makes and folds uploads, and prints the rise of its memory.
 
     python benchmarks/fold.py [--quick]
 
-Printed are medians of the repeats; the last line is `RATIO <number> <what>`.
+The script prints medians of the repeats. The last line is `RATIO <number> <what>`.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ import torch
 
 from fedvlm.tree import Mean, Tree, nbytes
 
-LAYERS = {  # bytes of an upload: shape of B, and how many
+LAYERS = {  # size of an upload -> shape of each B, and the number of layers
     "tiny, 0.2 MB": ((128, 8), 49),
     "a 2 B model, 34 MB": ((2048, 16), 256),
 }
@@ -45,7 +45,7 @@ def seconds(work) -> float:
 
 
 def speed(name: str, cohort: int, repeats: int) -> float:
-    """The fold's share of a copy's speed."""
+    """The speed of the fold over the speed of a copy."""
     uploads = [upload(*LAYERS[name], seed) for seed in range(cohort)]
     target = {key: torch.empty_like(tensor) for key, tensor in uploads[0].items()}
 
@@ -75,13 +75,13 @@ def speed(name: str, cohort: int, repeats: int) -> float:
 
 
 def rise(name: str, cohort: int) -> float:
-    """MB that a process rises by while it makes and folds uploads one after another."""
+    """The rise of the process's peak memory in MB while it makes and folds uploads."""
 
     def peak() -> float:
         lines = Path("/proc/self/status").read_text().splitlines()
         return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM")) / 1000
 
-    Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak begins anew
+    Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak
     mean, before = Mean(), peak()
     for number in range(cohort):
         mean.add(upload(*LAYERS[name], number), 1.0)

@@ -1,23 +1,24 @@
-"""The cohort engine on a GPU, with models of released shapes and random weights; needs no network.
+"""The cohort engine on a GPU, with models of released shapes and random weights. Needs no network.
 
     python benchmarks/gpu.py [--quick] [--model florence-2-base] [--target language] [--profile]
 
-Three sides work by turns in one run, on the same number of made-up rows (32 tokens in, 32 out, a
-picture of the model's own size), base model in bf16, factors in fp32:
+Three sides work by turns in one process, on the same number of synthetic rows (32 tokens in, 32
+out, a picture of the model's own size). The base model is in bf16, the factors are in fp32.
 
 - sequential: one client after another (the reference engine)
-- cohort: all clients in one pass, or so many as memory allows (the column `pass`)
-- plain: one adapter, trained on a whole pass's rows as one batch (the reference engine with one
-  client a pass): what the hardware gives to ordinary LoRA training of as many tokens
+- cohort: all clients in one pass, or as many as memory allows (the column `pass`)
+- plain: one adapter, trained on the rows of a whole pass as one batch (the reference engine with
+  one client a pass). This is ordinary LoRA training of as many tokens, the limit of the hardware.
 
-Printed are medians of the repeats in milliseconds for a step of all clients; the share of plain's
-speed that the cohort reaches; TFLOP/s of the cohort and, on an H100, the share of its peak (MFU),
-by the products that it does, forward and back; and each side's peak memory: the model's weights and
-what a step adds. The pictures lie on the GPU already. With `language` only the cohort engine keeps
-what the vision tower makes of them. The last line is `RATIO <number> <what>`.
+The script prints the median milliseconds of a step of all clients, the cohort's share of the speed
+of plain, and the cohort's TFLOP/s. On an H100 or H200 it also prints the share of the peak (MFU).
+Operations are those of the products, forward and back. The last columns are each side's peak
+memory: the weights of the model plus the memory of a step. The pictures are on the GPU from the
+start. With `language` only the cohort engine caches the features of the vision tower. The last line
+is `RATIO <number> <what>`.
 
-Without a GPU it says so and ends; with `--device cpu --quick` it runs on small shapes, to test the
-script itself.
+Without a GPU the script prints a line and ends. `--device cpu --quick` runs it on small shapes, as
+a test of the script itself.
 """
 
 from __future__ import annotations
@@ -41,12 +42,12 @@ import _sides
 from _common import Work, environment, paired, ratio, seconds
 from _profile import profile, show
 
-PEAK = {"H100": 989.4e12, "H200": 989.4e12}  # dense bf16 operations a second, by its data sheet
+PEAK = {"H100": 989.4e12, "H200": 989.4e12}  # dense bf16 operations a second, from the data sheet
 GB = 1e9
 
 
 def small(name: str) -> _shapes.Shape:
-    """A shape's kind with a few narrow layers, for a machine without a GPU."""
+    """A shape of the same kind with a few narrow layers, for a machine without a GPU."""
     shape = _shapes.SHAPES[name]()
     text, vision = shape.config.text_config, shape.config.vision_config
     text.update({"vocab_size": 1000})
@@ -68,7 +69,7 @@ def small(name: str) -> _shapes.Shape:
 def build(
     shape: _shapes.Shape, width: int, batch: int, target: str, options: argparse.Namespace
 ) -> tuple[dict[str, Work], float]:
-    """The sides' work, `width` clients in a pass, and the bytes of a model's weights."""
+    """The work of each side with `width` clients in a pass, and the bytes of the weights."""
     device, clients = torch.device(options.device), options.clients
     dtype = torch.bfloat16
     settings = {
@@ -88,7 +89,7 @@ def build(
 
 
 def peak(work: Work) -> float:
-    """The bytes that a piece of work needs at most, above what was there before."""
+    """Peak bytes of a piece of work, above the bytes allocated before."""
     if not torch.cuda.is_available():
         return float("nan")
     torch.cuda.synchronize()
@@ -102,9 +103,11 @@ def peak(work: Work) -> float:
 def compare(
     name: str, width: int, batch: int, target: str, options: argparse.Namespace
 ) -> float | None:
-    """Prints a row of the table; returns how much faster the cohort engine is.
+    """Prints a row of the table.
 
-    None where a pass of `width` clients does not fit into memory.
+    Returns:
+        The speed of the cohort engine over the sequential side, or None where a pass of `width`
+        clients does not fit into memory.
     """
     try:
         return _compare(name, width, batch, target, options)
@@ -118,7 +121,7 @@ def _compare(name: str, width: int, batch: int, target: str, options: argparse.N
     for work in works.values():
         work()
     memory = {side: (peak(work) + weights) / GB for side, work in works.items()}
-    # The counter knows no fused attention with fewer keys than queries; its products are the same.
+    # The counter lacks fused attention with fewer keys than queries. The products are the same.
     with sdpa_kernel(SDPBackend.MATH), FlopCounterMode(display=False) as counted:
         works["cohort"]()
     timed = {side: lambda work=work: seconds(work) for side, work in works.items()}
@@ -154,10 +157,12 @@ def main() -> None:
     parser.add_argument("--target", default="all-linear,language", help="default: %(default)s")
     parser.add_argument("--clients", type=int, default=16)
     parser.add_argument("--batch", default="2,8", help="default: %(default)s")
-    parser.add_argument("--steps", type=int, default=5, help="of a round (default: %(default)s)")
+    parser.add_argument(
+        "--steps", type=int, default=5, help="steps of a round (default: %(default)s)"
+    )
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument(
-        "--profile", action="store_true", help="where the cohort engine's time goes"
+        "--profile", action="store_true", help="print the cohort engine's time by kind"
     )
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args()

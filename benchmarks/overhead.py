@@ -1,13 +1,13 @@
-"""What a round costs beyond the training steps: the loop's share of the wall time.
+"""The overhead of a round: the share of its wall time outside the training steps.
 
-Runs federated rounds of 10, 100 and 1,000 clients on a model of one layer, where the steps cost as
-little as they can. The time inside a step is that of forward and loss, backward, clipping and the
-optimizer; all the rest of the round is overhead: drawing the cohort, encoding and collating rows,
-reading and writing personal states, aggregation, the commit to the disk.
+The script runs federated rounds of 10, 100 and 1,000 clients on a model of one layer, whose steps
+are as cheap as possible. A step consists of forward and loss, backward, clipping and the optimizer.
+The rest of the round is overhead: the draw of the cohort, encoding and collating rows, reading and
+writing personal states, aggregation, the commit to the disk.
 
     python benchmarks/overhead.py [--quick]
 
-Printed are medians over the rounds after a first one; the last line is `RATIO <number> <what>`.
+The script prints medians over the rounds after the first. The last line is `RATIO <number> <what>`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ import torch
 
 from _small import settings
 from fedvlm.batches import objectives
-from fedvlm.engines.choice import cohort as cohort_engine
+from fedvlm.engines import cohort as cohort_engine
 from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Progress
 
@@ -40,11 +40,11 @@ TARGETS = {10: 0.03, 100: 0.05, 1000: 0.10}
 
 
 class Enough(Exception):
-    """The rounds that were asked for are done."""
+    """All requested rounds are done."""
 
 
 class Inside:
-    """Seconds inside the functions that are counted."""
+    """Seconds inside the counted functions."""
 
     def __init__(self) -> None:
         self.seconds = 0.0
@@ -69,7 +69,7 @@ class Inside:
 
 
 class Rounds(Progress):
-    """Wall time and time inside steps, round by round, commit included."""
+    """Wall time and time inside steps of each round, commit included."""
 
     def __init__(self, inside: Inside, wanted: int):
         self.inside, self.wanted = inside, wanted
@@ -86,7 +86,7 @@ class Rounds(Progress):
 
 
 def measure(folder: Path, clients: int, model: str, rounds: int, inside: Inside) -> float:
-    """The median share of the wall time that is not inside steps."""
+    """The median share of the wall time outside the steps."""
     told = Rounds(inside, rounds)
     with contextlib.suppress(Enough):
         chosen = settings(folder / model, clients, clients)
@@ -107,7 +107,7 @@ def measure(folder: Path, clients: int, model: str, rounds: int, inside: Inside)
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="10 and 100 clients")
-    parser.add_argument("--clients", type=int, choices=TARGETS, help="only so many")
+    parser.add_argument("--clients", type=int, choices=TARGETS, help="only this number of clients")
     options = parser.parse_args()
     cases = [options.clients] if options.clients else list(TARGETS)[: 2 if options.quick else 3]
     inside = Inside()

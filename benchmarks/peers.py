@@ -1,26 +1,27 @@
-"""One federated job through fedvlm and through its peers, round by round by turns in one run.
+"""One federated job in fedvlm and in its peers. The sides run their rounds by turns.
 
     python benchmarks/peers.py [--quick] [--batch 1,8] [--peers flower,pfl] [--venv DIR]
 
-The job: LoRA with FedAvg on the bundled tiny model, 10 clients with the bundled scenes, all clients
-in every round, AdamW, clipped gradients. Every side has the same model, the same initial adapter
-and the same collated batches. After the first round its aggregated adapter is compared with ours:
-of 10,000 numbers at most one may differ by more than 1e-4. (AdamW makes a step of full length from
-a gradient that is nothing but rounding, so that single numbers do: a plain loop in double precision
-differs as much from itself in single precision.) The first round is not counted. Start-up is a
-peer's until it can begin a round, its imports included, and ours from data to model. The sides:
+The job is LoRA with FedAvg on the bundled tiny model: 10 clients with the bundled scenes, all
+clients in every round, AdamW, clipped gradients. All sides get the same model, the same initial
+adapter and the same collated batches. After the first round the aggregated adapter of each side is
+compared with ours: at most one of 10,000 numbers may differ by more than 1e-4. Single numbers do
+differ, because AdamW makes a step of full length from a gradient of rounding errors: a plain loop
+in double precision differs as much from the same loop in single precision. The first round does not
+count. Start-up of a peer is the time until it can begin a round, imports included. Start-up of
+fedvlm is the time from data to model. The sides:
 
-- fedvlm: a round as `fedvlm run` does it, its checkpoint included, evaluation left out
-- fedvlm-torchrun: the same with a process a core
-- trainer: for every client a Hugging Face `Trainer`, and PEFT's state dicts in and out
-- pfl: pfl-research's simulated FedAvg
-- flower: Flower's simulation on Ray, its FedAvg, a ClientApp in the way of FlowerTune (`Trainer`,
-  PEFT's state dicts), an actor a core; the model stays in the actor
-- flower-plain: the same with a bare PyTorch loop instead of the `Trainer`
-- flower-reload: the same as flower, but the model is loaded for every message, as in the template
+- fedvlm: a round of `fedvlm run`, with its checkpoint and without evaluation
+- fedvlm-torchrun: the same with one process for each core
+- trainer: a Hugging Face `Trainer` for every client, with PEFT's state dicts in and out
+- pfl: the simulated FedAvg of pfl-research
+- flower: Flower's simulation on Ray with its FedAvg. The ClientApp follows FlowerTune (`Trainer`,
+  PEFT's state dicts). There is one actor for each core, and the model stays in the actor.
+- flower-plain: the same with a plain PyTorch loop instead of the `Trainer`
+- flower-reload: the same as flower, but every message loads the model, as in the template
 
-Flower and pfl-research are installed into an environment of their own, at the first run. The last
-line is `RATIO <number> <what>`.
+The first run installs Flower and pfl-research into a separate environment. The last line is
+`RATIO <number> <what>`.
 """
 
 from __future__ import annotations
@@ -48,15 +49,15 @@ from _common import best_threads, environment, paired, ratio, seconds
 
 HERE = Path(__file__).resolve().parent
 VENV = Path("~/.cache/fedvlm-bench/peers").expanduser()
-PEERS = {
-    "fedvlm-torchrun": ["_peer/fedvlm.py"],
-    "trainer": ["_peer/trainer.py", "trainer"],
-    "pfl": ["_peer/pfl.py"],
-    "flower": ["_peer/flower.py", "trainer"],
-    "flower-plain": ["_peer/flower.py", "plain"],
-    "flower-reload": ["_peer/flower.py", "trainer", "reload"],
+PEERS = {  # name -> module in benchmarks/, and its arguments after JOB and NAME
+    "fedvlm-torchrun": ["_peer.fedvlm"],
+    "trainer": ["_peer.trainer", "trainer"],
+    "pfl": ["_peer.pfl"],
+    "flower": ["_peer.flower", "trainer"],
+    "flower-plain": ["_peer.flower", "plain"],
+    "flower-reload": ["_peer.flower", "trainer", "reload"],
 }
-OURS = ("fedvlm-torchrun", "trainer")  # sides that run in this environment
+OURS = ("fedvlm-torchrun", "trainer")  # sides in this environment
 QUIET = {  # without these, Flower and Ray ask the network
     "FLWR_TELEMETRY_ENABLED": "0",
     "FLWR_DISABLE_UPDATE_CHECK": "1",
@@ -66,7 +67,7 @@ QUIET = {  # without these, Flower and Ray ask the network
     "TOKENIZERS_PARALLELISM": "false",
 }
 CLIENTS, ROWS = 10, 40
-LIMIT, SAME = 600, 1e-4  # seconds until a side is given up; the first round's tolerance
+LIMIT, SAME = 600, 1e-4  # seconds until a side counts as dead; tolerance of the first round
 
 
 def main() -> None:
@@ -75,9 +76,9 @@ def main() -> None:
     )
     parser.add_argument("--quick", action="store_true", help="batch 1, 2 steps, two peers")
     parser.add_argument("--batch", default="1,8", help="batch sizes (default: %(default)s)")
-    parser.add_argument("--steps", type=int, default=5, help="of a client in a round")
+    parser.add_argument("--steps", type=int, default=5, help="steps of a client in a round")
     parser.add_argument("--repeats", type=int, default=5, help="rounds after the first")
-    parser.add_argument("--peers", help=f"of {', '.join(PEERS)} (default: all)")
+    parser.add_argument("--peers", help=f"some of {', '.join(PEERS)} (default: all)")
     parser.add_argument("--venv", type=Path, default=VENV, help="the peers' environment")
     options = parser.parse_args()
     if options.quick:
@@ -99,9 +100,9 @@ def main() -> None:
 
 
 def install(folder: Path) -> Path:
-    """The Python of the peers' environment, which is made or completed where needed."""
+    """The Python of the peers' environment. Creates or completes the environment where needed."""
     ours = [f"{name}=={version(name).split('+')[0]}" for name in ("torch", "transformers", "peft")]
-    # Flower 1.42.0 needs a newer certifi than some indexes have.
+    # Flower 1.42.0 needs a newer certifi than some package indexes have.
     wanted = [*ours, "accelerate", "flwr[simulation]==1.41.0", "pfl==0.6.0"]
     python, done = folder / "bin" / "python", folder / "installed.txt"
     if done.exists() and done.read_text().split() == wanted:
@@ -109,7 +110,9 @@ def install(folder: Path) -> Path:
     print(f"installing {', '.join(wanted[3:])} into {folder}, once", flush=True)
     venv.create(folder, with_pip=True, symlinks=True)
     pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
-    subprocess.run([*pip, wanted[0]], check=True)  # alone at first: a range lets pip choose others
+    subprocess.run(
+        [*pip, wanted[0]], check=True
+    )  # first and alone: pip might choose another build for a range
     for package in wanted[1:]:
         subprocess.run([*pip, *ours, package], check=True)
     done.write_text("\n".join(wanted) + "\n")
@@ -119,7 +122,7 @@ def install(folder: Path) -> Path:
 def compare(
     names: list[str], python: Path, batch: int, steps: int, repeats: int
 ) -> dict[str, float]:
-    """Prints a table of all sides; returns how many times our time each peer takes."""
+    """Prints a table of all sides; returns the time of each peer over the time of fedvlm."""
     with tempfile.TemporaryDirectory(prefix="fedvlm-peers-") as folder:
         ours = Ours(Path(folder), batch, steps, 1 + repeats)
         print(
@@ -157,12 +160,14 @@ def compare(
             row += [f"{apart[name][0]:.1e}", str(apart[name][1])]
         print(("{:<14}" + "{:>15}" * (len(row) - 1)).format(*row), flush=True)
     if odd := [name for name, (_, many) in apart.items() if many > ours.elements / 10_000]:
-        sys.exit(f"not the same job: the adapters of {', '.join(odd)} are others after a round")
+        sys.exit(
+            f"not the same job: the adapters of {', '.join(odd)} differ from ours after a round"
+        )
     return found
 
 
 class Ours:
-    """fedvlm's side, in this process; writes the job for the others."""
+    """The side of fedvlm, in this process. Writes the job for the other sides."""
 
     def __init__(self, folder: Path, batch: int, steps: int, rounds: int):
         import fedvlm
@@ -180,8 +185,7 @@ class Ours:
         )
         self.folder, self.number = folder, 0
         self.engine, self.partition, self.store = preparing.prepare(self.config)
-        self.algorithm = fedvlm.algorithms.build(self.config.algorithm)
-        self.state = self.algorithm.init(self.engine.adapter)
+        self.state = self.engine.algorithm.init(self.engine.adapter)
         self.startup = time.perf_counter() - began
         self.elements = sum(t.numel() for t in self.state.values())
         self._write_job(steps, rounds)
@@ -222,21 +226,23 @@ class Ours:
         (self.folder / "config.yaml").write_text(dump(self.config))
 
     def _plan(self, number: int) -> Any:
-        from fedvlm.rounds.federate import Round
+        from fedvlm.rounds.schedule import Round
 
-        return Round(number, tuple(self.partition.clients), self.algorithm, evaluate=False)
+        return Round(number, tuple(self.partition.clients), evaluate=False)
 
     def _train(self) -> None:
+        from fedvlm.engines.wire import Forms
         from fedvlm.rounds import federate
         from fedvlm.rounds.progress import Quiet
 
         plan = self._plan(self.number + 1)
-        self.result = federate._round(
-            plan, self.engine, self.partition.weights, self.state, (), Quiet()
+        forms = Forms(self.engine.algorithm, self.engine.adapter)
+        self.result = federate.one_round(
+            plan, self.engine, self.partition.weights, self.state, (), Quiet(), forms
         )
 
     def round(self) -> float:
-        """One round, as :func:`fedvlm.rounds.federate.run` does it."""
+        """Seconds of one round of :func:`fedvlm.rounds.federate.run`."""
         return seconds(self._round)
 
     def _round(self) -> None:
@@ -248,10 +254,10 @@ class Ours:
             self.first = self.state
 
     def apart(self, peer: str) -> tuple[float, int]:
-        """How far a peer's aggregated adapter is from ours after the first round.
+        """The distance of a peer's aggregated adapter from ours after the first round.
 
         Returns:
-            The largest difference, and how many numbers differ by more than 1e-4.
+            The largest difference, and the count of numbers that differ by more than 1e-4.
         """
         import torch
         from safetensors.torch import load_file
@@ -264,19 +270,22 @@ class Ours:
 
 
 class Peer:
-    """A peer's process, which does a round when it is told to."""
+    """The process of a peer. It runs one round on demand."""
 
     def __init__(self, name: str, python: Path, folder: Path):
-        script, *rest = PEERS[name]
+        module, *rest = PEERS[name]
         start = [sys.executable if name in OURS else str(python)]
         if name == "fedvlm-torchrun":
             start += ["-m", "torch.distributed.run", "--nproc-per-node", str(os.cpu_count())]
-        command = [*start, str(HERE / script), str(folder), name, *rest]
+        command = [*start, "-m", module, str(folder), name, *rest]
+        path = [str(HERE)]  # Ray's workers import the module from there as well
+        if name in OURS:
+            path += filter(None, [os.environ.get("PYTHONPATH")])
         self._log = open(folder / f"{name}.log", "w+")  # noqa: SIM115
         began = time.perf_counter()
         self._process = subprocess.Popen(
             command,
-            env={**os.environ, **QUIET, "PYTHONPATH": str(HERE)},
+            env={**os.environ, **QUIET, "PYTHONPATH": os.pathsep.join(path)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             stderr=self._log,
@@ -288,14 +297,14 @@ class Peer:
         self.startup = time.perf_counter() - began
 
     def round(self) -> float:
-        """One round; its wall time as measured inside of the process."""
+        """Runs one round; returns its wall time in seconds, measured inside the process."""
         assert self._process.stdin is not None
         self._process.stdin.write("round\n")
         self._process.stdin.flush()
         return float(self._heard())
 
     def _heard(self) -> str:
-        """What it says next; all else that it prints is for its log."""
+        """The next message of the process. Other lines of output are kept for the error text."""
         assert self._process.stdout is not None
         timer = threading.Timer(LIMIT, self._end, [signal.SIGTERM])
         timer.start()
@@ -309,10 +318,10 @@ class Peer:
             timer.cancel()
         self._log.seek(0)
         tail = "".join([*others, *self._log.readlines()[-20:]])
-        sys.exit(f"{self._name} ended, or said nothing for {LIMIT} s:\n{tail}")
+        sys.exit(f"{self._name} ended, or sent no message for {LIMIT} s:\n{tail}")
 
     def stop(self) -> None:
-        """Waits until it has ended by itself, which it does after the last round."""
+        """Waits until the process ends after its last round; ends it by a signal after 20 s."""
         assert self._process.stdin is not None
         self._process.stdin.close()
         for again in (signal.SIGTERM, signal.SIGKILL, None):

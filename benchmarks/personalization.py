@@ -1,21 +1,23 @@
-"""Personalization: all algorithms where sites are alike and where they differ, on equal terms.
+"""Personalization: all algorithms on equal terms, where sites are alike and where they differ.
 
-Cells are a regime (how sites differ), a strength and a number of training rows a client. In a cell
-all algorithms get the same rows, partitions, cohorts, batches and initial weights, in five seeds.
-The learning rate of each is chosen by validation, from two rates with one seed, once for a kind
-of regime: sites that are alike, sites that differ, photographs. What is done is kept in the output
-folder and skipped by the next start, also after kill -9 or with other filters.
+A cell is a regime (the kind of difference between sites), a strength, and a number of training rows
+a client. In a cell all algorithms get the same rows, partitions, cohorts, batches and initial
+weights, with five seeds. Validation chooses the learning rate of each algorithm, from two rates
+with one seed, once for each kind of regime: sites that are alike, sites that differ, photographs.
+The output folder keeps finished runs. The next start skips them, also after kill -9 or with other
+filters.
 
     python benchmarks/personalization.py            # 12 cells, 8 algorithms, 5 seeds
-    python benchmarks/personalization.py --small    # a part of it, with the same settings
+    python benchmarks/personalization.py --small    # a part of them, with the same settings
     python benchmarks/personalization.py --all      # every cell, every algorithm
     python benchmarks/personalization.py --cells mixed-1-80 --algorithms lora,plora --seeds 0,1
-    python benchmarks/personalization.py --dry-run  # what there is to do, and how long it takes
-    python benchmarks/personalization.py --add --publish  # only what is not published, and publish
+    python benchmarks/personalization.py --dry-run  # print the remaining work and its time
+    python benchmarks/personalization.py --add --publish  # run and publish unpublished results only
 
-Writes personalization.csv, personalization.md and two figures to the output folder; `--publish`
-writes them to benchmarks/results and docs/personalization.md instead, with all that was measured in
-personalization.jsonl, to which `--add` adds. The last line is `RATIO <number> <what>`.
+The script writes personalization.csv, personalization.md and two figures to the output folder. With
+`--publish` it writes them to benchmarks/results and docs/personalization.md, and all measurements
+to personalization.jsonl. With `--add` it counts the measurements in that file as done. The last
+line is `RATIO <number> <what>`.
 """
 
 from __future__ import annotations
@@ -37,12 +39,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from _common import ROOT
-from _personalization import cells as cells
-from _personalization import figures as figures
-from _personalization import pages as pages
+from _personalization import cells, figures, pages, record, targets
 from _personalization import plan as plans
-from _personalization import record as record
-from _personalization import targets as targets
 from _personalization.runs import Job, do, read
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import mean
@@ -54,7 +52,7 @@ MARKS = "<!-- written by benchmarks/personalization.py -->", "<!-- end of what i
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Runs what is asked for, and writes what there is."""
+    """Runs the requested part of the benchmark, and writes all results of the output folder."""
     asked = _parser().parse_args(words)
     if asked.quick:
         with tempfile.TemporaryDirectory() as folder:
@@ -97,16 +95,24 @@ def _parser() -> argparse.ArgumentParser:
     size = parser.add_mutually_exclusive_group()
     size.add_argument("--small", action="store_true", help="two cells, four algorithms, two seeds")
     size.add_argument("--all", action="store_true", help="every cell and every algorithm")
-    size.add_argument("--quick", action="store_true", help="see that it works; keeps nothing")
-    parser.add_argument("--cells", type=_names, help="such as iid-0-80,mixed-1-24, or regimes")
-    parser.add_argument("--algorithms", type=_names, help="such as local,lora,plora")
-    parser.add_argument("--seeds", type=_names, help="such as 0,1")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="runs at a time")
-    parser.add_argument("--output", default="runs/personalization", help="where runs are kept")
-    parser.add_argument("--dry-run", action="store_true", help="only the estimate")
-    parser.add_argument("--tables", action="store_true", help="no runs: write what is measured")
-    parser.add_argument("--add", action="store_true", help="what is published counts as done")
-    parser.add_argument("--publish", action="store_true", help="write into this repository")
+    size.add_argument("--quick", action="store_true", help="a test of the script; keeps no results")
+    parser.add_argument(
+        "--cells", type=_names, help="names such as iid-0-80,mixed-1-24, or regimes"
+    )
+    parser.add_argument("--algorithms", type=_names, help="names such as local,lora,plora")
+    parser.add_argument("--seeds", type=_names, help="numbers such as 0,1")
+    parser.add_argument(
+        "--jobs", type=int, default=os.cpu_count() or 1, help="number of parallel runs"
+    )
+    parser.add_argument("--output", default="runs/personalization", help="folder of the runs")
+    parser.add_argument("--dry-run", action="store_true", help="print the estimate only")
+    parser.add_argument(
+        "--tables", action="store_true", help="run nothing; write the measured results"
+    )
+    parser.add_argument("--add", action="store_true", help="count published results as done")
+    parser.add_argument(
+        "--publish", action="store_true", help="write the results into this repository"
+    )
     return parser
 
 
@@ -115,10 +121,10 @@ def _names(text: str) -> list[str]:
 
 
 def filtered(form: plans.Form, asked: argparse.Namespace) -> plans.Form:
-    """The part of a form that is asked for by name, from all that there is.
+    """A form with the requested cells, algorithms and seeds. Cells may come from the whole form.
 
     Raises:
-        FedVLMError: for a name that is none.
+        FedVLMError: a name is unknown.
     """
     if asked.cells:
         known = cells.full()
@@ -144,7 +150,7 @@ def _refuse(option: str, odd: Any, known: Any) -> None:
 
 
 def without_photos(form: plans.Form) -> plans.Form:
-    """Leaves out the photographs where they are not, and says so."""
+    """Leaves out the photographs where their file is missing, and prints a line about it."""
     if cells.PHOTOS.exists() or not any(cell.regime == "photos" for cell in form.cells):
         return form
     print(f"SKIPPED photos: there is no {cells.PHOTOS}")
@@ -180,7 +186,10 @@ def _any_rates(form: plans.Form) -> dict[tuple[str, str], float]:
 
 
 def split(form: plans.Form, output: Path) -> tuple[list[tuple[Job, dict[str, Any]]], list[Job]]:
-    """What of a form is done, with what was measured, and what is not; unknown rates: the first."""
+    """The finished jobs of a form with their measurements, and the remaining jobs.
+
+    A job whose learning rate is not chosen yet has the first candidate rate.
+    """
     rates = _any_rates(form) | plans.chosen(form, output)
     jobs = [*plans.tuning(form, output), *plans.runs(form, rates, output)]
     found = [(job, read(job)) for job in jobs]
@@ -195,7 +204,7 @@ def _tell(event: tuple[str, dict[str, Any], float]) -> None:
 
 
 def _write(whole: plans.Form, output: Path, publish: bool) -> None:
-    """The raw results, the tables and the figures of everything that is measured in a folder."""
+    """Writes the raw results, the tables and the figures of all measurements in a folder."""
     done, todo = split(whole, output)
     rows = plans.rows(job for job, _ in done if not job.tunes)
     if not rows:
@@ -219,7 +228,7 @@ def _write(whole: plans.Form, output: Path, publish: bool) -> None:
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
-    """The raw results; empty where there is no number."""
+    """The raw results as CSV. A field without a number is empty."""
     out = io.StringIO()
     writer = csv.DictWriter(out, plans.COLUMNS, lineterminator="\n")
     writer.writeheader()
@@ -229,7 +238,13 @@ def as_csv(rows: Sequence[dict[str, Any]]) -> str:
 
 
 def stated(done: Sequence[tuple[Job, dict[str, Any]]], todo: Sequence[Job], before: int = 0) -> str:
-    """What was run, and what was not; ``before``: runs for rates that were chosen before."""
+    """A paragraph about the finished and the missing results.
+
+    Args:
+        done: finished jobs and their measurements.
+        todo: missing jobs.
+        before: number of runs for learning rates chosen earlier.
+    """
     compared = [(job, found) for job, found in done if not job.tunes]
     tuned = len(done) - len(compared) + before
     missing = [job for job in todo if not job.tunes]
@@ -252,7 +267,7 @@ def _list(words: Any) -> str:
 
 
 def written(rows: Sequence[dict[str, Any]], state: str, rates: Any, images: str) -> str:
-    """The part of the page that is written from the results."""
+    """The generated part of the page."""
     some = pages.main(rows)
     enough, few = pages.judged(some)
     apart = ["### Cells with one or two seeds, not counted above", pages.overview(few)]
@@ -279,7 +294,7 @@ def written(rows: Sequence[dict[str, Any]], state: str, rates: Any, images: str)
 
 
 def placed(page: str, text: str) -> str:
-    """A page with the text between its marks replaced."""
+    """The page with new text between its marks."""
     first, last = MARKS
     between = re.compile(re.escape(first) + ".*?" + re.escape(last), re.DOTALL)
     if not between.search(page):
@@ -288,7 +303,7 @@ def placed(page: str, text: str) -> str:
 
 
 def ratio(rows: Sequence[dict[str, Any]]) -> str:
-    """Personalized LoRA against LoRA, over the cells and seeds that have both."""
+    """The last line: personalized LoRA over LoRA, on all cells and seeds with both."""
     found = pages.scores(rows)
     pairs = [
         (scores["plora"][seed], scores["lora"][seed])

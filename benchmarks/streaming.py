@@ -1,14 +1,14 @@
-"""Memory while data larger than it are read: RLAIF-V's schema, 2 GB of parquet, none of it kept.
+"""Memory of a process that reads data larger than memory: 2 GB of parquet in RLAIF-V's schema.
 
-Writes synthetic parquet shards to a temporary folder, once as Hugging Face's writer makes them (row
-groups of 100 MB, pages of about 1 MB) and once with a single row group a shard, as pandas does
-(pages of 1024 rows, whatever their size). A fresh process then loads them, checks every image,
-partitions the rows and decodes a sample of them, as training would. Reported is how far its memory
-rises above the level after imports:
+The script writes synthetic parquet shards to a temporary folder, once in the layout of Hugging
+Face's writer (row groups of 100 MB, pages of about 1 MB) and once with a single row group a shard,
+the layout of pandas (pages of 1024 rows of any size). A fresh process loads the shards, checks
+every image, partitions the rows and decodes a sample of them, as training does. The script prints
+the rise of that process's memory above the level after imports:
 
-- anonymous: what the process itself allocated, and what has to fit into memory
-- resident: this and the pages of memory-mapped files that happen to be in memory, which the
-  system takes back when it needs them
+- anonymous: the allocations of the process, which must fit into memory
+- resident: the same plus the pages of memory-mapped files in memory. The system takes these pages
+  back when it needs them.
 
     python benchmarks/streaming.py [--quick]
 """
@@ -31,15 +31,15 @@ from typing import Any
 
 MB = 10**6
 HUGGING_FACE = {"use_content_defined_chunking": True, "write_page_index": True}
-LAYOUTS: dict[str, tuple[int, dict[str, bool]]] = {  # bytes a row group, the writer's options
+LAYOUTS: dict[str, tuple[int, dict[str, bool]]] = {  # bytes a row group, options of the writer
     "as Hugging Face writes": (100 * MB, HUGGING_FACE),
     "one row group a shard": (10**12, {}),
 }
-SAMPLE = 200  # rows that are decoded
+SAMPLE = 200  # decoded rows
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description="Memory while data larger than it are read.")
+    parser = argparse.ArgumentParser(description="Memory while reading data larger than memory.")
     parser.add_argument("--quick", action="store_true", help="200 MB instead of 2 GB")
     parser.add_argument("--measure", type=Path, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
@@ -68,7 +68,7 @@ def main() -> None:
 
 
 def write(folder: Path, size: int, shard: int, block: int, options: dict[str, bool]) -> None:
-    """Shards of ``shard`` bytes in RLAIF-V's schema, in row groups of ``block`` bytes."""
+    """Writes shards of ``shard`` bytes in RLAIF-V's schema, in row groups of ``block`` bytes."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -100,7 +100,7 @@ def groups(made: Iterator[dict[str, Any]], shard: int, block: int) -> Iterator[l
 
 
 def rows(size: int) -> Iterator[dict[str, Any]]:
-    """Rows with pictures of noise, JPEG and PNG in turns, of about ``size`` bytes in all."""
+    """Rows with pictures of noise, alternately JPEG and PNG, of about ``size`` bytes in total."""
     import numpy as np
     from PIL import Image
 
@@ -132,7 +132,7 @@ def rows(size: int) -> Iterator[dict[str, Any]]:
 
 
 def in_fresh_process(folder: Path) -> dict[str, Any]:
-    """:func:`measure` in a process of its own, with every cache inside ``folder``."""
+    """Runs :func:`measure` in a fresh process, with every cache inside ``folder``."""
     places = {name: str(folder / name.lower()) for name in ("HF_HOME", "HF_DATASETS_CACHE")}
     command = [sys.executable, __file__, "--measure", str(folder / "data")]
     environment = {**os.environ, **places, "HF_HUB_OFFLINE": "1"}
@@ -141,11 +141,11 @@ def in_fresh_process(folder: Path) -> dict[str, Any]:
 
 
 def measure(folder: Path) -> dict[str, Any]:
-    """Loads, partitions and decodes; MB above the level after imports, and the seconds."""
+    """Loads, partitions and decodes; returns MB above the level after imports, and seconds."""
     import numpy as np
     from PIL import Image
 
-    from fedvlm.batches.collate import Collator  # noqa: F401  torch counts as an import
+    from fedvlm.batches.collate import Collator  # noqa: F401  counts torch among the imports
     from fedvlm.data.partition import make_partition
     from fedvlm.data.sources import load_rows, open_image
     from fedvlm.settings.sections import Config
@@ -179,10 +179,10 @@ def measure(folder: Path) -> dict[str, Any]:
 
 
 class Peak:
-    """The highest anonymous and resident memory of this process, by stage, in MB above the start.
+    """Peak anonymous and resident memory of this process, by stage, in MB above the start.
 
-    The kernel keeps the peak of the resident memory; the anonymous one is sampled, 500 times a
-    second.
+    The kernel records the peak of the resident memory. A thread samples the anonymous memory 500
+    times a second.
     """
 
     def __init__(self) -> None:
@@ -207,7 +207,7 @@ class Peak:
         self._reset()
 
     def _reset(self) -> None:
-        Path("/proc/self/clear_refs").write_text("5")  # the kernel's peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the kernel's peak
         self._top = _memory()["RssAnon"]
 
     def _sample(self) -> None:
@@ -216,7 +216,7 @@ class Peak:
 
 
 def _memory() -> dict[str, float]:
-    """What Linux tells of this process's memory, in MB."""
+    """The memory of this process as Linux reports it, in MB."""
     lines = Path("/proc/self/status").read_text().splitlines()
     fields = [line.split() for line in lines if line.startswith(("Vm", "Rss"))]
     return {name.rstrip(":"): int(kib) * 1024 / MB for name, kib, _ in fields}

@@ -85,8 +85,8 @@ class Faults:
 
     def events(self) -> list[dict[str, Any]]:
         """All jobs' events, in order."""
-        files = (self.folder / "federation" / "runs").glob("*/events.jsonl")
-        return sorted((e for f in files for e in files.read_lines(f)), key=lambda e: e["time"])
+        paths = (self.folder / "federation" / "runs").glob("*/events.jsonl")
+        return sorted((e for p in paths for e in files.read_lines(p)), key=lambda e: e["time"])
 
     def lines(self) -> list[dict[str, Any]]:
         return store.Store(self.folder / "run").lines()

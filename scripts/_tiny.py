@@ -1,9 +1,9 @@
-"""Builds the bundled tiny vision-language model from transformers' own classes.
+"""Builds the bundled tiny vision-language model from classes of transformers.
 
-The shipped folder (`fedvlm/assets/tiny`) loads with plain `AutoModelForImageTextToText` and
-`AutoProcessor`; nothing here is needed for that. This module is how the folder came to be: a
-byte-level tokenizer, an Idefics3 processor that turns any picture into one of 64 x 64 pixels (16
-image tokens), and a randomly initialised Idefics3 model that `scripts/train_tiny.py` trains.
+The shipped folder (`fedvlm/assets/tiny`) loads with `AutoModelForImageTextToText` and
+`AutoProcessor`, without this module. This module builds the parts of the folder: a byte-level
+tokenizer, an Idefics3 processor that resizes any picture to 64 x 64 pixels (16 image tokens), and a
+randomly initialised Idefics3 model. `scripts/train_tiny.py` trains the model.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from transformers import (
 )
 from transformers import PreTrainedTokenizerFast as FastTokenizer
 
-TINY = Path(__file__).resolve().parent.parent / "assets" / "tiny"
+TINY = Path(__file__).resolve().parents[1] / "src" / "fedvlm" / "assets" / "tiny"
 SIDE, PATCH, SCALE = 64, 8, 2
 IMAGE_TOKENS = (SIDE // PATCH // SCALE) ** 2
 MAX_LENGTH = 1024  # tokens of text and picture together
@@ -33,9 +33,9 @@ PAD, END, USER, ASSISTANT = "<|pad|>", "<|end|>", "<|user|>", "<|assistant|>"
 IMAGE, FAKE, GLOBAL = "<image>", "<fake_token_around_image>", "<global-img>"
 SPECIAL = (PAD, END, USER, ASSISTANT, IMAGE, FAKE, GLOBAL, "<end_of_utterance>")
 
-# A user turn is the picture and the question, an answer ends with the end token. Nothing stands
-# between a marker and its text, so `prompt + answer + end` is the same string, and the same tokens,
-# as the template of the whole dialogue.
+# A user turn is the picture and the question. An answer ends with the end token. There is no text
+# between a marker and its content, so `prompt + answer + end` gives the same string and the same
+# tokens as the template of the whole dialogue.
 CHAT_TEMPLATE = (
     "{% for message in messages %}"
     "{% if message['role'] == 'assistant' %}<|assistant|>{% else %}<|user|>{% endif %}"
@@ -51,10 +51,9 @@ _PIECES = Regex(r" ?\p{L}+| ?\p{N}| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+")
 
 
 def corpus(seed: int = 0, scenes: int = 20_000) -> Iterator[str]:
-    """The text that the tokenizer learns its merges from.
+    """The training text of the tokenizer: questions, answers, lexicons and general words.
 
-    Questions, answers, lexicons and general words. The novel kinds are left out: what they are
-    called is made of pieces that the model has been trained on.
+    The novel kinds are left out. Their names consist of pieces that the model has been trained on.
     """
     from fedvlm.data import compose, questions, words
 
@@ -74,11 +73,11 @@ def corpus(seed: int = 0, scenes: int = 20_000) -> Iterator[str]:
 
 
 def build_tokenizer(texts: Iterable[str], vocabulary: int = 1152) -> FastTokenizer:
-    """A byte-level BPE tokenizer: any text encodes, and decodes to itself.
+    """A byte-level BPE tokenizer. Any text encodes, and decodes to itself.
 
     Args:
-        texts: what the merges are learnt from.
-        vocabulary: number of tokens, the 256 bytes and the special ones included.
+        texts: training text of the merges.
+        vocabulary: number of tokens, with the 256 bytes and the special tokens.
     """
     core = Tokenizer(models.BPE())
     core.pre_tokenizer = pre_tokenizers.Sequence(
@@ -112,7 +111,7 @@ def build_tokenizer(texts: Iterable[str], vocabulary: int = 1152) -> FastTokeniz
 
 
 def build_processor(tokenizer: FastTokenizer) -> Idefics3Processor:
-    """The processor: pictures of any size become 64 x 64, one `<image>` becomes 16 image tokens."""
+    """The processor: pictures of any size become 64 x 64 pixels, `<image>` becomes 16 tokens."""
     pictures = Idefics3ImageProcessorPil(
         size={"height": SIDE, "width": SIDE},
         max_image_size={"longest_edge": SIDE},
@@ -133,10 +132,9 @@ def build_model(
     text_layers: int = 4,
     seed: int = 0,
 ) -> Idefics3ForConditionalGeneration:
-    """A fresh tiny model; a linear layer's weights start with a deviation of 1 / sqrt(inputs).
+    """A fresh tiny model. Weights of linear layers start with a deviation of 1 / sqrt(inputs).
 
-    transformers' default of 0.02 is made for wide models: at this width training stays stuck with
-    it.
+    The default of transformers, 0.02, suits wide models. At this width training gets stuck with it.
     """
     ids = {token: tokenizer.convert_tokens_to_ids(token) for token in SPECIAL}
     config = Idefics3Config(
@@ -186,10 +184,10 @@ def build_model(
 def save(
     model: Idefics3ForConditionalGeneration, processor: Idefics3Processor, folder: str | Path
 ) -> None:
-    """Writes a folder that the Auto classes load; weights are stored as fp16."""
+    """Writes a folder for the Auto classes. The weights are stored in fp16."""
     half = copy.deepcopy(model).half()
     half.save_pretrained(folder)
-    half.config.dtype = "float32"  # what it is loaded as, and computes in
+    half.config.dtype = "float32"  # the dtype after loading, and of the computation
     half.config.save_pretrained(folder)
     processor.save_pretrained(folder)
     (Path(folder) / "model.safetensors").chmod(0o644)

@@ -1,4 +1,4 @@
-"""Draws docs/images/scenes.png: a column per site, pictures with question and answer.
+"""Draws docs/images/scenes.png: one column a site, each picture with its question and answer.
 
 python scripts/contact_sheet.py
 """
@@ -36,7 +36,7 @@ def main() -> None:
 
 
 def sheet(columns: dict[str, datasets.Dataset]) -> Image.Image:
-    """One column of pictures per data set, each with its question and answer below."""
+    """Draws a column of pictures for each data set, with question and answer below each picture."""
     rows = max(map(len, columns.values()))
     size = (GAP + len(columns) * (TILE + GAP), 20 + rows * (TILE + TEXT))
     canvas = Image.new("RGB", size, "white")

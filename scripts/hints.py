@@ -1,11 +1,12 @@
-"""Extra losses that tell the tiny model what is where in a picture; training only.
+"""Extra losses for the training of the tiny model: they give the place of each object.
 
-A scene's drawing is known, so the image side need not wait for answers to reach it. Two hints:
-the vision encoder's patches must tell shape, colour, size and pattern through a throw-away head,
-and each image token that lies on an object must be close, in the language model's own embeddings,
-to the words for its shape, colour, size and place. The second makes looking up "circle" among the
-image tokens a comparison of vectors that are alike already; without it the model stayed for minutes
-at answering about an object picked at random.
+The drawing of a scene is known, so the image side can learn from it directly. There are two hints:
+
+- A temporary head predicts shape, colour, size and pattern from the patches of the vision encoder.
+- Each image token on an object must be close to the words for the object's shape, colour, size and
+  place, in the embeddings of the language model. Then the lookup of "circle" among the image tokens
+  compares vectors that are alike already. Without this hint the model answered about a random
+  object for minutes of training.
 """
 
 from __future__ import annotations
@@ -15,8 +16,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+import _tiny as tiny
 from fedvlm.data import render
-from fedvlm.models import tiny
 
 GRID = tiny.SIDE // tiny.PATCH
 CELLS = GRID // tiny.SCALE
@@ -29,7 +30,7 @@ IGNORED = -100
 
 
 class Hints(nn.Module):
-    """The head for patches, and the tokens of the words for image tokens."""
+    """The head for patches, and the token ids of the words for image tokens."""
 
     def __init__(self, width: int, tokenizer):
         super().__init__()
@@ -40,10 +41,10 @@ class Hints(nn.Module):
         """The sum of both hints' cross-entropies.
 
         Args:
-            scenes: what the pictures show.
-            patches: the vision encoder's output, [pictures, 64, width].
-            tokens: the connector's, [pictures, 16, width].
-            embeddings: of the language model, [vocabulary, width].
+            scenes: scenes of the pictures.
+            patches: output of the vision encoder, [pictures, 64, width].
+            tokens: output of the connector, [pictures, 16, width].
+            embeddings: embeddings of the language model, [vocabulary, width].
         """
         labels = torch.from_numpy(np.stack([patch_labels(scene) for scene in scenes]))
         guesses = self.head(patches).split(PATCH_CLASSES, dim=-1)
@@ -59,7 +60,7 @@ def _entropy(logits: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
 
 
 def patch_labels(scene: render.Scene) -> np.ndarray:
-    """What each image patch shows: [64, 4], classes of each of `FIELDS`, 0 for ground."""
+    """The classes of each image patch: [64, 4], one column for each of `FIELDS`; 0 is ground."""
     labels = np.zeros((GRID, GRID, len(FIELDS)), dtype=np.int64)
     for thing, distance in _distances(scene, GRID):
         labels[distance < max(thing.radius * 0.9, 5.7)] = [1 + c for c in _classes(thing)]
@@ -67,7 +68,7 @@ def patch_labels(scene: render.Scene) -> np.ndarray:
 
 
 def cell_labels(scene: render.Scene) -> np.ndarray:
-    """What each image token shows: [16, 5], shape, colour, size, row and column, or ignored."""
+    """The classes of each image token: [16, 5], shape, colour, size, row and column; or ignored."""
     labels = np.full((CELLS, CELLS, len(WORDS)), IGNORED, dtype=np.int64)
     for thing, distance in _distances(scene, CELLS):
         near = (distance < thing.radius * 0.9) | (distance == distance.min())

@@ -1,7 +1,7 @@
 """Muon for matrices, in fp32 and batched by shape.
 
-torch.optim.Muon orthogonalises in bfloat16, one matrix at a time, which on a CPU without bfloat16
-units takes twice as long as the training step itself.
+torch.optim.Muon orthogonalises in bfloat16, one matrix at a time. On a CPU without bfloat16 units
+this takes twice as long as the training step itself.
 """
 
 from __future__ import annotations
@@ -12,17 +12,17 @@ import torch
 
 
 class Muon(torch.optim.Optimizer):
-    """Momentum whose update is orthogonalised.
+    """Momentum with orthogonalised updates.
 
     By K. Jordan et al., 2024, https://kellerjordan.github.io/posts/muon/. Updates are scaled to the
-    size that AdamW's have, so AdamW's learning rates fit.
+    size of AdamW's updates, so learning rates for AdamW fit.
 
     Args:
         params: matrices.
         lr: learning rate.
-        momentum: of the (Nesterov) moving average of gradients.
-        weight_decay: decoupled, times `lr`.
-        iterations: of the Newton-Schulz iteration.
+        momentum: momentum of the (Nesterov) moving average of gradients.
+        weight_decay: decoupled weight decay, multiplied by `lr`.
+        iterations: number of Newton-Schulz iterations.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class Muon(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure=None):
-        """One update of every matrix that has a gradient."""
+        """Updates every matrix that has a gradient."""
         for group in self.param_groups:
             shapes = defaultdict(list)
             for weight in group["params"]:
@@ -68,7 +68,7 @@ class Muon(torch.optim.Optimizer):
 
 
 def orthogonal(stack: torch.Tensor, iterations: int = 5) -> torch.Tensor:
-    """The nearest semi-orthogonal matrices, roughly, of a stack [n, rows, columns]."""
+    """Approximately the nearest semi-orthogonal matrices of a stack [n, rows, columns]."""
     a, b, c = 3.4445, -4.7750, 2.0315
     tall = stack.shape[1] > stack.shape[2]
     x = stack.mT if tall else stack

@@ -1,10 +1,10 @@
-"""Exact match of the shipped tiny model, by generation, as anybody would use it.
+"""Exact match of the shipped tiny model, by greedy generation.
 
     python scripts/score_tiny.py --rows 200
 
-Questions go through the processor's chat template, left-padded batches are decoded greedily. Shown
-are held-out generic scenes by kind, the novel kinds, and every style of sites; what the model has
-not been taught it should not know.
+Questions pass through the processor's chat template. Left-padded batches are decoded greedily. The
+script prints scores on held-out generic scenes by kind, on the novel kinds, and on every style of
+sites. The scores of kinds that the model was not trained on should be low.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from _tiny import TINY
 from fedvlm.data.scenes import generic, scenes
 from fedvlm.data.sites import STYLES
 
-HELD_OUT = 20261123  # a seed of generic rows; training draws its rows from another stream
+HELD_OUT = 20261123  # seed of generic rows; training draws its rows from another stream
 
 
 def main() -> None:
@@ -27,7 +27,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--model", default=str(TINY))
-    parser.add_argument("--rows", type=int, default=200, help="of every data set")
+    parser.add_argument("--rows", type=int, default=200, help="rows of every data set")
     parser.add_argument("--batch", type=int, default=50)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -47,7 +47,7 @@ def main() -> None:
 
 
 def score(model, processor, rows: list[dict], batch: int) -> dict[str, float]:
-    """Exact match over all rows and per kind of question."""
+    """Exact match over all rows, and by kind of question."""
     right, asked = defaultdict(int), defaultdict(int)
     for start in range(0, len(rows), batch):
         part = rows[start : start + batch]
@@ -60,7 +60,7 @@ def score(model, processor, rows: list[dict], batch: int) -> dict[str, float]:
 
 @torch.no_grad()
 def answers(model, processor, rows: list[dict]) -> list[str]:
-    """Greedy answers to rows with an `image` and a `question`."""
+    """Greedy answers to rows that have an `image` and a `question`."""
     texts = [prompt(processor, row["question"]) for row in rows]
     images = [[row["image"]] for row in rows]
     inputs = processor(text=texts, images=images, padding=True, return_tensors="pt")
@@ -69,7 +69,7 @@ def answers(model, processor, rows: list[dict]) -> list[str]:
 
 
 def prompt(processor, question: str) -> str:
-    """The chat template of a picture and a question, ready for the answer."""
+    """The prompt of a picture and a question, in the chat template."""
     content = [{"type": "image"}, {"type": "text", "text": question}]
     turn = {"role": "user", "content": content}
     return processor.apply_chat_template([turn], add_generation_prompt=True)

@@ -3,12 +3,12 @@
     python scripts/train_tiny.py --minutes 60 --out src/fedvlm/assets/tiny
 
 A step renders `--pictures` new scenes and asks `--questions` questions about each. The questions of
-a picture share one row: the picture's tokens once, then each question with its answer, which sees
-the picture and itself but not its neighbours (`pack`), so it is trained exactly as if it stood
-alone at a third of the price. The loss is cross-entropy on answers and their end token. A
-throw-away head that tells, per image patch, what it belongs to, speeds up the start; its weight
-falls to zero. The data of a step is a function of (seed, step), so an interrupted run goes on with
-`--resume` as if nothing had happened.
+a picture share one row: the tokens of the picture, then each question with its answer. A question
+and its answer see the picture and themselves, but no other question (`pack`). So their training
+equals training alone, at a third of the cost. The loss is cross-entropy on answers and their end
+token. A temporary head that predicts the content of each image patch speeds up the start. Its
+weight falls to zero. The data of a step is a function of (seed, step), so `--resume` continues an
+interrupted run exactly.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ import numpy as np
 import torch
 from torch.nn import functional as F
 
+import _tiny as tiny
 from fedvlm.data import compose, questions, render
-from fedvlm.models import tiny
 from hints import Hints
 from muon import Muon
 
-LETTER_SHARE = 0.1  # of the pictures; the others show things
+LETTER_SHARE = 0.1  # share of pictures with letters; the other pictures show things
 
 
 def main() -> None:
@@ -99,28 +99,33 @@ def parse() -> argparse.Namespace:
         "--minutes",
         type=float,
         default=60.0,
-        help="wall minutes, earlier parts of a resumed run included",
+        help="wall minutes, with the earlier parts of a resumed run",
     )
     add("--threads", type=int, default=1)
     add("--seed", type=int, default=0)
-    add("--pictures", type=int, default=32, help="per step")
-    add("--questions", type=int, default=5, help="per picture")
+    add("--pictures", type=int, default=32, help="pictures a step")
+    add("--questions", type=int, default=5, help="questions a picture")
     add("--vision-layers", type=int, default=3)
     add("--text-layers", type=int, default=4)
-    add("--rate", type=float, default=2e-3, help="Muon's, for matrices")
-    add("--adam-rate", type=float, default=1.5e-3, help="AdamW's, for embeddings, norms and biases")
+    add("--rate", type=float, default=2e-3, help="learning rate of Muon, for matrices")
+    add(
+        "--adam-rate",
+        type=float,
+        default=1.5e-3,
+        help="learning rate of AdamW, for embeddings, norms and biases",
+    )
     add("--warmup", type=int, default=100)
     add("--optimizer", choices=("muon", "adamw"), default="muon")
     add("--log", type=int, default=50)
     add("--check", type=int, default=500)
     add("--work", default="work/tiny", help="folder of the resumable state")
-    add("--out", default="", help="folder to export to at the end")
+    add("--out", default="", help="folder of the export at the end")
     add("--resume", action="store_true")
     return parser.parse_args()
 
 
 def build_optimizers(model, head, args) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the layers, AdamW for everything else."""
+    """Muon for the matrices inside the layers, AdamW for all other parameters."""
     matrices, others = [], list(head.parameters())
     for name, weight in model.named_parameters():
         inner = weight.ndim == 2 and "embed" not in name and "lm_head" not in name
@@ -135,7 +140,7 @@ def build_optimizers(model, head, args) -> list[torch.optim.Optimizer]:
 
 
 def schedule(optimizers, step: int, done: float, args) -> None:
-    """Linear warm-up, then a cosine down to 2 % over the steps or minutes, whichever is further."""
+    """Linear warm-up, then a cosine to 2 %, over the steps or minutes, whichever ends first."""
     factor = min(1.0, (step + 1) / args.warmup) * (
         0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min(1.0, done)))
     )
@@ -171,7 +176,7 @@ def train_step(
 
 
 def sample(seed: int, step: int, pictures: int, per: int, easy: float = 0.0):
-    """The scenes of a step with their questions: [(scene, pixels [64, 64, 3] uint8, items)]."""
+    """The scenes of a step and their questions: [(scene, pixels [64, 64, 3] uint8, items)]."""
     kinds, weights = tuple(questions.GENERIC), tuple(questions.GENERIC.values())
     rows = []
     for i in range(pictures):
@@ -191,23 +196,23 @@ def sample(seed: int, step: int, pictures: int, per: int, easy: float = 0.0):
 
 
 def pixels(pictures: list[np.ndarray]) -> torch.Tensor:
-    """What the processor makes of 64 x 64 pictures: [pictures, 1, 3, 64, 64] from -1 to 1."""
+    """The processor's output for 64 x 64 pictures: [pictures, 1, 3, 64, 64], from -1 to 1."""
     values = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).float()
     return ((values / 255 - 0.5) / 0.5)[:, None].contiguous()
 
 
 def prefix_ids(tokenizer) -> list[int]:
-    """The ids of a user turn up to the end of its picture."""
+    """The token ids of a user turn up to the end of its picture."""
     names = [tiny.USER, tiny.FAKE, tiny.GLOBAL, *[tiny.IMAGE] * tiny.IMAGE_TOKENS, tiny.FAKE]
     return tokenizer.convert_tokens_to_ids(names)
 
 
 def pack(rows, tokenizer, drill: random.Random | None = None) -> dict:
-    """One row of tokens per picture: its image tokens, then every question with its answer.
+    """One row of tokens for each picture: its image tokens, then every question with its answer.
 
-    A question sees the picture and itself, not its neighbours. With `drill`, four in ten of the
-    "say" questions become random tokens instead of text, so that every token of the vocabulary is
-    trained, read and written, also those that no question or answer uses.
+    A question sees the picture and itself, but no other question. With `drill`, four in ten of the
+    "say" questions consist of random tokens instead of text. So training reads and writes every
+    token of the vocabulary, including tokens that no question or answer uses.
     """
     prefix = prefix_ids(tokenizer)
     assistant, end = tokenizer.convert_tokens_to_ids([tiny.ASSISTANT, tiny.END])
@@ -249,7 +254,7 @@ def pack(rows, tokenizer, drill: random.Random | None = None) -> dict:
         "position_ids": torch.tensor(padded(places, 0)),
         "mask": (causal & own)[
             :, None
-        ],  # [pictures, 1, tokens, tokens], True where a token may look
+        ],  # [pictures, 1, tokens, tokens], True where a token may attend
         "pixel_values": pixels([row[1] for row in rows]),
         "targets": tuple(torch.tensor(t) for t in zip(*targets, strict=True)),
         "target_ids": torch.tensor(target_ids),
@@ -281,11 +286,11 @@ def forward(model, batch: dict) -> tuple[torch.Tensor, torch.Tensor, torch.Tenso
 
 @torch.no_grad()
 def score(model, tokenizer, seed: int, count: int) -> dict[str, float]:
-    """Exact match per kind on held-out scenes.
+    """Exact match by kind on held-out scenes.
 
-    A greedy decoder gives the expected answer exactly when every token of it, the end token
-    included, is the most likely one given those before; so one pass with the right answer as input
-    decides it.
+    A greedy decoder gives the expected answer exactly when each of its tokens, the end token
+    included, is the most likely token after the tokens before it. So one forward pass with the
+    right answer as input is enough.
     """
     model.eval()
     right, asked, step = defaultdict(int), defaultdict(int), 0
@@ -321,19 +326,19 @@ def save_state(work: Path, model, head, optimizers, step: int, minutes: float) -
 
 
 def resume(work: Path, model, head, optimizers) -> tuple[int, float]:
-    """Loads the last state; returns its step and the minutes spent until then."""
+    """Loads the last state; returns its step and the minutes spent until that step."""
     state = torch.load(work / "state.pt", weights_only=True)
     model.load_state_dict(state["model"])
     head.load_state_dict(state["head"])
     for optimizer, saved in zip(optimizers, state["optimizers"], strict=True):
         peak = optimizer.param_groups[0]["peak"]
         optimizer.load_state_dict(saved)
-        optimizer.param_groups[0]["peak"] = peak  # the command's, not the interrupted run's
+        optimizer.param_groups[0]["peak"] = peak  # from this command, not from the interrupted run
     return state["step"], state["minutes"]
 
 
 def note(path: Path, model, args, step: int, minutes: float, scores: dict[str, float]) -> None:
-    """Writes how the export came to be."""
+    """Writes the record of the training beside the export."""
     record = {
         "date": datetime.date.today().isoformat(),
         "command": shlex.join(["python", "scripts/train_tiny.py", *sys.argv[1:]]),

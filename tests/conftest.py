@@ -142,8 +142,8 @@ def families_table() -> str:
     lines = [" | ".join(row) for row in (head, ["---"] * len(head), *rows)]
     packages = ", ".join(f"{n} {version(n)}" for n in ("transformers", "peft", "torch"))
     return (
-        "# Model families\n\nWritten by `make families`, which runs tests/test_families.py on a "
-        "tiny model of every family, built from its real classes.\n"
+        "# Model families\n\n`make families` writes this page. It runs tests/test_families.py on a "
+        "tiny model of every family, built from the real classes.\n"
         f"{date.today()}, {packages}, CPU, no torchvision.\n\n"
         + "\n".join(f"| {line} |" for line in lines)
         + "\n"

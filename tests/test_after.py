@@ -52,7 +52,7 @@ def test_what_was_trained_cannot_be_set_otherwise(finished_run):
 
 def test_an_adapter_that_is_gone_is_named(own_run):
     (own_run / "adapters" / "global" / "adapter_model.safetensors").unlink()
-    with pytest.raises(FedVLMError, match=r"lost a file: .*global/adapter_model"):
+    with pytest.raises(FedVLMError, match=r"file of the run is missing: .*global/adapter_model"):
         fedvlm.export(own_run)
 
 

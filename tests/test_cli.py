@@ -120,7 +120,9 @@ def test_the_docs_list_of_algorithms_is_the_table():
     page = (Path(__file__).parents[1] / "docs" / "algorithms.md").read_text(encoding="utf-8")
     for name, entry in TABLE.items():
         paper = re.sub(r"arXiv ([\d.]+)", r"arXiv [\1](https://arxiv.org/abs/\1)", entry.source)
-        settings = ", ".join(f"`{s}`" for s in entry.settings) or "none"
+        own = [key for key in entry.settings.model_fields if key != "name"]
+        own += ["lora.ranks"] * entry.ranks + ["lora.spare"] * entry.spare
+        settings = ", ".join(f"`{s}`" for s in own) or "none"
         row = f"| `{name}` | {entry.sends} | {entry.keeps} | {paper} | {settings} |"
         assert row in page.splitlines(), row
 

@@ -135,12 +135,12 @@ def test_a_conversation_stays_in_one_split(tmp_path):
 @pytest.mark.parametrize(
     ("images", "talk", "said"),
     [
-        (["a.png", "b.png"], CHAT, "has 2 images, and one can be used"),
+        (["a.png", "b.png"], CHAT, "has 2 images, but only one can be used"),
         ([], CHAT, "has no image"),
         (["a.png"], [], "has no answer"),
         (["a.png"], CHAT[:2], "has no answer"),
-        (["a.png"], CHAT[2:], "turn 0 of the conversation answers no question"),
-        (["a.png"], [{"role": "tool", "content": "?"}], "turn 0 .* role 'tool', and the roles are"),
+        (["a.png"], CHAT[2:], "turn 0 of the conversation is an answer without a question"),
+        (["a.png"], [{"role": "tool", "content": "?"}], "turn 0 .* role 'tool'; the roles are"),
         (["a.png"], [{**CHAT[1], "content": "<image>"}, CHAT[2]], "the question is empty"),
     ],
 )

@@ -73,7 +73,7 @@ def test_what_is_personal_is_at_the_sites_only(demo):
         mine = files.load_tree(kept / "rounds" / "00002" / "mine.safetensors")
         assert all(".lora_A." in name for name in mine)
         assert (kept / "answers" / "personal.jsonl").exists()
-    assert "personal adapters and all answers are at the sites" in said
+    assert "personal adapters and all answers stay at the sites" in said
 
 
 @needed

@@ -36,7 +36,7 @@ DISK, MOST, LARGEST = 24, 2**20, 2**23
 LIES = {
     1: ("rejected", "not finite"),
     2: ("missing", "no safetensors file"),
-    3: ("rejected", "which must be float32"),
+    3: ("rejected", "instead of float32"),
     4: ("missing", f"bytes are more than {MOST}"),
     5: ("rejected", "lacks"),
     6: ("missing", "its loss is nan"),

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import sys
 
 import numpy as np
 import pytest
@@ -12,6 +13,8 @@ from fedvlm.config import dump, load
 from fedvlm.data.clusters import cluster_codes
 from fedvlm.data.partition import Partition, make_partition
 from fedvlm.errors import ConfigError, DataError
+from fedvlm.planning.forecast import forecast
+from fedvlm.rounds.prepare import divide
 from test_partition import config, everyone, sizes, table
 
 TOPICS = {
@@ -87,8 +90,8 @@ def test_inline_lists_survive_the_saved_configuration(tmp_path):
 @pytest.mark.parametrize(
     ("lists", "said"),
     [
-        ({"a": [0, 1, 2, 3, 4], "b": [5, 6]}, r"leaves out 3 of 10 rows, row 7 first"),
-        ({"a": [0, 1, 2, 3, 4], "b": [5, 6, 7, 8, 9, 17, 10]}, r"names 2 rows .* row 17 first.*9"),
+        ({"a": [0, 1, 2, 3, 4], "b": [5, 6]}, r"leaves out 3 of 10 rows, the first is row 7"),
+        ({"a": [0, 1, 2, 3, 4], "b": [5, 6, 7, 8, 9, 17, 10]}, r"names 2 rows .* row 17: .*9"),
         ({"a": [0, 1, 2, 3, 4, 5, 6, 7, 8], "b": [9]}, r"1 of 2 clients .* 2 rows: b \(1\)"),
     ],
 )
@@ -100,7 +103,7 @@ def test_lists_that_do_not_fit_the_data_are_refused(lists, said):
 def test_listed_rows_that_were_skipped_are_no_mistake(caplog):
     rows = table(8).select([0, 1, 2, 3, 5, 6, 7])
     lists = {"a": [0, 1, 2, 3], "b": [4, 5, 6, 7]}
-    with pytest.raises(DataError, match="names 1 rows that the data do not have, row 4 first"):
+    with pytest.raises(DataError, match="names 1 rows that do not exist, the first is row 4"):
         make_partition(rows, config(kind="explicit", lists=lists, min_rows=2))
     asked = config(0, {"on_error": "skip"}, kind="explicit", lists=lists, min_rows=2)
     with caplog.at_level(logging.WARNING, logger="fedvlm"):
@@ -114,7 +117,7 @@ def test_listed_rows_that_were_skipped_are_no_mistake(caplog):
         (None, "No such file"),
         ("{a: [0", "cannot be used"),
         ("[1, 2]", "a mapping of clients to row numbers"),
-        ("{a: [0, 1], b: [1, 2]}", r"1 rows are listed more than once, row 1 first \(of a, b\)"),
+        ("{a: [0, 1], b: [1, 2]}", r"1 rows are listed more than once, such as row 1 \(by a, b\)"),
     ],
 )
 def test_a_file_of_lists_that_cannot_be_used_is_refused(tmp_path, content, said):
@@ -171,10 +174,29 @@ def test_clusters_that_share_their_words_have_names_of_their_own():
 @pytest.mark.parametrize(
     ("answers", "said"),
     [
-        (["yes", "no"] * 20, r"clusters=3, and there are 2 different answers: lower it"),
+        (["yes", "no"] * 20, r"clusters=3, but there are 2 different answers: lower it"),
         (["?", "!", "...", "-"] * 10, "the answers hold no words"),
     ],
 )
 def test_answers_that_make_no_clusters_are_refused(answers, said):
     with pytest.raises(DataError, match=said):
         make_partition(table(40, answer=answers), config(kind="dirichlet", clusters=3, clients=2))
+
+
+@pytest.mark.parametrize("do", [divide, forecast])
+def test_without_scikit_learn_clusters_are_refused_before_any_row_is_read(do, monkeypatch):
+    asked = load(None, "partition={kind: dirichlet, clusters: 3}", "data.path=no/such.parquet")
+    with pytest.raises(DataError, match="does not exist"):
+        do(asked)
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    with pytest.raises(DataError, match=r"clusters=3 needs .* pip install 'fedvlm\[clusters\]'"):
+        do(asked)
+
+
+def test_without_scikit_learn_every_other_partition_is_made(monkeypatch):
+    monkeypatch.setitem(sys.modules, "sklearn", None)
+    rows = table(40, answer=["yes", "no"] * 20)
+    for kind in ("iid", "dirichlet", "shards", "quantity"):
+        assert everyone(make_partition(rows, config(kind=kind, clients=2))) == list(range(40))
+    with pytest.raises(DataError, match=r"fedvlm\[clusters\]"):
+        make_partition(rows, config(kind="dirichlet", clusters=2, clients=2))

@@ -195,6 +195,31 @@ def test_the_card_is_what_the_hub_reads(exports):
     assert ModelCard.load(exports["merged"] / "README.md").data.library_name == "transformers"
 
 
+@pytest.mark.parametrize(
+    "base",
+    [
+        "org/name",
+        "/a folder/größe",
+        "no",
+        "1e3",
+        "a: b # c",
+        "- x\n---\nlicense: mit\n",
+        "!!set {}",
+    ],
+)
+@pytest.mark.parametrize("merged", [False, True])
+def test_the_name_of_the_base_model_is_text_in_the_card_and_never_syntax(base, merged):
+    head = ModelCard(card.front_matter(base, merged=merged)).data.to_dict()
+    tags = ["lora", "federated-learning", "vision-language", "fedvlm"]
+    assert head == {
+        "base_model": base,
+        "base_model_relation": "finetune" if merged else "adapter",
+        "library_name": "transformers" if merged else "peft",
+        "pipeline_tag": "image-text-to-text",
+        "tags": tags if merged else [f"base_model:adapter:{base}", *tags],
+    }
+
+
 def test_the_card_tells_the_runs_own_numbers(exports, finished_run):
     text = (exports["adapter"] / "README.md").read_text()
     models = fedvlm.Results.read(finished_run).table["models"]
@@ -276,7 +301,7 @@ def test_what_fails_half_way_leaves_nothing(own_run, tmp_path, monkeypatch):
 
 def test_a_merge_that_changes_the_answers_is_refused(own_run, monkeypatch):
     monkeypatch.setitem(export.TOLERANCE, "float32", -1.0)
-    with pytest.raises(FedVLMError, match="does not answer as the adapter does"):
+    with pytest.raises(FedVLMError, match=r"logits of the merged .* differ from the adapter's"):
         fedvlm.export(own_run, client="site-0", merge=True)
     assert list((own_run / "export").iterdir()) == []
 

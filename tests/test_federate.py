@@ -14,10 +14,11 @@ import pytest
 import torch
 import yaml
 
-from fedvlm.algorithms.table import build
+from fedvlm.algorithms.base import Visit
+from fedvlm.algorithms.table import build, taken
+from fedvlm.batches.draw import Length, batches
 from fedvlm.batches.objectives import sft_terms
 from fedvlm.config import load
-from fedvlm.engines.reference import Length, batches
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.models import lora
 from fedvlm.rounds import federate
@@ -74,7 +75,7 @@ class Finished(dict):
             "output": str(self.folder / name),
             "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
             "partition": {"min_rows": 4},
-            "algorithm": {"name": name, "ft_steps": 2},
+            "algorithm": taken(name, {"ft_steps": 2}),
             "train": {"rounds": 2, "local_steps": 2, "batch_size": 4},
             "eval": {"every": 1, "max_rows": 3, "max_new_tokens": 3},
             "lora": {"rank": 2, "alpha": 4},
@@ -206,10 +207,9 @@ def test_one_client_and_one_round_equal_a_plain_training_loop(small, name):
 def test_the_average_is_weighted_by_examples(small):
     config = load(small, "algorithm.name=lora", "train.rounds=1")
     engine, partition, folder = preparing.prepare(config)
-    algorithm = build(config.algorithm)
-    tasks = [federate.Task(c, 1, engine.adapter) for c in partition.clients]
+    visits = [Visit(c, 1.0, round=1) for c in partition.clients]
     with folder.locked():
-        replies = list(engine.train(algorithm, tasks))
+        replies = list(engine.train([federate.Task(v, engine.adapter) for v in visits]))
     total = sum(len(partition.splits[c].train) for c in partition.clients)
     name = next(iter(engine.adapter))
     expected = sum(
@@ -275,7 +275,7 @@ def test_batches_sorted_by_length_hold_the_same_rows_with_less_padding():
 @pytest.mark.parametrize("name", ["plora", "lora+ft"])
 @pytest.mark.parametrize("after", [0, 2, 4])
 def test_a_stopped_run_resumes_to_the_same_bytes(small, finished, name, after):
-    config = load(small, f"algorithm.name={name}", "algorithm.ft_steps=2")
+    config = load(small | {"algorithm": taken(name, {"ft_steps": 2})})
     with pytest.raises(KeyboardInterrupt):
         federate.run(config, progress=Stop(after))
     assert not store.is_done(config.output)
@@ -321,7 +321,7 @@ def test_other_data_are_not_resumed(small):
         federate.run(small, progress=Stop(1))
     path = Path(small["output"]) / "partition.json"
     path.write_text(path.read_text().replace("0", "1", 1))
-    with pytest.raises(FedVLMError, match="the data are not what they were"):
+    with pytest.raises(FedVLMError, match="the data have changed"):
         federate.resume(small["output"])
 
 

@@ -2,22 +2,21 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import pytest
 import torch
 
-from fedvlm.algorithms.auto import auto
-from fedvlm.algorithms.base import Validation
+from fedvlm import simulate
+from fedvlm.algorithms.base import (
+    Visit,
+)
 from fedvlm.algorithms.client_terms import CONTROL, proximal, scaffold
+from fedvlm.algorithms.flex import flexlora, hetlora
 from fedvlm.algorithms.mixing import apfl, ditto, mixing
-from fedvlm.algorithms.server import late_mean, optimized
-from fedvlm.algorithms.sharing import IAT, alternating, sharing, stopped, tuned
-from fedvlm.algorithms.table import NOBODY, Client, Work
+from fedvlm.algorithms.server import ServerConfig, optimized
+from fedvlm.algorithms.sharing import IAT, alternating, sharing
 from fedvlm.config import load
 from fedvlm.errors import ConfigError
 from fedvlm.layers import select
-from fedvlm.settings.sections import ServerConfig
 from fedvlm.tree import part
 from toy import (
     FEDAVG,
@@ -25,7 +24,6 @@ from toy import (
     LOCAL,
     A,
     B,
-    Federation,
     clients,
     close,
     pull,
@@ -36,7 +34,7 @@ from toy import (
 
 
 def test_rolora_trains_and_sends_b_and_a_by_turns():
-    run = Federation(alternating(), clients(), INITIAL)
+    run = simulate(alternating(), clients(), INITIAL)
     sent = []
     for _ in range(4):
         before = run.model()
@@ -86,113 +84,6 @@ def test_a_share_pattern_that_cannot_be_read_is_refused(pattern):
         load({"algorithm": {"share": {pattern: "B"}}})
 
 
-def test_tuning_that_stops_early_keeps_the_adapter_of_the_lowest_validation_loss():
-    last = stopped(FEDAVG, steps=7, checks=3).final
-    assert [phase.steps for phase in last.phases] == [3, 2, 2]
-    trees = [{A: torch.full((2, 5), float(k))} for k in range(4)]
-    for losses, best in (
-        ((3.0, 1.0, 2.0, 4.0), 1),
-        ((1.0, 2.0, 3.0, 4.0), 0),
-        ((4.0, 3.0, 2.0, 1.0), 3),
-        ((), 3),
-    ):
-        scores = tuple(Validation(loss, 0.5) for loss in losses)
-        work = Work({}, {}, tuple(trees[1:]), start=trees[0], scores=scores)
-        upload, mine = last.finish(work)
-        assert not upload
-        assert mine[A][0, 0] == best
-
-
-def test_auto_ends_with_the_best_mixture_of_the_mean_over_its_tuning_and_the_servers_mean():
-    algorithm = auto(steps=9, checks=3)
-    last, state = algorithm.final, algorithm.init({A: torch.zeros(2, 5), B: torch.zeros(7, 2)})
-    assert [phase.steps for phase in last.phases] == [3, 3, 3]
-    for value in (4.0, 8.0):
-        mean = {A: torch.full((2, 5), value), B: torch.full((7, 2), -value)}
-        state = algorithm.update(state, mean)
-    weight = (2 - 1) / (2 + 3)  # of the first of two rounds, see Shamir and Zhang
-    late = weight * 4 + (1 - weight) * 8
-    down = last.download(state, Client("a", 1.0))
-    assert torch.allclose(down[A], torch.full((2, 5), late))
-    trees = [{A: torch.full((2, 5), v), B: torch.full((7, 2), v)} for v in (0.0, 6.0, 0.0, 2.0)]
-    work = Work(down, trees[0], tuple(trees[1:]), start=trees[0])
-    mixtures = [(late, -late), (2, -late), (late, 2), ((late + 2) / 2, (2 - late) / 2), (2, 2)]
-    tried = last.tried(work)
-    found = torch.tensor([(t[A][0, 0], t[B][0, 0]) for t in tried])
-    assert torch.allclose(found, torch.tensor(mixtures))
-    for best in range(5):
-        scores = tuple(Validation(float(k != best), 0.0) for k in range(5))
-        upload, mine = last.finish(replace(work, scores=scores))
-        assert not upload
-        for one in (algorithm, last):  # whatever it is sent from then on
-            assert not one.options({}, down, mine)
-            assert all(torch.equal(t, tried[best][n]) for n, t in one.start({}, down, mine).items())
-
-
-@pytest.mark.parametrize("rounds", [1, 2, 7])
-def test_the_mean_of_the_rounds_weighs_them_by_a_polynomial(rounds):
-    algorithm = late_mean(tuned(FEDAVG, 1), power=1)
-    state = algorithm.init({B: torch.tensor([[9.0]])})
-    for n in range(1, rounds + 1):
-        state = algorithm.update(state, {B: torch.tensor([[float(n)]])})
-    weights = range(1, rounds + 1)  # with power 1, exactly the number of the round
-    late = sum(n * w for n, w in zip(range(1, rounds + 1), weights, strict=True)) / sum(weights)
-    assert algorithm.final.download(state, NOBODY)[B].item() == pytest.approx(late)
-    assert algorithm.download(state, NOBODY)[B].item() == rounds
-
-
-def test_auto_keeps_what_is_wrong_less_often_where_a_client_had_no_factors_of_its_own():
-    """Of what it was sent, and the mean over the second half of its tuning."""
-    last = auto(steps=9, checks=3).final
-    down = last.download({f"late/{A}": torch.full((2, 5), 7.0)}, Client("a", 1.0))
-    trees = [{A: torch.full((2, 5), v)} for v in (7.0, 6.0, 0.0, 2.0)]
-    work = Work(down, {}, tuple(trees[1:]), start=trees[0])
-    assert [t[A][0, 0] for t in last.tried(work)] == [7, (0 + 2) / 2]
-    for scores, kept in (
-        ((), 1),
-        (((0.1, 0.5), (9.0, 0.4)), 1),
-        (((9.0, 0.5), (0.1, 0.6)), 7),
-        (((0.2, 0.5), (0.1, 0.5)), 1),
-    ):
-        found = tuple(Validation(*each) for each in scores)
-        _, mine = last.finish(replace(work, scores=found))
-        assert last.start({}, down, mine)[A][0, 0] == kept
-
-
-def test_auto_chooses_in_a_clients_second_round_and_in_every_third_from_then_on():
-    algorithm = auto(steps=9, checks=3)
-    down = algorithm.download({A: torch.full((2, 5), 10.0)}, Client("a", 1.0))
-    end, mine, asked = {A: torch.full((2, 5), 2.0)}, {}, []
-    for round_ in range(1, 9):
-        options = algorithm.options({}, down, mine)
-        asked.append(round_ if options else 0)
-        begun, chosen = (options[1], 1) if options else (algorithm.start({}, down, mine), None)
-        assert begun[A][0, 0] == (10 if round_ == 1 else 2), "the server's, then the own A"
-        _, mine = algorithm.finish(Work(down, mine, (end,), start=begun, chosen=chosen))
-    assert asked == [0, 2, 0, 0, 5, 0, 0, 8]
-    assert len(algorithm.final.options({}, down, mine)) == 5, "before it tunes it always chooses"
-
-
-def test_auto_begins_at_the_servers_factors_where_less_than_half_take_part():
-    algorithm = auto(steps=9, checks=3)
-    state, own, end = ({A: torch.full((2, 5), v)} for v in (10.0, 2.0, 5.0))
-    for share, options in ((1.0, (10, 2, 10, 6, 2)), (0.5, (10, 2, 10, 6, 2)), (0.4, ())):
-        down = algorithm.download(state, Client("a", 1.0, share))
-        found = algorithm.options({}, down, own)
-        assert tuple(t[A][0, 0] for t in found) == options
-        assert algorithm.start({}, down, own)[A][0, 0] == (6 if options else 10)
-        upload, mine = algorithm.finish(Work(down, own, (end,), start=own))
-        assert upload[A][0, 0] == 5
-        assert mine == (upload if options else {})
-
-
-def test_clients_of_a_round_are_sent_the_same_objects_by_auto():
-    algorithm, state = auto(steps=9, checks=3), {A: torch.ones(2, 5)}
-    one, other = (algorithm.download(state, Client(name, 1.0, 0.3)) for name in "ab")
-    assert all(one[n] is t for n, t in other.items())
-    assert algorithm.download(state, Client("c", 1.0, 0.6)).keys() == one.keys()
-
-
 # Server optimizers
 
 
@@ -201,8 +92,8 @@ def server_steps(changes, **settings):
     algorithm = optimized(FEDAVG, ServerConfig(**settings))
     state = algorithm.init({B: torch.tensor([[1.0]])})
     found = []
-    for change in changes:
-        state = algorithm.update(state, {B: state[B] + change})
+    for number, change in enumerate(changes, 1):
+        state = {**state, **algorithm.server.update(state, {B: state[B] + change}, number)}
         found.append(state[B].item())
     return found
 
@@ -243,15 +134,30 @@ def test_the_servers_moments_stay_at_the_server():
     algorithm = optimized(FEDAVG, ServerConfig(name="adam"))
     state = algorithm.init(INITIAL)
     assert len(state) == 3 * len(INITIAL)
-    assert algorithm.download(state, Client("c", 1.0)).keys() == INITIAL.keys()
+    assert algorithm.send(state, Visit("c", 1.0)).keys() == INITIAL.keys()
 
 
 def test_a_factor_that_rested_is_not_moved_by_the_servers_momentum():
-    run = Federation(optimized(alternating(), ServerConfig(name="avgm")), clients(), INITIAL).run()
+    run = simulate(optimized(alternating(), ServerConfig(name="avgm")), clients(), INITIAL).run()
     before = run.model()
     run.run()
     assert torch.equal(run.model()[B], before[B])
     assert not torch.equal(run.model()[A], before[A])
+
+
+@pytest.mark.parametrize("one", [flexlora, hetlora])
+@pytest.mark.parametrize("name", ["avgm", "adam"])
+def test_an_optimizer_steps_where_the_mean_is_not_of_factors(one, name):
+    """The mean of flexlora is of products, that of hetlora is weighted by norms."""
+    plain = simulate(one(), clients(), INITIAL, 1, steps=2)
+    stepped = simulate(
+        optimized(one(), ServerConfig(name=name, lr=0.5)), clients(), INITIAL, 1, steps=2
+    )
+    assert stepped.model().keys() == plain.model().keys()
+    if name == "avgm":  # half of the way, with no momentum yet
+        half = {n: (INITIAL[n] + t) / 2 for n, t in plain.model().items()}
+        assert close(stepped.model(), half)
+    assert not close(stepped.model(), INITIAL)
 
 
 # Client terms
@@ -259,7 +165,7 @@ def test_a_factor_that_rested_is_not_moved_by_the_servers_momentum():
 
 def test_fedprox_adds_the_pull_to_the_download():
     mu, lr = 0.5, 0.1
-    run = Federation(proximal(FEDAVG, mu), clients(1), INITIAL, lr=lr, steps=2).run()
+    run = simulate(proximal(FEDAVG, mu), clients(1), INITIAL, lr=lr, steps=2).run()
     now, (_, gradient) = INITIAL, run.clients["c0"]
     for _ in range(2):
         now = {n: t - lr * (gradient(n, t) + mu * (t - INITIAL[n])) for n, t in now.items()}
@@ -268,8 +174,8 @@ def test_fedprox_adds_the_pull_to_the_download():
 
 def test_fedprox_with_a_strong_pull_stays_at_the_download():
     lr = 0.001
-    run = Federation(proximal(FEDAVG, 1 / lr), clients(1), INITIAL, lr=lr, steps=50).run()
-    free = Federation(FEDAVG, clients(1), INITIAL, lr=lr, steps=50).run()
+    run = simulate(proximal(FEDAVG, 1 / lr), clients(1), INITIAL, lr=lr, steps=50).run()
+    free = simulate(FEDAVG, clients(1), INITIAL, lr=lr, steps=50).run()
     moved = (run.model()[A] - INITIAL[A]).norm()
     assert moved < 0.03 * (free.model()[A] - INITIAL[A]).norm()
 
@@ -277,7 +183,7 @@ def test_fedprox_with_a_strong_pull_stays_at_the_download():
 def test_the_pull_leaves_personal_factors_alone():
     plora = sharing({"": "B"})
     runs = [
-        Federation(algorithm, clients(), INITIAL, steps=3).run(2)
+        simulate(algorithm, clients(), INITIAL, steps=3).run(2)
         for algorithm in (plora, proximal(plora, 2.0))
     ]
     assert close(runs[0].kept["c1"], runs[1].kept["c1"])
@@ -298,7 +204,7 @@ def optimum():
 
 def test_scaffold_finds_the_optimum_that_fedavg_misses():
     runs = {
-        name: Federation(algorithm, curved(), INITIAL, lr=0.1, steps=10).run(100)
+        name: simulate(algorithm, curved(), INITIAL, lr=0.1, steps=10).run(100)
         for name, algorithm in (("scaffold", scaffold()), ("fedavg", FEDAVG))
     }
     far = {name: (run.model()[A] - optimum()[A]).abs().max().item() for name, run in runs.items()}
@@ -306,7 +212,7 @@ def test_scaffold_finds_the_optimum_that_fedavg_misses():
 
 
 def test_scaffolds_server_control_is_the_mean_of_the_clients_also_when_some_rest():
-    run = Federation(scaffold(), curved(), INITIAL, lr=0.1, steps=3)
+    run = simulate(scaffold(), curved(), INITIAL, lr=0.1, steps=3)
     for cohort in (None, ["flat"], ["steep"], None):
         run.run(1, cohort)
     own = {c: part(kept, CONTROL) for c, kept in run.kept.items()}
@@ -320,15 +226,15 @@ def test_scaffolds_server_control_is_the_mean_of_the_clients_also_when_some_rest
 
 def test_a_mixture_of_nothing_but_the_mean_is_fedavg_and_of_b_alone_plora():
     for mix, other in (({"A": 1, "B": 1}, "AB"), ({"A": 0, "B": 1}, "B"), ({"A": 0, "B": 0}, "")):
-        mixed = Federation(mixing(mix), clients(), INITIAL).run(3)
-        plain = Federation(sharing({"": other}), clients(), INITIAL).run(3)
+        mixed = simulate(mixing(mix), clients(), INITIAL).run(3)
+        plain = simulate(sharing({"": other}), clients(), INITIAL).run(3)
         for client in mixed.clients:
             assert mixed.uploads[client].keys() == plain.uploads[client].keys()
             assert close(mixed.model(client), plain.model(client))
 
 
 def test_a_round_of_a_mixture_begins_between_the_own_model_and_the_mean():
-    run = Federation(mixing({"A": 0.25, "B": 0.75}), clients(), INITIAL).run()
+    run = simulate(mixing({"A": 0.25, "B": 0.75}), clients(), INITIAL).run()
     own, mean, model = run.kept["c2"], run.state, run.model("c2")
     assert torch.allclose(model[A], 0.75 * own[A] + 0.25 * mean[A])
     assert torch.allclose(model[B], 0.25 * own[B] + 0.75 * mean[B])
@@ -336,9 +242,9 @@ def test_a_round_of_a_mixture_begins_between_the_own_model_and_the_mean():
 
 
 def test_ditto_without_a_pull_is_local_training_beside_fedavg():
-    run = Federation(ditto(0.0), clients(), INITIAL, steps=2).run(3)
-    alone = Federation(LOCAL, clients(), INITIAL, steps=2).run(3)
-    shared = Federation(FEDAVG, clients(), INITIAL, steps=2).run(3)
+    run = simulate(ditto(0.0), clients(), INITIAL, steps=2).run(3)
+    alone = simulate(LOCAL, clients(), INITIAL, steps=2).run(3)
+    shared = simulate(FEDAVG, clients(), INITIAL, steps=2).run(3)
     for client in run.clients:
         assert close(run.model(client), alone.model(client))
     assert close(run.model(), shared.model())
@@ -346,7 +252,7 @@ def test_ditto_without_a_pull_is_local_training_beside_fedavg():
 
 def test_dittos_personal_model_is_pulled_to_the_download_and_not_to_what_it_trained():
     mu, lr = 2.0, 0.1
-    run = Federation(ditto(mu), clients(), INITIAL, lr=lr).run(1)
+    run = simulate(ditto(mu), clients(), INITIAL, lr=lr).run(1)
     down, own = dict(run.state), dict(run.kept["c1"])
     run.run(1)
     (_, gradient) = run.clients["c1"]
@@ -356,7 +262,7 @@ def test_dittos_personal_model_is_pulled_to_the_download_and_not_to_what_it_trai
 
 def test_apfls_mixture_takes_the_steps_of_its_own_model():
     mix, lr = {"A": 0.25, "B": 0.5}, 0.1
-    run = Federation(apfl(mix), clients(), INITIAL, lr=lr).run(1)
+    run = simulate(apfl(mix), clients(), INITIAL, lr=lr).run(1)
     w, v = dict(run.state), dict(run.kept["c1"])
     mixed = run.model("c1")
     assert torch.allclose(mixed[A], 0.25 * w[A] + 0.75 * v[A], atol=1e-6)
@@ -377,6 +283,12 @@ def test_apfls_mixture_takes_the_steps_of_its_own_model():
         ({"algorithm": {"name": "fedex", "prox_mu": 1}}, r"prox_mu has no meaning.*fedex"),
         ({"algorithm": {"name": "lora", "mix_a": 0.1}}, "mix_a has no meaning"),
         ({"algorithm": {"name": "local", "server": {"name": "adam"}}}, "server has no meaning"),
+        (
+            {"algorithm": {"name": "lora", "server": {"lr": 0.5}}},
+            "lr of no optimizer has no meaning",
+        ),
+        ({"algorithm": {"name": "local", "x": 1}}, r"unknown key 'algorithm\.x'; .* no settings"),
+        ({"algorithm": {"name": "auto", "ft_step": 1}}, r"did you mean 'algorithm\.ft_steps'\?"),
         ({"algorithm": {"name": "scaffold"}}, r"set train\.optimizer=sgd"),
         ({"algorithm": {"name": "pair"}, "lora": {"rank": 3}}, "even, got 3"),
         ({"algorithm": {"name": "apfl", "mix_b": 1.0}}, "below 1"),

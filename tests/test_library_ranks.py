@@ -5,11 +5,13 @@ from __future__ import annotations
 import pytest
 import torch
 
+from fedvlm import simulate
+from fedvlm.algorithms.base import Upload, Visit
 from fedvlm.algorithms.exact import exact
 from fedvlm.algorithms.flex import flexlora, hetlora, ranked
 from fedvlm.algorithms.similarity import clustered, similar
-from fedvlm.algorithms.table import TABLE, Client, Upload, build
-from fedvlm.settings.sections import AlgorithmConfig, LoraConfig
+from fedvlm.algorithms.table import TABLE, build
+from fedvlm.settings.method import LoraConfig
 from fedvlm.tree import cut, factorized, pad, products, rank
 from toy import (
     FEDAVG,
@@ -17,7 +19,6 @@ from toy import (
     LOCAL,
     A,
     B,
-    Federation,
     clients,
     close,
     masked,
@@ -25,6 +26,12 @@ from toy import (
     target,
     with_spare,
 )
+
+
+def built(name, **settings):
+    """An algorithm of the table for an adapter of two ranks."""
+    return build(TABLE[name].settings(name=name, **settings), LoraConfig(rank=2))
+
 
 # Exact aggregation
 
@@ -41,7 +48,7 @@ def mean_product(run):
 @pytest.mark.parametrize("restart", [False, True])
 def test_the_global_models_product_is_the_mean_of_the_clients_products(restart):
     initial = pad(INITIAL, 0, 6)
-    run = Federation(exact(2, 6, restart=restart), with_spare(), initial, steps=2)
+    run = simulate(exact(2, 6, restart=restart), with_spare(), initial, steps=2)
     frozen = torch.zeros(4, 5)  # what has been added to the frozen weight
     for _ in range(3):
         run.run()
@@ -50,27 +57,27 @@ def test_the_global_models_product_is_the_mean_of_the_clients_products(restart):
         assert torch.allclose(found, wanted, atol=1e-6)
         (begin,) = products(cut(run.model(), 0, 2)).values()
         frozen = wanted - begin
-    (naive,) = products(Federation(FEDAVG, clients(), INITIAL, steps=2).run(3).model()).values()
+    (naive,) = products(simulate(FEDAVG, clients(), INITIAL, steps=2).run(3).model()).values()
     assert not torch.allclose(found, naive, atol=1e-3), "the mean's factors would not do"
 
 
 def test_what_fedex_adds_is_never_trained_and_never_sent():
-    run = Federation(exact(2, 6), with_spare(), pad(INITIAL, 0, 6), steps=2).run(2)
+    run = simulate(exact(2, 6), with_spare(), pad(INITIAL, 0, 6), steps=2).run(2)
     down = dict(run.state)
     run.run()
-    assert close(cut(run.works["c0"].end, 2, 8), cut(down, 2, 8), atol=0)
+    assert close(cut(run.ends["c0"][-1], 2, 8), cut(down, 2, 8), atol=0)
     assert rank(run.uploads["c0"]) == 2
 
 
 def test_florAs_clients_begin_each_round_with_the_initial_adapter():
-    run = Federation(exact(2, 6, restart=True), with_spare(), pad(INITIAL, 0, 6), steps=2).run(2)
+    run = simulate(exact(2, 6, restart=True), with_spare(), pad(INITIAL, 0, 6), steps=2).run(2)
     assert close(cut(run.model(), 0, 2), INITIAL, atol=0)
     (moved,) = products(run.model()).values()
     assert moved.abs().max() > 0.01
 
 
 def test_too_few_spare_ranks_give_the_nearest_matrix():
-    run = Federation(exact(2, 1, restart=True), with_spare(), pad(INITIAL, 0, 1), steps=2).run()
+    run = simulate(exact(2, 1, restart=True), with_spare(), pad(INITIAL, 0, 1), steps=2).run()
     wanted, (found,) = mean_product(run), products(run.model()).values()
     lost = torch.linalg.svdvals(wanted)[1:].norm()
     assert (wanted - found).norm() == pytest.approx(lost.item(), rel=1e-4)
@@ -91,11 +98,11 @@ def test_factors_of_a_matrix_have_its_product_and_can_go_on_learning():
 
 def test_flexlora_gives_every_client_the_largest_singular_values_of_the_mean_product():
     algorithm = ranked(flexlora(), {"c0": 1}, 2)
-    run = Federation(algorithm, clients(), INITIAL, steps=3).run()
+    run = simulate(algorithm, clients(), INITIAL, steps=3).run()
     wanted = mean_product(run)
     u, s, v = torch.linalg.svd(wanted)
     for client, ranks in (("c0", 1), ("c2", 2)):
-        down = algorithm.download(run.state, Client(client, 1.0))
+        down = algorithm.send(run.state, Visit(client, 1.0))
         assert int(down["rank"]) == ranks
         (found,) = products({n: down[n] for n in (A, B)}).values()
         assert torch.allclose(found, u[:, :ranks] * s[:ranks] @ v[:ranks], atol=1e-5)
@@ -103,26 +110,26 @@ def test_flexlora_gives_every_client_the_largest_singular_values_of_the_mean_pro
 
 def test_hetlora_weighs_by_the_norm_of_the_product():
     algorithm = hetlora()
-    given = [(Client("x", 5.0), 1.0), (Client("y", 1.0), 3.0)]
+    given = [(Visit("x", 5.0), 1.0), (Visit("y", 1.0), 3.0)]
     trees = [{A: torch.full((2, 5), size), B: torch.ones(4, 2)} for _, size in given]
-    run = Federation(algorithm, {}, INITIAL)
+    run = simulate(algorithm, {}, INITIAL)
     from fedvlm.tree import Mean
 
     mean = Mean()
-    for (client, _), tree in zip(given, trees, strict=True):
-        mean.add(algorithm.lift(tree, client), client.weight)
-    state = algorithm.update(run.state, mean.tree())
+    for (visit, _), tree in zip(given, trees, strict=True):
+        mean.add(*algorithm.server.lift(tree, visit))
+    state = algorithm.server.update(run.state, mean.tree(), 1)
     assert torch.allclose(state[A], torch.full((2, 5), (1 * 1 + 3 * 3) / 4))
 
 
-RANKED = [n for n, e in TABLE.items() if "lora.ranks" in e.settings and n != "share"]
+RANKED = [n for n, e in TABLE.items() if e.ranks and n != "share"]
 
 
 @pytest.mark.parametrize("name", RANKED)
 def test_a_client_of_a_lower_rank_has_and_sends_no_more(name):
     lora = LoraConfig(rank=2, ranks={"c0": 1})
-    algorithm = build(AlgorithmConfig(name=name), lora)
-    run = Federation(algorithm, clients(), INITIAL, steps=2)
+    algorithm = build(TABLE[name].settings(name=name), lora)
+    run = simulate(algorithm, clients(), INITIAL, steps=2)
     for name_, (weight, gradient) in list(run.clients.items()):
         run.clients[name_] = (weight, masked(gradient, 1 if name_ == "c0" else 2))
     run.run(3)
@@ -136,8 +143,8 @@ def test_a_client_of_a_lower_rank_has_and_sends_no_more(name):
 
 
 def test_equal_ranks_change_nothing():
-    plain = Federation(FEDAVG, clients(), INITIAL, steps=2).run(2)
-    same = Federation(ranked(FEDAVG, {"c": 2}, 2), clients(), INITIAL, steps=2).run(2)
+    plain = simulate(FEDAVG, clients(), INITIAL, steps=2).run(2)
+    same = simulate(ranked(FEDAVG, {"c": 2}, 2), clients(), INITIAL, steps=2).run(2)
     assert close(plain.model("c1"), same.model("c1"), atol=0)
     assert ranked(FEDAVG, None, 2) is FEDAVG
 
@@ -150,7 +157,7 @@ def halves(tree):
 
 
 def test_a_pair_averages_one_half_and_keeps_the_other():
-    run = Federation(build(AlgorithmConfig(name="pair"), LoraConfig(rank=2)), clients(), INITIAL)
+    run = simulate(built("pair"), clients(), INITIAL)
     run.run(2)
     models = [halves(run.model(c)) for c in run.clients]
     assert close(models[0][0], models[1][0], atol=0)
@@ -159,11 +166,11 @@ def test_a_pair_averages_one_half_and_keeps_the_other():
 
 
 def test_feddpa_trains_the_shared_half_alone_and_the_own_half_beside_the_downloaded_one():
-    algorithm = build(AlgorithmConfig(name="feddpa"), LoraConfig(rank=2))
-    run = Federation(algorithm, clients(), INITIAL, steps=2).run(1)
+    algorithm = built("feddpa")
+    run = simulate(algorithm, clients(), INITIAL, steps=2).run(1)
     down, own = dict(run.state), dict(run.kept["c1"])
     run.run(1)
-    first, last = run.works["c1"].ends
+    first, last = run.ends["c1"]
     assert halves(first)[1][B].abs().max() == 0, "the own half is off while the shared one learns"
     assert not close(halves(first)[0], down)
     assert close(halves(last)[0], down, atol=0)
@@ -171,15 +178,15 @@ def test_feddpa_trains_the_shared_half_alone_and_the_own_half_beside_the_downloa
 
 
 def test_fedalts_frozen_half_is_the_mean_of_the_other_clients():
-    algorithm = build(AlgorithmConfig(name="fedalt"), LoraConfig(rank=2))
-    run = Federation(algorithm, clients(3), INITIAL, steps=2).run(1)
+    algorithm = built("fedalt")
+    run = simulate(algorithm, clients(3), INITIAL, steps=2).run(1)
     sent = dict(run.uploads)
     world, own = halves(run.model("c0"))
     for n in (A, B):
         assert torch.allclose(world[n], (2.0 * sent["c1"][n] + 3.0 * sent["c2"][n]) / 5.0)
         assert torch.equal(own[n], run.kept["c0"][n])
     run.run(1, ["c0"])
-    assert close(halves(run.works["c0"].end)[0], world, atol=0), "it is frozen"
+    assert close(halves(run.ends["c0"][-1])[0], world, atol=0), "it is frozen"
     assert close(halves(run.model("c0"))[0], world, atol=0), "and the others have sent no more"
     assert not close(halves(run.model("c1"))[0], halves(run.model("c2"))[0])
 
@@ -202,8 +209,8 @@ ZERO = {n: torch.zeros_like(t) for n, t in INITIAL.items()}
 
 
 def test_likeness_decides_between_the_own_model_and_fedavg():
-    cold, warm = (Federation(similar(t), camps(), ZERO).run(1) for t in (0.001, 1e6))
-    mean = Federation(FEDAVG, camps(), ZERO).run(1).model()
+    cold, warm = (simulate(similar(t), camps(), ZERO).run(1) for t in (0.001, 1e6))
+    mean = simulate(FEDAVG, camps(), ZERO).run(1).model()
     assert close(warm.model("a0"), mean, atol=1e-5)
     sent = cold.uploads
     camp = {n: (sent["a0"][n] + 3 * sent["a1"][n]) / 4 for n in (A, B)}
@@ -212,7 +219,7 @@ def test_likeness_decides_between_the_own_model_and_fedavg():
 
 
 def test_clusters_are_found_from_the_uploads_alone():
-    run = Federation(clustered(2), camps(), ZERO).run(1)
+    run = simulate(clustered(2), camps(), ZERO).run(1)
     for _ in range(2):
         for camp in ("a", "b"):
             sent = [(run.clients[f"{camp}{k}"][0], run.uploads[f"{camp}{k}"]) for k in (0, 1)]
@@ -223,23 +230,23 @@ def test_clusters_are_found_from_the_uploads_alone():
 
 
 def test_one_cluster_is_fedavg_and_more_than_clients_are_local_models():
-    one = Federation(clustered(1), camps(), ZERO).run(3)
-    assert close(one.model("a0"), Federation(FEDAVG, camps(), ZERO).run(3).model())
-    many = Federation(clustered(9), clients(), INITIAL).run(3)
-    alone = Federation(LOCAL, clients(), INITIAL).run(3)
+    one = simulate(clustered(1), camps(), ZERO).run(3)
+    assert close(one.model("a0"), simulate(FEDAVG, camps(), ZERO).run(3).model())
+    many = simulate(clustered(9), clients(), INITIAL).run(3)
+    alone = simulate(LOCAL, clients(), INITIAL).run(3)
     assert close(many.model("c2"), alone.model("c2"))
 
 
 def test_a_client_that_has_sent_nothing_gets_the_mean_of_all():
     for algorithm in (similar(0.1), clustered(2)):
-        run = Federation(algorithm, camps(), ZERO).run(1)
-        down = algorithm.download(run.state, Client("new", 2.0))
-        assert close(down, Federation(FEDAVG, camps(), ZERO).run(1).model())
+        run = simulate(algorithm, camps(), ZERO).run(1)
+        down = algorithm.send(run.state, Visit("new", 2.0))
+        assert close(down, simulate(FEDAVG, camps(), ZERO).run(1).model())
 
 
 def test_who_rests_keeps_the_say_of_its_last_upload():
     algorithm = similar(1e6)
-    run = Federation(algorithm, camps(), ZERO).run(1)
+    run = simulate(algorithm, camps(), ZERO).run(1)
     before = dict(run.uploads)
     run.run(1, ["a0"])
     wanted = {
@@ -247,4 +254,6 @@ def test_who_rests_keeps_the_say_of_its_last_upload():
         for n in (A, B)
     }
     assert close(run.model("b1"), wanted, atol=1e-5)
-    assert algorithm.gather(run.state, [Upload(Client("a0", 1.0), ZERO)])["weight/b1"] == 1.0
+    assert (
+        algorithm.server.update(run.state, [Upload(Visit("a0", 1.0), ZERO)], 3)["weight/b1"] == 1.0
+    )

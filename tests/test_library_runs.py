@@ -9,18 +9,17 @@ import pytest
 import torch
 
 import fedvlm
-from fedvlm.algorithms.table import TABLE
+from fedvlm.algorithms.table import TABLE, build, spare_ranks, taken
 from fedvlm.errors import ConfigError
 from fedvlm.rounds import federate
 from fedvlm.rounds import prepare as preparing
 from fedvlm.rounds.comparison import compare
 from fedvlm.store import files
 from fedvlm.tree import cut, pairs, products
-from test_federate import ALGORITHMS as ELSEWHERE
+from formulas import drive
 from test_federate import Stop, bytes_of
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
-LIBRARY = [name for name in TABLE if name not in (*ELSEWHERE, "share")]
 
 
 def settings(small, name):
@@ -29,16 +28,36 @@ def settings(small, name):
     tree["data"]["scenes"] |= {"rows": 12}
     tree["train"] |= {"rounds": 3, "local_steps": 1, "clients_per_round": 2}
     tree["eval"] |= {"every": 0, "max_rows": 2, "max_new_tokens": 2}
-    tree["algorithm"] = {"name": name}
-    if "ft_steps" in TABLE[name].settings:
-        tree["algorithm"]["ft_steps"] = 4
+    tree["algorithm"] = taken(name, {"ft_steps": 4})
     if name == "scaffold":
         tree["train"] |= {"optimizer": "sgd", "lr": 0.1}
     return tree
 
 
-@pytest.mark.parametrize("name", LIBRARY)
+@pytest.mark.parametrize("compress", ["none", "int8"])
+@pytest.mark.parametrize("name", [n for n in TABLE if n != "share"])
+def test_a_stopped_run_of_formulas_resumes_to_the_same_bytes(tmp_path, name, compress):
+    """By the real round loop and the real store; every algorithm, two of three clients a round."""
+    own = taken(name, {"ft_steps": 4})
+    tree = {"algorithm": own, "lora": {"rank": 2}, "wire": {"compress": compress}}
+    tree["train"] = {"rounds": 4, "clients_per_round": 2}
+    if name == "scaffold":
+        tree["train"]["optimizer"] = "sgd"
+    config = fedvlm.load_config(tree, f"output={tmp_path / 'whole'}")
+    spare = spare_ranks(name, config.lora)
+    whole = drive(config, spare=spare)
+    last = config.train.rounds + build(config.algorithm, config.lora).final
+    assert len(files.read_lines(whole / "metrics.jsonl")) == last + 1
+    for after in range(last) if compress == "none" else [2]:
+        stopped = fedvlm.load_config(tree, f"output={tmp_path / f'stopped-{after}'}")
+        with pytest.raises(KeyboardInterrupt):
+            drive(stopped, Stop(after), spare=spare)
+        assert bytes_of(drive(stopped, resume=True, spare=spare)) == bytes_of(whole)
+
+
+@pytest.mark.parametrize("name", ["ditto", "fedex", "similar"])
 def test_a_stopped_run_resumes_to_the_same_bytes(small, tmp_path, name):
+    """With a model: two models a client, spare ranks, and a server that gathers."""
     whole = fedvlm.run(settings(small, name), f"output={tmp_path / 'whole'}")
     stopped = tmp_path / "stopped"
     with pytest.raises(KeyboardInterrupt):
@@ -95,25 +114,25 @@ def test_auto_begins_with_the_mixture_of_the_lowest_loss_and_ends_with_it(small,
     from fedvlm.engines.cohort import CohortEngine
 
     asked, begun = [], []
-    losses, train = CohortEngine._validation, CohortEngine._train
+    losses, train = CohortEngine._validate, CohortEngine._train
 
     def seen(engine, trees, rows):
         found = losses(engine, trees, rows)
         asked.append((trees, found))
         return found
 
-    def started(engine, trees, *rest):
-        begun.append(trees)
-        return train(engine, trees, *rest)
+    def started(engine, group):
+        begun.append([member.wanted.begin for member in group])
+        return train(engine, group)
 
-    monkeypatch.setattr(CohortEngine, "_validation", seen)
+    monkeypatch.setattr(CohortEngine, "_validate", seen)
     monkeypatch.setattr(CohortEngine, "_train", started)
     tree = settings(small, "auto")
     tree["train"] |= {"rounds": 2, "clients_per_round": 3, "lr": 0.02}
     tree["algorithm"] |= {"ft_steps": 4, "ft_checks": 2}
     tree["eval"] |= {"split": "val", "max_rows": 200}
     results = fedvlm.run(tree)
-    first, second, last = begun
+    first, second, last, _ = begun  # the tuning has two stretches
     assert all(torch.equal(one[n], other[n]) for one in first for other in first for n in one)
     assert len(asked[0][0]) == len(STARTS)
     for start in (*second, *last):

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from dataclasses import replace
 
 import pandas as pd
 import peft
@@ -12,12 +11,12 @@ import torch
 import fedvlm
 from fedvlm.after.onboard import _personal, _steps, _tuning
 from fedvlm.after.opened import open_run
-from fedvlm.algorithms.base import Validation
-from fedvlm.algorithms.table import TABLE, Client, Work, build, spare_ranks
+from fedvlm.algorithms.base import Local, Trained, Validation, Visit, step
+from fedvlm.algorithms.table import TABLE, build, spare_ranks
 from fedvlm.errors import FedVLMError
 from fedvlm.models import lora
 from fedvlm.models.load import load_model
-from fedvlm.settings.sections import AlgorithmConfig, LoraConfig
+from fedvlm.settings.sections import LoraConfig
 from fedvlm.store.files import load_tree
 from fedvlm.store.run import Store
 from fedvlm.tree import digest, factor
@@ -108,16 +107,22 @@ def test_tuning_that_harms_is_not_used():
         return {f"m.lora_{f}.weight": torch.full((2, 2), float(number)) for f in "AB"}
 
     tuning = _tuning(tree(0), {"m.lora_A.weight"}, 7)
-    assert [phase.steps for phase in tuning.phases] == [2, 2, 1, 1, 1]
-    assert [n for n in tree(0) if tuning.phases[0].trains(n)] == ["m.lora_A.weight"]
-    work = Work({}, {}, tuple(map(tree, (1, 5, 0, 0, 0))), start=tree(0))
-    tried = [t["m.lora_A.weight"][0, 0].item() for t in tuning.tried(work)]
-    assert tried == [0, 0.5, 2, 1.5, pytest.approx(1.2), 1, 1, 5, 0, 0, 0], "means, and points"
     for lowest, expected in ((0, 0.0), (2, 2.0), (7, 5.0)):
+        program = tuning.work(Local(Visit("new", 1.0, round=9), tree(0), {}, {}, 5))
+        stretches, ask = [], step(program)
+        for value in (1, 5, 0, 0, 0):
+            stretches.append(ask)
+            ask = step(program, Trained(tree(value), {"A": 1.0, "B": 1.0}))
+        assert [stretch.steps for stretch in stretches] == [2, 2, 1, 1, 1]
+        assert [n for n in tree(0) if stretches[0].trains(n)] == ["m.lora_A.weight"]
+        tried = [t["m.lora_A.weight"][0, 0].item() for t in ask.trees]
+        assert tried == [0, 0.5, 2, 1.5, pytest.approx(1.2), 1, 1, 5, 0, 0, 0], "means, and points"
         scores = tuple(Validation(1.0 if k == lowest else 3.0, 0.5) for k in range(11))
-        _, mine = tuning.finish(replace(work, scores=scores))
+        sent = step(program, scores)
+        mine = sent.keep
+        assert not sent.up
         assert {n: t.unique().item() for n, t in mine.items()} == {"m.lora_A.weight": expected}
-        model = tuning.start(tree(9), {}, mine)
+        model = tuning.model(tree(9), {}, mine)
         assert model["m.lora_B.weight"].unique().item() == 0, "the server's"
         assert model["m.lora_A.weight"].unique().item() == expected
 
@@ -146,10 +151,10 @@ def test_what_is_personal_is_what_the_algorithm_keeps(name):
     ranks = 8 + spare_ranks(name, LoraConfig(rank=8))
     shapes = {"A": (ranks, 5), "B": (4, ranks)}
     tree = {f"m.{i}.lora_{f}.weight": torch.zeros(shapes[f]) for i in (0, 1) for f in "AB"}
-    algorithm = build(AlgorithmConfig(name=name), LoraConfig(rank=8))
-    down = algorithm.download(algorithm.init(tree), Client("new", 1.0))
-    last = algorithm.final or algorithm
-    found = _personal(last, down, last.start(tree, down, {}))
+    algorithm = build(TABLE[name].settings(name=name), LoraConfig(rank=8))
+    visit = Visit("new", 1.0, round=9, final=algorithm.final)
+    down = algorithm.send(algorithm.init(tree), visit)
+    _, found = _personal(algorithm, tree, visit, down)
     assert "".join(sorted({factor(n) for n in found})) == expected.get(name, "AB")
     assert len(found) == 2 * len(expected.get(name, "AB"))
 

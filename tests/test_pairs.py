@@ -85,7 +85,7 @@ def test_csv_rejected_answers_stay_text(tmp_path):
     [
         (
             {"rejected": [1, 2, 3, 4]},
-            r"'rejected' holds int64, and the rejected answer must be text",
+            r"'rejected' holds int64, but the rejected answer must be text",
         ),
         ({"rejected": ["a", "b", " ", "d"]}, r"row 2: the rejected answer is empty"),
     ],
@@ -101,7 +101,7 @@ def test_a_missing_rejected_column_is_named(tmp_path):
 
 
 def test_the_answer_cannot_be_its_own_rejected_answer(tmp_path):
-    with pytest.raises(DataError, match="one column for two parts"):
+    with pytest.raises(DataError, match="one column for two roles"):
         load(written(tmp_path), columns=Columns(rejected="chosen"))
 
 

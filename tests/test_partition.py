@@ -338,13 +338,13 @@ def test_more_clients_than_rows_are_refused(kind):
 
 
 def test_more_shards_than_rows_are_refused():
-    with pytest.raises(DataError, match=r"are 60 shards, and there are 40 rows"):
+    with pytest.raises(DataError, match=r"makes 60 shards, but there are 40 rows"):
         make_partition(table(40), config(kind="shards", clients=2, shards=30))
 
 
 @pytest.mark.parametrize("kind", ["iid", "dirichlet", "shards", "column"])
 def test_a_bad_column_lists_those_that_exist(kind):
-    with pytest.raises(DataError, match=r"'hospital' is not .* has question, answer, row"):
+    with pytest.raises(DataError, match=r"'hospital' is not .* columns question, answer, row"):
         make_partition(table(), config(kind=kind, column="hospital", clients=2))
 
 

@@ -12,10 +12,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import personalization
-from _personalization import cells as cells
+from _personalization import cells, record, runs
 from _personalization import plan as plans
-from _personalization import record as record
-from _personalization import runs as runs
 from _personalization.cells import Cell
 from _personalization.runs import Job
 from fedvlm.config import dump

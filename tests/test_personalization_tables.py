@@ -10,9 +10,8 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import personalization
-from _personalization import pages as pages
+from _personalization import pages, targets
 from _personalization import ranks as ranking
-from _personalization import targets as targets
 
 # Ranks
 

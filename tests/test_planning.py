@@ -9,10 +9,11 @@ import transformers as hf
 import yaml
 
 import fedvlm
-from fedvlm.algorithms.table import TABLE, build
+from fedvlm.algorithms.base import Visit
+from fedvlm.algorithms.table import TABLE, adapter_of, build
+from fedvlm.batches.draw import batches
 from fedvlm.config import load
 from fedvlm.engines import memory
-from fedvlm.engines.reference import batches
 from fedvlm.models import load as loading
 from fedvlm.models import lora
 from fedvlm.planning import footprint
@@ -84,15 +85,15 @@ def test_every_algorithm_says_what_it_sends_from_shapes_alone(name):
     sgd = ["train.optimizer=sgd"] if name == "scaffold" else []
     share = ["algorithm.share={q_proj: A}"] if name == "share" else []
     config = load(None, f"algorithm.name={name}", "lora.rank=4", *sgd, *share)
-    rank = 4 + (config.adapter.spare or 0)
+    rank = 4 + (adapter_of(config).spare or 0)
     key = "base_model.model.model.text_model.layers.0.self_attn.q_proj.lora_{}.weight"
     real = {key.format("A"): torch.ones(rank, 6), key.format("B"): torch.ones(5, rank)}
     shapes = {n: t.to("meta") for n, t in real.items()}
     algorithm = build(config.algorithm, config.lora)
-    visits = [(algorithm.at(n), "client-0") for n in (1, 2)]
-    assert list(footprint.messages(config, shapes, visits)) == list(
-        footprint.messages(config, real, visits)
-    )
+    bare, whole = (footprint.Exchanges(config, algorithm, tree) for tree in (shapes, real))
+    for visit in (Visit("client-0", 1.0, round=1), Visit("client-0", 1.0, round=2)):
+        one, other = bare.of(visit, 5), whole.of(visit, 5)
+        assert (one.up, one.down) == (other.up, other.down)
 
 
 @pytest.mark.parametrize(("rows", "size", "steps"), [(10, 4, 7), (3, 8, 5), (8, 4, 3), (9, 4, 1)])
@@ -156,7 +157,7 @@ def test_a_dry_run_prints_the_plan_writes_nothing_and_loads_no_weights(
     assert (code, errors) == (0, "")
     plan = forecast(load(None, *words[2:]))
     assert f"{plan.all_sent['up']:,} " in text
-    assert f"{plan.size.trained:,} parameters a client" in text
+    assert f"{plan.size.trained:,} parameters per client" in text
     assert "nothing was trained or written" in text
     assert list(tmp_path.iterdir()) == []
 

@@ -30,7 +30,9 @@ def test_a_site_takes_a_model_by_the_hash_of_its_weights_alone(tmp_path):
     weights = bytearray((folder / "model.safetensors").read_bytes())
     weights[-1] ^= 1
     (folder / "model.safetensors").write_bytes(weights)
-    with pytest.raises(Refused, match=f"weights of 'tiny' is [0-9a-f]{{64}}, and {right}") as error:
+    with pytest.raises(
+        Refused, match=f"weights of 'tiny' is [0-9a-f]{{64}}, but .* allows {right}"
+    ) as error:
         Site("site-0", RUN, "rows", tmp_path / "state", policy)
     assert str(folder) not in str(error.value), "the server does not learn the site's paths"
     (folder / "model.safetensors").unlink()
@@ -44,6 +46,14 @@ def test_the_hash_of_several_files_is_that_of_what_sha256sum_prints(tmp_path):
     shell = ["bash", "-c", "sha256sum *.safetensors | sha256sum"]
     said = subprocess.run(shell, cwd=tmp_path, capture_output=True, text=True, check=True).stdout
     assert weights_digest(tmp_path) == said.split()[0]
+
+
+def test_a_policy_may_name_an_algorithm_by_an_alias(tmp_path):
+    (tmp_path / "p.yml").write_text("algorithms: [fedavg]")
+    policy = read_policy(tmp_path / "p.yml")
+    policy.check(load({"algorithm": {"name": "lora"}}))
+    with pytest.raises(Refused, match="algorithm 'plora', but the site allows fedavg"):
+        policy.check(RUN)
 
 
 @pytest.mark.parametrize(

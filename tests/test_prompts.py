@@ -97,7 +97,7 @@ def test_a_prompt_is_never_cut_and_the_number_to_raise_is_told(tiny):
     assert fits.prompt.tolist() == whole.prompt.tolist()
     with pytest.raises(DataError) as caught:
         Prompter(tiny, max_length=needed - 1).encode(IMAGE, "What colour is it?", ["red"])
-    assert f"needs {needed - 1} tokens, 16 of them the image's" in str(caught.value)
+    assert f"needs {needed - 1} tokens, 16 of them for the image" in str(caught.value)
     assert f"raise data.max_length to at least {needed}" in str(caught.value)
 
 

@@ -8,9 +8,10 @@ import torch
 from safetensors.torch import save
 
 import fedvlm
+from fedvlm.algorithms.table import taken
 from fedvlm.cli.live import Plain
 from fedvlm.config import load
-from fedvlm.engines.reference import ReferenceEngine
+from fedvlm.engines.shell import Shell
 from fedvlm.rounds import federate
 from fedvlm.rounds.results import scored
 from fedvlm.store import files
@@ -26,7 +27,7 @@ def both(request, tmp_path_factory):
     settings = {
         "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
         "partition": {"min_rows": 4},
-        "algorithm": {"name": request.param, "ft_steps": 2},
+        "algorithm": taken(request.param, {"ft_steps": 2}),
         "train": {"rounds": 2, "clients_per_round": 2, "local_steps": 2, "batch_size": 4},
         "eval": {"every": 1, "max_rows": 3, "max_new_tokens": 3},
         "lora": {"rank": 2, "alpha": 4},
@@ -97,16 +98,16 @@ def test_a_run_says_how_many_clients_are_scored(small, capsys):
 
 
 def test_a_pass_is_scored_before_the_next_is_trained(small, monkeypatch):
-    plain, alive, most = ReferenceEngine.train, [], []
+    plain, alive, most = Shell.train, [], []
 
-    def watched(self, algorithm, tasks):
-        for reply in plain(self, algorithm, tasks):
+    def watched(self, tasks):
+        for reply in plain(self, tasks):
             alive.append(weakref.ref(next(iter(self.ended[reply.client].values()))))
             yield reply
             del reply
             most.append(sum(ref() is not None for ref in alive))
 
-    monkeypatch.setattr(ReferenceEngine, "train", watched)
+    monkeypatch.setattr(Shell, "train", watched)
     small["data"]["scenes"]["sites"] = 8
     federate.run(small, "train.rounds=1", "engine.clients=2", "eval.max_new_tokens=2")
     assert len(most) == 8

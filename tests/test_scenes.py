@@ -256,6 +256,31 @@ def test_digits_are_real_handwriting():
     assert np.corrcoef(shown.ravel(), samples[3][5].astype(float).ravel())[0, 1] > 0.9
 
 
+def sklearns() -> tuple[np.ndarray, ...]:
+    """The digits as scikit-learn has them, from which the asset was made."""
+    load_digits = pytest.importorskip("sklearn.datasets").load_digits
+    images, values = load_digits(return_X_y=True)
+    ink = np.clip(images.reshape(-1, 8, 8) * 16, 0, 255).astype(np.uint8)
+    return tuple(ink[values == value] for value in range(10))
+
+
+def test_digits_are_the_published_ones():
+    digest = hashlib.sha256(b"".join(a.tobytes() for a in render.handwriting())).hexdigest()
+    assert digest == "e4179b4d74c435984b61ca151a0de4631cdbab8ed1d53531f9ba25e869fd6072"
+    for ours, theirs in zip(render.handwriting(), sklearns(), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert np.array_equal(ours, theirs)
+
+
+def test_scenes_have_the_bytes_that_scikit_learns_digits_give(tmp_path, monkeypatch):
+    ours = rows(scenes(sites=3, rows=40, seed=11))
+    assert any("digit" in row["question"] for row in ours)
+    digits = sklearns()
+    monkeypatch.setattr(render, "handwriting", lambda: digits)
+    monkeypatch.setenv("FEDVLM_CACHE", str(tmp_path))
+    assert rows(scenes(sites=3, rows=40, seed=11)) == ours
+
+
 def test_every_language_has_every_word_and_a_sentence():
     assert set(words.CARRIERS) == {"english", *words.LANGUAGES}
     assert all(set(table) == set(words.ENGLISH) for table in words.LANGUAGES.values())

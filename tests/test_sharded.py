@@ -42,17 +42,17 @@ RUNS = {
 KILLED = """
 import os, signal, sys
 from fedvlm.cli.app import main
-from fedvlm.engines.reference import ReferenceEngine
+from fedvlm.engines.shell import Shell
 
-train = ReferenceEngine.train
+train = Shell.train
 
-def dying(self, algorithm, tasks, **part):
-    for reply in train(self, algorithm, tasks, **part):
+def dying(self, tasks, **part):
+    for reply in train(self, tasks, **part):
         if os.environ["RANK"] == "1" and tasks[0].round == 2:
             os.kill(os.getpid(), signal.SIGKILL)
         yield reply
 
-ReferenceEngine.train = dying
+Shell.train = dying
 main()
 """
 
@@ -61,7 +61,7 @@ SEVERAL = """
 import json, os, sys
 import fedvlm
 from fedvlm.cli.app import main
-from fedvlm.engines.reference import ReferenceEngine
+from fedvlm.engines.shell import Shell
 
 killed, runs, failing = json.loads(sys.argv[1])
 results = [fedvlm.resume(killed), *(fedvlm.run(None, *words) for words in runs)]
@@ -71,7 +71,7 @@ if os.environ["RANK"] == "1":
     def fail(*_):
         raise fedvlm.FedVLMError("client 'site-3' has a mistake")
 
-    ReferenceEngine._check_finite = fail
+    Shell._check_finite = fail
 sys.argv = ["fedvlm", "run", *failing]
 main()
 """

@@ -9,7 +9,8 @@ import yaml
 
 import fedvlm
 from fedvlm import tree
-from fedvlm.algorithms.table import Client, build
+from fedvlm.algorithms.base import NOBODY, Visit
+from fedvlm.algorithms.table import build
 from fedvlm.deploy.policy import Policy, Refused
 from fedvlm.deploy.remote import Limits, Remote
 from fedvlm.deploy.site import Site
@@ -115,7 +116,8 @@ def test_what_is_personal_stays_at_the_site(both):
     assert not (there.folder / "personal").exists()
     assert not list(there.folder.glob("answers/*"))
     assert [p.name for p in (there.folder / "adapters").iterdir()] == ["global"]
-    _, blob = call("site-0", {"do": "train", "round": 2}, last_download(call), 9)
+    header = {"do": "train", "round": 2, "sampled": 1.0}
+    _, blob = call("site-0", header, last_download(call), 9)
     assert {n.split(".")[-2] for n in torch_names(blob)} == {"lora_B"}, "A is personal"
 
 
@@ -141,11 +143,11 @@ def _remember():
     """Keeps the state that each site was sent last."""
     plain = Site.train
 
-    def train(self, round_, down):
+    def train(self, round_, down, sampled=1.0):
         from safetensors.torch import save
 
         LAST[self.name] = save(down)
-        return plain(self, round_, down)
+        return plain(self, round_, down, sampled)
 
     Site.train = train
     yield
@@ -190,7 +192,8 @@ def test_a_repeated_round_gives_the_saved_reply(both):
 
 def test_an_old_round_is_refused(both):
     *_, call = both
-    header, blob = call("site-1", {"do": "train", "round": 1}, LAST["site-1"], 9)
+    asked = {"do": "train", "round": 1, "sampled": 1.0}
+    header, blob = call("site-1", asked, LAST["site-1"], 9)
     assert (header["error"], blob) == ("refused", b"")
     assert "round 1 is over" in header["message"]
 
@@ -220,9 +223,9 @@ def test_a_site_that_is_away_is_left_out_and_comes_back(data, tmp_path):
     settings = config(data)
     plain = Remote.train
 
-    def train(self, algorithm, tasks):
+    def train(self, tasks):
         call.down = {"site-1"} if tasks[0].round == 1 else set()
-        yield from plain(self, algorithm, tasks)
+        yield from plain(self, tasks)
 
     Remote.train = train
     try:
@@ -287,10 +290,10 @@ def test_a_site_that_answers_malformed_is_left_out_by_name(do, said, both, data,
     monkeypatch.setattr(call.workers["site-2"], "perform", perform)
     engine = Remote(call, SITES, Limits(max_bytes=2_000_000), events.append)
     engine.open("run-1", config(data))
-    algorithm = build(config(data).algorithm)
-    down = algorithm.download(algorithm.init(engine.adapter), Client("", 1.0))
-    replies = list(engine.train(algorithm, [Task(site, 1, down) for site in engine.sites]))
-    scores = engine.score(Models("end", algorithm, [(reply.client, {}) for reply in replies], 1))
+    down = engine.algorithm.send(engine.algorithm.init(engine.adapter), NOBODY)
+    visits = {site: Visit(site, 1.0, round=1) for site in engine.sites}
+    replies = list(engine.train([Task(visit, down) for visit in visits.values()]))
+    scores = engine.score(Models("end", [(visits[reply.client], {}) for reply in replies]))
     (failed,) = [event for event in events if event["event"] == "failed"]
     assert failed["site"] == "site-2"
     assert said in failed["why"]
@@ -313,7 +316,7 @@ def test_a_full_disk_loses_nothing_and_the_round_can_be_done_again(data, tmp_pat
     assert "error" not in call("site-0", opened, b"", 9)[0]
     site = call.workers["site-0"].site
     state = site.algorithm.init(site.engine.adapter)
-    down = site.algorithm.download(state, Client("", 1.0))
+    down = site.algorithm.send(state, NOBODY)
     first = site.train(1, down)
     plain = files.save_tree
 
@@ -348,12 +351,12 @@ def test_a_site_refuses_what_its_policy_does_not_allow(data, tmp_path):
     opened, _ = worker.perform({"do": "open", "run": "r", "config": config(data).model_dump()}, b"")
     assert opened["rows"]["train"] > 0
     algorithm = build(config(data).algorithm)
-    down = algorithm.download(algorithm.init(worker.site.engine.adapter), Client("", 1.0))
+    down = algorithm.send(algorithm.init(worker.site.engine.adapter), NOBODY)
     from safetensors.torch import save
 
-    refused, _ = worker.perform({"do": "train", "round": 1}, save(down))
+    refused, _ = worker.perform({"do": "train", "round": 1, "sampled": 1.0}, save(down))
     assert refused["error"] == "refused"
-    assert "at most 100 are allowed" in refused["message"]
+    assert "the limit is 100 (bytes_per_round)" in refused["message"]
 
 
 def test_a_site_may_keep_its_row_count_to_itself(data, tmp_path):
@@ -374,7 +377,7 @@ def test_a_download_to_be_scored_is_checked_as_one_to_be_trained(both):
         assert "error" not in call("site-1", header, save(down), 9)[0]
         for wrong in (down | {name: down[name] * NAN}, {n: down[n] for n in down if n != name}):
             refused, _ = call("site-1", header, save(wrong), 9)
-            assert "'site-1' refuses what the server sent" in refused["message"]
+            assert "'site-1' refuses the server's message" in refused["message"]
 
 
 def test_the_server_tells_the_sites_none_of_its_paths(both, data):

@@ -254,8 +254,8 @@ def test_a_missing_column_is_named_with_those_that_exist(tmp_path, role):
     [
         ("image", [1, 2, 3, 4], "'image' holds int64, not images"),
         ("image", [[1.0], [2.0], [3.0], [4.0]], "'image' holds list, not images"),
-        ("question", [1, 2, 3, 4], "'question' holds int64, and the question must be text"),
-        ("chosen", [0.5] * 4, "'chosen' holds float64, and the answer must be text"),
+        ("question", [1, 2, 3, 4], "'question' holds int64, but the question must be text"),
+        ("chosen", [0.5] * 4, "'chosen' holds float64, but the answer must be text"),
     ],
 )
 def test_a_wrongly_typed_column_is_refused(tmp_path, column, values, said):
@@ -266,7 +266,7 @@ def test_a_wrongly_typed_column_is_refused(tmp_path, column, values, said):
 
 def test_one_column_cannot_play_two_parts(tmp_path):
     path = parquet(tmp_path / "a.parquet")
-    with pytest.raises(DataError, match="one column for two parts"):
+    with pytest.raises(DataError, match="one column for two roles"):
         load(path, columns=Columns(answer="question"))
 
 

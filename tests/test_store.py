@@ -1,8 +1,13 @@
 """The run's folder: atomic, resumable, and clear about what it refuses."""
 
+import json
+import threading
+import time
+
 import pytest
 import torch
 
+import fedvlm
 from fedvlm.errors import FedVLMError
 from fedvlm.store import files
 from fedvlm.store import run as stores
@@ -64,6 +69,25 @@ def test_a_second_process_is_kept_off(store):
         pass
 
 
+def test_who_waits_gets_the_folder_once_it_is_free(tmp_path):
+    (tmp_path / "shared").mkdir()
+    held = files.only_one(tmp_path / "shared", "taken")
+    held.__enter__()
+    leave = threading.Timer(0.3, held.__exit__, (None, None, None))  # in another thread
+    leave.start()
+    began = time.monotonic()
+    with files.only_one(tmp_path / "shared", "taken", patience=60.0):
+        assert 0.2 < time.monotonic() - began < 30.0
+    leave.join()
+
+
+def test_an_output_folder_may_hold_a_lock_file(tmp_path):
+    with files.only_one(tmp_path, "taken"):
+        assert [path.name for path in tmp_path.iterdir()] == [".lock"]
+        stores.check_fresh(tmp_path)
+    stores.check_fresh(tmp_path)
+
+
 def test_client_folders_are_distinct_and_safe():
     names = slugs(["a/b", "a-b", "a b", "../..", "", "größe", "x" * 300])
     assert len(set(names.values())) == 7
@@ -109,3 +133,15 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(store):
     with pytest.raises(FedVLMError, match="is full"), files.writable(store.folder):
         raise OSError(28, "No space left on device")
     assert store.finished() == 0
+
+
+def test_a_run_of_the_first_version_is_refused_by_its_version(tmp_path):
+    about = tmp_path / "environment.json"
+    about.write_text(json.dumps({"packages": {"fedvlm": "0.2.0"}}))
+    stores.check_version(tmp_path)
+    about.write_text(json.dumps({"packages": {"fedvlm": "0.1.0"}}))
+    (tmp_path / "config.yaml").write_text("algorithm: {name: plora, ft_steps: 20}\n")
+    (tmp_path / "table.json").write_text("{}")
+    for opens in (stores.check_version, fedvlm.resume, fedvlm.open_run):
+        with pytest.raises(FedVLMError, match=r"made by fedvlm 0\.1\.0, .* 'fedvlm<0\.2'"):
+            opens(tmp_path)

@@ -15,9 +15,10 @@ from hypothesis import strategies as st
 from PIL import Image
 
 from fedvlm.data import compose, questions, render
-from fedvlm.models import tiny
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import _tiny as tiny
 import hints
 import muon
 import train_tiny

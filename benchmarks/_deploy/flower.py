@@ -1,4 +1,4 @@
-"""Flower's side of `deploy.py`: a SuperLink, SuperNodes and a run of them, with TLS."""
+"""Flower's side of `deploy.py`: a SuperLink, SuperNodes and a run, with TLS."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from _deploy.watch import Outcome, Watch
 
 APP = Path(__file__).resolve().parent / "flower_app.py"
 NAMES = {"flwr-serverapp": "job", "superexec": "executor", "flower-superlink": "server"}
-LIMIT = 120.0  # seconds for one round
+LIMIT = 120.0  # seconds of one round
 PROJECT = """\
 [project]
 name = "bench"
@@ -45,15 +45,15 @@ def measure(
     shapes: list[list[int]],
     repeats: int,
 ) -> Outcome:
-    """Starts everything, runs the app and ends everything.
+    """Starts all processes, runs the app and ends the processes.
 
     Args:
-        folder: an empty one.
-        programs: the folder with `flower-superlink` and the others.
-        quiet: environment variables that keep Flower from asking the network.
-        clients: how many SuperNodes.
-        shapes: of the arrays in a message.
-        repeats: rounds that count: the first one does not.
+        folder: an empty folder.
+        programs: folder of `flower-superlink` and the other programs.
+        quiet: environment variables that stop Flower's requests to the network.
+        clients: number of SuperNodes.
+        shapes: shapes of the arrays in a message.
+        repeats: number of rounds that count. One more round runs before them.
     """
     from fedvlm.deploy.nvflare.demo import free_ports
     from fedvlm.deploy.nvflare.processes import MARK, _end_all, _ends_with_parent
@@ -97,7 +97,7 @@ def measure(
             if run.wait(120):
                 raise SystemExit("flwr run:\n" + (folder / "run.log").read_text()[-2000:])
             rounds = _followed(done, repeats + 1, {"superlink": link, **nodes}, folder)
-            time.sleep(1.2)  # the watch reads once a second
+            time.sleep(1.2)  # the watch reads every second
     finally:
         _end_all(str(folder))
     if few := [line for line in rounds if line["clients"] != clients]:
@@ -111,7 +111,7 @@ def measure(
 
 
 def _certificate(folder: Path) -> tuple[str, str]:
-    """One for `localhost` that signs itself, and its key."""
+    """Writes a self-signed certificate for `localhost` and its key; returns their paths."""
     certificate, key = str(folder / "server.pem"), str(folder / "server.key")
     names = "subjectAltName=DNS:localhost,IP:127.0.0.1"
     command = ["openssl", "req", "-x509", "-newkey", "rsa:2048", "-nodes", "-days", "2"]
@@ -149,7 +149,7 @@ def _wait_for(log: Path, words: str) -> None:
 def _followed(
     done: Path, rounds: int, processes: dict[str, subprocess.Popen[bytes]], folder: Path
 ) -> list[dict[str, float]]:
-    """The lines about the rounds, when they are all there."""
+    """The lines about the rounds, once all are written."""
     from fedvlm.store.files import read_lines
 
     found: list[dict[str, float]] = []
@@ -163,5 +163,5 @@ def _followed(
         if over or time.monotonic() > until:
             logs = [folder / f"{name}.log" for name in (over or ["superlink", "node-0"])]
             tails = "\n".join(f"{log}:\n{log.read_text(errors='replace')[-3000:]}" for log in logs)
-            raise SystemExit(f"Flower did {len(found)} of {rounds} rounds:\n{tails}")
+            raise SystemExit(f"Flower finished {len(found)} of {rounds} rounds:\n{tails}")
     return found

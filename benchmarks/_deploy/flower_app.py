@@ -1,7 +1,8 @@
-"""The Flower app of `deploy.py`: FedAvg, and clients that send back what they were sent.
+"""The Flower app of `deploy.py`: FedAvg, and clients that return their download.
 
-It is what costs Flower least: numpy alone, no model, no torch. A client adds a little to the arrays
-and tells how long it had them, which is taken off the round's time as our sites' training is.
+This app is the cheapest case for Flower: numpy only, no model, no torch. A client adds a small
+number to the arrays and reports its seconds. They are subtracted from the time of the round, as the
+training of fedvlm's sites is.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ def train(message: Message, context: Context) -> Message:
 
 
 class Timed(FedAvg):
-    """Flower's FedAvg; writes down when each round is done."""
+    """Flower's FedAvg. It writes a line at the end of each round."""
 
     def __init__(self, file: Path, **settings: Any):
         super().__init__(**settings)

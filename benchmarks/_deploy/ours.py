@@ -1,4 +1,4 @@
-"""fedvlm's side of `deploy.py`: a server, its sites and a run, in processes of their own."""
+"""fedvlm's side of `deploy.py`: a server, its sites and a run, each in a process."""
 
 from __future__ import annotations
 
@@ -12,27 +12,28 @@ from typing import Any
 from _deploy.watch import Outcome, Watch, check_memory
 
 NAMES = {"runner_process": "job", "server_train": "server", "deploy server": "command"}
-MODELS = {"tiny": 68_096, "wide": 117_760}  # -> bytes of all LoRA factors of rank 1
-NEEDS = {"tiny": 650, "wide": 1000}  # MB of memory for each site
-MOST = 128  # the largest rank that tiny takes
+MODELS = {"tiny": 68_096, "wide": 117_760}  # model -> bytes of all LoRA factors of rank 1
+NEEDS = {"tiny": 650, "wide": 1000}  # MB of memory a site
+MOST = 128  # the largest rank of the tiny model
 
 
 def chosen(megabytes: float) -> tuple[str, int]:
-    """The model and the rank whose upload has about this size."""
+    """The model and the rank whose uploads have about this size."""
     size = megabytes * 1e6
     name = "tiny" if size <= MOST * MODELS["tiny"] else "wide"
     return name, max(1, round(size / MODELS[name]))
 
 
 def measure(folder: Path, sites: int, megabytes: float, repeats: int, at_once: int) -> Outcome:
-    """Provisions a federation, runs it and ends it.
+    """Provisions a federation, runs it and ends its processes.
 
     Args:
-        folder: an empty one.
-        sites: how many.
-        megabytes: of an upload, about.
-        repeats: rounds that count: the first one does not, and in the last one sites evaluate.
-        at_once: calls of the server under way.
+        folder: an empty folder.
+        sites: number of sites.
+        megabytes: approximate size of an upload.
+        repeats: number of rounds that count. One more round runs before them, and one more after
+            them, in which the sites evaluate.
+        at_once: number of parallel calls of the server.
     """
     from fedvlm import config as configs
     from fedvlm.deploy.nvflare.demo import Started, loopback
@@ -78,7 +79,7 @@ def measure(folder: Path, sites: int, megabytes: float, repeats: int, at_once: i
 
 
 def _settings(folder: Path, megabytes: float, rounds: int) -> dict[str, Any]:
-    """Of the run; writes the sites' policy, too, and the model where it is not the bundled one."""
+    """The settings of the run. Writes the policy of the sites and, where needed, the wide model."""
     model, rank = chosen(megabytes)
     allowed = model if model == "tiny" else _write_wide(folder)
     (folder / "policy.yaml").write_text(json.dumps({"models": {model: allowed}}))
@@ -96,7 +97,7 @@ def _settings(folder: Path, megabytes: float, rounds: int) -> dict[str, Any]:
 
 
 def _write_wide(folder: Path) -> str:
-    """A model of twice the bundled one's width, whose ranks do not give so large an upload."""
+    """Writes a model of twice the width, because the bundled model's uploads stay too small."""
     from _small import write_model
 
     return write_model(folder / "wide", width=256, layers=None)
@@ -122,7 +123,7 @@ def _failures(folder: Path) -> str:
 
 
 def _saving(folder: Path) -> float:
-    """From the birth of a saved round's folder to its renaming, when all of it is written."""
+    """Seconds from the creation of a saved round's folder to its renaming after the last write."""
     command = ["stat", "-c", "%.6W %.6Z", str(folder)]
     done = subprocess.run(command, capture_output=True, text=True, check=True)
     born, changed = map(float, done.stdout.split())
@@ -130,7 +131,7 @@ def _saving(folder: Path) -> float:
 
 
 def shapes(megabytes: float) -> list[list[int]]:
-    """Those of the tensors in an upload, without a run."""
+    """The shapes of the tensors in an upload, without a run."""
     from fedvlm import config as configs
     from fedvlm.rounds import prepare as preparing
 

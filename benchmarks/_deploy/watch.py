@@ -1,4 +1,4 @@
-"""What both sides of `deploy.py` share: what rounds took, memory of processes, a time limit."""
+"""Shared by both sides of `deploy.py`: times of rounds, memory of processes, a time limit."""
 
 from __future__ import annotations
 
@@ -16,15 +16,15 @@ MB = 10**6
 
 @dataclass
 class Outcome:
-    """What was seen of a side.
+    """The measurements of one side.
 
     Attributes:
-        walls: seconds of every round that counts, from the end of the one before to its own end.
-        there: of the same rounds, the slowest client's own seconds.
+        walls: seconds of every round that counts, from the end of the round before to its end.
+        there: the slowest client's own seconds in the same rounds.
         sent: bytes of one client's upload.
-        saving: seconds in which a site writes its state, which are among its own.
+        saving: seconds in which a site writes its state, a part of its own seconds.
         peaks: process -> its peak resident memory in MB.
-        shapes: of the tensors in an upload.
+        shapes: shapes of the tensors in an upload.
     """
 
     walls: list[float]
@@ -44,13 +44,13 @@ class Outcome:
 
 
 class Watch:
-    """The peak memory of some commands' processes and of all that these start, while in use.
+    """Records the peak memory of some processes and of their descendants.
 
-    Linux keeps the peak (VmHWM) for each process; it is read once a second, so that only what a
-    process needs in its last second can be missed.
+    Linux records the peak (VmHWM) of each process. The watch reads it every second, so it can miss
+    only a peak in the last second of a process.
 
     Args:
-        names: a word in a command line -> what the process is called; the first that fits counts.
+        names: a word in a command line -> the name of the process. The first match counts.
     """
 
     def __init__(self, names: Mapping[str, str]):
@@ -62,11 +62,11 @@ class Watch:
         self._thread = threading.Thread(target=self._run, daemon=True)
 
     def add(self, root: int) -> None:
-        """Watches a command's processes by their names."""
+        """Watches the processes of a command by their names."""
         self._roots.append(root)
 
     def add_other(self, root: int) -> None:
-        """Watches a client's processes, for their memory in all."""
+        """Watches the processes of a client, for the sum of their memory."""
         self._others.append(root)
 
     def __enter__(self) -> Watch:
@@ -112,7 +112,7 @@ def _tree(roots: list[int], below: dict[int, list[int]]) -> list[int]:
 def _read(pid: int, name: str) -> str:
     try:
         return Path(f"/proc/{pid}/{name}").read_text(errors="replace")
-    except OSError:  # it has ended
+    except OSError:  # the process has ended
         return ""
 
 
@@ -123,7 +123,7 @@ def _status(pid: int) -> dict[str, float]:
 
 
 def check_memory(clients: int, each: int) -> None:
-    """Ends where the machine has too little memory free, before it kills what it should not."""
+    """Exits where too little memory is free, before the kernel kills an unrelated process."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     free = next(int(line.split()[1]) * 1024 for line in lines if "MemAvailable" in line) // MB
     if free < (wanted := clients * each + 2000):
@@ -132,7 +132,7 @@ def check_memory(clients: int, each: int) -> None:
 
 @contextlib.contextmanager
 def limited(seconds: int, what: str) -> Iterator[None]:
-    """Raises where a piece of work takes longer, or this process is told to end."""
+    """Exits when the work exceeds its seconds, or when this process receives SIGTERM."""
 
     def over(number: int, frame: Any) -> None:
         raise SystemExit(f"{what}: {'no end' if number == signal.SIGALRM else 'ended'}")

@@ -1,7 +1,7 @@
-"""The job that every peer does: its model, its batches, its pace. Needs no fedvlm.
+"""The job of every peer: its model, its batches and its pace. Does not import fedvlm.
 
-The folder of a job is written by `peers.py`: `job.json`, the base model as transformers saves it,
-the common initial adapter, and every client's batches of every round, collated already.
+`peers.py` writes the folder of the job: `job.json`, the base model in the format of transformers,
+the common initial adapter, and the collated batches of every client and round.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ Batches = list[dict[str, torch.Tensor]]
 
 
 class Job:
-    """What `peers.py` wrote."""
+    """The folder of a job, read."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         for name, value in json.loads((self.folder / "job.json").read_text()).items():
             setattr(self, name, value)
-        self.weights: list[int]  # a client's number of training rows
+        self.weights: list[int]  # number of training rows of each client
         self.rounds: int
         self.steps: int
         self.lr: float
@@ -44,12 +44,12 @@ class Job:
         self.lora: dict[str, Any]
         self.adapter = load_file(self.folder / "adapter.safetensors")
 
-    @functools.cache  # noqa: B019  one job a process
+    @functools.cache  # noqa: B019  there is one job in a process
     def _batches(self, client: int) -> list[Batches]:
         return torch.load(self.folder / f"batches-{client}.pt")
 
     def batches(self, client: int, round_: int) -> Batches:
-        """A client's batches of a round, from 1."""
+        """The batches of a client in a round. Rounds count from 1."""
         return self._batches(client)[round_ - 1]
 
     def model(self) -> Any:
@@ -64,7 +64,7 @@ class Job:
 
 
 def read(model: Any) -> Tree:
-    """A copy of the adapter: some of PEFT's tensors are the parameters themselves."""
+    """A copy of the adapter. PEFT returns some parameters themselves, not copies."""
     return {n: t.detach().clone() for n, t in get_peft_model_state_dict(model).items()}
 
 
@@ -73,7 +73,7 @@ def write(model: Any, tree: Tree) -> None:
 
 
 def train_plain(model: Any, batches: Batches, job: Job) -> None:
-    """A bare PyTorch loop."""
+    """A plain PyTorch loop."""
     trained = [p for p in model.parameters() if p.requires_grad]
     optimizer = job.optimizer(trained)
     for batch in batches:
@@ -84,18 +84,18 @@ def train_plain(model: Any, batches: Batches, job: Job) -> None:
 
 
 class InOrder(Trainer):
-    """Takes the batches as they lie."""
+    """A `Trainer` that keeps the order of the batches."""
 
     def _get_train_sampler(self, *_: Any) -> Any:
         return torch.utils.data.SequentialSampler(self.train_dataset)
 
 
 def train_by_trainer(model: Any, batches: Batches, job: Job) -> None:
-    """A Hugging Face `Trainer` for this client and round, as FlowerTune's template has it."""
+    """A Hugging Face `Trainer` for this client and round, as in FlowerTune's template."""
     settings = TrainingArguments(
         output_dir=str(job.folder / "trainer"),
         max_steps=len(batches),
-        per_device_train_batch_size=1,  # of batches that are collated already
+        per_device_train_batch_size=1,  # a "row" is a collated batch
         learning_rate=job.lr,
         lr_scheduler_type="constant",
         weight_decay=job.weight_decay,
@@ -117,7 +117,7 @@ LOOPS = {"trainer": train_by_trainer, "plain": train_plain}
 
 
 def best_threads(job: Job, model: Any) -> None:
-    """Sets torch's threads to 1 or to every core's, whichever trains this job faster here."""
+    """Sets torch's threads to 1 or to the number of cores, whichever trains this job faster."""
     taken = {}
     for threads in sorted({1, os.cpu_count() or 1}):
         torch.set_num_threads(threads)
@@ -130,23 +130,23 @@ def best_threads(job: Job, model: Any) -> None:
 
 
 class Pace:
-    """One round whenever `peers.py` asks for one; what came out lies in the job's folder."""
+    """Runs a round when `peers.py` requests one, and saves its result in the folder of the job."""
 
     def __init__(self, job: Job, name: str):
         self.job, self.name, self.round = job, name, 0
         self._say("ready")
 
     def wait(self) -> None:
-        """Until the next round is asked for, if there is one."""
+        """Waits for the request of the next round; returns at once after the last round."""
         if self.round == self.job.rounds:
             return
         if not sys.stdin.readline():
-            raise RuntimeError("peers.py has ended")
+            raise RuntimeError("peers.py ended before the last round")
         self.round += 1
         self.began = time.perf_counter()
 
     def done(self, tree: Tree) -> None:
-        """Ends the round that was asked for."""
+        """Ends the requested round: saves the adapter and reports the seconds."""
         taken = time.perf_counter() - self.began
         tensors = {n: t.detach().contiguous().clone() for n, t in tree.items()}
         save_file(tensors, self.job.folder / f"{self.name}-{self.round}.safetensors")

@@ -1,6 +1,6 @@
-"""fedvlm with a process a core, as `torchrun -m fedvlm run` works.
+"""fedvlm with one process for each core, like `torchrun -m fedvlm run`.
 
-Run by `peers.py`: torchrun --nproc-per-node N _peer/fedvlm.py JOB NAME
+Run by `peers.py`: torchrun --nproc-per-node N -m _peer.fedvlm JOB NAME
 """
 
 from __future__ import annotations
@@ -10,28 +10,30 @@ from pathlib import Path
 
 import fedvlm
 from _peer.common import Job, Pace
-from fedvlm.algorithms.table import build
 from fedvlm.engines.group import joined
+from fedvlm.engines.wire import Forms
 from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Quiet
+from fedvlm.rounds.schedule import Round
 
 
 def main() -> None:
     folder, name = sys.argv[1:]
     config = fedvlm.load_config(Path(folder) / "config.yaml", f"output={folder}/{name}")
-    algorithm = build(config.algorithm)
     with joined() as group:
         if group.rank:
-            federate._follow(config, group)
+            federate._follow(config, group, None)
             return
-        engine, partition, store = federate._prepare_all(config, group, Quiet())
-        state = algorithm.init(engine.adapter)
+        engine, partition, store = federate._prepare_all(config, group, Quiet(), None)
+        state = engine.algorithm.init(engine.adapter)
+        forms = Forms(engine.algorithm, engine.adapter)
         job = Job(folder)
         pace = Pace(job, name)
         for number in range(1, job.rounds + 1):
             pace.wait()
-            plan = federate.Round(number, tuple(partition.clients), algorithm, evaluate=False)
-            state, line = federate._round(plan, engine, partition.weights, state, (), Quiet())
+            plan = Round(number, tuple(partition.clients), evaluate=False)
+            weights = partition.weights
+            state, line = federate.one_round(plan, engine, weights, state, (), Quiet(), forms)
             store.commit(number, state, line, {"round": number})
             pace.done(dict(state))
 

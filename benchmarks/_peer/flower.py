@@ -1,9 +1,9 @@
-"""Flower's simulation on Ray, with its own FedAvg and a ClientApp in the way of FlowerTune.
+"""Flower's simulation on Ray, with Flower's FedAvg and a ClientApp that follows FlowerTune.
 
-The template loads its model anew for every message. Here an actor keeps it, and gets the adapter
-written into it, unless the last word is `reload`.
+The template loads the model for every message. Here an actor keeps the model, and each message
+writes the adapter into it. With `reload` as the last argument every message loads the model.
 
-Run by `peers.py`: python _peer/flower.py JOB NAME LOOP [reload]
+Run by `peers.py`: python -m _peer.flower JOB NAME LOOP [reload]
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from _peer.common import LOOPS, Job, Pace, read, write
 
 @functools.cache
 def resident(folder: str) -> tuple[Job, Any]:
-    """An actor's job and model."""
+    """The job and the model of an actor."""
     torch.set_num_threads(1)
     job = Job(folder)
     return job, job.model()
@@ -36,7 +36,7 @@ def client_app(folder: str, loop: str, reload: bool) -> ClientApp:
 
     @app.train()
     def train(message: Message, context: Context) -> Message:
-        import flower as here  # by its name, so that an actor keeps what it has cached
+        from _peer import flower as here  # imported by name, so an actor keeps its cache
 
         job, model = here.resident(folder)
         if reload:
@@ -53,7 +53,7 @@ def client_app(folder: str, loop: str, reload: bool) -> ClientApp:
 
 
 class Paced(FedAvg):
-    """Flower's FedAvg; its rounds wait until they are asked for."""
+    """Flower's FedAvg. A round waits for its request."""
 
     def __init__(self, pace: Pace, **settings: Any):
         super().__init__(**settings)
@@ -88,7 +88,7 @@ def main() -> None:
         client_app(folder, loop, bool(rest)),
         num_supernodes=len(job.weights),
         backend_config={
-            "client_resources": {"num_cpus": 1},  # an actor a core
+            "client_resources": {"num_cpus": 1},  # one actor for each core
             "init_args": {"num_cpus": os.cpu_count(), "include_dashboard": False},
         },
     )

@@ -1,6 +1,6 @@
-"""pfl-research's simulated FedAvg on the same PEFT model.
+"""The simulated FedAvg of pfl-research on the same PEFT model.
 
-Run by `peers.py`: python _peer/pfl.py JOB NAME
+Run by `peers.py`: python -m _peer.pfl JOB NAME
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from _peer.common import Job, Pace, best_threads
 
 
 class Collated(Dataset):
-    """A client's batches, collated already; as long as its training rows are many."""
+    """The collated batches of a client. Its length is the number of training rows."""
 
     def __init__(self, batches: list[Any], rows: int, client: int):
         super().__init__(raw_data=[], user_id=str(client))
@@ -42,7 +42,7 @@ class Collated(Dataset):
 
 
 class Paced(TrainingProcessCallback):
-    """Rounds wait until they are asked for."""
+    """A round waits for its request."""
 
     def __init__(self, pace: Pace, model: Any):
         self._pace, self._model = pace, model
@@ -64,7 +64,7 @@ def main() -> None:
     job = Job(folder)
     peft = job.model()
     best_threads(job, peft)
-    # As its own benchmark of language models wraps them; metrics are asked for in round 1 only.
+    # Wrapped as in pfl-research's benchmark of language models. Only round 1 needs metrics.
     peft.loss = types.MethodType(lambda self, **batch: self(**batch).loss, peft)
     peft.metrics = types.MethodType(
         lambda self, **batch: {"loss": Weighted.from_unweighted(self(**batch).loss.item())}, peft

@@ -1,6 +1,6 @@
-"""The loop as it is often written: a `Trainer` for every client, PEFT's state dicts between them.
+"""A common loop: a `Trainer` for every client, with PEFT's state dicts in between.
 
-Run by `peers.py`: python _peer/trainer.py JOB NAME LOOP
+Run by `peers.py`: python -m _peer.trainer JOB NAME LOOP
 """
 
 from __future__ import annotations

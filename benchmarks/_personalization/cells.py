@@ -1,4 +1,4 @@
-"""What the personalization benchmark runs: its cells, and the settings of a run in one of them."""
+"""The cells of the personalization benchmark, and the settings of a run in a cell."""
 
 from __future__ import annotations
 
@@ -8,41 +8,41 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from fedvlm.algorithms.table import TABLE, meaningful
+from fedvlm.algorithms.table import TABLE, taken
 from fedvlm.config import load
 from fedvlm.settings.sections import Config
 
 PHOTOS = Path(__file__).resolve().parents[2] / "shared" / "data" / "photos.parquet"
 SITES = 6  # clients of a cell; the photographs have six origins
-VALIDATION, TEST = 12, 24  # rows of a client to choose by, and to score
-MANY, COHORT, SCORED = 100, 10, 20  # clients where few take part in a round
+VALIDATION, TEST = 12, 24  # rows of a client for validation, and for scores
+MANY, COHORT, SCORED = 100, 10, 20  # clients, cohort and scored clients of `partial`
 STRENGTHS = (0.5, 1.0)
 AMOUNTS = (24, 80, 240)
 MIDDLE = 80
 SEEDS = 5
-JOINED = "joined-"  # regime of clients that join a run of the regime whose name follows
+JOINED = "joined-"  # prefix of the regime of clients that join a run; the run's regime follows
 JOINERS = 2
 
 ALGORITHMS = tuple(name for name in TABLE if name not in ("share", "fedalora"))
-"""All that are one thing: `share` needs a map, `fedalora` is `plora` while ranks are equal."""
+"""All algorithms but two: `share` needs a map, and `fedalora` equals `plora` at equal ranks."""
 
 REFERENCES = tuple(name for name, entry in TABLE.items() if entry.pools)
-"""No federation: in the tables, and not ranked."""
+"""Algorithms without a federation. The tables show them, and ranks leave them out."""
 
 OWN: dict[str, dict[str, Any]] = {"scaffold": {"train": {"optimizer": "sgd"}}}
-"""Settings that an algorithm cannot do without."""
+"""Settings that an algorithm requires."""
 
 RATES = {"adamw": (0.002, 0.005), "sgd": (0.2, 0.5)}
-"""The rates that every algorithm is tuned over, by its optimizer."""
+"""Optimizer -> candidate learning rates of every algorithm."""
 
 
 @dataclass(frozen=True)
 class Cell:
-    """A place in the benchmark, at which all algorithms are compared.
+    """A setting in which all algorithms are compared.
 
     Attributes:
-        regime: a style of scenes, `photos`, `partial`, or one that clients join.
-        strength: how much clients differ; None where nature decides.
+        regime: a style of scenes, `photos`, `partial`, or `joined-` and a regime.
+        strength: strength of the difference between clients; None for natural data.
         rows: training rows a client, on average.
     """
 
@@ -52,13 +52,13 @@ class Cell:
 
     @property
     def name(self) -> str:
-        """Names folders, and is what `--cells` takes."""
+        """The name of the cell in folders and in `--cells`."""
         strength = "" if self.strength is None else f"-{self.strength:g}"
         return f"{self.regime}{strength}-{self.rows}"
 
     @property
     def base(self) -> Cell:
-        """The cell whose runs are trained: for clients that join, the one they join."""
+        """The cell of the training runs. For clients that join, this is the cell of their run."""
         return Cell(self.regime.removeprefix(JOINED), self.strength, self.rows)
 
 
@@ -67,11 +67,11 @@ TUNED_ON = {
     "differ": Cell("mixed", 1.0, MIDDLE),
     "photos": Cell("photos", None, MIDDLE),
 }
-"""Kind of regime -> the cell in which its learning rates are chosen."""
+"""Kind of regime -> the cell that chooses its learning rates."""
 
 
 def kind(cell: Cell) -> str:
-    """The kind of regime that a cell is tuned with."""
+    """The kind of regime whose learning rates a cell uses."""
     regime = cell.base.regime
     return {"iid": "alike", "quantity": "alike"}.get(
         regime, regime if regime in TUNED_ON else "differ"
@@ -107,19 +107,19 @@ MAIN = {
     "algorithms": ("auto", "plora", "lora", "fedsa", "local", "lora+ft", "lora+es", "mix"),
     "seeds": tuple(range(SEEDS)),
 }
-"""What is run unless asked otherwise: two to four hours on two cores, by the machine and
-how busy it is; all of it takes seven times as long."""
+"""The default part: two to four hours on two cores, depending on the machine and its load. The
+whole benchmark takes seven times as long."""
 
 SMALL = {
     "cells": ("iid-0-80", "mixed-1-80"),
     "algorithms": ("auto", "plora", "lora", "local"),
     "seeds": (0, 1),
 }
-"""The part of it that `--small` runs."""
+"""The part of `--small`."""
 
 
 def settings(cell: Cell) -> dict[str, Any]:
-    """A cell's settings, the same for all algorithms and seeds."""
+    """The settings of a cell, the same for all algorithms and seeds."""
     total = cell.rows + VALIDATION + TEST
     sites = MANY if cell.regime == "partial" else SITES
     style = "mixed" if cell.regime == "partial" else cell.regime
@@ -146,7 +146,7 @@ def settings(cell: Cell) -> dict[str, Any]:
 
 
 def rates(algorithm: str) -> tuple[float, ...]:
-    """The learning rates that an algorithm is tuned over."""
+    """The candidate learning rates of an algorithm."""
     optimizer = OWN.get(algorithm, {}).get("train", {}).get("optimizer", "adamw")
     return RATES[optimizer]
 
@@ -157,22 +157,22 @@ def run_config(
     """The settings of one run.
 
     Args:
-        cell: where it is; its base is what is trained.
+        cell: the cell of the run. The run trains in its base.
         algorithm: a name from the table.
         rate: learning rate of both factors.
-        seed: of everything: rows, partition, initial adapter, cohorts, batches.
+        seed: seed of rows, partition, initial adapter, cohorts and batches.
         output: folder of the run.
-        extra: sections to add, such as those of a shorter form.
+        extra: sections to add, such as the sections of a shorter form.
     """
     tree = settings(cell.base)
     for other in (OWN.get(algorithm, {}), extra, {"train": {"lr": rate}}):
         tree = merged(tree, other)
-    tree["algorithm"] = meaningful(algorithm, tree.get("algorithm", {}))
+    tree["algorithm"] = taken(algorithm, tree.get("algorithm", {}))
     return load(tree | {"seed": seed, "output": str(output)})
 
 
 def merged(tree: Mapping[str, Any], other: Mapping[str, Any]) -> dict[str, Any]:
-    """A tree with another's leaves in place of its own."""
+    """A tree whose leaves are replaced by the leaves of another tree."""
     found = copy.deepcopy(dict(tree))
     for key, value in other.items():
         both = isinstance(value, Mapping) and isinstance(found.get(key), Mapping)

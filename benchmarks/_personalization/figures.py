@@ -10,13 +10,14 @@ from typing import TYPE_CHECKING, Any
 from _personalization import ranks as ranking
 from _personalization.cells import REFERENCES, Cell
 from _personalization.pages import Row, scores
+from fedvlm.figures.style import KINDS
 from fedvlm.metrics import mean, standard_error
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 DPI = 120
-PERSONAL, GLOBAL, UNTUNED = "#0072B2", "#E69F00", "#8C8C8C"  # as in the plots of a run
+PERSONAL, GLOBAL, UNTUNED = KINDS["personal"], KINDS["global"], KINDS["untuned"]
 COLUMNS = 4
 
 
@@ -28,7 +29,7 @@ def draw(rows: Sequence[Row], folder: Path, title: str) -> list[Path]:
 
 
 def overview(rows: Sequence[Row], path: Path, title: str) -> Path:
-    """Algorithms by cells: the personal models' mean, in the colour of the distance to the best."""
+    """Algorithms by cells: the mean of the personal models; colour is the distance to the best."""
     from matplotlib.figure import Figure
 
     found = scores(rows)
@@ -62,7 +63,7 @@ def overview(rows: Sequence[Row], path: Path, title: str) -> Path:
 
 
 def cells(rows: Sequence[Row], path: Path, title: str) -> Path:
-    """A panel a cell: personal and global models with one standard error, and the worst clients."""
+    """A panel a cell: personal and global models with one standard error, and the worst 10 %."""
     from matplotlib.figure import Figure
     from matplotlib.lines import Line2D
 
@@ -120,7 +121,7 @@ def _panel(
 
 
 def _order(found: Mapping[Cell, Mapping[str, Mapping[int, float]]]) -> list[str]:
-    """The algorithm that is nearest to the best on average comes first."""
+    """The algorithms by their average distance to the best, the smallest first."""
     names = dict.fromkeys(name for cell in found.values() for name in cell)
 
     def distance(name: str) -> float:
@@ -130,7 +131,7 @@ def _order(found: Mapping[Cell, Mapping[str, Mapping[int, float]]]) -> list[str]
 
 
 def _behind(cell: Mapping[str, Mapping[int, float]], name: str) -> float:
-    """How far an algorithm's mean is below the best one's that is ranked."""
+    """The distance of an algorithm's mean to the mean of the best ranked algorithm."""
     some = {a: own for a, own in cell.items() if a not in REFERENCES} or cell
     if name not in cell:
         return math.nan

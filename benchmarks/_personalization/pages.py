@@ -1,4 +1,4 @@
-"""The tables of the personalization benchmark as Markdown, from its raw results."""
+"""The tables of the personalization benchmark in Markdown, from its raw results."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from fedvlm.metrics import mean, standard_error
 Row = Mapping[str, Any]
 Scores = dict[Cell, dict[str, dict[int, float]]]
 PERSONAL = ("personal", "after")
-ENOUGH = 3  # seeds of a cell that is judged: one has no spread, and that of two is hardly known
+ENOUGH = 3  # seeds of a judged cell: one seed has no spread, and two give a poor estimate
 
 
 def scores(rows: Iterable[Row], column: str = "mean", of: tuple[str, str] = PERSONAL) -> Scores:
-    """Cell -> algorithm -> seed -> a column, for one model at one time."""
+    """Cell -> algorithm -> seed -> value of a column, for one model at one time."""
     found: Scores = {}
     for row in rows:
         if (row["model"], row["when"]) == of and row[column] is not None:
@@ -26,20 +26,20 @@ def scores(rows: Iterable[Row], column: str = "mean", of: tuple[str, str] = PERS
 
 
 def ranked(found: Mapping[Any, Mapping[str, Any]]) -> list[str]:
-    """The algorithms that are ranked: all but those that pool rows."""
+    """The ranked algorithms: all algorithms that do not pool rows."""
     names = dict.fromkeys(name for cell in found.values() for name in cell)
     return [name for name in names if name not in REFERENCES]
 
 
 def main(rows: Sequence[Row]) -> list[Row]:
-    """The rows of the algorithms that are run in all cells; all rows, where none of these was."""
+    """The rows of the algorithms of the main part; all rows where no such algorithm was run."""
     return [row for row in rows if row["algorithm"] in MAIN["algorithms"]] or list(rows)
 
 
 def judged(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
-    """The rows of the cells with enough seeds to be judged, and the others'.
+    """The rows of cells with enough seeds, and the rows of the other cells.
 
-    Where no cell has enough, all are judged.
+    Where no cell has enough seeds, all cells are judged.
     """
     number = _seeds(rows)
     enough = [row for row in rows if number[_place(row)] >= ENOUGH]
@@ -48,7 +48,7 @@ def judged(rows: Sequence[Row]) -> tuple[list[Row], list[Row]]:
 
 
 def seeds(rows: Sequence[Row]) -> str:
-    """How many seeds the cells have, in words."""
+    """The number of seeds of the cells, as text."""
     number = _seeds(rows).values()
     least, most = min(number), max(number)
     range_ = f"{least} to {most}" if least < most else f"{most}"
@@ -67,7 +67,7 @@ def _place(row: Row) -> Cell:
 
 
 def overview(rows: Sequence[Row]) -> str:
-    """Average ranks, cells won or tied, over the cells that have all algorithms."""
+    """Average ranks, and cells won or tied, over the cells with all algorithms."""
     found = scores(rows)
     placed = ranking.overview(found, scores(rows, "worst10"), ranked(found))
     head = ("algorithm", "average rank", "won or tied", "mean", "worst 10 %")
@@ -85,7 +85,7 @@ def overview(rows: Sequence[Row]) -> str:
 
 
 def pays(rows: Sequence[Row]) -> str:
-    """Where collaboration pays, and where personalization does."""
+    """The cells in which collaboration pays, and the cells in which personalization pays."""
     found = scores(rows)
     body = []
     for cell, all_scores in found.items():
@@ -108,7 +108,7 @@ def pays(rows: Sequence[Row]) -> str:
 
 
 def regimes(rows: Sequence[Row]) -> str:
-    """A table a regime: algorithms, and a column a cell."""
+    """A table a regime, with a row an algorithm and a column a cell."""
     found = scores(rows)
     parts = []
     for regime in dict.fromkeys(cell.regime for cell in found):
@@ -126,7 +126,7 @@ def regimes(rows: Sequence[Row]) -> str:
 
 
 def everyone(rows: Sequence[Row]) -> str:
-    """All algorithms, in the cells in which more than the main ones were run."""
+    """All algorithms, in the cells with more than the main algorithms."""
     few = {row["algorithm"] for row in main(rows)}
     found = {c: own for c, own in scores(rows).items() if own.keys() - few}
     if not found:
@@ -157,7 +157,7 @@ def everyone(rows: Sequence[Row]) -> str:
 
 
 def details(rows: Sequence[Row]) -> str:
-    """A table a cell with everything that was measured."""
+    """A table a cell with all measurements."""
     kinds = {
         "personal": PERSONAL,
         "before": ("personal", "before"),
@@ -184,7 +184,7 @@ def details(rows: Sequence[Row]) -> str:
 
 
 def rates(chosen: Mapping[tuple[str, str], float]) -> str:
-    """The learning rate of each algorithm, a column a kind of regime."""
+    """The learning rate of each algorithm, with a column a kind of regime."""
     kinds = list(dict.fromkeys(kind for kind, _ in chosen))
     names = dict.fromkeys(name for _, name in chosen)
     body = [
@@ -210,7 +210,7 @@ def _cell(seeds: Mapping[int, float] | None, won: bool) -> str:
 
 
 def _untuned(algorithms: Mapping[str, Mapping[int, float]]) -> str:
-    """The model before training, which is the same for all; but one that is told names is not."""
+    """Score of the untuned model. It is the same for all but references that see client names."""
     federated = [own for name, own in algorithms.items() if name not in REFERENCES]
     return _score({seed: value for own in federated for seed, value in own.items()})
 

@@ -1,4 +1,4 @@
-"""Which runs the personalization benchmark has, the rates it chooses, and how long it takes."""
+"""The runs of the personalization benchmark, its choice of learning rates, and its time."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from _personalization import cells as cells
+from _personalization import cells
 from _personalization.cells import Cell
 from _personalization.record import Rates, read_rates
 from _personalization.runs import Job, read
@@ -28,7 +28,7 @@ COLUMNS = (
 )
 TUNING: dict[str, Any] = {"eval": {"split": "val", "every": 0}}
 TUNING_SEED = 0
-SECONDS_A_STEP = 0.06  # of one client, evaluations included, where nothing is measured yet
+SECONDS_A_STEP = 0.06  # of one client with evaluations; the guess before the first measurement
 
 
 @dataclass(frozen=True)
@@ -36,11 +36,11 @@ class Form:
     """The benchmark, or a part of it.
 
     Attributes:
-        cells: where algorithms are compared.
-        algorithms: which.
-        seeds: of rows, partitions, weights and batches.
-        extra: settings other than the benchmark's own.
-        rate: of all algorithms, which then are not tuned.
+        cells: the compared cells.
+        algorithms: the compared algorithms.
+        seeds: seeds of rows, partitions, weights and batches.
+        extra: settings that replace settings of the benchmark.
+        rate: learning rate of all algorithms, without tuning; None: tuned.
     """
 
     cells: tuple[Cell, ...]
@@ -51,17 +51,17 @@ class Form:
 
 
 def whole() -> Form:
-    """All that there is."""
+    """The whole benchmark."""
     return Form(tuple(cells.full()))
 
 
 def main() -> Form:
-    """What is run unless asked otherwise."""
+    """The default part."""
     return _part(cells.MAIN)
 
 
 def small() -> Form:
-    """The part that `--small` runs: equal settings, so that the others go on from it."""
+    """The part of `--small`. Its settings are the same, so larger parts reuse its runs."""
     return _part(cells.SMALL)
 
 
@@ -72,7 +72,7 @@ def _part(named: Mapping[str, tuple[Any, ...]]) -> Form:
 
 
 def quick() -> Form:
-    """Enough to see that the script works: its scores mean nothing."""
+    """A test of the script. Its scores mean nothing."""
     extra = {
         "train": {"rounds": 2, "local_steps": 2},
         "eval": {"every": 1, "max_rows": 4, "max_new_tokens": 8},
@@ -85,7 +85,7 @@ def quick() -> Form:
 def tuning(form: Form, output: Path) -> Iterator[Job]:
     """The runs that choose learning rates: two an algorithm and kind of regime, one seed.
 
-    Those whose rate was chosen before are left out.
+    Algorithms with a chosen rate are left out.
     """
     if form.rate is not None:
         return
@@ -105,9 +105,9 @@ def _candidates(form: Form, kind: str, algorithm: str, output: Path) -> Iterator
 
 
 def chosen(form: Form, output: Path) -> dict[tuple[str, str], float]:
-    """The rates of the highest validation score, of lower loss where that is equal.
+    """The learning rates of the highest validation score. Of equal scores the lower loss decides.
 
-    A rate that was chosen before stays.
+    A rate chosen earlier stays.
     """
     found, kept = {}, read_rates(output)
     for kind in dict.fromkeys(cells.kind(cell) for cell in form.cells):
@@ -130,12 +130,12 @@ def _merit(record: Mapping[str, Any] | None) -> tuple[float, float]:
 
 
 def personal(record: Mapping[str, Any]) -> Mapping[str, Any]:
-    """The row of what clients have at the end."""
+    """The row of the personal models at the end."""
     return next(r for r in record["rows"] if (r["model"], r["when"]) == ("personal", "after"))
 
 
 def runs(form: Form, rates: Rates, output: Path) -> Iterator[Job]:
-    """The runs that are compared and whose rate is known, a seed of all cells after the other."""
+    """The compared runs whose learning rate is known, seed by seed over all cells."""
     for seed in form.seeds:
         for cell in form.cells:
             joins = cell.regime.startswith(cells.JOINED)
@@ -148,7 +148,7 @@ def runs(form: Form, rates: Rates, output: Path) -> Iterator[Job]:
 
 
 def rows(jobs: Iterable[Job]) -> list[dict[str, Any]]:
-    """The raw results of the jobs that are done."""
+    """The raw results of the finished jobs."""
     found = []
     for job in jobs:
         where = {
@@ -170,11 +170,13 @@ def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
 
 
 def seconds(todo: Iterable[Job], done: Iterable[tuple[Job, float]]) -> float:
-    """How long jobs will take, one after another: as those of the same cell did, a step each.
+    """Estimates the seconds of jobs that run one after another.
+
+    The estimate uses the median time of a step in the same cell, or in all cells.
 
     Args:
-        todo: what is left to do.
-        done: jobs, and what they took.
+        todo: the remaining jobs.
+        done: finished jobs and their seconds.
     """
     found: dict[tuple[str, bool] | None, list[float]] = {}
     for job, taken in done:
@@ -190,7 +192,7 @@ def _alike(job: Job) -> tuple[str, bool]:
 
 
 def number_of_runs(form: Form) -> tuple[int, int]:
-    """How many runs choose rates, and how many are compared (clients that join: none)."""
+    """The number of runs that choose rates, and of compared runs. Clients that join add none."""
     anywhere, rates = (
         Path("x"),
         dict.fromkeys(((cells.kind(c), a) for c in form.cells for a in form.algorithms), 0.003),

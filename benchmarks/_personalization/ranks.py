@@ -1,8 +1,9 @@
-"""Who wins: ranks over the cells of the personalization benchmark, with ties.
+"""Ranks over the cells of the personalization benchmark, with ties.
 
-Seeds are pairs: for one seed all algorithms have the same rows, partition and initial weights. So
-two algorithms are compared by the mean of their differences over the seeds, and are tied where that
-is within one standard error of it. A single seed has none: then equal means alone are tied.
+Seeds are pairs: with one seed all algorithms have the same rows, partition and initial weights. So
+the comparison of two algorithms uses the mean of their differences over the seeds. They are tied
+where that mean is within one standard error of zero. A single seed has no standard error. Then
+only equal means are tied.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from typing import Any
 from fedvlm.metrics import mean, standard_error
 
 Seeds = Mapping[int, float]  # seed -> score
-Scores = Mapping[str, Seeds]  # algorithm -> its seeds' scores, in one cell
+Scores = Mapping[str, Seeds]  # algorithm -> scores by seed, in one cell
 ROUNDING = 1e-12
 
 
@@ -24,12 +25,12 @@ class Overview:
     """An algorithm over all cells.
 
     Attributes:
-        algorithm: its name.
-        rank: average over the cells; 1 is the best.
-        won: cells in which it is the best or tied with it.
-        cells: cells compared.
+        algorithm: name of the algorithm.
+        rank: average rank over the cells; 1 is the best.
+        won: number of cells in which it is the best or tied with the best.
+        cells: number of compared cells.
         mean: mean score over the cells.
-        worst10: mean over the cells of its worst clients' scores.
+        worst10: mean over the cells of the scores of its worst clients.
     """
 
     algorithm: str
@@ -41,7 +42,7 @@ class Overview:
 
 
 def rounds_to(curve: Mapping[int, float], share: float = 0.9) -> int | None:
-    """The first evaluated round that reaches a share of the last one's value; None if that is 0."""
+    """The first evaluated round with a share of the last round's value; None if that value is 0."""
     if not curve or curve[max(curve)] <= 0:
         return None
     goal = share * curve[max(curve)]
@@ -49,20 +50,20 @@ def rounds_to(curve: Mapping[int, float], share: float = 0.9) -> int | None:
 
 
 def lead(ours: Seeds, theirs: Seeds) -> tuple[float, float]:
-    """Mean over the common seeds of our score less theirs, and its standard error (one seed: 0)."""
+    """Mean of ``ours - theirs`` over the common seeds, and its standard error (one seed: 0)."""
     pairs = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
     error = standard_error(pairs)
     return mean(pairs), 0.0 if math.isnan(error) else error
 
 
 def beats(ours: Seeds, theirs: Seeds, errors: float = 1.0) -> bool:
-    """Whether we lead by more than so many standard errors."""
+    """Whether the lead of ``ours`` is larger than a number of standard errors."""
     ahead, error = lead(ours, theirs)
     return ahead > errors * error + ROUNDING
 
 
 def ranks(scores: Scores) -> dict[str, float]:
-    """1 and one for each algorithm that beats it, and a half for each that it is tied with."""
+    """Rank of each algorithm: 1, plus 1 for each better algorithm, plus 1/2 for each tied one."""
     found = {}
     for name, own in scores.items():
         others = [theirs for other, theirs in scores.items() if other != name]
@@ -73,23 +74,23 @@ def ranks(scores: Scores) -> dict[str, float]:
 
 
 def best(scores: Scores) -> str:
-    """The algorithm of the highest mean over its seeds; the first of these."""
+    """The algorithm with the highest mean over its seeds; the first one of equal means."""
     return max(scores, key=lambda name: mean(scores[name].values()))
 
 
 def winners(scores: Scores) -> set[str]:
-    """The best algorithm and those that it does not beat."""
+    """The best algorithm, and the algorithms that it does not beat."""
     top = scores[best(scores)]
     return {name for name, own in scores.items() if not beats(top, own)}
 
 
 def clearly_behind(scores: Scores, name: str) -> bool:
-    """Whether the best algorithm leads this one by more than two standard errors."""
+    """Whether the best algorithm leads the named one by more than two standard errors."""
     return name in scores and beats(scores[best(scores)], scores[name], errors=2.0)
 
 
 def complete(cells: Mapping[Any, Scores], algorithms: Iterable[str]) -> list[Any]:
-    """The cells in which all these algorithms have the same seeds."""
+    """The cells in which all given algorithms have the same seeds."""
     names = list(algorithms)
     return [
         cell
@@ -102,12 +103,12 @@ def complete(cells: Mapping[Any, Scores], algorithms: Iterable[str]) -> list[Any
 def overview(
     cells: Mapping[Any, Scores], worst: Mapping[Any, Scores], algorithms: Sequence[str]
 ) -> list[Overview]:
-    """All algorithms over the cells that have all of them, the best average rank first.
+    """The algorithms over all complete cells, the best average rank first.
 
     Args:
         cells: cell -> algorithm -> seed -> mean over the clients.
-        worst: the same of the worst tenth of the clients.
-        algorithms: those to rank.
+        worst: the same for the worst tenth of the clients.
+        algorithms: the algorithms to rank.
     """
     compared = {c: {a: cells[c][a] for a in algorithms} for c in complete(cells, algorithms)}
     if not compared:

@@ -1,7 +1,7 @@
-"""What was measured, in one file of the repository, so that later runs are added to it.
+"""All measurements in one file of the repository. Later runs add to it.
 
-A line a run: its file in the output folder (`path`), and what that holds. A first line has the
-learning rates that were chosen: they are chosen once, and what is added goes by them.
+Each line is a run: the path of its file in the output folder (`path`), and the content of that
+file. The first line holds the learning rates. They are chosen once, and added runs use them.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Rates = Mapping[tuple[str, str], float]  # (kind of regime, algorithm) -> learni
 
 
 def unpack(file: Path, output: Path) -> int:
-    """Puts what was measured where an output folder lacks it.
+    """Writes the measurements that an output folder lacks.
 
     Returns:
-        The number of runs that are new there.
+        The number of runs that are new in the folder.
     """
     new = 0
     for line in file.read_text(encoding="utf-8").splitlines():
@@ -37,7 +37,7 @@ def unpack(file: Path, output: Path) -> int:
 
 
 def pack(output: Path, file: Path) -> None:
-    """Writes the rates and all compared runs of an output folder, in the order of their names."""
+    """Writes the rates and all compared runs of an output folder to a file, sorted by name."""
     paths = sorted(path for name in (MEASURED, JOINS) for path in output.glob(f"runs/*/*/{name}"))
     lines = []
     for path in [output / RATES, *paths]:
@@ -48,7 +48,7 @@ def pack(output: Path, file: Path) -> None:
 
 
 def read_rates(output: Path) -> dict[tuple[str, str], float]:
-    """The rates that were chosen before."""
+    """The rates chosen earlier."""
     path = output / RATES
     if not path.exists():
         return {}
@@ -57,7 +57,7 @@ def read_rates(output: Path) -> dict[tuple[str, str], float]:
 
 
 def keep_rates(output: Path, rates: Rates) -> None:
-    """Notes the rates that are chosen now; where these are known, nothing is written."""
+    """Writes the chosen rates, unless the folder holds the same rates already."""
     if rates == read_rates(output):
         return
     tree: dict[str, dict[str, float]] = {}

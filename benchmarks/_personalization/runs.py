@@ -1,7 +1,8 @@
-"""Runs of the personalization benchmark: what is measured of each, and what is left of it.
+"""Runs of the personalization benchmark: their measurement, and the files that stay.
 
-A run that is measured has a file `measured.json`, written last and whole; it is what a later start
-skips. What is not needed any more is removed then, so that thousands of runs fit on a disk.
+A measured run has a file `measured.json`, written last and atomically. A later start skips such a
+run. After the measurement all files without further use are removed, so thousands of runs fit on a
+disk.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from fedvlm.store import files
 from fedvlm.store import run as stores
 
 MEASURED, FAILED, JOINS = "measured.json", "failed.txt", "joined.json"
-MODELS = {  # name in the metrics lines -> what the columns `model` and `when` say
+MODELS = {  # name in the metrics lines -> values of the columns `model` and `when`
     "global_before": ("global", "before"),
     "global": ("global", "after"),
     "personal_before": ("personal", "before"),
@@ -44,12 +45,12 @@ class Job:
     """A run, or clients that join one.
 
     Attributes:
-        cell: where it counts.
-        algorithm: what is run.
+        cell: the cell in which the result counts.
+        algorithm: name of the algorithm.
         rate: learning rate.
-        seed: of everything.
-        folder: of the run, which for clients that join is the run they join.
-        extra: settings other than the cell's.
+        seed: seed of rows, partition, initial adapter, cohorts and batches.
+        folder: folder of the run. For clients that join it is the folder of the joined run.
+        extra: settings that replace settings of the cell.
     """
 
     cell: Cell
@@ -61,33 +62,33 @@ class Job:
 
     @property
     def joins(self) -> bool:
-        """Whether it is clients that join."""
+        """Whether the job is about clients that join a run."""
         return self.cell.regime.startswith(JOINED)
 
     @property
     def tunes(self) -> bool:
-        """Whether it is for choosing a learning rate."""
+        """Whether the job serves to choose a learning rate."""
         return self.extra.get("eval", {}).get("split") == "val"
 
     @cached_property
     def config(self) -> Config:
-        """The run's settings."""
+        """The settings of the run."""
         return run_config(self.cell, self.algorithm, self.rate, self.seed, self.folder, self.extra)
 
     @property
     def record(self) -> Path:
-        """The file with what was measured."""
+        """The file with the measurements."""
         return self.folder / (JOINS if self.joins else MEASURED)
 
     @property
     def name(self) -> str:
-        """What a person sees."""
+        """The name for people."""
         why = " (tuning)" if self.tunes else ""
         return f"{self.cell.name} {self.algorithm} {self.rate:g} seed {self.seed}{why}"
 
     @property
     def steps(self) -> int:
-        """Optimizer steps of all clients together: what a run's time follows."""
+        """Optimizer steps of all clients together. The time of a run is proportional to them."""
         tree = merged(settings(self.cell.base), self.extra)
         train, scenes = tree["train"], tree["data"].get("scenes", {})
         clients = train.get("clients_per_round") or scenes.get("sites", SITES)
@@ -95,10 +96,10 @@ class Job:
 
 
 def read(job: Job) -> dict[str, Any] | None:
-    """What was measured of a job, None where it was not done yet.
+    """The measurements of a job; None for an unfinished job.
 
     Raises:
-        FedVLMError: it was measured with other settings.
+        FedVLMError: the job was measured with other settings.
     """
     if not job.record.exists():
         return None
@@ -112,16 +113,16 @@ def read(job: Job) -> dict[str, Any] | None:
 
 
 def digest(config: Config) -> str:
-    """Of all settings that a result may depend on."""
+    """A hash of all settings that can change a result."""
     tree = config.model_dump(exclude={"output", "engine"})
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def do(jobs: Iterable[Job], at_a_time: int, tell: comparison.Tell | None = None) -> list[str]:
-    """Does what is not measured; what an error ended is done again next time.
+    """Runs the unmeasured jobs. The next call repeats a failed job.
 
     Returns:
-        The names of the jobs that failed, each with its folder.
+        The names of the failed jobs, each with its folder.
     """
     todo = [job for job in jobs if read(job) is None]
     for joins, work in ((False, measure), (True, join)):
@@ -131,11 +132,11 @@ def do(jobs: Iterable[Job], at_a_time: int, tell: comparison.Tell | None = None)
 
 
 def measure(name: str, config: Config, tell: comparison.Tell) -> None:
-    """Does a run, or goes on with it, and measures it. An error is kept in its folder."""
+    """Starts or resumes a run and measures it. An error is written to the folder of the run."""
     folder = Path(config.output)
     try:
         whole, began = not stores.is_run(folder), time.perf_counter()
-        if whole:  # what a process left that was killed, or failed, before its run began
+        if whole:  # a process that died before its run began left this folder
             shutil.rmtree(folder, ignore_errors=True)
         if not comparison.done(config):
             comparison.run_one(name, config, tell)
@@ -150,7 +151,7 @@ def measure(name: str, config: Config, tell: comparison.Tell) -> None:
 
 
 def join(name: str, config: Config, tell: comparison.Tell) -> None:
-    """Clients that the run has not seen join it, and are measured. An error is kept."""
+    """Lets new clients join a run and measures them. An error is written to the run's folder."""
     from fedvlm.after.onboard import onboard
 
     folder = Path(config.output)
@@ -172,7 +173,7 @@ def join(name: str, config: Config, tell: comparison.Tell) -> None:
 
 
 def rows_of(results: Results, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """A run's rows of the raw results, without the columns that say which run it is."""
+    """The rows of a run in the raw results, without the columns that identify the run."""
     metric, sent = results.metric, results.table["bytes"]["bytes_up"]["total"]
     start = results.summary("untuned")
     found = [_row("untuned", "start", start, sent, None)]
@@ -189,7 +190,7 @@ def rows_of(results: Results, lines: list[dict[str, Any]]) -> list[dict[str, Any
 def joined_rows(
     sites: list[Mapping[str, Mapping[str, float]]], config: Config
 ) -> list[dict[str, Any]]:
-    """The rows of clients that joined; they send nothing, and there are no rounds."""
+    """The rows of clients that joined. They send nothing, and they take part in no round."""
     found = []
     for model, when, name in (
         ("untuned", "start", "untuned"),
@@ -202,7 +203,7 @@ def joined_rows(
 
 
 def prune(folder: Path) -> None:
-    """Removes what neither the results nor clients that join need."""
+    """Removes the files that neither the results nor clients that join need."""
     for path in (*folder.glob("adapters/client-*"), folder / "personal", folder / "answers"):
         shutil.rmtree(path, ignore_errors=True)
     for path in folder.glob("*.png"):
@@ -248,7 +249,7 @@ def _commit() -> str:
 
 
 def _new_sites(config: Config) -> dict[str, Path]:
-    """The rows of sites that the run did not have, as files beside the run."""
+    """Writes the rows of sites outside the run to its folder; returns site -> file."""
     from fedvlm.data.scenes import scenes
 
     asked = config.data.scenes

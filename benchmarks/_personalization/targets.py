@@ -1,4 +1,4 @@
-"""What the default algorithm was to reach in the personalization benchmark, and what it does."""
+"""The targets of the default algorithm in the personalization benchmark, and its results."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from _personalization.pages import Row, Scores, ranked, scores, table
 from fedvlm.metrics import mean
 
 DEFAULT = "auto"
-GAIN = 1.245  # of the personal models over lora's: what the paper of plora reports
-DIFFER = ("label", "concept", "mixed")  # the regimes in which it is asked for
+GAIN = 1.245  # personal models over lora, as the paper of plora reports
+DIFFER = ("label", "concept", "mixed")  # the regimes of target (c)
 NEVER_BELOW = ("local", "lora+ft")
 
 
 def targets(rows: Sequence[Row]) -> str:
-    """A line a target, over the cells in which the default was run with others."""
+    """A table with a line a target, over the cells that compare the default with others."""
     found, worst = scores(rows), scores(rows, "worst10")
     names = ranked(found)
     compared = {

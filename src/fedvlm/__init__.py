@@ -16,21 +16,30 @@ _HOMES = {
     "run": "fedvlm.rounds.federate",
     "resume": "fedvlm.rounds.federate",
     "compare": "fedvlm.rounds.comparison",
+    "simulate": "fedvlm.engines.simulate",
     "export": "fedvlm.after.export",
     "predict": "fedvlm.after.predict",
     "evaluate": "fedvlm.after.evaluate",
     "onboard": "fedvlm.after.onboard",
     "open_run": "fedvlm.after.opened",
+    "scenes": "fedvlm.data.scenes",
+    "load_config": "fedvlm.config",
     "Results": "fedvlm.rounds.results",
     "Comparison": "fedvlm.rounds.comparison",
     "Config": "fedvlm.settings.sections",
-    "load_config": "fedvlm.config",
+    "AlgorithmConfig": "fedvlm.settings.method",
+    "Entry": "fedvlm.algorithms.entry",
     "Algorithm": "fedvlm.algorithms.base",
-    "Client": "fedvlm.algorithms.base",
-    "Phase": "fedvlm.algorithms.base",
+    "Averaged": "fedvlm.algorithms.base",
+    "Gathered": "fedvlm.algorithms.base",
+    "Local": "fedvlm.algorithms.base",
+    "Score": "fedvlm.algorithms.base",
+    "Sent": "fedvlm.algorithms.base",
+    "Term": "fedvlm.algorithms.base",
+    "Train": "fedvlm.algorithms.base",
+    "Visit": "fedvlm.algorithms.base",
     "sharing": "fedvlm.algorithms.sharing",
-    "tuned": "fedvlm.algorithms.sharing",
-    "scenes": "fedvlm.data.scenes",
+    "tuned": "fedvlm.algorithms.tuning",
     "FedVLMError": "fedvlm.errors",
     "ConfigError": "fedvlm.errors",
     "DataError": "fedvlm.errors",
@@ -38,14 +47,22 @@ _HOMES = {
 
 __all__ = [
     "Algorithm",
-    "Client",
+    "AlgorithmConfig",
+    "Averaged",
     "Comparison",
     "Config",
     "ConfigError",
     "DataError",
+    "Entry",
     "FedVLMError",
-    "Phase",
+    "Gathered",
+    "Local",
     "Results",
+    "Score",
+    "Sent",
+    "Term",
+    "Train",
+    "Visit",
     "compare",
     "evaluate",
     "export",
@@ -57,6 +74,7 @@ __all__ = [
     "run",
     "scenes",
     "sharing",
+    "simulate",
     "tuned",
 ]
 
@@ -66,14 +84,28 @@ if TYPE_CHECKING:
     from fedvlm.after.onboard import onboard
     from fedvlm.after.opened import open_run
     from fedvlm.after.predict import predict
-    from fedvlm.algorithms.sharing import sharing, tuned
-    from fedvlm.algorithms.table import Algorithm, Client, Phase
+    from fedvlm.algorithms.base import (
+        Algorithm,
+        Averaged,
+        Gathered,
+        Local,
+        Score,
+        Sent,
+        Term,
+        Train,
+        Visit,
+    )
+    from fedvlm.algorithms.entry import Entry
+    from fedvlm.algorithms.sharing import sharing
+    from fedvlm.algorithms.tuning import tuned
     from fedvlm.config import load as load_config
     from fedvlm.data.scenes import scenes
+    from fedvlm.engines.simulate import simulate
     from fedvlm.errors import ConfigError, DataError, FedVLMError
     from fedvlm.rounds.comparison import Comparison, compare
     from fedvlm.rounds.federate import resume, run
     from fedvlm.rounds.results import Results
+    from fedvlm.settings.method import AlgorithmConfig
     from fedvlm.settings.sections import Config
 
 

@@ -1,26 +1,30 @@
-"""One typed tree for a run. A file and ``key=value`` overrides go in; unknown keys are refused.
+"""Reads and writes the configuration of a run: a typed tree from a file and ``key=value`` texts.
 
 :func:`load` collects *all* mistakes before it raises, and suggests the nearest valid name for an
-unknown key. The sections themselves are in :mod:`fedvlm.settings.sections`.
+unknown key. The sections are in :mod:`fedvlm.settings.sections`. The class of the section
+``algorithm`` comes from the algorithm's row of the table.
 """
 
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
 import yaml
 from pydantic import BaseModel, ValidationError
 
-from fedvlm.errors import ConfigError
+from fedvlm.algorithms import checks, table
+from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.settings.method import AlgorithmConfig
 from fedvlm.settings.sections import Config
 
 S = TypeVar("S", bound=BaseModel)
+Source = str | Path | dict[str, Any] | Config | None
 
 
-def load(source: str | Path | dict[str, Any] | Config | None = None, *overrides: str) -> Config:
+def load(source: Source = None, *overrides: str) -> Config:
     """Builds the configuration from a YAML file or a dict, and ``key=value`` overrides.
 
     Args:
@@ -28,7 +32,44 @@ def load(source: str | Path | dict[str, Any] | Config | None = None, *overrides:
         *overrides: dotted assignments such as ``train.rounds=20``; values are YAML.
 
     Raises:
-        ConfigError: listing every unknown key, wrong type and impossible value at once.
+        ConfigError: lists every unknown key, wrong type and impossible value at once.
+    """
+    tree, problems = read(source, *overrides)
+    return checked(tree, problems)
+
+
+def own(source: Source = None, *overrides: str, label: str = "") -> Config:
+    """Builds the configuration like :func:`load`, for an algorithm given as an object.
+
+    Args:
+        source: as for :func:`load`.
+        *overrides: as for :func:`load`.
+        label: the object's name in a comparison.
+
+    Raises:
+        ConfigError: as :func:`load`; or the section ``algorithm`` holds settings, which an object
+            cannot take.
+    """
+    tree, problems = read(source, *overrides)
+    given = tree.get("algorithm") or {}
+    if isinstance(source, Config):  # its defaults were filled in
+        given = {k: v for k, v in given.items() if k in source.algorithm.model_fields_set}
+        given = {} if given == {"name": AlgorithmConfig().name} else given
+    name = given.pop("name", table.OWN) if isinstance(given, dict) else ""
+    if given or str(name).partition(":")[0] != table.OWN:
+        problems.append(
+            "algorithm: the algorithm of this run is given as an object; leave out "
+            + ", ".join(f"algorithm.{key}" for key in given or ["name"])
+        )
+    tree["algorithm"] = {"name": f"{table.OWN}:{label}" if label else name}
+    return checked(tree, problems)
+
+
+def read(source: Source = None, *overrides: str) -> tuple[dict[str, Any], list[str]]:
+    """The unchecked tree of settings, and a problem for each override that cannot be read.
+
+    Raises:
+        ConfigError: the file cannot be read, or holds no mapping.
     """
     problems: list[str] = []
     tree = _read(source)
@@ -44,14 +85,67 @@ def load(source: str | Path | dict[str, Any] | Config | None = None, *overrides:
         if isinstance(parsed, str) and (number := _number(parsed)) is not None:
             parsed = number
         problems.extend(_assign(tree, key.strip(), parsed))
+    return tree, problems
+
+
+def checked(tree: dict[str, Any], problems: Sequence[str] = ()) -> Config:
+    """The configuration of a tree of settings.
+
+    Args:
+        tree: sections by name; missing settings have their defaults.
+        problems: earlier mistakes.
+
+    Raises:
+        ConfigError: lists all mistakes, the earlier ones first.
+    """
+    algorithm, wrong = _algorithm(tree.get("algorithm"))
+    problems = [*problems, *wrong]
     try:
-        config = Config.model_validate(tree)
+        config = Config.model_validate({**tree, "algorithm": algorithm})
     except ValidationError as error:
         problems.extend(_describe(e, Config) for e in error.errors())
         raise ConfigError(problems) from None
     if problems:
         raise ConfigError(problems)
+    if wrong := checks.general(config, table.find(config.algorithm.name)):
+        raise ConfigError(wrong)
     return config
+
+
+def _algorithm(given: Any) -> tuple[AlgorithmConfig, list[str]]:
+    """The section ``algorithm`` in the class of its algorithm, and its problems."""
+    given = {} if given is None else given
+    if not isinstance(given, dict):
+        return AlgorithmConfig(), [f"algorithm: it must hold settings, got {given!r}"]
+    default = "share" if given.get("share") is not None else AlgorithmConfig().name
+    name = given.get("name", default)
+    try:
+        settings = table.find(name).settings if isinstance(name, str) else AlgorithmConfig
+    except KeyError:
+        return AlgorithmConfig(), [_unknown(name)]
+    except FedVLMError as error:
+        return AlgorithmConfig(), [str(error)]
+    try:
+        name = table.ALIASES.get(name, name) if isinstance(name, str) else name
+        return settings.model_validate({**given, "name": name}), []
+    except ValidationError as error:
+        return AlgorithmConfig(), [_of_algorithm(e, settings, name) for e in error.errors()]
+
+
+def _of_algorithm(error: Any, settings: type[AlgorithmConfig], name: str) -> str:
+    """A validation error of the section ``algorithm`` as a readable text."""
+    where = ".".join(str(p) for p in error["loc"])
+    elsewhere = (entry.settings.model_fields for entry in table.TABLE.values())
+    if error["type"] == "extra_forbidden" and any(where in fields for fields in elsewhere):
+        return f"algorithm.{where} has no meaning for algorithm.name={name}; leave it out"
+    return _describe(error, settings, "algorithm.", f"algorithm.name={name} takes")
+
+
+def _unknown(name: str) -> str:
+    known = [*table.names(), *table.ALIASES]
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f": did you mean '{close[0]}'?" if close else ""
+    return f"algorithm.name '{name}' is unknown{hint}; there are {', '.join(table.names())}"
 
 
 def dump(config: Config) -> str:
@@ -59,7 +153,7 @@ def dump(config: Config) -> str:
     return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
 
 
-def _read(source: str | Path | dict[str, Any] | Config | None) -> dict[str, Any]:
+def _read(source: Source) -> dict[str, Any]:
     if source is None:
         return {}
     if isinstance(source, Config):
@@ -81,15 +175,15 @@ def _read(source: str | Path | dict[str, Any] | Config | None) -> dict[str, Any]
 
 
 def read_file(path: str | Path, kind: type[S], what: str) -> S:
-    """A file with settings of its own kind, such as a site's policy.
+    """Reads a file of other settings, such as a site's policy.
 
     Args:
         path: a YAML file.
-        kind: what it has to hold.
-        what: its name in messages.
+        kind: the class of the settings.
+        what: the name of the file in messages.
 
     Raises:
-        ConfigError: naming everything that is wrong in it.
+        ConfigError: lists all mistakes in the file.
     """
     try:
         tree = yaml.safe_load(Path(path).read_text("utf-8")) or {}
@@ -103,7 +197,7 @@ def read_file(path: str | Path, kind: type[S], what: str) -> S:
 
 
 def _number(text: str) -> float | None:
-    """YAML 1.1 reads 3e-4 as a string; people mean the number."""
+    """The number in a text such as 3e-4, which YAML 1.1 reads as a string; else None."""
     try:
         return float(text) if "e" in text.lower() and text[:1] in "+-.0123456789" else None
     except ValueError:
@@ -124,24 +218,35 @@ def _assign(tree: dict[str, Any], key: str, value: Any) -> list[str]:
     for part in parents:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
-            return [f"'{key}': '{part}' holds the value {child!r}, it has no keys of its own"]
+            return [f"'{key}': '{part}' has the value {child!r} and so no keys"]
         node = child
     node[leaf] = value
     return []
 
 
-def _describe(error: Any, kind: type[BaseModel]) -> str:
-    where = ".".join(str(p) for p in error["loc"])
+def _describe(error: Any, kind: type[BaseModel], prefix: str = "", about: str = "there are") -> str:
+    """A validation error as a readable text.
+
+    Args:
+        error: the error of pydantic.
+        kind: the validated class.
+        prefix: the prefix of its keys, for a section.
+        about: words before the list of keys.
+    """
+    where = prefix + ".".join(str(p) for p in error["loc"])
+    where = where.removesuffix(".")
     if error["type"] == "extra_forbidden":
-        return f"unknown key '{where}'" + _nearest(where, kind)
+        return f"unknown key '{where}'" + _nearest(where, kind, prefix, about)
+    if error["type"] == "missing":
+        return f"{where}: it is required"
     message = error["msg"].removeprefix("Value error, ")
     if not where or isinstance(error["input"], BaseModel | dict):
         return f"{where}: {message}" if where else message
     return f"{where}: {message} (got {error['input']!r})"
 
 
-def _nearest(where: str, kind: type[BaseModel]) -> str:
-    keys = list(_keys(kind))
+def _nearest(where: str, kind: type[BaseModel], prefix: str = "", about: str = "there are") -> str:
+    keys = [key for key in _keys(kind, prefix) if key != "algorithm.name"]
     close = difflib.get_close_matches(where, keys, n=1, cutoff=0.6)
     leaf = where.rpartition(".")[2]
     by_leaf = [k for k in keys if k.rpartition(".")[2] == leaf]
@@ -149,7 +254,10 @@ def _nearest(where: str, kind: type[BaseModel]) -> str:
         leaves = {k.rpartition(".")[2]: k for k in keys}
         by_leaf = [leaves[m] for m in difflib.get_close_matches(leaf, leaves, n=1, cutoff=0.7)]
     best = by_leaf or close
-    return f": did you mean '{best[0]}'?" if best else f"; there are {', '.join(kind.model_fields)}"
+    if best:
+        return f": did you mean '{best[0]}'?"
+    known = ", ".join(name for name in kind.model_fields if not prefix or name != "name")
+    return f"; {about} {known or 'no settings'}"
 
 
 def _keys(section: type[BaseModel], prefix: str = "") -> Iterator[str]:

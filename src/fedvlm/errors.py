@@ -1,15 +1,15 @@
-"""The one error that users see: what was wrong, the value it got, what to do."""
+"""The errors for users. A message names the mistake, the value it got, and the remedy."""
 
 
 class FedVLMError(Exception):
-    """A mistake in the input, found before anything was written.
+    """A mistake in the input, found before the first write.
 
     The command line prints the message without a traceback and exits with code 2.
     """
 
 
 class ConfigError(FedVLMError):
-    """One or more mistakes in the configuration; the message lists all of them."""
+    """One or more mistakes in the configuration. The message lists all of them."""
 
     def __init__(self, problems: list[str]):
         self.problems = problems
@@ -20,9 +20,9 @@ class ConfigError(FedVLMError):
         )
         super().__init__("\n".join([head, *(f"  - {p}" for p in problems)]))
 
-    def __reduce__(self):  # so that it crosses process boundaries
+    def __reduce__(self):  # makes the error picklable, for other processes
         return type(self), (self.problems,)
 
 
 class DataError(FedVLMError):
-    """The data cannot be used as asked: a missing column, a corrupt image, an empty client."""
+    """A mistake in the data: a missing column, a corrupt image, a client without rows."""

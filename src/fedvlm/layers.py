@@ -1,4 +1,4 @@
-"""Which layers a pattern takes: by part of the model, by number, or by name."""
+"""Patterns that select layers: by part of the model, by number, or by name."""
 
 from __future__ import annotations
 
@@ -8,9 +8,21 @@ from functools import cache
 
 from fedvlm.tree import Select, factor, module
 
+# Names of modules in each part of a model, over all families. All other modules are language.
+VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|image_encoder)(\.|$)")
+PROJECTOR = re.compile(
+    r"(^|\.)(multi_modal_projector|connector|visual\.merger|deepstack_merger_list|qformer"
+    r"|language_projection|image_projection|mm_projector|visual_projection)(\.|$)"
+)
+
 
 def select(share: Mapping[str, str]) -> Select:
-    """The names that a share map takes."""
+    """A filter for the factors that a share map selects.
+
+    Args:
+        share: pattern -> the factors to select: ``A``, ``B``, ``AB`` or ``none``. The first pattern
+            that matches a module decides. A module without a match is not selected.
+    """
     rules = [(matcher(pattern), factors) for pattern, factors in share.items()]
 
     @cache
@@ -24,14 +36,17 @@ def select(share: Mapping[str, str]) -> Select:
 
 
 def matcher(pattern: str) -> Callable[[str], bool]:
-    """Whether a module fits a pattern: conditions joined by ``&``, all of which must hold.
+    """A test of module names against a pattern.
 
-    A condition is ``part:vision``, ``part:projector`` or ``part:language``; ``layer:2``,
-    ``layer:0-3``, ``layer:4-`` (the first number in the module's name); or else a regular
-    expression that is searched for in the name.
+    A pattern is one or more conditions joined by ``&``, and all of them must hold. A condition is
+    one of:
+
+    - ``part:vision``, ``part:projector`` or ``part:language``
+    - ``layer:2``, ``layer:0-3`` or ``layer:4-``, for the first number in the module's name
+    - any other text: a regular expression, searched for in the name
 
     Raises:
-        ValueError: a condition cannot be read.
+        ValueError: a condition is invalid.
     """
     conditions = [_condition(text.strip()) for text in pattern.split("&")]
     return lambda name: all(fits(name) for fits in conditions)
@@ -58,21 +73,12 @@ def _condition(text: str) -> Callable[[str], bool]:
 
 
 def _layer(name: str) -> int:
-    """The number of a module's layer, -1 where it is in none."""
+    """The number of a module's layer; -1 for a module outside the numbered layers."""
     return next((int(part) for part in name.split(".") if part.isdigit()), -1)
 
 
-VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|image_encoder)(\.|$)")
-
-
-PROJECTOR = re.compile(
-    r"(^|\.)(multi_modal_projector|connector|visual\.merger|deepstack_merger_list|qformer"
-    r"|language_projection|image_projection|mm_projector|visual_projection)(\.|$)"
-)
-
-
 def part(name: str) -> str:
-    """Which part of the model a layer belongs to: vision, projector or language."""
+    """The part of the model of a module: vision, projector or language."""
     if PROJECTOR.search(name):
         return "projector"
     return "vision" if VISION.search(name) else "language"

@@ -18,12 +18,12 @@ _ARTICLES = frozenset({"a", "an", "the"})
 
 @dataclass(frozen=True)
 class Metric:
-    """How a score reads.
+    """How a score is shown.
 
     Attributes:
-        head: its name in tables and figures.
-        better: which values are good ones; None where neither is.
-        share: whether it is a share in [0, 1], shown in per cent.
+        head: name in tables and figures.
+        better: whether higher or lower values are better; None if neither is.
+        share: the score is a share in [0, 1], shown in per cent.
     """
 
     head: str
@@ -41,31 +41,31 @@ METRICS = {
     "reward_margin": Metric("reward margin", share=False),
     "loss": Metric("loss", better="lower", share=False),
 }
-"""All scores, in the order of the tables. A run has those that its objective gives."""
+"""All scores, in the order of the tables. The objective of a run decides which of them it has."""
 
 
 def measured(objective: str) -> set[str]:
-    """The scores of a run with an objective (``sft`` or ``dpo``)."""
+    """The names of a run's scores, for an objective (``sft`` or ``dpo``)."""
     return {n for n in METRICS if objective == "dpo" or not n.startswith("reward_")}
 
 
 def score_texts(predictions: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
     """Scores every prediction against its reference; all but ``length`` are between 0 and 1.
 
-    * ``exact_match``: the texts are equal, case and punctuation included, once white space is
-      stripped and collapsed. Sites differ in such conventions, so they count.
-    * ``token_f1``: overlap of tokens, as SQuAD normalises (Rajpurkar et al., arXiv 1606.05250):
-      lower case, no punctuation (of any script), no English articles unless nothing else is left.
-    * ``rouge_l``: F-measure of the longest common subsequence of words (Lin 2004), by the
-      ``rouge-score`` library without stemming; words are runs of letters and digits of any script
-      (the library's own tokenizer drops letters such as é).
+    * ``exact_match``: the texts are equal, case and punctuation included, after white space is
+      stripped and collapsed. Case and punctuation count because sites differ in them.
+    * ``token_f1``: overlap of tokens that are normalised as in SQuAD (Rajpurkar et al., arXiv
+      1606.05250): lower case, no punctuation of any script, and no English articles unless nothing
+      else is left.
+    * ``rouge_l``: F-measure of the longest common subsequence of words (Lin 2004), as the
+      ``rouge-score`` library computes it without stemming. Words are runs of letters and digits of
+      any script; the library's own tokenizer drops letters such as é.
     * ``bleu``: BLEU of the single answer (Papineni et al. 2002), by the ``sacrebleu`` library with
-      its own tokenizer ``13a``, over the n-grams that a short answer has (``effective_order``).
-    * ``length``: the words of the prediction.
+      its tokenizer ``13a``, over the n-grams that a short answer has (``effective_order``).
+    * ``length``: number of words in the prediction.
 
-    Texts are compared in Unicode normal form C. Two texts without a single token score 1 against
-    each other in ``token_f1``, ``rouge_l`` and ``bleu``; one without tokens scores 0 against any
-    other.
+    Texts are compared in Unicode normal form C. In ``token_f1``, ``rouge_l`` and ``bleu``, two
+    texts without tokens score 1, and a text without tokens scores 0 against a text with tokens.
 
     Returns:
         One ``{"exact_match", "token_f1", "rouge_l", "bleu", "length"}`` for each pair, in order.
@@ -88,12 +88,12 @@ def score_texts(predictions: Sequence[str], references: Sequence[str]) -> list[d
 
 
 def exact_match(prediction: str, reference: str) -> float:
-    """1.0 where the texts are equal up to white space, else 0.0."""
+    """1.0 if the texts are equal up to white space, else 0.0."""
     return float(_collapse(prediction) == _collapse(reference))
 
 
 def token_f1(prediction: str, reference: str) -> float:
-    """SQuAD's F1 of the two bags of normalised tokens."""
+    """F1 of the two bags of normalised tokens, as in SQuAD."""
     ours, theirs = _tokens(prediction), _tokens(reference)
     if not ours or not theirs:
         return float(ours == theirs)
@@ -103,9 +103,29 @@ def token_f1(prediction: str, reference: str) -> float:
 
 def rouge_l(prediction: str, reference: str) -> float:
     """F-measure of ROUGE-L."""
-    if not _words(prediction) or not _words(reference):
-        return float(_words(prediction) == _words(reference))
-    return float(_rouge().score(reference, prediction)["rougeL"].fmeasure)
+    ours, theirs = _words(prediction), _words(reference)
+    if not ours or not theirs:
+        return float(ours == theirs)
+    common = _longest_common(ours, theirs)
+    precision, recall = common / len(ours), common / len(theirs)
+    return 2 * precision * recall / (precision + recall) if common else 0.0
+
+
+def _longest_common(one: Sequence[str], other: Sequence[str]) -> int:
+    """Length of the longest common subsequence of words.
+
+    The usual table is computed one row at a time (Hyyrö 2004, "Bit-parallel LCS-length computation
+    revisited"). A row is an integer. Its bit ``i`` is 0 where the entries ``i`` and ``i + 1`` of
+    the row differ, which is by 1.
+    """
+    places: dict[str, int] = {}  # word -> the bits of its positions in `one`
+    for i, word in enumerate(one):
+        places[word] = places.get(word, 0) | 1 << i
+    row = full = (1 << len(one)) - 1
+    for word in other:
+        found = row & places.get(word, 0)
+        row = (row + found | row - found) & full
+    return len(one) - row.bit_count()
 
 
 def bleu(prediction: str, reference: str) -> float:
@@ -117,10 +137,11 @@ def bleu(prediction: str, reference: str) -> float:
 
 
 def average(answers: Sequence[Mapping[str, Any]]) -> dict[str, float]:
-    """Mean scores of some rows' answers; a loss counts by its ``weight``, as in training.
+    """Mean scores of some answers. Losses are weighted by ``weight``, as in training.
 
     Args:
-        answers: as an engine gives them: scores under the names of ``METRICS``, and ``weight``.
+        answers: one or more answers from an engine. Each has scores under the names of ``METRICS``,
+            and ``weight``.
 
     Returns:
         The means, and ``examples``, the number of answers.
@@ -139,13 +160,13 @@ def summarize(
 
     Args:
         values: client -> its score.
-        better: ``lower`` for losses, where the worst clients have the highest values; None where no
-            client is worse than another.
+        better: ``lower`` for losses, where the worst clients have the highest values; None if no
+            value is better than another.
 
     Returns:
-        ``mean`` (unweighted: every client counts the same), ``std`` (of the population), and,
-        unless ``better`` is None, ``worst10``: the mean of the worst tenth of the clients, rounded
-        down but at least one.
+        ``mean`` (every client has the same weight), ``std`` (of the population) and, unless
+        ``better`` is None, ``worst10``. This is the mean of the worst tenth of the clients; their
+        number is rounded down, to at least one.
     """
     if not values:
         raise ValueError("there are no clients to summarize")
@@ -180,20 +201,8 @@ def _words(text: str) -> list[str]:
 
 @cache
 def _is_word(char: str) -> bool:
-    """Letters, digits, and the marks that scripts such as Devanagari write on letters."""
+    """Whether a character is a letter, a digit, or a mark on a letter as in Devanagari."""
     return char.isalnum() or unicodedata.category(char).startswith("M")
-
-
-class _Tokenizer:
-    def tokenize(self, text: str) -> list[str]:
-        return _words(text)
-
-
-@cache
-def _rouge() -> Any:
-    from rouge_score.rouge_scorer import RougeScorer  # imports nltk: seconds
-
-    return RougeScorer(["rougeL"], use_stemmer=False, tokenizer=_Tokenizer())
 
 
 @cache
@@ -204,13 +213,13 @@ def _bleu() -> Any:
 
 
 def mean(values: Iterable[float]) -> float:
-    """The arithmetic mean; NaN of nothing."""
+    """Arithmetic mean; NaN if there are no values."""
     values = list(values)
     return sum(values) / len(values) if values else math.nan
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Standard error of the mean over seeds; NaN below two seeds."""
+    """Standard error of the mean over seeds; NaN for fewer than two seeds."""
     n = len(values)
     if n < 2:
         return math.nan
@@ -223,7 +232,7 @@ def _percent(value: float) -> str:
 
 
 def number(metric: str, value: float | None) -> str:
-    """A score as tables show it; empty for None."""
+    """Formats a score for tables; None becomes an empty text."""
     if value is None:
         return ""
     if METRICS[metric].share:

@@ -1,38 +1,31 @@
-"""The processes of one run, one a device: which one this is, and what they tell each other.
+"""The processes of one run, one for each device: rank, number of processes, and cores.
 
-``torchrun`` and ``accelerate launch`` start the same command several times and say in the
-environment which one each is (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without
-these there is one process, and nothing here imports torch.
-
-Messages are Python objects; the tensors in them travel as they are, each once. All of them lie on
-the CPU between passes, so they go by gloo, whatever device a process computes on.
+``torchrun`` and ``accelerate launch`` start the same command several times. They pass each process
+its place in environment variables (RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR, MASTER_PORT). Without
+these variables the run has one process. This module does not import torch.
 """
 
 from __future__ import annotations
 
 import os
 import time
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    pass
-
-SILENCE = 10.0  # seconds
+SILENCE = 10.0  # seconds that the other processes wait before they print an error
 
 
 def size() -> int:
-    """How many processes the run has."""
+    """The number of processes of the run."""
     needed = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
     return int(os.environ["WORLD_SIZE"]) if all(os.environ.get(name) for name in needed) else 1
 
 
 def rank() -> int:
-    """The number of this process; process 0 holds the run's folder and talks to people."""
+    """The rank of this process. Process 0 owns the run's folder and prints to the user."""
     return int(os.environ["RANK"]) if size() > 1 else 0
 
 
 def local() -> tuple[int, int]:
-    """The number of this process among those of its machine, and how many these are."""
+    """The rank of this process on its machine, and the number of processes on that machine."""
     if size() == 1:
         return 0, 1
     number = int(os.environ.get("LOCAL_RANK", 0))
@@ -40,16 +33,17 @@ def local() -> tuple[int, int]:
 
 
 def cores() -> int:
-    """How many cores this process may use."""
+    """The number of cores that this process may use."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return usable or 1
 
 
 def let_first_speak() -> None:
-    """Before an error is printed: process 0 has the same one, as a rule, and is not to be stopped.
+    """Delays an error of any process but process 0. Call it before printing the error.
 
-    ``torchrun`` stops all processes once one has ended. So process 0 prints its error and ends, and
-    that stops the others while they wait here; an error that it does not have is printed after.
+    ``torchrun`` stops all processes when one of them ends, and process 0 usually has the same
+    error. So process 0 prints its error and ends, and the other processes are stopped while they
+    wait here. An error that process 0 does not have is printed after the wait.
     """
     if rank():
         time.sleep(SILENCE)

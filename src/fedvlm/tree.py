@@ -1,7 +1,7 @@
 """Algebra on adapters: flat ``{name: tensor}`` dicts with PEFT's own key names.
 
-A name such as ``base_model.model.model.text_model.layers.0.self_attn.q_proj.lora_A.weight`` says
-the module and the factor: ``lora_A`` is ``[rank, in]``, ``lora_B`` is ``[out, rank]``.
+A name such as ``base_model.model.model.text_model.layers.0.self_attn.q_proj.lora_A.weight`` holds
+the module and the factor. ``lora_A`` is ``[rank, in]``, ``lora_B`` is ``[out, rank]``.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ Select = Callable[[str], bool]
 
 @cache
 def factor(name: str) -> Literal["A", "B"]:
-    """Which LoRA factor a tensor is.
+    """The LoRA factor of a tensor.
 
     Raises:
-        ValueError: the name is neither ``lora_A`` nor ``lora_B``.
+        ValueError: the name holds neither ``lora_A`` nor ``lora_B``.
     """
     for part in name.split("."):
         if part in ("lora_A", "lora_embedding_A"):
@@ -35,12 +35,12 @@ def factor(name: str) -> Literal["A", "B"]:
 
 @cache
 def module(name: str) -> str:
-    """The adapted module's own name: PEFT's prefix and the factor removed."""
+    """The name of the adapted module, without PEFT's prefix and the factor."""
     return name.removeprefix("base_model.model.").split(".lora_", 1)[0]
 
 
 def split(tree: Mapping[str, Tensor], select: Select) -> tuple[Tree, Tree]:
-    """The tensors whose names ``select`` takes, and the others."""
+    """The tensors whose names ``select`` accepts, and the other tensors."""
     yes = {n: t for n, t in tree.items() if select(n)}
     return yes, {n: t for n, t in tree.items() if n not in yes}
 
@@ -53,29 +53,29 @@ def step(start: Mapping[str, Tensor], end: Mapping[str, Tensor], rate: float) ->
 
 
 def change(down: Mapping[str, Tensor], up: Mapping[str, Tensor]) -> Tree:
-    """``up - down``, of the tensors that both have in one shape; the others of ``up`` as is."""
+    """``up - down`` for tensors of equal name and shape; other tensors of ``up`` unchanged."""
     both = {n for n, t in up.items() if n in down and down[n].shape == t.shape}
     return {n: t - down[n] if n in both else t for n, t in up.items()}
 
 
 def named(prefix: str, tree: Mapping[str, Tensor]) -> Tree:
-    """The tensors under ``prefix/name``, to travel beside factors of the same names."""
+    """The tensors renamed to ``prefix/name``, so they can travel beside factors of these names."""
     return {f"{prefix}/{n}": t for n, t in tree.items()}
 
 
 def part(tree: Mapping[str, Tensor], prefix: str) -> Tree:
-    """What :func:`named` put there."""
+    """The tensors that :func:`named` put under the prefix, with their former names."""
     head = f"{prefix}/"
     return {n.removeprefix(head): t for n, t in tree.items() if n.startswith(head)}
 
 
 def plain(tree: Mapping[str, Tensor]) -> Tree:
-    """The factors without what travels beside them."""
+    """The factors, without the tensors that :func:`named` put beside them."""
     return {n: t for n, t in tree.items() if "/" not in n}
 
 
 def cut(tree: Mapping[str, Tensor], first: int, last: int) -> Tree:
-    """The ranks from ``first`` up to ``last``, without it: rows of A, columns of B."""
+    """The ranks from ``first`` to ``last``, ``last`` excluded: rows of A, columns of B."""
     import torch
 
     whole = torch.contiguous_format
@@ -86,7 +86,7 @@ def cut(tree: Mapping[str, Tensor], first: int, last: int) -> Tree:
 
 
 def pad(tree: Mapping[str, Tensor], before: int, after: int) -> Tree:
-    """Zero ranks before and after those that are there."""
+    """The tree with ``before`` zero ranks in front of its ranks and ``after`` behind them."""
     from torch.nn.functional import pad as padded
 
     sides = {"A": (0, 0, before, after), "B": (before, after)}
@@ -94,13 +94,13 @@ def pad(tree: Mapping[str, Tensor], before: int, after: int) -> Tree:
 
 
 def rank(tree: Mapping[str, Tensor]) -> int:
-    """How many ranks an adapter has."""
+    """The rank of an adapter."""
     name, tensor = next(iter(tree.items()))
     return tensor.shape[-2 if factor(name) == "A" else -1]
 
 
 def mask(name: str, tensor: Tensor, first: int, last: int) -> Tensor:
-    """True at the ranks from ``first`` up to ``last``; broadcasts to the factor."""
+    """True at the ranks from ``first`` to ``last``, ``last`` excluded. Broadcasts to the factor."""
     import torch
 
     ranks = torch.arange(rank({name: tensor}), device=tensor.device)
@@ -109,26 +109,26 @@ def mask(name: str, tensor: Tensor, first: int, last: int) -> Tensor:
 
 
 def pairs(tree: Mapping[str, Tensor]) -> dict[str, tuple[str, str]]:
-    """Module -> the names of its A and its B."""
+    """Module -> names of its A and its B."""
     found = {module(n): n for n in tree if factor(n) == "A"}
     return {m: (a, a.replace(".lora_A.", ".lora_B.")) for m, a in found.items()}
 
 
 def products(tree: Mapping[str, Tensor]) -> Tree:
-    """Module -> B A, the change of its weight over the scaling, ``[out, in]``."""
+    """Module -> the product B A, ``[out, in]``: the change of the weight divided by the scaling."""
     return {m: tree[b] @ tree[a] for m, (a, b) in pairs(tree).items()}
 
 
 def factorized(matrices: Mapping[str, Tensor], like: Mapping[str, Tensor], ranks: int) -> Tree:
-    """The factors of ``ranks`` ranks whose products are nearest to some matrices (truncated SVD).
+    """The factors of a given rank whose products are nearest to some matrices (truncated SVD).
 
-    Singular values are split evenly between A and B; where one is zero, A keeps its direction, so
-    that the rank can still learn.
+    Singular values are split evenly between A and B. Where a singular value is zero, A keeps its
+    direction, so the rank can still learn.
 
     Args:
-        matrices: module -> ``[out, in]``.
-        like: an adapter that has the names of these modules' factors.
-        ranks: how many.
+        matrices: module -> matrix ``[out, in]``.
+        like: an adapter with the names and types of the factors.
+        ranks: the rank.
     """
     import torch
 
@@ -142,17 +142,17 @@ def factorized(matrices: Mapping[str, Tensor], like: Mapping[str, Tensor], ranks
 
 
 class Mean:
-    """A weighted mean that folds one tree at a time; memory does not grow with their number."""
+    """A weighted mean that folds one tree at a time. Its memory does not grow with their number."""
 
     def __init__(self) -> None:
         self.total = 0.0
         self._sum: Tree = {}
 
     def add(self, tree: Mapping[str, Tensor], weight: float) -> None:
-        """Folds one upload in.
+        """Folds one upload into the mean.
 
         Raises:
-            ValueError: the names differ from those folded before, or the weight is not positive.
+            ValueError: the names differ from earlier uploads, or the weight is not positive.
         """
         if weight <= 0:
             raise ValueError(f"a weight must be positive, got {weight}")
@@ -169,19 +169,19 @@ class Mean:
         self.total += weight
 
     def tree(self) -> Tree:
-        """The mean of what was folded; empty if nothing was."""
+        """The mean of the folded trees; empty before the first one."""
         return {n: t / self.total for n, t in self._sum.items()}
 
 
 def wide(tensor: Tensor) -> Tensor:
-    """What sums are made of: single precision at least."""
+    """The tensor in single precision or higher, for use in sums."""
     import torch
 
     return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
 
 
 def digest(tree: Mapping[str, Tensor]) -> str:
-    """A hash of names, shapes and values: equal trees, equal digests."""
+    """A hash of names, shapes, types and values. Equal trees have equal digests."""
     import torch
 
     h = hashlib.blake2b(digest_size=16)
@@ -193,14 +193,14 @@ def digest(tree: Mapping[str, Tensor]) -> str:
 
 
 def saved_bytes(tree: Mapping[str, Tensor]) -> int:
-    """Bytes of the tensors as a safetensors file; none where there is nothing to save."""
+    """Bytes of the tensors as a safetensors file; 0 for an empty tree."""
     form = tuple((name, tree[name].dtype, tree[name].shape) for name in sorted(tree))
     return _saved_bytes(form) if form else 0
 
 
 @lru_cache
 def _saved_bytes(form: tuple[tuple[str, dtype, Size], ...]) -> int:
-    """Of any tensors of this form: the values do not matter, and messages are often alike."""
+    """Bytes of a file with tensors of this form. Messages often share a form, so it is cached."""
     import torch
     from safetensors.torch import save
 
@@ -208,5 +208,5 @@ def _saved_bytes(form: tuple[tuple[str, dtype, Size], ...]) -> int:
 
 
 def nbytes(trees: Iterable[Mapping[str, Tensor]]) -> int:
-    """Bytes of the tensors themselves."""
+    """Bytes of the tensors in memory."""
     return sum(t.numel() * t.element_size() for tree in trees for t in tree.values())

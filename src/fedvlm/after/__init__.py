@@ -1,1 +1,1 @@
-"""What comes after training: exported adapters, answers, scores on new data, and new sites."""
+"""The steps after training: export, answers, scores on new data, and new sites."""

@@ -1,6 +1,6 @@
-"""The model card of an export: what it is, how it was trained, what it scores, what left the site.
+"""The model card of an export: model, training, scores, and the data that left the site.
 
-A card is made of numbers that the run has already written. It holds no row of anyone's data.
+A card holds only numbers that the run has already written, and no row of anyone's data.
 """
 
 from __future__ import annotations
@@ -8,8 +8,6 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
-
-import yaml
 
 from fedvlm.metrics import METRICS, number
 from fedvlm.rounds.results import of_all
@@ -30,16 +28,20 @@ STAGES = {
 
 
 def front_matter(base: str, *, merged: bool) -> str:
-    """The YAML that the hub reads. The licence is left out: it is the publisher's to choose."""
-    head: dict[str, Any] = {"base_model": base}
-    head["base_model_relation"] = "finetune" if merged else "adapter"
-    head["library_name"] = "transformers" if merged else "peft"
-    head["pipeline_tag"] = "image-text-to-text"
+    """The YAML block that the hub reads. It has no licence: the publisher chooses one."""
+    from huggingface_hub import ModelCardData
+
     tags = [] if merged else [f"base_model:adapter:{base}"]
-    head["tags"] = [*tags, "lora", "federated-learning", "vision-language", "fedvlm"]
+    head = ModelCardData(
+        base_model=base,
+        base_model_relation="finetune" if merged else "adapter",
+        library_name="transformers" if merged else "peft",
+        pipeline_tag="image-text-to-text",
+        tags=[*tags, "lora", "federated-learning", "vision-language", "fedvlm"],
+    )
     local = Path(base).is_absolute()
     note = "# base_model is a folder: put a hub name before you publish this card\n" * local
-    return f"---\n{note}{yaml.safe_dump(head, sort_keys=False, allow_unicode=True)}---\n"
+    return f"---\n{note}{head.to_yaml()}\n---\n"
 
 
 def text(
@@ -50,7 +52,7 @@ def text(
     loading: str,
     head: str,
 ) -> str:
-    """A card from its parts; ``scores`` are table title -> stage -> metric -> number."""
+    """A card from its parts; ``scores`` maps table title -> stage -> metric -> number."""
     parts = [f"{head}\n# {title}\n"]
     parts.append(
         "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in facts.items())])
@@ -68,7 +70,7 @@ def text(
 
 
 def of_run(run: Opened, client: str | None, *, base: str, tree: Tree, loading: str, merged: bool):
-    """The card of a client's model of a run, or of the global model (None)."""
+    """The card of a client's model, or of the global model (``client`` is None)."""
     config, table = run.config, run.results.table
     whose = "the global model" if client is None else f"the model of client `{client}`"
     counts = run.partition.counts()
@@ -119,11 +121,11 @@ def of_site(
     return text(title, facts, scores, privacy, loading, head)
 
 
-# -- how to load it
+# -- loading code
 
 
 def loading_adapter(base: str, bundled: bool) -> str:
-    """Code that needs PEFT and transformers only."""
+    """Code that needs only PEFT and transformers."""
     notes = ["Put the path of this folder, or its name on the hub, for `ADAPTER`."]
     if bundled:
         notes.append(
@@ -150,7 +152,7 @@ model = PeftModel.from_pretrained(model, ADAPTER).eval()
 
 
 def loading_merged() -> str:
-    """Code that needs transformers only."""
+    """Code that needs only transformers."""
     code = """\
 import sys
 
@@ -183,7 +185,7 @@ print(processor.batch_decode(ids[:, start:], skip_special_tokens=True)[0].strip(
 
 
 def filled(loading: str, config: Config) -> str:
-    """The code with this run's precision and length of answers."""
+    """The code with this run's precision and answer length."""
     return loading.replace("DTYPE", f"torch.{config.model.dtype}").replace(
         "TOKENS", str(config.eval.max_new_tokens)
     )
@@ -193,14 +195,14 @@ def filled(loading: str, config: Config) -> str:
 
 
 def _training(config: Config, tree: Tree) -> dict[str, str]:
-    from fedvlm.algorithms.table import TABLE
+    from fedvlm.algorithms.table import find
     from fedvlm.layers import part
     from fedvlm.version import __version__
 
     modules = sorted({module(name) for name in tree})
     kinds = [part(m) for m in modules]
     where = ", ".join(f"{kinds.count(k)} {k}" for k in ("language", "projector", "vision"))
-    entry = TABLE[config.algorithm.name]
+    entry = find(config.algorithm.name)
     size = sum(t.numel() for t in tree.values())
     return {
         "trained by": f"fedvlm {__version__}, seed {config.seed}",
@@ -229,11 +231,12 @@ def _rows(counts: Mapping[str, int]) -> str:
 
 
 def _privacy(run: Opened, client: str | None) -> list[str]:
-    from fedvlm.algorithms.table import TABLE
+    from fedvlm.algorithms.table import find
 
-    entry = TABLE[run.config.algorithm.name]
+    entry = find(run.config.algorithm.name)
     up = run.results.table["bytes"]["bytes_up"]["per_client_round"]
-    what = f"{entry.sends}: {run.config.algorithm.share}" * bool(run.config.algorithm.share)
+    share = getattr(run.config.algorithm, "share", None)
+    what = f"{entry.sends}: {share}" if share else ""
     lines = [
         f"Sent to the server, each round: LoRA factors ({what or entry.sends}), {up:,.0f} bytes a "
         "client on average, and the number of training rows, which weighs the mean."
@@ -271,5 +274,5 @@ def _mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
 
 
 def factors(names: Sequence[str]) -> str:
-    """Which factors some names are: ``A``, ``B``, or ``A and B``."""
+    """The factors among some names: ``A``, ``B``, or ``A and B``."""
     return " and ".join(sorted({factor(n) for n in names})) or "nothing"

@@ -1,4 +1,4 @@
-"""evaluate(): scores of a run's models on new data."""
+"""evaluate(): scores a run's models on new data."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Evaluation:
     """Scores on one set of rows.
 
     Attributes:
-        data: where the rows are from.
-        rows: how many there are.
+        data: the source of the rows.
+        rows: number of rows.
         scores: model -> metric -> number.
     """
 
@@ -30,7 +30,7 @@ class Evaluation:
     scores: dict[str, dict[str, float]]
 
     def table(self) -> list[dict[str, Any]]:
-        """One dict a model, for files."""
+        """One dict per model, for files."""
         return [{"model": m, **s, "data": self.data} for m, s in self.scores.items()]
 
 
@@ -48,17 +48,19 @@ def evaluate(
 
     Args:
         folder: the run's folder.
-        data: a file, folder or hub name, in the run's columns (``data.columns.answer=...`` maps
-            other ones).
-        *overrides: settings other than the run's, in the sections model, data, eval and engine.
-        clients: whose personal models; None is all clients' and the global one.
-        global_: with the global model.
-        untuned: with the model before training.
-        max_rows: score a seeded sample of this many rows; None is all.
+        data: a file, folder or hub name, with the run's columns (``data.columns.answer=...`` maps
+            other names).
+        *overrides: settings that differ from the run's, in the sections model, data, eval and
+            engine.
+        clients: clients to score with their personal models. If this is None and ``global_`` is
+            False, all clients' models and the global model are scored.
+        global_: also score the global model.
+        untuned: also score the model before training.
+        max_rows: score a seeded sample of this many rows; None means all rows.
         out: also write the scores to this file (.json, .jsonl, .csv or .parquet).
 
     Raises:
-        FedVLMError: no finished run, no such client, or data that cannot be used.
+        FedVLMError: the run is not finished, there is no such client, or the data cannot be used.
     """
     from fedvlm.data.sources import load_rows
 
@@ -78,7 +80,7 @@ def evaluate(
 
 
 def on_new_data(config: Config, data: str | Path, max_rows: int | None = None) -> Config:
-    """A run's settings for other rows: its limits on rows were for its own."""
+    """A run's settings for new rows, without the limits on the run's own rows."""
     path = {"path": str(data), "max_rows": max_rows}
     return config.model_copy(
         update={
@@ -91,7 +93,7 @@ def on_new_data(config: Config, data: str | Path, max_rows: int | None = None) -
 def score(
     run: Opened, rows: Any, config: Config, models: dict[str, Any]
 ) -> dict[str, dict[str, float]]:
-    """Scores of some adapters, each on all rows."""
+    """Scores each adapter on all rows."""
     from fedvlm.data.partition import Split
 
     nothing, everything = np.empty(0, np.int64), np.arange(len(rows))

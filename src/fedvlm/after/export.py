@@ -1,4 +1,4 @@
-"""export(): folders that others load without fedvlm, as a PEFT adapter or as a whole model."""
+"""export(): writes a PEFT adapter or a whole model that loads without fedvlm."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from fedvlm.errors import FedVLMError
 from fedvlm.store import files
 from fedvlm.tree import Tree
 
-# Largest difference of logits that merging may make, as a share of the largest logit. Measured on
-# the bundled model: 8e-7, 1.1e-2, 1.6e-3; half precision rounds the merged weights once more.
+# Largest change of a logit by merging, as a share of the largest logit. Measured on the bundled
+# model: 8e-7 (float32), 1.1e-2 (bfloat16), 1.6e-3 (float16). Half precision rounds the merged
+# weights once more.
 TOLERANCE = {"float64": 1e-4, "float32": 1e-4, "bfloat16": 5e-2, "float16": 1e-2}
 
 
@@ -29,24 +30,25 @@ def export(
 ) -> Path:
     """Exports one model of a finished run, with a model card.
 
-    Without ``merge`` the folder holds ``adapter_config.json`` and ``adapter_model.safetensors``, as
-    ``PeftModel.from_pretrained`` and servers of many LoRA adapters take them. With ``merge`` it
-    holds a whole model and its processor, for plain ``AutoModelForImageTextToText`` and
-    ``AutoProcessor``; before it counts as written, it is loaded again and compared.
+    Without ``merge`` the folder holds ``adapter_config.json`` and ``adapter_model.safetensors``,
+    for ``PeftModel.from_pretrained`` and servers of many LoRA adapters. With ``merge`` it holds a
+    whole model and its processor, for plain ``AutoModelForImageTextToText`` and ``AutoProcessor``.
+    A merged model is loaded again and compared before the folder takes its name.
 
     Args:
         folder: the run's folder.
-        *overrides: settings other than the run's, such as ``"model.name=/where/it/is/now"``.
-        client: whose model, also a site that joined after training; None is the global one.
+        *overrides: settings that differ from the run's, such as
+            ``"model.name=/where/it/is/now"``.
+        client: the client, or a site that joined after training; None means the global model.
         merge: write the whole model.
-        to: the new folder; None is ``FOLDER/export/NAME``, ``NAME-merged`` for a merged one.
+        to: the new folder; None means ``FOLDER/export/NAME``, or ``NAME-merged`` with ``merge``.
 
     Returns:
         The new folder.
 
     Raises:
-        FedVLMError: no finished run, no such client, the folder holds something, or the merged
-            model does not answer as the adapter does.
+        FedVLMError: the run is not finished, there is no such client, the folder is not empty, or
+            the merged model's logits differ from the adapter's.
     """
     run = open_run(folder, *overrides)
     target = Path(to) if to is not None else default_target(run, client, merge)
@@ -62,7 +64,7 @@ def export_many(
     merge: bool = False,
     to: str | Path | None = None,
 ) -> list[Path]:
-    """Exports several models; ``to`` then holds a folder for each. See :func:`export`."""
+    """Exports several models, each into a folder within ``to``. See :func:`export`."""
     run = open_run(folder, *overrides)
     chosen: list[str | None] = list(dict.fromkeys(clients))
     if every:
@@ -82,14 +84,14 @@ def export_many(
 
 
 def default_target(run: Opened, client: str | None, merge: bool) -> Path:
-    """``RUN/export/NAME``, safe as a folder name."""
+    """``RUN/export/NAME``, with a name that is safe for a folder."""
     names = [label(c) for c in (*run.partition.clients, *run.onboarded)]
     slug = GLOBAL if client is None else files.slugs(names).get(label(client), "client")
     return run.folder / "export" / (slug + "-merged" * merge)
 
 
 def write_export(run: Opened, client: str | None, merge: bool, target: Path) -> Path:
-    """Writes one export, whole or not at all."""
+    """Writes one export atomically."""
     from fedvlm.models.load import BUNDLED
 
     source = run.adapter_folder(client)
@@ -114,7 +116,7 @@ def write_export(run: Opened, client: str | None, merge: bool, target: Path) -> 
 
 
 def base_name(name: str) -> str:
-    """What a reader loads as the base model: a hub name as it is, else an absolute path."""
+    """The base model's name for readers: a hub name unchanged, else an absolute path."""
     from fedvlm.models.load import locate
 
     where, local = locate(name)
@@ -122,7 +124,7 @@ def base_name(name: str) -> str:
 
 
 def write_adapter(source: Path, base: str, target: Path) -> None:
-    """Copies an adapter, its configuration naming a base model that can be loaded."""
+    """Copies an adapter and sets ``base`` as the base model in its configuration."""
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
     config["base_model_name_or_path"] = base
     if float(config["lora_alpha"]).is_integer():
@@ -133,10 +135,10 @@ def write_adapter(source: Path, base: str, target: Path) -> None:
 
 
 def check_empty(target: Path) -> None:
-    """Refuses a folder that holds something.
+    """Refuses a folder that is not empty.
 
     Raises:
-        FedVLMError: naming it.
+        FedVLMError: ``target`` is a file, or a folder that is not empty.
     """
     if target.is_file():
         raise FedVLMError(f"'{target}' is a file; choose a new folder with --to FOLDER")
@@ -148,16 +150,16 @@ def check_empty(target: Path) -> None:
 
 @contextlib.contextmanager
 def new_folder(target: Path) -> Iterator[Path]:
-    """A folder beside ``target``, which takes its name once all is written.
+    """A folder beside ``target``, renamed to ``target`` once everything is written.
 
     Raises:
-        FedVLMError: ``target`` holds something, or cannot be written.
+        FedVLMError: ``target`` is not empty, or cannot be written.
     """
     check_empty(target)
     scratch = target.with_name(f".{target.name}.tmp")
     try:
         scratch.parent.mkdir(parents=True, exist_ok=True)
-        shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+        shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
         scratch.mkdir()
     except OSError as error:
         raise FedVLMError(f"'{target}' cannot be written: {error.strerror}") from error
@@ -173,10 +175,10 @@ def new_folder(target: Path) -> Iterator[Path]:
 
 
 def _merge(run: Opened, tree: Tree, target: Path) -> None:
-    """Writes base plus adapter as one model, and checks what a reader will load.
+    """Writes base plus adapter as one model, then loads the result and checks it.
 
-    The model is loaded anew each time: taking an adapter out again is not exact, and two models at
-    once may not fit.
+    The model is loaded anew each time: removing a merged adapter is not exact, and two models at
+    once may not fit in memory.
     """
     fresh = Opened(run.folder, run.config)
     model, expected = fresh.write(tree), fresh.probe(tree)
@@ -191,7 +193,8 @@ def _merge(run: Opened, tree: Tree, target: Path) -> None:
     limit = TOLERANCE[section.dtype] * max(1.0, float(expected.abs().max()))
     if not difference <= limit:
         raise FedVLMError(
-            f"the merged '{section.name}' does not answer as the adapter does: its logits differ "
-            f"by {difference:.2g}, and {limit:.2g} is allowed; PEFT does not merge this "
-            "family right. Export the adapter (without --merge), or train with lora.target=language"
+            f"the logits of the merged '{section.name}' differ from the adapter's by "
+            f"{difference:.2g}, but at most {limit:.2g} is allowed; PEFT does not merge this "
+            "family correctly. Export the adapter (without --merge), or train with "
+            "lora.target=language"
         )

@@ -1,4 +1,4 @@
-"""What is asked and what is answered: rows from images and files, and files of answers."""
+"""Input and output of the commands after training: rows from images and files, and result files."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def rows_to_ask(data: DataConfig, source: Any, question: str | None) -> datasets.Dataset:
-    """The rows that a person means by an image, a folder or a file, and perhaps a question.
+    """The rows of an image, a folder or a file, with a question for each.
 
     Args:
         data: how to read a file of rows; its ``path`` is replaced.
         source: an image (path, bytes or PIL), a folder of images, or any data source.
-        question: for all rows; a file of rows may bring its own.
+        question: the question for all rows. A file of rows may have its own questions.
 
     Returns:
-        ``image``, ``question``, ``answer`` where the source has that column, and either ``name``,
-        the file of the image, or ``row``, its number in the file of rows.
+        Rows with ``image``, ``question``, ``answer`` if the source has that column, and either
+        ``name`` (the image's file) or ``row`` (the number in the file of rows).
 
     Raises:
-        DataError: nothing readable is there, or there is no question.
+        DataError: the source cannot be read, or there is no question.
     """
     path = Path(source).expanduser() if isinstance(source, str | Path) else None
     if path is None:
@@ -52,7 +52,7 @@ def rows_to_ask(data: DataConfig, source: Any, question: str | None) -> datasets
 
 
 def from_images(images: Sequence[Any], question: str) -> datasets.Dataset:
-    """Rows that put one question to every image.
+    """Rows with the same question about every image.
 
     Raises:
         DataError: an image does not decode; the message names it.
@@ -94,7 +94,7 @@ def _needed(question: str | None, what: str) -> str:
 
 
 def _broken(image: Any) -> str:
-    """Why an image does not decode; empty when it does."""
+    """The reason why an image does not decode; empty if it does."""
     try:
         open_image(image)
     except DataError as error:
@@ -118,10 +118,10 @@ def _encoded(image: Any) -> dict[str, Any]:
 
 
 def check_out(out: str | Path | None) -> None:
-    """Refuses a file that could not be written, before any work is done.
+    """Refuses a file that cannot be written, before any work is done.
 
     Raises:
-        FedVLMError: the format is not known, or its place is a folder.
+        FedVLMError: the format is not known, or ``out`` is a folder.
     """
     if out is None:
         return
@@ -133,12 +133,12 @@ def check_out(out: str | Path | None) -> None:
 
 
 def write_table(rows: list[dict[str, Any]], out: str | Path) -> Path:
-    """Writes rows as JSON lines, a JSON list, CSV or parquet, by the file's ending.
+    """Writes rows as JSON lines, a JSON list, CSV or parquet, chosen by the file's suffix.
 
-    The file is whole or not there.
+    The file is written atomically.
 
     Raises:
-        FedVLMError: see :func:`check_out`.
+        FedVLMError: as :func:`check_out`, or the file cannot be written.
     """
     check_out(out)
     path = Path(out)

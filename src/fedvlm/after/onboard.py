@@ -14,17 +14,19 @@ from fedvlm import config as configs
 from fedvlm.after import card, export
 from fedvlm.after.evaluate import on_new_data
 from fedvlm.after.opened import ONBOARDED, Opened, open_run
-from fedvlm.algorithms.sharing import means_and_points, stopped
-from fedvlm.algorithms.table import Algorithm, Client, Work, build
+from fedvlm.algorithms.base import Algorithm, Averaged, Local, Program, Sent, Visit
+from fedvlm.algorithms.dry import rehearse
+from fedvlm.algorithms.tuning import averages, best, stretches
 from fedvlm.engines.wire import Task
 from fedvlm.errors import DataError, FedVLMError
+from fedvlm.rounds.schedule import standing
 from fedvlm.settings.sections import Config
 from fedvlm.store import files
 from fedvlm.store import run as stores
 from fedvlm.tree import Tree
 
 MOST_STEPS = 100
-CHECKS = 5  # validations on the way
+CHECKS = 5  # validations during the tuning
 
 
 @dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Onboarded:
     """A site that joined a finished run.
 
     Attributes:
-        folder: its adapter, its personal factors, its scores and a card.
+        folder: the folder with the site's adapter, personal factors, scores and card.
         table: the content of ``scores.json``.
     """
 
@@ -53,25 +55,25 @@ def onboard(
     steps: int | None = None,
     lr: float | None = None,
 ) -> Onboarded:
-    """Gives a new site its own model, from what a finished run shares and the site's own rows.
+    """Gives a new site its own model, from the shared factors of a finished run and its own rows.
 
-    The site downloads what the server sends a client, tunes only what the run's algorithm keeps
-    personal (everything, where nothing is), and keeps what has the lowest loss on its validation
-    rows: what was downloaded, a point on the way, or a mean of such points. It is scored on rows
-    held out as in the run. The run's own files are not changed; the site's are in
-    ``FOLDER/onboarded/NAME``, and its name works as a client's from then on.
+    The site gets the download of a client. It tunes only the factors that the run's algorithm keeps
+    personal, or all factors if the algorithm keeps none. It keeps the adapter with the lowest loss
+    on its validation rows: the download, a point of the tuning, or a mean of such points. It is
+    scored on held-out rows, split like in the run. The files of the run do not change. The site's
+    files are in ``FOLDER/onboarded/NAME``, and its name then works like the name of a client.
 
     Args:
         folder: the run's folder.
         data: the site's rows, in the run's columns.
-        *overrides: settings other than the run's, in the sections model, data, train, eval, engine.
-        name: of the site; None is the name of the data.
-        steps: optimizer steps; None is as many as a client with as many rows took in all rounds,
-            at most 100.
-        lr: learning rate of all factors; None is the run's.
+        *overrides: changed settings, in the sections model, data, train, eval, engine.
+        name: the name of the site; None: the name of the data.
+        steps: optimizer steps; None: as many as a client with this number of rows took in all
+            rounds, at most 100.
+        lr: learning rate of all factors; None: the learning rates of the run.
 
     Raises:
-        FedVLMError: no finished run, a name that is taken, or rows that cannot be used.
+        FedVLMError: there is no finished run, the name is taken, or the rows cannot be used.
     """
     run = open_run(folder, *overrides)
     site = name if name is not None else Path(data).stem
@@ -81,18 +83,26 @@ def onboard(
     count = steps if steps is not None else _steps(config, len(split.train))
     if count < 1:
         raise FedVLMError(f"--steps {count}: give at least one")
-    state = stores.Store(run.folder).server()
-    last = build(config.algorithm, config.lora).last
-    down = last.download(state, Client(site, float(len(split.train))))
-    shared = last.start(run.initial, down, {})
-    personal = _personal(last, down, shared)
+    algorithm, state = run.algorithm, stores.Store(run.folder).server()
+    visit = standing(config, algorithm).visit(site, float(len(split.train)))
+    down = algorithm.send(state, visit)
+    shared = algorithm.model(run.initial, down, {})
+    kept, personal = _personal(algorithm, run.initial, visit, down)
+    everything = set(run.initial)
+    # The round after the last round, where the schedule of the learning rate has ended.
+    after = Visit(site, visit.weight, round=config.train.rounds + 1)
     with TemporaryDirectory() as scratch:
-        engine = run.engine(rows, {site: split}, config, Path(scratch))
-        tuned = _train(engine, _tuning(shared, personal, count), site, config)
-        alone = _train(engine, _tuning(run.initial, set(run.initial), count), site, config)
-        models = {"untuned": run.initial, "shared": shared, "alone": alone, "personal": tuned}
+
+        def tuned(begin: Tree, trained: set[str]) -> tuple[Any, Tree]:
+            one = _tuning(begin, trained, count)
+            engine = run.engine(rows, {site: split}, config, Path(scratch), one)
+            list(engine.train([Task(after, {}, rated=True)]))
+            return engine, engine.ended.pop(site)
+
+        _, own = tuned(shared, personal)
+        engine, alone = tuned(run.initial, everything)
+        models = {"untuned": run.initial, "shared": shared, "alone": alone, "personal": own}
         scores = {m: engine.evaluate([(site, tree)])[site] for m, tree in models.items()}
-    kept = last.finish(_work(last, down, tuned))[1]
     all_ = "" if kept else ", since the algorithm keeps nothing personal"
     table = {
         "site": site,
@@ -104,12 +114,12 @@ def onboard(
         "algorithm": config.algorithm.name,
         "scores": scores,
     }
-    _write(run, target, table, tuned, {n: tuned[n] for n in personal})
+    _write(run, target, table, own, {n: own[n] for n in personal})
     return Onboarded(target, table)
 
 
 def _settings(config: Config, data: str | Path, lr: float | None) -> Config:
-    """The run's settings for one site's rows, with its limits on held-out rows as they were."""
+    """The run's settings for the rows of one site, with the run's section ``eval``."""
     settings = on_new_data(config, data).model_copy(update={"eval": config.eval})
     least: dict[str, Any] = {"kind": "iid", "column": None, "clients": 1, "min_rows": 2}
     tree = settings.model_dump()
@@ -120,7 +130,7 @@ def _settings(config: Config, data: str | Path, lr: float | None) -> Config:
 
 
 def _rows(run: Opened, config: Config, site: str) -> tuple[Any, Any]:
-    """The site's rows, and its split, made as a run makes it."""
+    """The site's rows and their split, made like in a run."""
     from fedvlm.data.partition import make_partition
     from fedvlm.data.sources import load_rows
 
@@ -128,8 +138,8 @@ def _rows(run: Opened, config: Config, site: str) -> tuple[Any, Any]:
     (split,) = make_partition(rows, config).splits.values()
     if not len(getattr(split, config.eval.split)):
         raise DataError(
-            f"site '{site}' has {len(rows)} rows and none in '{config.eval.split}', on which the "
-            "run scores; give it more rows, or set eval.split=test"
+            f"site '{site}' has {len(rows)} rows, but none in '{config.eval.split}', the split "
+            "that the run scores; give it more rows, or set eval.split=test"
         )
     return rows, split
 
@@ -138,41 +148,33 @@ def _steps(config: Config, rows: int) -> int:
     return min(MOST_STEPS, config.train.rounds * config.train.steps(rows))
 
 
-def _personal(algorithm: Algorithm, down: Tree, shared: Tree) -> set[str]:
-    """What the algorithm keeps at a client; all factors, if it keeps nothing."""
-    kept = algorithm.finish(_work(algorithm, down, shared))[1]
-    return set(kept) & set(shared) or set(shared)
+def _personal(
+    algorithm: Algorithm, initial: Tree, visit: Visit, down: Tree
+) -> tuple[bool, set[str]]:
+    """Whether the algorithm keeps anything, and the kept factors; all factors if it keeps none."""
+    kept = rehearse(algorithm, initial, visit, down, 1).sent.keep
+    return bool(kept), set(kept) & set(initial) or set(initial)
 
 
-def _work(algorithm: Algorithm, down: Tree, end: Tree) -> Work:
-    """A round that ended with this adapter."""
-    phases = len(algorithm.phases)
-    return Work(down, {}, (dict(end),) * phases, ({"A": 1.0, "B": 1.0},) * phases, dict(end))
+def _tuning(begin: Tree, trained: set[str], steps: int) -> Algorithm:
+    """An algorithm that tunes some factors from ``begin`` and sends nothing.
 
-
-def _tuning(start: Tree, trained: set[str], steps: int) -> Algorithm:
-    """Local steps from ``start`` on some factors; nothing is sent.
-
-    Of ``start``, some points on the way, and the means of the adapters up to each, the one with the
-    lowest validation loss is kept; the last point, without validation rows.
+    The client keeps ``begin``, a point of the tuning, or the mean of all points up to one of them,
+    whichever has the lowest validation loss. Without validation rows, it keeps the last point.
     """
-    still = Algorithm(
-        init=lambda adapter: {},
-        download=lambda state, client: {},
-        start=lambda adapter, down, mine: {**start, **mine},
-        phases=(),
-        finish=lambda work: ({}, {}),
-        update=lambda state, mean: state,
+
+    def work(local: Local) -> Program:
+        points = yield from stretches(begin, steps, CHECKS, lambda name: name in trained)
+        end = yield from best([*averages(points), *points[1:]])
+        return Sent({}, {name: end[name] for name in begin if name in trained})
+
+    return Algorithm(
+        init=lambda initial: {},
+        send=lambda state, visit: {},
+        model=lambda initial, down, mine: {**begin, **mine},
+        work=work,
+        server=Averaged(lambda state, mean, round: {}),
     )
-    last = stopped(still, steps, CHECKS, means_and_points, lambda name: name in trained).final
-    assert last is not None
-    return last
-
-
-def _train(engine: Any, algorithm: Algorithm, site: str, config: Config) -> Tree:
-    # The round after the last one: the schedule of the learning rate is over.
-    list(engine.train(algorithm, [Task(site, config.train.rounds + 1, {}, rated=True)]))
-    return engine.ended.pop(site)
 
 
 def _target(run: Opened, site: str) -> Path:
@@ -186,8 +188,8 @@ def _target(run: Opened, site: str) -> Path:
     folder = run.folder / ONBOARDED / files.slugs([site])[site]
     if folder.exists():
         raise FedVLMError(
-            f"the site '{site}' has been onboarded: '{folder}' exists; remove it to do it again, "
-            "or give another name with --name NAME"
+            f"the site '{site}' has been onboarded: '{folder}' exists; remove this folder to do it "
+            "again, or give another name with --name NAME"
         )
     return folder
 

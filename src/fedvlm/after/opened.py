@@ -1,4 +1,4 @@
-"""A finished run, opened to be used: its adapters by name, and its base model, loaded once."""
+"""A finished run, opened for use: its adapters by name, and its base model, loaded once."""
 
 from __future__ import annotations
 
@@ -12,9 +12,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedvlm import config as configs
-from fedvlm.algorithms.table import Client, build
+from fedvlm.algorithms.base import Algorithm
+from fedvlm.algorithms.sharing import sharing
+from fedvlm.algorithms.table import adapter_of, build
+from fedvlm.engines.stages import parted
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.rounds.results import Results
+from fedvlm.rounds.schedule import standing
 from fedvlm.settings.sections import Config
 from fedvlm.store import files
 from fedvlm.store import run as stores
@@ -32,18 +36,19 @@ WEIGHTS = "adapter_model.safetensors"
 GLOBAL, UNTUNED = "global", "untuned"
 ONBOARDED = "onboarded"
 SETTABLE = ("model", "data", "train", "eval", "engine")
+ALONE = sharing({})
 
 
 def open_run(folder: str | Path, *overrides: str) -> Opened:
-    """Opens a finished run; its base model is loaded with the first question.
+    """Opens a finished run; its base model is loaded at the first use.
 
     Args:
-        folder: the run's folder, ``output`` when it was trained.
-        *overrides: settings other than the run's, such as ``"model.device=cpu"``, in the sections
-            model, data, train, eval and engine.
+        folder: the run's folder, its setting ``output``.
+        *overrides: changed settings, such as ``"model.device=cpu"``, in the sections model, data,
+            train, eval and engine.
 
     Raises:
-        FedVLMError: the folder holds no run, or an unfinished one.
+        FedVLMError: the folder holds no run, or an unfinished run.
         ConfigError: an override is wrong.
     """
     path = Path(folder)
@@ -53,10 +58,15 @@ def open_run(folder: str | Path, *overrides: str) -> Opened:
         raise FedVLMError(
             f"'{path}' holds an unfinished run; finish it first: fedvlm run --resume {path}"
         )
+    stores.check_version(path)
     fixed = [o for o in overrides if o.partition("=")[0].split(".")[0].strip() not in SETTABLE]
     if fixed:
         raise ConfigError(
-            [f"'{o}' cannot change after training; what can: {', '.join(SETTABLE)}" for o in fixed]
+            [
+                f"'{o}' cannot change after training; only these sections can: "
+                f"{', '.join(SETTABLE)}"
+                for o in fixed
+            ]
         )
     return Opened(path, configs.load(path / stores.CONFIG, *overrides))
 
@@ -65,11 +75,11 @@ class Opened:
     """A finished run.
 
     Attributes:
-        folder: where it is.
-        config: its settings, with the overrides it was opened with.
-        results: its scores.
-        clients: the names of its clients that were scored, in order; all, unless ``eval.clients``
-            is less. Others are in :attr:`partition`.
+        folder: the folder of the run.
+        config: the settings of the run, with the overrides.
+        results: the scores of the run.
+        clients: the names of the scored clients, in order: all clients, unless ``eval.clients`` is
+            smaller. :attr:`partition` has the other clients.
     """
 
     def __init__(self, folder: Path, config: Config):
@@ -80,25 +90,34 @@ class Opened:
 
     @cached_property
     def onboarded(self) -> dict[str, Path]:
-        """The sites that joined after training, and their folders."""
+        """Site that joined after training -> its folder."""
         found = sorted((self.folder / ONBOARDED).glob("[!.]*/scores.json"))  # .NAME.tmp: unfinished
         return {json.loads(p.read_text(encoding="utf-8"))["site"]: p.parent for p in found}
 
     @cached_property
     def partition(self) -> Partition:
-        """Which row of the run's data went where."""
+        """The partition of the run's rows into clients and splits."""
         from fedvlm.data.partition import Partition
 
         text = (self.folder / "partition.json").read_text(encoding="utf-8")
         return Partition.from_dict(json.loads(text))
 
+    @cached_property
+    def algorithm(self) -> Algorithm:
+        """The run's algorithm.
+
+        Raises:
+            FedVLMError: the algorithm was given as an object.
+        """
+        return build(self.config.algorithm, self.config.lora)
+
     # -- models by name
 
     def adapter_folder(self, client: str | None) -> Path:
-        """The PEFT folder of a client's model, of an onboarded site's, or of the global one (None).
+        """The PEFT folder of a client or an onboarded site; None: of the global model.
 
         Raises:
-            FedVLMError: there is no such client; the message names the nearest.
+            FedVLMError: there is no such client; the message suggests the nearest name.
         """
         found = None
         if client is None or client in self.clients:
@@ -109,7 +128,7 @@ class Opened:
             found = self._made(client)
         if found is not None:
             if not (found / WEIGHTS).exists():
-                raise FedVLMError(f"the run has lost a file: there is no '{found / WEIGHTS}'")
+                raise FedVLMError(f"a file of the run is missing: there is no '{found / WEIGHTS}'")
             return found
         names = [*self.clients, *self.onboarded]
         close = difflib.get_close_matches(str(client), names, n=1)
@@ -118,20 +137,18 @@ class Opened:
         raise FedVLMError(f"'{self.folder}' has no client '{client}'{hint} There are {shown}")
 
     def _made(self, client: str) -> Path:
-        """The adapter of a client that was not scored, written when it is first asked for."""
+        """The folder of a client that was not scored; it is written at the first request."""
         from fedvlm.models.lora import save_adapter
 
         folder = self.folder / "adapters" / f"client-{self._slugs[client]}"
         if not folder.exists():
-            algorithm, store = (
-                build(self.config.algorithm, self.config.lora, self.config.wire).last,
-                stores.Store(self.folder),
-            )
-            down = algorithm.download(store.server(), Client(client, 1.0))
-            tree = algorithm.start(self.initial, down, store.personal([client])[0])
+            algorithm, store = self.algorithm, stores.Store(self.folder)
+            visit = standing(self.config, algorithm).visit(client)
+            mine, _ = parted(store.personal([client])[0])
+            tree = algorithm.model(self.initial, algorithm.send(store.server(), visit), mine)
             with files.writable(folder):
                 scratch = folder.with_name(f".{folder.name}.tmp")
-                shutil.rmtree(scratch, ignore_errors=True)  # of a process that was killed
+                shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
                 save_adapter(self.write(tree), tree, scratch)
                 scratch.rename(folder)
         return folder
@@ -143,13 +160,13 @@ class Opened:
     def chosen(
         self, clients: Iterable[str] = (), *, global_: bool, untuned: bool, every: bool
     ) -> dict[str, Tree]:
-        """The adapters of the chosen models, by the name that heads their column.
+        """The adapters of the chosen models, by the names of their columns.
 
         Args:
             clients: names of clients and onboarded sites.
-            global_: with the global model.
-            untuned: with the base model as it was before training.
-            every: all clients, the global and the untuned model, whatever else is chosen.
+            global_: whether to add the global model.
+            untuned: whether to add the base model without training.
+            every: whether to add all clients, the global and the untuned model.
         """
         names = list(dict.fromkeys(clients))
         if every:
@@ -162,14 +179,14 @@ class Opened:
 
     @property
     def initial(self) -> Tree:
-        """The common initial adapter, which changes nothing."""
+        """The common initial adapter, with which the model equals the base model."""
         return self._attached[1]
 
     # -- the base model
 
     @cached_property
     def base(self) -> Loaded:
-        """The base model with its processor; its weights are frozen, its LoRA is written to."""
+        """The base model with its processor; LoRA is attached to it when an adapter is needed."""
         from fedvlm.models.load import load_model, set_threads
 
         loaded = load_model(self.config.model)
@@ -178,15 +195,15 @@ class Opened:
 
     @cached_property
     def _attached(self) -> tuple[Any, Tree]:
-        """The model with LoRA where the run had it, and the initial adapter."""
+        """The model with LoRA on the layers of the run, and the initial adapter."""
         from fedvlm.models import lora
 
         saved = files.load_tree(self.adapter_folder(None) / WEIGHTS)
         modules = {module(name) for name in saved}
         self._check_fit(modules - {name for name, _ in self.base.model.named_modules()})
-        # Exactly these layers: a run may leave out some that lora.target takes.
+        # Exactly these layers: a run may have left out some layers of lora.target.
         exact = f"^({'|'.join(map(re.escape, sorted(modules)))})$"
-        config = self.config.adapter.model_copy(update={"target": exact})
+        config = adapter_of(self.config).model_copy(update={"target": exact})
         model = lora.attach(self.base.model, config, self.config.seed)
         return model, lora.read(lora.handles(model))
 
@@ -210,29 +227,36 @@ class Opened:
         if names:
             raise FedVLMError(
                 f"the adapters in '{self.folder}' do not fit the model '{self.config.model.name}': "
-                f"{len(names)} layers or factors differ, {names[0]} first; use the model and the "
-                "version of transformers that the run was made with (environment.json)"
+                f"{len(names)} layers or factors differ, such as {names[0]}; use the model and the "
+                "version of transformers of the run (environment.json)"
             )
 
     def engine(
-        self, rows: Any, splits: Mapping[str, Split], config: Config, folder: Path
+        self,
+        rows: Any,
+        splits: Mapping[str, Split],
+        config: Config,
+        folder: Path,
+        algorithm: Algorithm | None = None,
     ) -> ReferenceEngine:
-        """An engine for other rows than the run's: the one place that makes one.
+        """An engine for rows other than those of the run.
 
         Args:
-            rows: with ``image``, ``question`` and ``answer``.
+            rows: rows with ``image``, ``question`` and ``answer``.
             splits: client -> its positions in ``rows``.
-            config: the settings to train and score with.
-            folder: where the engine may keep personal states; never the run's own.
+            config: the settings for training and scoring.
+            folder: folder for personal states, other than the run's folder.
+            algorithm: the algorithm for training; None: the engine does not train.
         """
         from fedvlm.data.partition import Partition
         from fedvlm.engines.reference import ReferenceEngine  # its PEFT layers stay in place
 
-        model = self.write(self.initial)  # an engine takes what it finds as the initial adapter
+        model = self.write(self.initial)  # an engine reads its initial adapter from the model
         names = tuple(splits)
         partition = Partition("iid", "answer", names, dict(splits), {}, ())
         store = stores.Store(folder)
-        return ReferenceEngine(model, self._collator(rows), partition, config, store)
+        trains = algorithm or ALONE
+        return ReferenceEngine(model, self._collator(rows), partition, config, store, trains)
 
     def _collator(self, rows: Any) -> Any:
         from fedvlm.batches.collate import Collator
@@ -242,15 +266,15 @@ class Opened:
 
     @property
     def pairs(self) -> bool:
-        """Whether the run learnt preferences, so that new rows need rejected answers too."""
+        """Whether the run learnt preferences; then new rows need rejected answers."""
         from fedvlm.batches import objectives
 
         return objectives.build(self.config.objective).pairs
 
-    # -- what it is opened for
+    # -- uses
 
     def answers(self, rows: datasets.Dataset, models: Mapping[str, Tree]) -> dict[str, list[str]]:
-        """Every model's answer to every row, the rows encoded once."""
+        """Model -> its answers to all rows."""
         from fedvlm.models.generate import greedy
 
         collator, settings = self._collator(rows), self.config.eval
@@ -265,7 +289,7 @@ class Opened:
         return found
 
     def probe(self, tree: Tree | None) -> Tensor:
-        """Logits of one fixed row, noise with a question, on the CPU; None: without an adapter."""
+        """Logits of a fixed row (a noise image and a question), on the CPU; None: no adapter."""
         import numpy as np
         import torch
         from PIL import Image
@@ -280,7 +304,7 @@ class Opened:
             return model(**self._collator(rows).training([0])).logits.float().cpu()
 
     def predict(self, image: Any, question: str, *, client: str | None = None) -> str:
-        """One model's answer to a question about an image; see :func:`fedvlm.predict`."""
+        """The answer of one model to a question about an image; see :func:`fedvlm.predict`."""
         from fedvlm.after.inputs import from_images
 
         models = self.chosen([] if client is None else [client], **_only(client))
@@ -289,12 +313,12 @@ class Opened:
 
 
 def label(client: str) -> str:
-    """The name of a client's column: its own, unless the global or the untuned model has it."""
+    """The name of a client's column, distinct from those of the global and the untuned model."""
     return f"client {client}" if client in (GLOBAL, UNTUNED) else client
 
 
 def none_chosen(run: Opened) -> FedVLMError:
-    """The error for a command that needs to know which model."""
+    """The error for a command without a chosen model."""
     return FedVLMError(
         f"choose a model: --client NAME ({_some(run.clients)}), --global, --untuned, or --all"
     )
@@ -314,4 +338,4 @@ def _no_run(path: Path) -> str:
     inside = sorted(p.parent for p in path.glob(f"*/{stores.CONFIG}"))
     if inside:
         return f"'{path}' holds {len(inside)} runs; choose one, such as '{inside[0]}'"
-    return f"'{path}' holds no run; give the folder of one, or make one: fedvlm run output={path}"
+    return f"'{path}' holds no run; give a run's folder, or start a run: fedvlm run output={path}"

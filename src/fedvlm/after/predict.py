@@ -1,4 +1,4 @@
-"""predict(): answers of a run's models to questions about images."""
+"""predict(): asks a run's models questions about images."""
 
 from __future__ import annotations
 
@@ -13,12 +13,13 @@ from fedvlm.after.opened import none_chosen, open_run
 
 @dataclass(frozen=True)
 class Answers:
-    """What the models answer.
+    """The models' answers.
 
     Attributes:
-        models: the columns, one a model.
-        rows: a dict a row: ``image`` (its file) or ``row`` (its number in the data), ``question``,
-            ``answer`` where the data has answers, and each model's answer under its name.
+        models: the names of the models.
+        rows: one dict per row: ``image`` (its file) or ``row`` (its number in the data),
+            ``question``, ``answer`` if the data has answers, and each model's answer under its
+            name.
     """
 
     models: tuple[str, ...]
@@ -30,22 +31,22 @@ def predict(
 ) -> str:
     """Asks a finished run's model a question about one image.
 
-    The base model is loaded for every call; for many questions, ``run = fedvlm.open_run(folder)``
+    Every call loads the base model. For many questions, call ``run = fedvlm.open_run(folder)``
     once and then ``run.predict(image, question, client=...)``.
 
     Args:
         folder: the run's folder.
         image: a path, encoded bytes, or a PIL image.
-        question: what is asked.
-        *overrides: settings other than the run's, such as ``"model.device=cpu"`` or
+        question: the question.
+        *overrides: settings that differ from the run's, such as ``"model.device=cpu"`` or
             ``"eval.max_new_tokens=64"``.
-        client: whose model; None is the global one.
+        client: the client whose model answers; None means the global model.
 
     Returns:
         The answer, stripped.
 
     Raises:
-        FedVLMError: no finished run, no such client, or an image that does not decode.
+        FedVLMError: the run is not finished, there is no such client, or the image does not decode.
     """
     return open_run(folder, *overrides).predict(image, question, client=client)
 
@@ -66,18 +67,19 @@ def predict_many(
 
     Args:
         folder: the run's folder.
-        source: an image, a folder of images, or any data source that :func:`fedvlm.run` takes;
+        source: an image, a folder of images, or any data source that :func:`fedvlm.run` accepts;
             the column of answers may be missing.
-        question: for all images; a file of rows may bring its own.
-        clients: whose personal models.
-        global_: with the global model.
-        untuned: with the model before training.
-        every: with all of these.
+        question: the question for all images. A file of rows may have its own questions.
+        clients: clients to ask with their personal models.
+        global_: also ask the global model.
+        untuned: also ask the model before training.
+        every: ask all of these models.
         out: also write the rows to this file (.jsonl, .json, .csv or .parquet).
-        overrides: settings other than the run's, such as ``"eval.max_new_tokens=64"``.
+        overrides: settings that differ from the run's, such as ``"eval.max_new_tokens=64"``.
 
     Raises:
-        FedVLMError: no finished run, no such client, no model chosen, or unusable rows.
+        FedVLMError: the run is not finished, there is no such client, no model is chosen, or the
+            rows cannot be used.
     """
     run = open_run(folder, *overrides)
     if not (clients or global_ or untuned or every):
@@ -85,7 +87,7 @@ def predict_many(
     for client in clients:
         run.adapter_folder(client)
     inputs.check_out(out)
-    # The run's sample and split are about its own data.
+    # The run's limit on rows was for its own data.
     data = run.config.data.model_copy(update={"max_rows": _own(overrides, "data.max_rows")})
     rows = inputs.rows_to_ask(data, source, question)
     models = run.chosen(clients, global_=global_, untuned=untuned, every=every)
@@ -107,6 +109,6 @@ def predict_many(
 
 
 def _own(overrides: Sequence[str], key: str) -> int | None:
-    """A limit that was asked for now, not when the run was made."""
+    """A limit from this call's overrides, not from the run's settings."""
     given = [o.partition("=")[2] for o in overrides if o.partition("=")[0].strip() == key]
     return int(given[-1]) if given and given[-1].strip().isdigit() else None

@@ -1,46 +1,43 @@
-"""``auto``: every client chooses, now and then, how much of the others it takes.
+"""``auto``: every client chooses its own mixture of personal and shared factors.
 
-A client begins a round with one of five mixtures of its own factors and what it was sent. They are
-what simpler algorithms begin with: the server's factors (lora), its B on the own A (plora), the own
-B on its A (fedsa), halves of both (mix), the own factors (local). In its second round, and in every
-third of its rounds from then on, it takes the one with the lowest loss on its validation rows, and
-in the two that follow the same one again.
+A client begins a round with one of five mixtures of its factors and the download. Each mixture is
+the start of a simpler algorithm: the download (lora), the download's B on the client's A (plora),
+the client's B on the download's A (fedsa), halves of both (mix), the client's factors (local). In
+its second round, and in every third round from then on, the client chooses the mixture of the
+lowest loss on its validation rows. In the two rounds after a choice, it uses the same mixture.
 
-After the last round the server sends the mean of its rounds, the later ones weighing more
-(:func:`fedvlm.algorithms.server.late_mean`). Every client chooses once more, tunes, takes the mean
-of its adapter over the tuning (stochastic weight averaging, Izmailov et al., arXiv 1803.05407), and
-uses the best of the same five mixtures of that and what it was sent.
+After the last round, the server sends a mean of its states over the rounds, with larger weights
+for later rounds (:func:`fedvlm.algorithms.server.late_mean`). Every client chooses once more and
+tunes. It averages its adapter over the tuning (stochastic weight averaging, Izmailov et al., arXiv
+1803.05407), and ends with the best of the same five mixtures of this average and the download.
 
-Where less than half of all take part in a round, its clients begin at the server's factors and keep
-none: these would be old when they are needed, and what many have trained from is what tunes best in
-the end (FedAvg as meta-learning: Jiang et al., arXiv 1909.12488). A client with no factors of its
-own begins its tuning far from where it ends: the mean is over the second half, and the client uses
-it or what it was sent, whichever is wrong less often on its validation rows. The loss would prefer
-what it was sent, which is less sure of itself, where that is never right.
+If the cohort of a round has less than half of all examples, its clients begin at the download and
+keep no factors. Kept factors would be outdated at their next use. Besides, a model from which many
+clients have trained is the best start for tuning (FedAvg as meta-learning: Jiang et al., arXiv
+1909.12488).
 
-It sends what lora sends. A choice costs five forward passes over the validation rows. How it was
-found, and what lost against it: docs/research-log.md.
+A client without kept factors begins its tuning far from the end of the tuning. So it averages over
+the second half of the tuning. It ends with this average or with the download, whichever gives fewer
+wrong answers on its validation rows. The loss is no criterion here: it prefers the download, which
+is less confident, even where the download is never right.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Generator, Sequence
 from dataclasses import replace
-from functools import cache
-from typing import TYPE_CHECKING
+from typing import Any
 
-from fedvlm.algorithms.base import Algorithm, Client, State, Validation, Work
+from fedvlm.algorithms.averaging import ServerStep
+from fedvlm.algorithms.base import Algorithm, Local, Program, Score, Sent, Train, Validation
 from fedvlm.algorithms.mixing import Mix, blend, mixing
 from fedvlm.algorithms.server import late_mean
-from fedvlm.algorithms.sharing import reached, stopped
+from fedvlm.algorithms.tuning import CheckedTuning, best, lowest_loss, stretches
 from fedvlm.tree import Mean, Tree, named, part, plain
 
-if TYPE_CHECKING:
-    from torch import Tensor
-
-COHORT, CHOSEN, TUNED = "cohort", "chosen", "tuned"
-EVERY = 3  # of a client's rounds: it chooses again
-FEW = 0.5  # of all examples: in a round with fewer, a client begins at what it is sent
+CHOSEN, TUNED = "chosen", "tuned"
+EVERY = 3  # rounds of a client from one choice to the next
+FEW = 0.5  # share of all examples: in rounds with a smaller share, clients begin at the download
 HALVES: Mix = {"A": 0.5, "B": 0.5}
 
 STARTS: tuple[Mix, ...] = (
@@ -52,86 +49,80 @@ STARTS: tuple[Mix, ...] = (
 )
 
 
+class AutoConfig(ServerStep, CheckedTuning):
+    """Settings of ``auto``."""
+
+
 def auto(
     steps: int, checks: int, *, server_lr: float = 1.0, starts: Sequence[Mix] = STARTS
 ) -> Algorithm:
-    """FedAvg of both factors, with each client's start by validation, and tuning in the end.
+    """FedAvg of both factors, with each client's start chosen by validation, and final tuning.
 
     Args:
-        steps: of tuning after the last round.
-        checks: points of the tuning, evenly spaced, that count in its mean besides its start.
-        server_lr: the server moves this far from its state to the clients' mean.
-        starts: the mean's part in each factor, of the mixtures that are chosen from.
+        steps: optimizer steps of tuning after the last round.
+        checks: number of evenly spaced points of the tuning that are averaged with its start.
+        server_lr: step of the server towards the clients' mean; 1 reaches it.
+        starts: the mixtures to choose from: the share of the download in each factor.
     """
-    halves = mixing(HALVES, server_lr=server_lr)
 
-    def download(state: State, client: Client) -> Tree:
-        told = named(COHORT, {"few": _flag(client.sampled < FEW)})
-        return {**halves.download(state, client), **told}
-
-    def mixtures(down: Tree, own: Tree) -> list[Tree]:
-        return [blend(mix, plain(down), own) for mix in starts]
-
-    def start(adapter: Tree, down: Tree, mine: Tree) -> Tree:
-        own, mix = {} if few(down) else plain(mine), HALVES
-        if last := part(mine, CHOSEN):
-            mix = starts[int(last["start"])]
-        return {**adapter, **(part(mine, TUNED) or blend(mix, plain(down), own))}
-
-    def options(adapter: Tree, down: Tree, mine: Tree) -> list[Tree]:
-        if not plain(mine) or few(down):
-            return []
-        return [{**adapter, **tree} for tree in mixtures(down, plain(mine))]
-
-    def options_when_due(adapter: Tree, down: Tree, mine: Tree) -> list[Tree]:
+    def model(initial: Tree, down: Tree, mine: Tree) -> Tree:
         last = part(mine, CHOSEN)
-        return [] if last and last["rounds"] < EVERY else options(adapter, down, mine)
+        mix = starts[int(last["start"])] if last else HALVES
+        return {**initial, **(part(mine, TUNED) or blend(mix, plain(down), plain(mine)))}
 
-    def finish(work: Work) -> tuple[Tree, Tree]:
-        if few(work.down):
-            return dict(work.end), {}
-        last = part(work.mine, CHOSEN)
-        if work.chosen is not None:
-            last = {"start": _number(work.chosen), "rounds": _number(0)}
+    def mixtures(local: Local, own: Tree) -> list[Tree]:
+        found = [blend(mix, plain(local.down), own) for mix in starts]
+        return [{**local.begin, **tree} for tree in found]
+
+    def choose(local: Local) -> Program:
+        """The work of a round: chooses a mixture if due, then trains from it."""
+        if local.visit.sampled < FEW:
+            end, _ = yield Train({**local.begin, **plain(local.down)})
+            return Sent(end)
+        begin, last = local.begin, part(local.mine, CHOSEN)
+        if plain(local.mine) and not (last and last["rounds"] < EVERY):
+            begin, last = yield from chosen(local, last)
+        end, _ = yield Train(begin)
         if last:
-            last["rounds"] = last["rounds"] + 1
-        return dict(work.end), {**work.end, **named(CHOSEN, last)}
+            last = {**last, "rounds": last["rounds"] + 1}
+        return Sent(end, {**end, **named(CHOSEN, last)})
 
-    def tried(work: Work) -> list[Tree]:
-        points, mean, own = reached(work), Mean(), plain(work.mine)
+    def chosen(local: Local, last: Tree) -> Generator[Score, Any, tuple[Tree, Tree]]:
+        """The mixture of the lowest validation loss, and the memory of this choice.
+
+        Without validation rows, the start of the round and the former memory.
+        """
+        import torch
+
+        options = mixtures(local, plain(local.mine))
+        losses = [lowest_loss(found) for found in (yield Score(options))]
+        if not losses:
+            return local.begin, last
+        first = min(range(len(losses)), key=losses.__getitem__)
+        return options[first], {"start": torch.tensor(first), "rounds": torch.tensor(0)}
+
+    def tune(local: Local) -> Program:
+        """The work of the final round."""
+        own, begin = plain(local.mine), local.begin
+        if own:
+            begin, _ = yield from chosen(local, {})
+        points = yield from stretches(begin, steps, checks, resume=True)
+        mean = Mean()
         for point in points if own else points[len(points) // 2 :]:
             mean.add(point, 1.0)
-        return mixtures(work.down, mean.tree()) if own else [plain(work.down), mean.tree()]
+        if own:
+            end = yield from best(mixtures(local, mean.tree()))
+        else:
+            end = yield from best([plain(local.down), mean.tree()], wrong_less_often)
+        return Sent({}, named(TUNED, dict(end)))
 
-    def merit(work: Work, found: Validation) -> tuple[float, ...]:
-        return (found.loss,) if plain(work.mine) else (found.wrong, found.loss)
+    def work(local: Local) -> Program:
+        return (yield from (tune if local.visit.final else choose)(local))
 
-    choosing = replace(halves, download=download, start=start, finish=finish, options=options)
-    last = stopped(choosing, steps, checks, tried, merit=merit, resumes=True).final
-    assert last is not None
-
-    def ended(work: Work) -> tuple[Tree, Tree]:
-        upload, mine = last.finish(work)
-        return upload, named(TUNED, mine)
-
-    rounds = replace(choosing, options=options_when_due)
-    return late_mean(replace(rounds, final=replace(last, finish=ended)))
+    halves = mixing(HALVES, server_lr=server_lr)
+    return late_mean(replace(halves, model=model, work=work, final=True))
 
 
-def few(down: Tree) -> bool:
-    """Whether the client was sent this with less than half of all."""
-    return bool(part(down, COHORT)["few"])
-
-
-@cache
-def _flag(value: bool) -> Tensor:
-    """One object for one value: clients that are sent the same share its bytes."""
-    import torch
-
-    return torch.tensor(value)
-
-
-def _number(value: int) -> Tensor:
-    import torch
-
-    return torch.tensor(value)
+def wrong_less_often(found: Validation) -> tuple[float, ...]:
+    """A key that sorts adapters by wrong answers, then by loss."""
+    return found.wrong, found.loss

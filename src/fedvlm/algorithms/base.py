@@ -1,14 +1,39 @@
 """The protocol: an algorithm is a frozen value of pure functions.
 
-It holds no counter, no random state and no client data, and is cut at the wire: no function sees
-both the server's state and a client's data. The style is optax's and fedjax's.
+An algorithm holds no counter, no random state and no client data. It is cut at the wire: no
+function sees both the server's state and a client's data. The style is that of optax and fedjax.
+
+The client's side is one generator over what the client has. It yields :class:`Train` and
+:class:`Score`, is sent the results, and returns :class:`Sent`. FedAvg of both LoRA factors:
+
+>>> import torch
+>>> from fedvlm import Algorithm, Averaged, Sent, Train, simulate
+>>> def work(local):
+...     trained = yield Train(local.begin)
+...     return Sent(trained.end)
+>>> fedavg = Algorithm(
+...     init=lambda initial: initial,
+...     send=lambda state, visit: state,
+...     model=lambda initial, down, mine: {**initial, **down, **mine},
+...     work=work,
+...     server=Averaged(lambda state, mean, round: mean),
+... )
+
+:func:`fedvlm.simulate` runs it in milliseconds, on clients whose loss is a formula. Two clients
+pull one factor to 0 and to 3; the second has twice as many examples:
+
+>>> factor = "layer.lora_A.weight"
+>>> clients = {"a": (1.0, lambda name, now: now - 0.0), "b": (2.0, lambda name, now: now - 3.0)}
+>>> run = simulate(fedavg, clients, {factor: torch.ones(1, 1)}, rounds=50, steps=2)
+>>> round(run.model()[factor].item(), 3)
+2.0
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, NamedTuple
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 from fedvlm.tree import Select, Tree
 
@@ -16,80 +41,116 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 State = Tree
-"""What the server keeps between rounds: named tensors, so that a checkpoint is one file."""
+"""The state of the server between rounds: named tensors, so that a checkpoint is one file."""
 
 
 @dataclass(frozen=True)
-class Client:
-    """What the server knows of a client.
+class Visit:
+    """One client in one round; both ends of the wire know these facts.
 
     Attributes:
-        name: its name in the partition; empty for nobody in particular, whose download is the
-            global model.
-        weight: its weight in a mean, the number of its training examples.
-        sampled: the share of all clients' examples that this round's cohort has.
+        client: the client's name; empty for the global model, which belongs to no client.
+        weight: the number of the client's training examples.
+        sampled: the cohort's share of all clients' examples, in (0, 1].
+        round: from 1; 0 before the first round.
+        final: whether this is the extra round with all clients, see :class:`Algorithm`.
     """
 
-    name: str
+    client: str
     weight: float
     sampled: float = 1.0
+    round: int = 0
+    final: bool = False
 
 
-NOBODY = Client("", 1.0)
+NOBODY = Visit("", 1.0)
 
 
 @dataclass(frozen=True)
-class Upload:
-    """What the server got from a client."""
+class Local:
+    """Everything that a client has when a round begins.
 
-    client: Client
-    tree: Tree
+    Attributes:
+        visit: the client and the round.
+        begin: the client's model, ``model(initial, down, mine)``: a whole adapter.
+        down: the download from the server.
+        mine: the tensors that the client kept in its last round; empty at first.
+        steps: the usual number of optimizer steps of a round at this client.
+    """
+
+    visit: Visit
+    begin: Tree
+    down: Tree
+    mine: Tree
+    steps: int
+
+
+def everything(name: str) -> bool:
+    """Selects every factor."""
+    return True
 
 
 @dataclass(frozen=True)
 class Term:
-    """An extra gradient, ``rate * now + constant``, on the factors that ``constant`` names.
+    """An extra gradient, ``constant + rate * factor``, on the factors that ``constant`` names."""
 
-    Attributes:
-        constant: ``(down, mine) -> tree``.
-        rate: of the factors as they are.
-    """
-
-    constant: Callable[[Tree, Tree], Tree]
+    constant: Tree
     rate: float = 0.0
 
 
 @dataclass(frozen=True)
-class Phase:
-    """One stretch of local training.
+class Train:
+    """Asks for a stretch of local training; the answer is a :class:`Trained`.
 
     Attributes:
-        trains: takes the names of the factors that are trained; the others are constant.
-        steps: optimizer steps, or None for the length that ``train`` in the config says.
-        resumes: goes on with the optimizer of the phase before, which trained the same factors and
-            had ``steps``: clients side by side share an optimizer, which counts steps for all.
-        begin: ``(down, mine, now) -> tree``: the adapter that this phase begins with; None goes on
-            with the one that the phase before has left.
+        begin: the whole adapter at the start of training.
+        trains: selects the factors to train; the others stay constant.
+        steps: optimizer steps, 0 or more; None: the usual number of a round.
         terms: extra gradients, added before clipping.
-        mask: ``(name, factor) -> mask``, true where elements of a trained factor are trained;
-            it broadcasts to ``[..., rank, in]`` or ``[..., out, rank]``. None: everywhere.
+        mask: ``(name, factor) -> mask``, true for the elements of a trained factor that are
+            trained. It broadcasts to ``[rank, in]`` or ``[out, rank]``. None: all elements.
+        resume: whether to continue with the optimizer of this client's previous stretch, which
+            trained the same factors. Otherwise the optimizer is fresh.
     """
 
-    trains: Select
+    begin: Tree
+    trains: Select = everything
     steps: int | None = None
-    resumes: bool = False
-    begin: Callable[[Tree, Tree, Tree], Tree] | None = None
     terms: tuple[Term, ...] = ()
     mask: Callable[[str, Tensor], Tensor] | None = None
+    resume: bool = False
+
+
+class Trained(NamedTuple):
+    """The result of a stretch of training.
+
+    Attributes:
+        end: the whole adapter.
+        path: the sum of the learning rates of all steps, by factor (``A``, ``B``).
+    """
+
+    end: Tree
+    path: Mapping[str, float]
+
+
+@dataclass(frozen=True)
+class Score:
+    """Asks for the scores of adapters on the client's validation rows.
+
+    The answer is a :class:`Validation` for each adapter, or ``()`` for a client without validation
+    rows.
+    """
+
+    trees: Sequence[Tree]
 
 
 class Validation(NamedTuple):
-    """What an adapter is worth on a client's validation rows; the lower the better.
+    """The scores of an adapter on a client's validation rows; lower is better.
 
     Attributes:
-        loss: in nats a token, or DPO's.
-        wrong: the share of the answers' tokens that are not the likeliest, or of pairs whose
-            rejected answer is preferred.
+        loss: mean loss, in nats a token (SFT) or DPO's loss a pair.
+        wrong: share of the answer tokens that are not the most likely token (SFT), or of the pairs
+            whose rejected answer is preferred (DPO).
     """
 
     loss: float
@@ -97,90 +158,144 @@ class Validation(NamedTuple):
 
 
 @dataclass(frozen=True)
-class Work:
-    """What a client has done in a round.
+class Sent:
+    """The end of a client's round.
 
     Attributes:
-        down: what it was sent.
-        mine: what it kept before.
-        ends: its whole adapter after each phase; the last one is its model.
-        start: its adapter before the first phase.
-        chosen: the place among the algorithm's ``options`` of the one that it began with; None
-            where ``start`` decided.
-        scores: on the client's validation rows, of the adapters that the algorithm has ``tried``;
-            empty without such rows.
-        paths: of each phase, the sum of the learning rates of all steps, by factor (A, B).
+        up: the upload; empty: nothing leaves the client.
+        keep: the tensors that the client keeps for its next round. They never leave the client.
     """
 
-    down: Tree
-    mine: Tree
-    ends: tuple[Tree, ...]
-    paths: tuple[Mapping[str, float], ...] = ()
-    start: Tree = field(default_factory=dict)
-    chosen: int | None = None
-    scores: tuple[Validation, ...] = ()
+    up: Tree
+    keep: Tree = field(default_factory=dict)
 
-    @property
-    def end(self) -> Tree:
-        """The adapter after the last phase."""
-        return self.ends[-1]
+
+@dataclass(frozen=True)
+class Upload:
+    """An upload at the server, with the visit that it belongs to."""
+
+    visit: Visit
+    tree: Tree
+
+
+Ask = Train | Score
+Program = Generator[Ask, Any, Sent]
+"""A running round of a client. It receives a :class:`Trained` for each :class:`Train`, and a tuple
+of :class:`Validation` for each :class:`Score`."""
+
+
+class Init(Protocol):
+    """Server, once: the state from the common initial adapter."""
+
+    def __call__(self, initial: Tree) -> State: ...
+
+
+class Send(Protocol):
+    """Server: the download for the client of a visit."""
+
+    def __call__(self, state: State, visit: Visit) -> Tree: ...
+
+
+class Model(Protocol):
+    """Client: the client's whole adapter, from the initial adapter, the download and kept state."""
+
+    def __call__(self, initial: Tree, down: Tree, mine: Tree) -> Tree: ...
+
+
+class Work(Protocol):
+    """Client: a round, as a generator.
+
+    It also runs on tensors without values (:mod:`fedvlm.algorithms.dry`), with empty ``mine`` and
+    no validation rows. The names and shapes of its upload may depend on the round and on ``down``,
+    but not on values or on the client's name.
+    """
+
+    def __call__(self, local: Local) -> Program: ...
+
+
+class Update(Protocol):
+    """Server: the changed tensors of the state, from the weighted mean of the lifted uploads."""
+
+    def __call__(self, state: State, mean: Tree, round: int) -> Tree: ...
+
+
+class Lift(Protocol):
+    """Server: the summand of an upload in the mean, such as a product B A, and its weight."""
+
+    def __call__(self, upload: Tree, visit: Visit) -> tuple[Tree, float]: ...
+
+
+class Gather(Protocol):
+    """Server: the changed tensors of the state, from all uploads of a round at once."""
+
+    def __call__(self, state: State, uploads: Sequence[Upload], round: int) -> Tree: ...
+
+
+def by_examples(upload: Tree, visit: Visit) -> tuple[Tree, float]:
+    """The whole upload, weighted by the client's number of training examples."""
+    return upload, visit.weight
+
+
+@dataclass(frozen=True)
+class Averaged:
+    """A server that uses the weighted mean of the uploads; uploads are folded in one by one."""
+
+    update: Update
+    lift: Lift = by_examples
+
+
+@dataclass(frozen=True)
+class Gathered:
+    """A server that needs every upload of a round at once; its memory grows with the cohort."""
+
+    update: Gather
 
 
 @dataclass(frozen=True)
 class Algorithm:
-    """A federated algorithm over LoRA factors.
+    """A federated algorithm over LoRA factors; see the protocols for each function.
 
     Attributes:
-        init: ``(adapter) -> state``; server, once, from the common initial adapter.
-        download: ``(state, client) -> down``; server: what this client is sent.
-        start: ``(adapter, down, mine) -> tree``; client: the whole adapter to train or evaluate,
-            from the common initial adapter, the download, and what it keeps (empty at first).
-        phases: client: what trains, and how long.
-        finish: ``(work) -> (upload, mine)``; client: what leaves it, what stays.
-        update: ``(state, mean) -> state``; server, from the weighted mean of the uploads.
-        decode: ``(message, down) -> upload``; server: what a client sends as it was before it was
-            compressed; ValueError where no client can have made the message.
-        lift: ``(upload, client) -> tree``; server: what of an upload enters the mean.
-        gather: ``(state, uploads) -> state``; server: in place of the mean and ``update``, where
-            an algorithm needs every upload of a round at once.
-        turns: the algorithms of rounds 1, 2, ... where these alternate; the last is followed by
-            the first. They have this one's ``init``.
-        final: the algorithm of one last round over all clients, for local tuning at the end.
-        options: ``(adapter, down, mine) -> trees``; client: what it chooses from in place of
-            ``start``: the adapter with the lowest loss on its validation rows. Without such rows,
-            and with fewer than two of them, ``start`` decides.
-        tried: ``(work) -> trees``; client: the adapters whose validation scores ``finish`` needs; a
-            client's model is then what ``start`` makes of what it keeps.
+        init: server, ``(initial) -> state``.
+        send: server, ``(state, visit) -> down``.
+        model: client, ``(initial, down, mine) -> adapter``: the client's model, which is scored,
+            exported, and the usual start of training.
+        work: client, ``(local) -> generator`` of :class:`Train` and :class:`Score`, which returns
+            :class:`Sent`.
+        server: how uploads become the next state: :class:`Averaged` or :class:`Gathered`.
+        final: whether an extra round with all clients follows the last round, for tuning.
     """
 
-    init: Callable[[Tree], State]
-    download: Callable[[State, Client], Tree]
-    start: Callable[[Tree, Tree, Tree], Tree]
-    phases: tuple[Phase, ...]
-    finish: Callable[[Work], tuple[Tree, Tree]]
-    update: Callable[[State, Tree], State]
-    decode: Callable[[Tree, Tree], Tree] = lambda message, down: message
-    lift: Callable[[Tree, Client], Tree] = lambda upload, client: upload
-    gather: Callable[[State, Sequence[Upload]], State] | None = None
-    turns: tuple[Algorithm, ...] = ()
-    final: Algorithm | None = None
-    options: Callable[[Tree, Tree, Tree], Sequence[Tree]] | None = None
-    tried: Callable[[Work], Sequence[Tree]] | None = None
-
-    def at(self, round_: int) -> Algorithm:
-        """The algorithm of a round, from 1."""
-        return self.turns[(round_ - 1) % len(self.turns)] if self.turns else self
-
-    @property
-    def last(self) -> Algorithm:
-        """That of the last round, which says what clients have when the run is over."""
-        return self.final or self
+    init: Init
+    send: Send
+    model: Model
+    work: Work
+    server: Averaged | Gathered
+    final: bool = False
 
 
-def everywhere(change: Callable[[Algorithm], Algorithm], algorithm: Algorithm) -> Algorithm:
-    """``change`` made to an algorithm, to its turns and to its last round."""
-    return replace(
-        change(algorithm),
-        turns=tuple(everywhere(change, turn) for turn in algorithm.turns),
-        final=everywhere(change, algorithm.final) if algorithm.final else None,
-    )
+def step(program: Program, answer: Trained | tuple[Validation, ...] | None = None) -> Ask | Sent:
+    """Sends an answer to a program; returns its next request or its result.
+
+    Raises:
+        TypeError: the program yields or returns anything else.
+    """
+    try:
+        found: object = program.send(answer)
+    except StopIteration as end:
+        found = end.value
+        if not isinstance(found, Sent):
+            wrong = f"an algorithm's work must return Sent(...), got {found!r:.80}"
+            raise TypeError(wrong) from None
+        return found
+    if not isinstance(found, Train | Score):
+        raise TypeError(f"an algorithm's work must yield Train or Score, got {found!r:.80}")
+    return found
+
+
+def changed(program: Program, change: Callable[[Ask], Ask]) -> Program:
+    """``program`` with ``change`` applied to each of its requests."""
+    ask = step(program)
+    while not isinstance(ask, Sent):
+        ask = step(program, (yield change(ask)))
+    return ask

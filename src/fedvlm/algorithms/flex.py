@@ -1,16 +1,16 @@
-"""Clients of unequal ranks, and the two algorithms that were made for them.
+"""Clients of unequal ranks, and two algorithms for them.
 
-A client of a lower rank has zeros in the ranks that it lacks. They stay zero: an A of zeros gives B
-no gradient there, nor B A. It is sent its own ranks only, and sends no others. All clients have the
-same scaling, ``lora.alpha`` over the largest rank (FLoRA's code does so, with twice each client's
-rank as its alpha), so a factor means the same to each of them.
+A client of a lower rank has zeros in the ranks that it lacks. They stay zero: where A is zero, B
+gets no gradient, and the reverse. The client receives and sends its own ranks only. All clients
+have the same scaling, ``lora.alpha`` over the largest rank, so a factor means the same at each
+client. (FLoRA's code also has one scaling for all: its alpha is twice the client's rank.)
 
-- FlexLoRA, Bai et al., arXiv 2402.11505: the server averages the products B A, and every client
-  gets the singular vectors of the largest singular values that its rank has room for. That the
-  values are split evenly between A and B is ours.
-- HetLoRA, Cho et al., arXiv 2401.06432: lower ranks are padded with zeros, the mean is weighted
-  by the norms of the clients' products, and clients get the first ranks of it. The rank
-  self-pruning of that paper is not here.
+- FlexLoRA, Bai et al., arXiv 2402.11505: the server averages the products B A. Every client gets
+  the singular vectors of the largest singular values, as many as its rank. The even split of the
+  singular values between A and B is ours.
+- HetLoRA, Cho et al., arXiv 2401.06432: lower ranks are padded with zeros, and the mean is weighted
+  by the norms of the clients' products. Clients get the first ranks of the mean. The rank
+  self-pruning of the paper is not implemented.
 """
 
 from __future__ import annotations
@@ -21,127 +21,120 @@ from dataclasses import replace
 
 from fedvlm.algorithms.base import (
     Algorithm,
-    Client,
-    Phase,
+    Ask,
+    Averaged,
+    Gathered,
+    Local,
+    Program,
+    Sent,
     State,
-    Term,
+    Train,
     Upload,
-    Work,
-    everywhere,
+    Visit,
+    changed,
 )
+from fedvlm.algorithms.server import ServerConfig
 from fedvlm.algorithms.sharing import sharing
+from fedvlm.settings.method import AlgorithmConfig
 from fedvlm.tree import Tree, cut, factorized, pad, pairs, products, rank, split
 
 RANK = "rank"
-NORM = "norm"
+
+
+class ProductConfig(AlgorithmConfig):
+    """Settings of ``flexlora`` and ``hetlora``."""
+
+    server: ServerConfig = ServerConfig()
 
 
 def flexlora() -> Algorithm:
     """The nearest factors to the mean product."""
 
-    def update(state: State, mean: Tree) -> State:
+    def lift(upload: Tree, visit: Visit) -> tuple[Tree, float]:
+        return products(upload), visit.weight
+
+    def update(state: State, mean: Tree, round: int) -> Tree:
         return factorized(mean, state, rank(state))
 
-    lift = lambda upload, client: products(upload)  # noqa: E731
-    return replace(sharing({"": "AB"}), lift=lift, update=update)
+    return replace(sharing({"": "AB"}), server=Averaged(update, lift))
 
 
 def hetlora() -> Algorithm:
     """The mean of the factors, weighted by the norm of the whole adapter's product."""
 
-    def lift(upload: Tree, client: Client) -> Tree:
-        # |B A|^2 is the trace of (B' B)(A A'). The mean's own weight is taken out again.
+    def lift(upload: Tree, visit: Visit) -> tuple[Tree, float]:
+        # |B A|^2 is the trace of (B' B)(A A').
         squares = [
             ((upload[b].T @ upload[b]) * (upload[a] @ upload[a].T)).sum()
             for a, b in pairs(upload).values()
         ]
-        weight = sum(squares[1:], squares[0]).clamp(min=1e-20).sqrt() / client.weight
-        return {**{n: weight * t for n, t in upload.items()}, NORM: weight}
+        return upload, float(sum(squares[1:], squares[0]).clamp(min=1e-20).sqrt())
 
-    def update(state: State, mean: Tree) -> State:
-        return {n: t / mean[NORM] for n, t in mean.items() if n != NORM}
-
-    return replace(sharing({"": "AB"}), lift=lift, update=update)
+    return replace(sharing({"": "AB"}), server=Averaged(lambda state, mean, round: mean, lift))
 
 
 def ranked(algorithm: Algorithm, ranks: Mapping[str, int] | None, largest: int) -> Algorithm:
     """``algorithm`` for clients of unequal ranks.
 
     Args:
-        algorithm: whose trees have factors of the largest rank.
-        ranks: pattern over clients' names -> rank; the first that is found decides, and who fits
-            none has the largest. None: all have that, and nothing changes.
+        algorithm: an algorithm whose trees have factors of the largest rank.
+        ranks: pattern of client names -> rank. The first pattern that matches decides. A client
+            without a match has the largest rank. None: all clients have the largest rank, and the
+            algorithm is unchanged.
         largest: ``lora.rank``.
     """
     if not ranks:
         return algorithm
     patterns = [(re.compile(pattern), r) for pattern, r in ranks.items()]
 
-    def rank_of(client: Client) -> int:
-        return next((r for p, r in patterns if p.search(client.name)), largest)
-
     def full(tree: Tree) -> Tree:
-        own, told = split(tree, lambda n: tree[n].ndim > 0)
+        own, told = _factors(tree)
         told.pop(RANK, None)
         return {**pad(own, 0, largest - rank(own)), **told} if own else told
 
-    def own_ranks(down: Tree, tree: Tree) -> Tree:
-        return only(tree, int(down[RANK]))
+    def send(state: State, visit: Visit) -> Tree:
+        import torch
 
-    def only(tree: Tree, r: int) -> Tree:
-        own, told = split(tree, lambda n: tree[n].ndim > 0)  # numbers that are no factors
-        return {**cut(own, 0, r), **told}
+        r = next((r for p, r in patterns if p.search(visit.client)), largest)
+        return {**_only(algorithm.send(state, visit), r), RANK: torch.tensor(r)}
 
-    def begun(begin: Callable[[Tree, Tree, Tree], Tree]) -> Callable[[Tree, Tree, Tree], Tree]:
-        return lambda down, mine, now: full(own_ranks(down, begin(full(down), full(mine), now)))
+    def model(initial: Tree, down: Tree, mine: Tree) -> Tree:
+        whole = algorithm.model(initial, full(down), full(mine))
+        return full(_only(whole, int(down[RANK])))
 
-    def term(given: Term) -> Term:
-        return replace(given, constant=lambda down, mine: given.constant(full(down), full(mine)))
+    def work(local: Local) -> Program:
+        r = int(local.down[RANK])
 
-    def phase(given: Phase) -> Phase:
-        begin = begun(given.begin) if given.begin else None
-        return replace(given, begin=begin, terms=tuple(map(term, given.terms)))
+        def narrow(ask: Ask) -> Ask:
+            if isinstance(ask, Train):
+                return replace(ask, begin=full(_only(ask.begin, r)))
+            return replace(ask, trees=[full(_only(tree, r)) for tree in ask.trees])
 
-    def change(one: Algorithm) -> Algorithm:
-        def download(state: State, client: Client) -> Tree:
-            import torch
+        whole = replace(local, down=full(local.down), mine=full(local.mine))
+        sent = yield from changed(algorithm.work(whole), narrow)
+        return Sent(_only(sent.up, r), _only(sent.keep, r))
 
-            r = rank_of(client)
-            return {**only(one.download(state, client), r), RANK: torch.tensor(r)}
+    return replace(algorithm, send=send, model=model, work=work, server=_filled(algorithm, full))
 
-        def start(adapter: Tree, down: Tree, mine: Tree) -> Tree:
-            return full(own_ranks(down, one.start(adapter, full(down), full(mine))))
 
-        def options(adapter: Tree, down: Tree, mine: Tree) -> list[Tree]:
-            assert one.options is not None
-            found = one.options(adapter, full(down), full(mine))
-            return [full(own_ranks(down, tree)) for tree in found]
+def _filled(algorithm: Algorithm, full: Callable[[Tree], Tree]) -> Averaged | Gathered:
+    """The server of ``algorithm``, with uploads of lower ranks padded before it sees them."""
+    server = algorithm.server
+    if isinstance(server, Averaged):
+        return replace(server, lift=lambda upload, visit: server.lift(full(upload), visit))
 
-        def whole(work: Work) -> Work:
-            return replace(work, down=full(work.down), mine=full(work.mine))
+    def gather(state: State, uploads: Sequence[Upload], round: int) -> Tree:
+        return server.update(state, [replace(u, tree=full(u.tree)) for u in uploads], round)
 
-        def finish(work: Work) -> tuple[Tree, Tree]:
-            upload, mine = one.finish(whole(work))
-            return own_ranks(work.down, upload), own_ranks(work.down, mine)
+    return Gathered(gather)
 
-        def tried(work: Work) -> list[Tree]:
-            assert one.tried is not None
-            return [full(own_ranks(work.down, tree)) for tree in one.tried(whole(work))]
 
-        def gather(state: State, uploads: Sequence[Upload]) -> State:
-            assert one.gather is not None
-            return one.gather(state, [replace(u, tree=full(u.tree)) for u in uploads])
+def _factors(tree: Tree) -> tuple[Tree, Tree]:
+    """The factors, and the scalars beside them."""
+    return split(tree, lambda n: tree[n].ndim > 0)
 
-        return replace(
-            one,
-            download=download,
-            start=start,
-            phases=tuple(map(phase, one.phases)),
-            finish=finish,
-            lift=lambda upload, client: one.lift(full(upload), client),
-            gather=gather if one.gather else None,
-            options=options if one.options else None,
-            tried=tried if one.tried else None,
-        )
 
-    return everywhere(change, algorithm)
+def _only(tree: Tree, r: int) -> Tree:
+    """The tree with the first ``r`` ranks only."""
+    own, told = _factors(tree)
+    return {**cut(own, 0, r), **told}

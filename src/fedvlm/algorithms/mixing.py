@@ -1,32 +1,59 @@
-"""Personal models between a client's own and the shared one.
+"""Personal models between a client's own factors and the shared factors.
 
 - Interpolation: before a round, each factor is ``(1 - mix) * own + mix * mean``. With ``mix`` 1 for
-  both factors that is FedAvg, with 0 for A and 1 for B it is pLoRA, with 0 for both local training.
-- Ditto, Li et al., arXiv 2012.04221, algorithm 1: the shared model is FedAvg's, and a personal one
-  is trained beside it, pulled to the download by ``mu / 2 * |v - w|^2``. A client's personal model
-  begins as its first download. Both are trained for the length of a round.
-- APFL, Deng et al., arXiv 2003.13461, with a fixed mixture (the paper also has an adaptive one):
-  the client's model is ``mix * w + (1 - mix) * v``, w shared and v own. The paper alternates steps
-  of w and v; here a round trains w first, and then the mixture with w as downloaded, factor by
-  factor, which for SGD is v's own step with its learning rate divided by ``(1 - mix)^2``.
+  both factors this is FedAvg, with 0 for A and 1 for B it is pLoRA, with 0 for both it is local
+  training.
+- Ditto, Li et al., arXiv 2012.04221, algorithm 1: the shared model is that of FedAvg. A personal
+  model is trained beside it, pulled to the download by ``mu / 2 * |v - w|^2``. The personal model
+  begins at the client's first download. Both models are trained for the length of a round.
+- APFL, Deng et al., arXiv 2003.13461, with a fixed mixture (the paper also has an adaptive
+  mixture): the client's model is ``mix * w + (1 - mix) * v``, with w shared and v personal. The
+  paper alternates steps of w and v. Here a round first trains w. Then it trains the mixture with
+  the downloaded w, factor by factor. For SGD, this equals the steps of v with the learning rate
+  divided by ``(1 - mix)^2``.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Annotated
 
-from fedvlm.algorithms.base import Algorithm, Phase, Work
-from fedvlm.algorithms.client_terms import towards_download
-from fedvlm.algorithms.sharing import everything, sharing
+from pydantic import Field
+
+from fedvlm.algorithms.averaging import ServerStep
+from fedvlm.algorithms.base import Algorithm, Local, Program, Sent, Train
+from fedvlm.algorithms.client_terms import towards
+from fedvlm.algorithms.sharing import sharing
+from fedvlm.settings.method import Fraction
 from fedvlm.tree import Tree, factor, split
 
 Mix = Mapping[str, float]
-"""The mean's part in a client's model, by factor (A, B)."""
+"""The share of the mean in a client's model, by factor (A, B)."""
+
+
+class MixConfig(ServerStep):
+    """Settings of ``mix`` and ``apfl``."""
+
+    mix_a: Fraction = Field(0.5, description="share of the mean in a client's A, 0 to 1")
+    mix_b: Fraction = Field(0.5, description="share of the mean in a client's B, 0 to 1")
+
+    @property
+    def mix(self) -> Mix:
+        """The share of the mean in a client's factors."""
+        return {"A": self.mix_a, "B": self.mix_b}
+
+
+class DittoConfig(ServerStep):
+    """Settings of ``ditto``."""
+
+    prox_mu: Annotated[float, Field(ge=0)] = Field(
+        0.1, description="pull of the personal model towards the download; 0: none"
+    )
 
 
 def mixing(mix: Mix, *, server_lr: float = 1.0) -> Algorithm:
-    """Every round begins between the client's own factors and the mean of all."""
+    """Every round begins between the client's own factors and the mean of all clients."""
     both = sharing({"": "AB"}, server_lr=server_lr)
 
     def uploads(name: str) -> bool:
@@ -35,62 +62,53 @@ def mixing(mix: Mix, *, server_lr: float = 1.0) -> Algorithm:
     def keeps(name: str) -> bool:
         return mix[factor(name)] < 1
 
+    def work(local: Local) -> Program:
+        end, _ = yield Train(local.begin)
+        return Sent(split(end, uploads)[0], split(end, keeps)[0])
+
     return replace(
         both,
-        init=lambda adapter: split(adapter, uploads)[0],
-        start=lambda adapter, down, mine: {**adapter, **blend(mix, down, mine)},
-        finish=lambda work: (split(work.end, uploads)[0], split(work.end, keeps)[0]),
+        init=lambda initial: split(initial, uploads)[0],
+        model=lambda initial, down, mine: {**initial, **blend(mix, down, mine)},
+        work=work,
     )
 
 
 def ditto(mu: float, *, server_lr: float = 1.0) -> Algorithm:
-    """A shared model, and a personal one that is pulled to it."""
-    return replace(
-        sharing({"": "AB"}, server_lr=server_lr),
-        phases=(
-            _shared(),
-            Phase(
-                everything,
-                begin=lambda down, mine, now: {**now, **down, **mine},
-                terms=(towards_download(mu),),
-            ),
-        ),
-        finish=lambda work: (dict(work.ends[0]), dict(work.end)),
-    )
+    """A shared model, and a personal model that is pulled to it."""
+
+    def work(local: Local) -> Program:
+        shared, _ = yield Train({**local.begin, **local.down})
+        own = {**shared, **local.down, **local.mine}
+        end, _ = yield Train(own, terms=(towards(local.down, mu),))
+        return Sent(shared, end)
+
+    return replace(sharing({"": "AB"}, server_lr=server_lr), work=work)
 
 
 def apfl(mix: Mix, *, server_lr: float = 1.0) -> Algorithm:
-    """A shared model, and a mixture of it with an own one."""
+    """A shared model, and its mixture with a personal model."""
 
-    def finish(work: Work) -> tuple[Tree, Tree]:
+    def work(local: Local) -> Program:
+        shared, _ = yield Train({**local.begin, **local.down})
+        end, _ = yield Train({**shared, **blend(mix, local.down, local.mine)})
         own = {}
-        for name, mixed in work.end.items():
-            shared = mix[factor(name)]
-            own[name] = (mixed - shared * work.down[name]) / (1 - shared)
-        return dict(work.ends[0]), own
+        for name, mixed in end.items():
+            part = mix[factor(name)]
+            own[name] = (mixed - part * local.down[name]) / (1 - part)
+        return Sent(shared, own)
 
     return replace(
         sharing({"": "AB"}, server_lr=server_lr),
-        start=lambda adapter, down, mine: {**adapter, **blend(mix, down, mine)},
-        phases=(
-            _shared(),
-            Phase(
-                everything,
-                begin=lambda down, mine, now: {**now, **blend(mix, down, mine)},
-            ),
-        ),
-        finish=finish,
+        model=lambda initial, down, mine: {**initial, **blend(mix, down, mine)},
+        work=work,
     )
 
 
 def blend(mix: Mix, down: Tree, mine: Tree) -> Tree:
-    """``mix * down + (1 - mix) * mine``; the one there is, where there is only one."""
+    """``mix * down + (1 - mix) * mine``; a factor in only one of the two is unchanged."""
     mixed = {**down, **mine}
     for name in down.keys() & mine.keys():
         shared = mix[factor(name)]
         mixed[name] = shared * down[name] + (1 - shared) * mine[name]
     return mixed
-
-
-def _shared() -> Phase:
-    return Phase(everything, begin=lambda down, mine, now: {**now, **down})

@@ -1,23 +1,25 @@
-"""What the server makes of the rounds' means: steps of an optimizer, or a mean over the rounds.
+"""Optimizers at the server, and a mean over the rounds.
 
-Optimizers, to which a round's change is a gradient. FedAdagrad, FedYogi and FedAdam: Reddi et al.,
-arXiv 2003.00295, algorithm 2: no bias correction, and the second moment begins at tau squared.
-FedAvgM: Hsu et al., arXiv 1909.06335: the momentum is a sum, not a mean, of the rounds' changes.
+The optimizer takes the change of a round as its gradient. FedAdagrad, FedYogi and FedAdam: Reddi et
+al., arXiv 2003.00295, algorithm 2, without bias correction; the second moment begins at tau
+squared. FedAvgM: Hsu et al., arXiv 1909.06335; the momentum is a sum, not a mean, of the rounds'
+changes.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated, Literal
 
-from fedvlm.algorithms.base import Algorithm, Client, State, everywhere
+from pydantic import Field, model_validator
+
+from fedvlm.algorithms.base import Algorithm, Averaged, State, Visit
+from fedvlm.settings.method import Section
 from fedvlm.tree import Tree, named, part, plain
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-    from fedvlm.settings.sections import ServerConfig
 
 Second = Callable[["Tensor", "Tensor", float], "Tensor"]  # (v, change squared, beta2) -> v
 
@@ -28,86 +30,122 @@ SECOND: dict[str, Second] = {
 }
 
 
-def optimized(algorithm: Algorithm, server: ServerConfig) -> Algorithm:
-    """``algorithm``, whose means are steps of an optimizer that the server runs.
+class ServerConfig(Section):
+    """An optimizer at the server; its gradient is the change of a round (arXiv 2003.00295)."""
+
+    name: Literal["none", "avgm", "adagrad", "yogi", "adam"] = Field(
+        "none", description="server optimizer; none: plain mean; avgm: arXiv 1909.06335"
+    )
+    lr: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="server learning rate; empty: 1 for avgm, 0.01 for the others"
+    )
+    beta1: Annotated[float, Field(ge=0, lt=1)] | None = Field(
+        None, description="momentum; empty: 0 for adagrad, 0.9 for the others"
+    )
+    beta2: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.99, description="yogi, adam: decay of the second moment"
+    )
+    tau: Annotated[float, Field(gt=0)] = Field(
+        1e-3, description="adagrad, yogi, adam: degree of adaptivity; smaller adapts more"
+    )
+
+    @model_validator(mode="after")
+    def _settings_have_a_meaning(self) -> ServerConfig:
+        fields = type(self).model_fields
+        idle = [n for n in fields if n != "name" and getattr(self, n) != fields[n].default]
+        if self.name == "none" and idle:
+            raise ValueError(
+                f"{', '.join(idle)} of no optimizer has no meaning: set algorithm.server.name, or "
+                "leave it out"
+            )
+        return self
+
+    @property
+    def rate(self) -> float:
+        """The learning rate."""
+        return self.lr or (1.0 if self.name == "avgm" else 0.01)
+
+    @property
+    def momentum(self) -> float:
+        """The decay of the first moment."""
+        if self.beta1 is not None:
+            return self.beta1
+        return 0.0 if self.name == "adagrad" else 0.9
+
+
+def optimized(algorithm: Algorithm, settings: ServerConfig) -> Algorithm:
+    """``algorithm`` with an optimizer at the server.
 
     Args:
-        algorithm: one that averages factors; its own step towards the mean must be a whole one.
-        server: which optimizer, and its settings.
+        algorithm: an algorithm whose server is :class:`Averaged` and takes the whole step to the
+            mean.
+        settings: the settings of the optimizer.
     """
-    if server.name == "none":
+    if settings.name == "none":
         return algorithm
-    second = SECOND.get(server.name)
+    server = algorithm.server
+    assert isinstance(server, Averaged)
+    second, beta1 = SECOND.get(settings.name), settings.momentum
 
-    def init(adapter: Tree) -> State:
-        state = algorithm.init(adapter)
+    def init(initial: Tree) -> State:
+        state = algorithm.init(initial)
         first = named("first", {n: t.new_zeros(t.shape) for n, t in state.items()})
         if second is None:
             return {**state, **first}
-        begun = {n: t.new_full(t.shape, server.tau**2) for n, t in state.items()}
+        begun = {n: t.new_full(t.shape, settings.tau**2) for n, t in state.items()}
         return {**state, **first, **named("second", begun)}
 
-    def change(one: Algorithm) -> Algorithm:
-        def download(state: State, client: Client) -> Tree:
-            return one.download(plain(state), client)
-
-        def update(state: State, mean: Tree) -> State:
-            old = plain(state)
-            new = one.update(old, mean)
-            moments, squares = part(state, "first"), part(state, "second")
-            for name in mean:  # what was not sent this round stays, and so do its moments
-                delta = new[name] - old[name]
-                if second is None:
-                    moments[name] = server.momentum * moments[name] + delta
-                    new[name] = old[name] + server.rate * moments[name]
-                    continue
-                beta1 = server.momentum
-                moments[name] = beta1 * moments[name] + (1 - beta1) * delta
-                squares[name] = second(squares[name], delta.square(), server.beta2)
-                ratio = moments[name] / (squares[name].sqrt() + server.tau)
-                new[name] = old[name] + server.rate * ratio
-            return {**new, **named("first", moments), **named("second", squares)}
-
-        return replace(one, init=init, download=download, update=update)
-
-    return everywhere(change, algorithm)
-
-
-def late_mean(algorithm: Algorithm, power: int = 3) -> Algorithm:
-    """``algorithm``, whose last round, ``final``, is sent a mean of the states after all others.
-
-    Round ``t`` of ``T`` weighs about ``(t / T) ** power``: polynomial-decay averaging, Shamir and
-    Zhang, arXiv 1212.1824. So it is mostly of the last quarter, however many rounds there are.
-
-    Args:
-        algorithm: with a last round, in which its state stays as it is.
-        power: 0 is the plain mean of all rounds.
-    """
-    last = algorithm.final
-    assert last is not None
-
-    def init(adapter: Tree) -> State:
-        import torch
-
-        state = algorithm.init(adapter)
-        late = {n: t.clone() for n, t in state.items()}  # a checkpoint has every tensor once
-        return {**state, **named("late", late), **named("late_mean", {"rounds": torch.tensor(0)})}
-
-    def update(state: State, mean: Tree) -> State:
-        new, late = algorithm.update(plain(state), mean), part(state, "late")
-        rounds = part(state, "late_mean")["rounds"] + 1
-        weight = (power + 1) / (int(rounds) + power)
-        late = {n: t.lerp(new[n], weight) for n, t in late.items()}
-        return {**new, **named("late", late), **named("late_mean", {"rounds": rounds})}
+    def update(state: State, mean: Tree, round: int) -> Tree:
+        old = plain(state)
+        new = server.update(old, mean, round)  # without factors that were not trained
+        moments, squares = part(state, "first"), part(state, "second")
+        moved, first, seconds = dict(new), dict[str, "Tensor"](), dict[str, "Tensor"]()
+        for name in new.keys() & old.keys():
+            delta = new[name] - old[name]
+            if second is None:
+                first[name] = beta1 * moments[name] + delta
+                moved[name] = old[name] + settings.rate * first[name]
+                continue
+            first[name] = beta1 * moments[name] + (1 - beta1) * delta
+            seconds[name] = second(squares[name], delta.square(), settings.beta2)
+            ratio = first[name] / (seconds[name].sqrt() + settings.tau)
+            moved[name] = old[name] + settings.rate * ratio
+        return {**moved, **named("first", first), **named("second", seconds)}
 
     return replace(
         algorithm,
         init=init,
-        download=lambda state, client: algorithm.download(plain(state), client),
-        update=update,
-        final=replace(
-            last,
-            init=init,
-            download=lambda state, client: last.download(part(state, "late"), client),
-        ),
+        send=lambda state, visit: algorithm.send(plain(state), visit),
+        server=replace(server, update=update),
     )
+
+
+def late_mean(algorithm: Algorithm, power: int = 3) -> Algorithm:
+    """``algorithm`` with a mean of the states after all rounds as the download of the final round.
+
+    Round ``t`` of ``T`` has the weight ``(t / T) ** power``, approximately: polynomial-decay
+    averaging, Shamir and Zhang, arXiv 1212.1824. The last quarter of the rounds has most of the
+    weight, whatever the number of rounds.
+
+    Args:
+        algorithm: an algorithm with a final round that leaves the state unchanged.
+        power: 0 gives the plain mean of all rounds.
+    """
+    server = algorithm.server
+    assert isinstance(server, Averaged)
+
+    def init(initial: Tree) -> State:
+        state = algorithm.init(initial)
+        late = {n: t.clone() for n, t in state.items()}  # a checkpoint may not share tensors
+        return {**state, **named("late", late)}
+
+    def send(state: State, visit: Visit) -> Tree:
+        return algorithm.send(part(state, "late") if visit.final else plain(state), visit)
+
+    def update(state: State, mean: Tree, round: int) -> Tree:
+        changes = server.update(plain(state), mean, round)
+        new, weight = {**plain(state), **changes}, (power + 1) / (round + power)
+        late = {n: t.lerp(new[n], weight) for n, t in part(state, "late").items()}
+        return {**changes, **named("late", late)}
+
+    return replace(algorithm, init=init, send=send, server=replace(server, update=update))

@@ -1,26 +1,29 @@
-"""Aggregation by how alike the clients' uploads are, from the uploads alone.
+"""Aggregation by the similarity of the clients' uploads.
 
-The server keeps the last upload of every client it has seen, so its memory and its checkpoints
-grow with their number. Likeness is the cosine of two clients' changes of the common initial
-adapter.
+The server keeps the last upload of every client that has sent one, so its memory and its
+checkpoints grow with the number of clients. The similarity of two clients is the cosine of their
+changes to the common initial adapter.
 
 - ``similar``: each client gets its own mean of all uploads, weighted by examples and by
-  ``exp(cosine / temperature)``. The idea is that of FedAMP (Huang et al., arXiv 2007.03797); the
-  softmax is ours, and FedAMP's proximal term is not here.
-- ``clustered``: uploads are put into groups by spherical k-means, and a client gets the mean of its
-  group. Grouping by the updates' cosines is that of clustered federated learning (Sattler et al.,
-  arXiv 1910.01991), which splits groups in two when its criterion is met; here their number is
-  given, as in IFCA (Ghosh et al., arXiv 2006.04088), where clients choose by their loss.
+  ``exp(cosine / temperature)``. The idea is that of FedAMP (Huang et al., arXiv 2007.03797). The
+  softmax is ours, and FedAMP's proximal term is not implemented.
+- ``clustered``: spherical k-means groups the uploads, and a client gets the mean of its group.
+  Clustered federated learning (Sattler et al., arXiv 1910.01991) also groups by the cosines of
+  updates, but splits groups in two when its criterion is met. Here the number of groups is given,
+  as in IFCA (Ghosh et al., arXiv 2006.04088), where clients choose a group by their loss.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
-from fedvlm.algorithms.base import Algorithm, Client, State, Upload
+from pydantic import Field
+
+from fedvlm.algorithms.base import Algorithm, Gathered, State, Upload, Visit
 from fedvlm.algorithms.sharing import sharing
+from fedvlm.settings.method import AlgorithmConfig, Positive
 from fedvlm.tree import Mean, Tree, named, part, plain
 
 if TYPE_CHECKING:
@@ -31,49 +34,63 @@ UPLOAD = "upload"
 GROUP = "group"
 
 
-def similar(temperature: float) -> Algorithm:
-    """Every client's mean leans to the clients that are like it."""
+class SimilarConfig(AlgorithmConfig):
+    """Settings of ``similar``."""
 
-    def download(state: State, client: Client) -> Tree:
+    temperature: Annotated[float, Field(gt=0)] = Field(
+        0.1, description="softmax temperature over cosines; smaller: shares with fewer clients"
+    )
+
+
+class ClusteredConfig(AlgorithmConfig):
+    """Settings of ``clustered``."""
+
+    clusters: Positive = Field(2, description="number of groups of clients")
+
+
+def similar(temperature: float) -> Algorithm:
+    """A mean for each client, with larger weights for similar clients."""
+
+    def send(state: State, visit: Visit) -> Tree:
         import torch
 
-        if f"{WEIGHT}/{client.name}" not in state:
+        if f"{WEIGHT}/{visit.client}" not in state:
             return part(state, "mean") or plain(state)
         changes = _changes(state)
-        own = changes[client.name]
+        own = changes[visit.client]
         likeness = torch.stack([own @ other for other in changes.values()])
         parts = torch.softmax(likeness / temperature, 0).tolist()
         return average(state, changes, dict(zip(changes, parts, strict=True)))
 
-    def gather(state: State, uploads: Sequence[Upload]) -> State:
+    def gather(state: State, uploads: Sequence[Upload], round: int) -> Tree:
         new = remembered(state, uploads)
         return {**new, **named("mean", average(new, seen(new)))}
 
-    return replace(sharing({"": "AB"}), download=download, gather=gather)
+    return replace(sharing({"": "AB"}), send=send, server=Gathered(gather))
 
 
 def clustered(groups: int, iterations: int = 20) -> Algorithm:
-    """One model a group of clients."""
+    """One shared model for each group of clients."""
 
-    def download(state: State, client: Client) -> Tree:
-        group = state.get(f"{GROUP}/{client.name}")
+    def send(state: State, visit: Visit) -> Tree:
+        group = state.get(f"{GROUP}/{visit.client}")
         if group is None:
             return part(state, "mean") or plain(state)
         return average(state, [c for c in seen(state) if state[f"{GROUP}/{c}"] == group])
 
-    def gather(state: State, uploads: Sequence[Upload]) -> State:
+    def gather(state: State, uploads: Sequence[Upload], round: int) -> Tree:
         new = remembered(state, uploads)
         found = grouped(_changes(new), groups, iterations)
         return {**new, **named("mean", average(new, seen(new))), **named(GROUP, found)}
 
-    return replace(sharing({"": "AB"}), download=download, gather=gather)
+    return replace(sharing({"": "AB"}), send=send, server=Gathered(gather))
 
 
 def grouped(changes: Mapping[str, Tensor], groups: int, iterations: int) -> Tree:
     """Client -> the number of its group, by k-means on unit vectors.
 
-    The first centre is the first client; each further one is the client that is least like the
-    centres so far, so that the same uploads are always grouped the same way.
+    The first centre is the first client. Each further centre is the client that is least similar to
+    the centres so far. So the same uploads always give the same groups.
     """
     import torch
 
@@ -92,23 +109,23 @@ def grouped(changes: Mapping[str, Tensor], groups: int, iterations: int) -> Tree
 
 
 def remembered(state: State, uploads: Sequence[Upload]) -> State:
-    """The state with the uploads of a round in place of these clients' last ones."""
+    """The state with the uploads of a round in place of the former uploads of these clients."""
     import torch
 
     new = dict(state)
-    for client, tree in ((u.client, u.tree) for u in uploads):
-        new[f"{WEIGHT}/{client.name}"] = torch.tensor(client.weight)
-        new |= {f"{UPLOAD}/{n}/{client.name}": t for n, t in tree.items()}
+    for visit, tree in ((u.visit, u.tree) for u in uploads):
+        new[f"{WEIGHT}/{visit.client}"] = torch.tensor(visit.weight)
+        new |= {f"{UPLOAD}/{n}/{visit.client}": t for n, t in tree.items()}
     return new
 
 
 def seen(state: State) -> list[str]:
-    """The clients that have sent something."""
+    """The clients with an upload in the state."""
     return sorted(part(state, WEIGHT))
 
 
 def average(state: State, clients: Iterable[str], parts: Mapping[str, float] | None = None) -> Tree:
-    """The mean of some clients' last uploads, weighted by examples, and by ``parts``."""
+    """The mean of the last uploads of some clients, weighted by examples and by ``parts``."""
     mean = Mean()
     for client in clients:
         weight = float(state[f"{WEIGHT}/{client}"]) * (parts[client] if parts else 1.0)
@@ -121,10 +138,10 @@ def _upload(state: State, client: str) -> Tree:
 
 
 def _changes(state: State) -> dict[str, Tensor]:
-    """Client -> the direction of its change of the common initial adapter, flat, of length 1."""
+    """Client -> its change to the common initial adapter, as a flat vector of length 1."""
     import torch
 
-    initial = dict(sorted(plain(state).items()))  # sums round alike whatever order it was read in
+    initial = dict(sorted(plain(state).items()))  # a fixed order, so that sums round the same way
     found = {}
     for client in seen(state):
         sent = _upload(state, client)

@@ -1,8 +1,8 @@
 """Rows encoded once, ahead of training, and kept on disk for later runs.
 
-Tokens and pixels are written by ``datasets.Dataset.map`` into one Arrow file, a row's features as
-safetensors bytes, and read back memory-mapped. The file's name is a hash of all that decides its
-content: the rows, the pictures' files, the processor and the versions.
+``datasets.Dataset.map`` writes tokens and pixels into one Arrow file, each row's features as
+safetensors bytes. The file is read back memory-mapped. Its name is a hash of everything that
+determines its content: the rows, the pictures' files, the processor and the versions.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from fedvlm.data.scenes import cache_folder
 from fedvlm.data.sources import quiet
 from fedvlm.version import __version__
 
-BUFFER = 1 << 26  # bytes that are written at a time
+BUFFER = 1 << 26  # bytes per write
 
 
 class Encoded:
@@ -46,17 +46,19 @@ def encode_ahead(
     budget: int,
     told: Callable[[int, int], None],
 ) -> Encoded | None:
-    """Encodes all rows, or reads what an earlier run encoded.
+    """Encodes all rows, or reads the rows that an earlier run encoded.
 
     Args:
-        rows: of :func:`fedvlm.data.sources.load_rows`.
+        rows: from :func:`fedvlm.data.sources.load_rows`.
         encode: a row's position -> its features.
         key: from :func:`fingerprint`.
-        budget: bytes on disk at most; files of other data sets make room, the oldest first.
-        told: is told how many rows of how many are done.
+        budget: most bytes on disk. Files of other data sets are removed to make room, the least
+            recently used first.
+        told: called with the number of encoded rows and of all rows.
 
     Returns:
-        None where the rows do not fit, or the disk does not take them: training encodes them then.
+        The encoded rows; None if they do not fit or the disk refuses them. Training then encodes
+        the rows itself.
 
     Raises:
         DataError: a row cannot be encoded.
@@ -85,14 +87,14 @@ def encode_ahead(
                 new_fingerprint=key,
                 writer_batch_size=max(1, BUFFER // size),
             )
-        os.utime(path)  # it was used now
+        os.utime(path)  # marks the file as used now
     except OSError:
         return None
     return Encoded(table)
 
 
 def fingerprint(rows: datasets.Dataset, prompter: Prompter, roles: Sequence[str]) -> str:
-    """A hash of everything that decides what the rows' features are."""
+    """A hash of everything that determines the rows' features."""
     processor, tokenizer = prompter.processor, prompter.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = {
@@ -108,7 +110,7 @@ def fingerprint(rows: datasets.Dataset, prompter: Prompter, roles: Sequence[str]
 
 
 def _files(rows: datasets.Dataset) -> str:
-    """A hash of the times and sizes of pictures that lie in files of their own."""
+    """A hash of the times and sizes of pictures that are separate files."""
     digest = hashlib.sha256()
     for batch in rows.select_columns(["image"]).with_format("arrow").iter(batch_size=100):
         pictures = batch["image"].combine_chunks()
@@ -121,7 +123,7 @@ def _files(rows: datasets.Dataset) -> str:
 
 
 def _make_room(path: Path, budget: int) -> None:
-    """Removes the encoded rows of other data sets that were used longest ago."""
+    """Removes encoded rows of other data sets, the least recently used first."""
     others = [p for p in path.parent.glob("encoded-*.arrow") if p != path]
     for other in sorted(others, key=lambda p: p.stat().st_mtime, reverse=True):
         budget -= other.stat().st_size
@@ -130,7 +132,7 @@ def _make_room(path: Path, budget: int) -> None:
 
 
 def packed(row: Features) -> dict[str, Tensor]:
-    """A row's tensors under one name each."""
+    """A row's tensors by name."""
     named = {"prompt": row.prompt}
     named |= {f"answer.{n}": ids for n, ids in enumerate(row.answers)}
     named |= {f"aligned.{name}": t for name, t in row.aligned.items()}

@@ -1,4 +1,4 @@
-"""From rows to batches: prompts and answers padded, labels on the answers' tokens alone."""
+"""From rows to batches: padded prompts and answers, with labels only on the answers' tokens."""
 
 from __future__ import annotations
 
@@ -23,15 +23,15 @@ CACHE_BYTES = 1 << 28
 class Collator:
     """Turns rows of a data set into training and generation batches for one model.
 
-    Decoder-only models get ``prompt + answer`` in one sequence, labels masked to the answer;
-    encoder-decoder models get the prompt as input and the answer as labels. Rows are encoded once
-    and kept, up to 256 MiB; :meth:`encode_ahead` keeps them all on disk.
+    Decoder-only models get ``prompt + answer`` in one sequence, with labels masked to the answer.
+    Encoder-decoder models get the prompt as input and the answer as labels. Rows are encoded once
+    and cached in memory, up to 256 MiB. :meth:`encode_ahead` keeps all of them on disk.
 
     Args:
-        rows: of :func:`fedvlm.data.sources.load_rows`.
+        rows: from :func:`fedvlm.data.sources.load_rows`.
         loaded: the model and its processor.
-        max_length: most tokens of prompt and answer together; None: what the model takes.
-        pairs: whether training batches hold the rejected answers too.
+        max_length: most tokens of prompt and answer together; None means the model's own limit.
+        pairs: whether training batches also hold the rejected answers.
     """
 
     def __init__(
@@ -49,19 +49,19 @@ class Collator:
         self._room = CACHE_BYTES
         self._lengths: dict[int, int] = {}
         self._ahead: Encoded | None = None
-        self._encoding = threading.Lock()  # tokenizers are not for two threads at a time
+        self._encoding = threading.Lock()  # tokenizers are not thread-safe
         self._thread = ThreadPoolExecutor(1, "collate")
         self._next: tuple[list[int], Future[dict[str, Tensor]]] | None = None
 
     def encode_ahead(self, budget: int, told: Callable[[int, int], None]) -> None:
-        """Encodes all rows now, or reads what an earlier run encoded.
+        """Encodes all rows now, or reads the rows that an earlier run encoded.
 
         Args:
-            budget: bytes on disk at most; where they do not do, rows are encoded when they come.
-            told: is told how many rows of how many are done.
+            budget: most bytes on disk. If the rows do not fit, each is encoded when it is needed.
+            told: called with the number of encoded rows and of all rows.
 
         Raises:
-            DataError: naming the first row that cannot be encoded.
+            DataError: a row cannot be encoded; the message names the first one.
         """
         key = fingerprint(self.rows, self.prompter, self.roles)
         self._ahead = encode_ahead(self.rows, self._encode, key=key, budget=budget, told=told)
@@ -70,7 +70,7 @@ class Collator:
         """Row ``index``, encoded.
 
         Raises:
-            DataError: naming the row.
+            DataError: the row cannot be encoded; the message names it.
         """
         with self._encoding:
             if index in self._kept:
@@ -82,7 +82,7 @@ class Collator:
             return encoded
 
     def length(self, index: int) -> int:
-        """Tokens of a row's prompt and its longest answer."""
+        """Number of tokens of a row's prompt and its longest answer."""
         if index not in self._lengths:
             row = self.features(index)
             self._lengths[index] = len(row.prompt) + max(map(len, row.answers))
@@ -90,7 +90,7 @@ class Collator:
 
     def _encode(self, index: int) -> Features:
         row = self.rows[int(index)]
-        # Rows to predict for need no answer.
+        # Rows for prediction need no answer.
         answers = [row[role] for role in self.roles if row.get(role) is not None]
         try:
             image = open_image(row["image"])
@@ -101,14 +101,15 @@ class Collator:
     def training(self, indices: Iterable[int]) -> dict[str, Tensor]:
         """Inputs and ``labels`` ``[batch, tokens]``, right-padded.
 
-        With pairs, the batch is all rows with their answers, then all with their rejected ones.
+        With pairs, the batch holds all rows with their answers, then all rows with their rejected
+        answers.
         """
         indices = [int(i) for i in indices]
         begun, self._next = self._next, None
         return begun[1].result() if begun and begun[0] == indices else self._training(indices)
 
     def prefetch(self, indices: Iterable[int]) -> None:
-        """Begins, in another thread, what :meth:`training` is going to be asked for next."""
+        """Builds the next batch of :meth:`training` in another thread."""
         rows = [int(i) for i in indices]
         self._next = rows, self._thread.submit(self._training, rows)
 
@@ -129,7 +130,7 @@ class Collator:
         return self._to_device(self._inputs(found, [[] for _ in found], left=not self.seq2seq))
 
     def picture(self, index: int) -> dict[str, Tensor]:
-        """One row's inputs other than the text: pixels, and what describes them."""
+        """One row's inputs other than the text, such as pixels and image sizes."""
         return self._to_device(self.features(index).extras)
 
     def _inputs(
@@ -168,7 +169,7 @@ def _stack(rows: Sequence[Tensor], value: int, *, left: bool) -> Tensor:
 
 
 def _join(rows: Sequence[Tensor]) -> Tensor:
-    """Along the first axis; images cut into different numbers of tiles are padded with zeros."""
+    """Concatenates along the first axis; images of different numbers of tiles are zero-padded."""
     shape = [max(sizes) for sizes in zip(*(t.shape[1:] for t in rows), strict=True)]
     if any(list(t.shape[1:]) != shape for t in rows):
         padded = [t.new_zeros((len(t), *shape)) for t in rows]

@@ -1,10 +1,10 @@
-"""What is learnt, and its loss for every example.
+"""Training objectives, with the loss of every example.
 
 * Supervised fine-tuning (SFT): cross-entropy on the answer's tokens only.
 * Direct preference optimization (DPO, Rafailov et al., arXiv 2305.18290) on chosen and rejected
   answers. The reference is the same model with its adapter off: no second model in memory. Losses:
   ``sigmoid``, with label smoothing as in conservative DPO (Mitchell 2023), and ``ipo`` (Azar et
-  al., arXiv 2310.12036), whose log-ratios are means over the tokens, as its authors have it.
+  al., arXiv 2310.12036), with log-ratios averaged over the tokens, as its authors compute them.
 """
 
 from __future__ import annotations
@@ -32,13 +32,15 @@ Batch = dict[str, Tensor]
 
 @dataclass(frozen=True)
 class Terms:
-    """The loss of a batch, by example: ``loss.sum() / weight.sum()`` is what is minimised.
+    """The loss terms of a batch's examples; training minimises ``loss.sum() / weight.sum()``.
 
     Attributes:
-        loss: summed over what an example is weighted by ``[examples]``.
-        weight: answer tokens (SFT) or 1 (DPO) ``[examples]``.
-        wrong: how much of the weight is wrong ``[examples]``: tokens that are not the likeliest
-            after the right ones before them, or a pair whose rejected answer is preferred.
+        loss: the loss summed over an example's tokens (SFT), or the pair's loss (DPO)
+            ``[examples]``.
+        weight: number of answer tokens (SFT) or 1 (DPO) ``[examples]``.
+        wrong: the part of the weight that the model gets wrong ``[examples]``: the number of tokens
+            that are not the likeliest after the correct tokens before them (SFT), or 1 for a pair
+            whose rejected answer is preferred (DPO).
         metrics: further scores ``[examples]``, such as the reward margin.
     """
 
@@ -54,13 +56,13 @@ class Terms:
 
 @dataclass(frozen=True)
 class Objective:
-    """What is learnt.
+    """A training objective.
 
     Attributes:
-        pairs: whether batches hold rejected answers too, see :meth:`Collator.training`.
+        pairs: whether batches also hold rejected answers, see :meth:`Collator.training`.
         terms: ``(peft model, batch) -> Terms``.
-        weight: ``(features of a row) -> its weight`` in a batch's mean, the one that ``terms``
-            gives it: known before the model has seen it, so that a batch may come in parts.
+        weight: ``(features of a row) -> its weight`` in a batch's mean. It equals the weight that
+            ``terms`` gives the row, but needs no forward pass, so that a batch may be split.
     """
 
     pairs: bool
@@ -74,7 +76,7 @@ def build(config: ObjectiveConfig) -> Objective:
 
 
 def sft_terms(model: Any, batch: Batch) -> Terms:
-    """Negative log-likelihood of the answers, in nats a token."""
+    """Negative log-likelihood of the answers, in nats per token."""
     return Terms(*answer_nll(model, batch), {})
 
 
@@ -83,10 +85,10 @@ def dpo_terms(model: Any, batch: Batch, *, kind: str, beta: float, smoothing: fl
 
     Args:
         model: a ``PeftModel``.
-        batch: the chosen answers of all examples, then the rejected ones ``[2 * examples, ...]``.
+        batch: all chosen answers, then all rejected answers ``[2 * examples, ...]``.
         kind: ``sigmoid`` or ``ipo``.
         beta: inverse temperature of the reward ``beta * log(policy / reference)``; IPO's tau.
-        smoothing: probability that a preference is the wrong way round.
+        smoothing: probability that a preference label is flipped.
     """
     nll, tokens, _ = answer_nll(model, batch)
     with torch.no_grad(), adapter_off(model):
@@ -100,14 +102,14 @@ def dpo_terms(model: Any, batch: Batch, *, kind: str, beta: float, smoothing: fl
         gap = beta * (chosen - rejected)
         loss = -(1 - smoothing) * F.logsigmoid(gap) - smoothing * F.logsigmoid(-gap)
     margin = (beta * (chosen - rejected)).detach()
-    right = (margin > 0).float() + 0.5 * (margin == 0).float()  # a tie, as before training: half
+    right = (margin > 0).float() + 0.5 * (margin == 0).float()  # a tie, as before training: 0.5
     metrics = {"reward_accuracy": right, "reward_margin": margin}
     return Terms(loss, torch.ones_like(loss), 1 - right, metrics)
 
 
 @contextmanager
 def adapter_off(model: nn.Module) -> Iterator[None]:
-    """The model without its adapter. PEFT's ``disable_adapter`` also sets what is trained anew."""
+    """Turns the adapter off. PEFT's ``disable_adapter`` also changes what is trainable."""
     layers: list[Any] = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
     for layer in layers:
         layer._disable_adapters = True
@@ -129,22 +131,22 @@ OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
 
 
 def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Negative log-likelihood of the answers, in nats, and how many of their tokens are wrong.
+    """Negative log-likelihood of the answers, in nats, and their number of wrong tokens.
 
     Args:
-        model: decoder-only or encoder-decoder; called without ``labels`` where it is decoder-only.
+        model: decoder-only or encoder-decoder. A decoder-only model is called without ``labels``.
         batch: the model's inputs and ``labels`` ``[batch, tokens]``, ``-100`` where not scored.
 
     Returns:
-        The sum over each answer's tokens, the number of these tokens, and of those among them that
-        are not the likeliest; each ``[batch]``.
+        Each answer's negative log-likelihood (summed over its tokens), its number of tokens, and
+        its number of tokens that are not the likeliest; each ``[batch]``.
     """
     labels = batch["labels"]
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     if model.config.is_encoder_decoder:
         logits = model(**inputs, labels=labels).logits
     else:
-        # Logits of the prompt are not needed: with a large vocabulary they take most of the memory.
+        # The prompt's logits are not needed; with a large vocabulary they take most of the memory.
         first = int((labels != IGNORE).any(0).nonzero()[0])
         labels = labels[:, first:]
         base = model.get_base_model() if hasattr(model, "get_base_model") else model
@@ -152,14 +154,14 @@ def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         if _takes_logits_to_keep(kind):
             keep: Any = labels.shape[1] + 1
             inputs["logits_to_keep"] = keep
-        # Some models (GIT) put logits of image tokens, which are no input ids, before the text's.
+        # Some models (GIT) put logits of image tokens, which are not input ids, before the text's.
         logits = model(**inputs).logits[:, -labels.shape[1] - 1 : -1]
     scored = labels != IGNORE
     rows, columns = scored.nonzero(as_tuple=True)
     logits, tokens = wide(logits[rows, columns]), labels[rows, columns]
     token_nll = F.cross_entropy(logits, tokens, reduction="none")
     missed = (logits.detach().argmax(-1) != tokens).to(token_nll.dtype)
-    # Not by `index_add`, which sums in another order each time on a GPU.
+    # Not `index_add`: on a GPU it sums in a different order each time.
     zeros = token_nll.new_zeros(labels.shape)
     nll, wrong = (zeros.index_put((rows, columns), t).sum(1) for t in (token_nll, missed))
     return nll, scored.sum(1), wrong

@@ -1,8 +1,8 @@
 """One row as tokens: the processor's prompt, the answers' tokens, and the other inputs.
 
-The prompt is the processor's chat template where it has one; else the form that the family was
-trained with (``PLAIN``). An answer is tokenized as the template continues the prompt, up to and
-with the token that ends a turn, so that training and decoding see the same tokens.
+The prompt follows the processor's chat template if it has one, else the form that the family was
+trained with (``PLAIN``). An answer is tokenized the way the template continues the prompt, up to
+and including the token that ends a turn. Training and decoding thus see the same tokens.
 """
 
 from __future__ import annotations
@@ -24,11 +24,11 @@ PLAIN = {
     "blip-2": ("Question: {} Answer:", " {}"),  # Li et al., arXiv 2301.12597
     "florence2": ("{}", "{}"),
     "git": ("{}", "{}"),
-    "paligemma": ("{image}{}", "{}"),  # its processor ends the prompt with a new line
+    "paligemma": ("{image}{}", "{}"),  # its processor ends the prompt with a newline
 }
 """Prompt and answer of families without a chat template; ``{image}`` is the image token."""
 
-ANSWER_TYPE = {"paligemma": 1}  # token_type_ids of answers: 1 is causal there; else 0, no image
+ANSWER_TYPE = {"paligemma": 1}  # token_type_ids of answers: 1 means causal; elsewhere 0, no image
 
 
 @dataclass(frozen=True)
@@ -37,8 +37,9 @@ class Features:
 
     Attributes:
         prompt: input ids ``[prompt tokens]``.
-        answers: the answer's ids, and the rejected one's ``[answer tokens]``; each ends with eos.
-        aligned: inputs with a value for each token of the prompt ``[prompt tokens]``.
+        answers: ids of the answer, then of the rejected answer ``[answer tokens]``; each ends with
+            eos.
+        aligned: inputs with one value per prompt token ``[prompt tokens]``.
         extras: the other inputs, such as pixels ``[1 or patches, ...]``.
     """
 
@@ -58,7 +59,7 @@ class Prompter:
 
     Args:
         loaded: the model and its processor.
-        max_length: most tokens of prompt and answer; None: what the model takes.
+        max_length: most tokens of prompt and answer; None means the model's own limit.
     """
 
     loaded: Loaded
@@ -77,10 +78,10 @@ class Prompter:
         self.limit = _limit(config, self.tokenizer)
 
     def encode(self, image: Any, question: str, answers: Sequence[str]) -> Features:
-        """One row: its picture, question and answers.
+        """Encodes one row: its picture, question and answers.
 
         Raises:
-            DataError: the prompt does not fit, shows the model no image, or is refused.
+            DataError: the prompt is too long or has no image token, or the processor refuses it.
         """
         text = self.prompt_text(question)
         # A template that writes the begin token itself must not get a second one.
@@ -89,7 +90,7 @@ class Prompter:
         options = {"add_special_tokens": False} if bare else {}
         try:
             inputs = self.processor(text=[text], images=[[image]], return_tensors="pt", **options)
-        except ValueError as error:  # an image token too many or too few
+        except ValueError as error:  # too many or too few image tokens
             raise DataError(
                 f"the processor of '{self.loaded.name}' refuses {text!r:.200}: {error}"
             ) from error
@@ -107,7 +108,7 @@ class Prompter:
         return Features(ids, found, aligned, dict(inputs))
 
     def prompt_text(self, question: str) -> str:
-        """The question as the model is asked it, the image's place included."""
+        """The text of the prompt, with the place of the image."""
         if self.has_template:
             return self._render(question)
         image = str(getattr(self.processor, "image_token", None) or "")
@@ -115,8 +116,8 @@ class Prompter:
         return prompt.replace("{image}", image).replace("{}", question)
 
     def answer_ids(self, question: str, answer: str) -> Tensor:
-        """The answer's tokens and the end ``[answer tokens]``."""
-        if self.seq2seq:  # a text of its own, begun as its tokenizer has texts begin
+        """The answer's tokens, including the end token ``[answer tokens]``."""
+        if self.seq2seq:  # a separate text, which begins as every text of this tokenizer
             ids = self.tokenizer(answer).input_ids
         elif self.has_template:
             ids = self._continuation(self._render(question), self._render(question, answer), answer)
@@ -128,7 +129,7 @@ class Prompter:
         return torch.tensor(ids)
 
     def answer_type(self, name: str) -> int:
-        """The value of an aligned input at an answer's tokens."""
+        """The value of an aligned input at the tokens of an answer."""
         return ANSWER_TYPE.get(self.family, 0) if name == "token_type_ids" else 0
 
     def _render(self, question: str, answer: str | None = None) -> str:
@@ -141,14 +142,14 @@ class Prompter:
         )
 
     def _continuation(self, prompt: str, whole: str, answer: str) -> list[int]:
-        """The tokens by which the whole dialogue goes beyond the prompt."""
+        """The tokens that follow the prompt in the whole dialogue."""
         if not whole.startswith(prompt):
             return self._ids(answer)
         asked, said = self._ids(prompt), self._ids(whole)
-        if said[: len(asked)] != asked:  # a token spans the border: cut the text instead
+        if said[: len(asked)] != asked:  # a token spans the boundary: split the text instead
             asked, said = [], self._ids(whole[len(prompt) :])
         said = said[len(asked) :]
-        if self.ends.isdisjoint(said):  # white space that the template puts after a turn
+        if self.ends.isdisjoint(said):  # the template puts white space after a turn
             shorter = self._ids(whole.rstrip())[len(asked) :] if asked else self._ids(answer)
             said = shorter or said
         return said
@@ -160,35 +161,35 @@ class Prompter:
         images = int((prompt == self.image_id).sum()) if self.image_id is not None else None
         if images == 0:
             raise DataError(
-                f"the prompt of '{self.loaded.name}' holds no image token, so the model would not "
-                "see the image: its processor's chat template must put one where a turn has "
-                '{"type": "image"}'
+                f"the prompt of '{self.loaded.name}' has no image token, so the model would not "
+                "see the image: its processor's chat template must put an image token where a turn "
+                'has {"type": "image"}'
             )
         least = len(prompt) + (0 if self.seq2seq else 1)
         limit = self.max_length or self.limit
         if limit is None or least <= limit:
             return
-        of_image = f", {images} of them the image's" if images else ""
+        of_image = f", {images} of them for the image" if images else ""
         if self.limit is not None and least > self.limit:
             cure = (
-                f"'{self.loaded.name}' takes at most {self.limit}: shorten the questions, have the "
-                "processor make smaller images, or use another model"
+                f"'{self.loaded.name}' takes at most {self.limit}: shorten the questions, set the "
+                "processor to smaller images, or use another model"
             )
         else:
             cure = f"raise data.max_length to at least {least}, more for the answers"
         raise DataError(
-            f"the prompt needs {len(prompt)} tokens{of_image}, and at most {limit} are allowed; "
-            f"nothing of a prompt is cut off: {cure}"
+            f"the prompt needs {len(prompt)} tokens{of_image}, but at most {limit} are allowed "
+            f"(prompts are never cut): {cure}"
         )
 
     def _fit(self, prompt: int, answer: Tensor) -> Tensor:
-        """Cuts an answer that is too long, from its end."""
+        """Cuts the end off an answer that is too long."""
         limit = self.max_length or self.limit
         room = len(answer) if limit is None else limit - (0 if self.seq2seq else prompt)
         if len(answer) > room and not self._cut:
             self._cut = True
             logger.warning(
-                "an answer of %d tokens was cut to %d, so that it fits into %d with its prompt; "
+                "an answer of %d tokens was cut to %d to fit into %d tokens with its prompt; "
                 "others may follow%s",
                 len(answer),
                 room,
@@ -199,19 +200,19 @@ class Prompter:
 
 
 def _ends(model: Any, tokenizer: Any) -> tuple[set[int], int]:
-    """All tokens that end a generation, and the one that ends an answer without one."""
+    """All tokens that end a generation, and the one to append to an answer that lacks an end."""
     settings: Any = getattr(model, "generation_config", None)
     ids = getattr(settings, "eos_token_id", None)
     ends = [] if ids is None else [ids] if isinstance(ids, int) else list(ids)
     own = tokenizer.eos_token_id
     if own is None and not ends:
-        raise DataError("neither the tokenizer nor the generation config names an end token (eos)")
+        raise DataError("neither the tokenizer nor the generation config has an end token (eos)")
     end = own if own is not None and (own in ends or not ends) else ends[0]
     return {*ends, end}, end
 
 
 def _limit(config: Any, tokenizer: Any) -> int | None:
-    """Most tokens that the model's positions and its tokenizer allow; None where unlimited."""
+    """Most tokens that the model's positions and its tokenizer allow; None if unlimited."""
     text = config.get_text_config()
     limits = [getattr(text, "max_position_embeddings", None), tokenizer.model_max_length]
     return min((int(n) for n in limits if n and n < 1_000_000), default=None)

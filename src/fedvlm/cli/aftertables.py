@@ -1,4 +1,4 @@
-"""The tables of the commands that come after training."""
+"""The tables of the commands after training."""
 
 from __future__ import annotations
 
@@ -27,15 +27,15 @@ SITE_MODELS = {
 
 
 def print_answers(answers: Answers, out: str | Path | None) -> None:
-    """One answer alone as plain text; else a row a question and a column a model."""
+    """Prints a single answer as text, else a table: a row per question, a column per model."""
     if out is not None:
-        print(f"{len(answers.rows)} rows, {len(answers.models)} models: {out}")
+        print(f"{len(answers.rows)} rows, {len(answers.models)} models, written to {out}")
         return
     if len(answers.rows) == 1 and len(answers.models) == 1:
         print(answers.rows[0][answers.models[0]])
         return
     questions = {row["question"] for row in answers.rows}
-    alone = questions.pop() if len(questions) == 1 else None  # then it is the title
+    alone = questions.pop() if len(questions) == 1 else None  # a single question is the title
     shown = Table(title=alone and escape(alone))
     heads = [name for name in answers.rows[0] if alone is None or name != "question"]
     for name in heads:
@@ -47,11 +47,11 @@ def print_answers(answers: Answers, out: str | Path | None) -> None:
     console.print(shown)
     if len(answers.rows) > MOST_ROWS:
         left = len(answers.rows) - MOST_ROWS
-        console.print(f"and {left} more rows; --out answers.jsonl writes all", highlight=False)
+        console.print(f"and {left} more rows; --out answers.jsonl writes all rows", highlight=False)
 
 
 def print_evaluation(found: Evaluation, out: str | Path | None) -> None:
-    """A row a model, a column a metric."""
+    """Prints one row per model and one column per metric."""
     console = console_for_tables()
     console.print(_scores(f"{found.rows} rows of {found.data}", found.scores))
     if out is not None:
@@ -59,7 +59,7 @@ def print_evaluation(found: Evaluation, out: str | Path | None) -> None:
 
 
 def print_onboarded(site: Onboarded) -> None:
-    """A row for every way to have a model, the personal one last."""
+    """Prints one row per kind of model, the personal model last."""
     table = site.table
     count = site.scores["personal"]["examples"]
     title = f"site {table['site']}, {count:g} {table['split']} rows"
@@ -69,7 +69,7 @@ def print_onboarded(site: Onboarded) -> None:
     console.print(
         f"trained: {table['trained']}; up to {table['steps']} steps on "
         f"{table['rows']['train']} rows\n"
-        f"everything is in {site.folder}: the adapter, personal.safetensors, scores.json, "
+        f"all results are in {site.folder}: the adapter, personal.safetensors, scores.json, "
         "README.md",
         highlight=False,
         markup=False,

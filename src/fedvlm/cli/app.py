@@ -1,4 +1,4 @@
-"""The command line. Heavy imports happen inside the commands, so that --help is instant."""
+"""The command line. Heavy imports are inside the commands, so that --help is instant."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import contextlib
 import os
 import sys
 from collections.abc import Iterator
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -26,22 +26,23 @@ app = typer.Typer(
 RunFolder = Annotated[str, typer.Argument(metavar="DIR", help="the folder of a finished run")]
 ClientOption = Annotated[
     list[str] | None,
-    typer.Option("--client", "-c", metavar="NAME", help="whose model; may be given again"),
+    typer.Option("--client", "-c", metavar="NAME", help="this client's model; may be repeated"),
 ]
 GlobalOption = Annotated[bool, typer.Option("--global", help="the global model")]
 DataOption = Annotated[
-    str, typer.Option("--data", metavar="FILE", help="rows in the run's columns")
+    str, typer.Option("--data", metavar="FILE", help="rows with the run's columns")
 ]
 OutOption = Annotated[
-    str | None, typer.Option(metavar="FILE", help="write to .jsonl, .json, .csv or .parquet")
+    str | None,
+    typer.Option(metavar="FILE", help="write the results as .jsonl, .json, .csv or .parquet"),
 ]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(
         "--set",
         metavar="KEY=VALUE",
-        help="a setting other than the run's, such as "
-        "model.device=cpu or data.columns.answer=label",
+        help="change a setting of the run, such as "
+        "model.device=cpu or data.columns.answer=label; may be repeated",
     ),
 ]
 
@@ -50,8 +51,8 @@ SetOption = Annotated[
 def _check_processes(context: typer.Context) -> None:
     if processes.size() > 1 and context.invoked_subcommand != "run":
         raise FedVLMError(
-            f"'fedvlm {context.invoked_subcommand}' works in one process, and {processes.size()} "
-            "were started: leave out torchrun; 'fedvlm run' is what takes several devices"
+            f"'fedvlm {context.invoked_subcommand}' works in one process, but {processes.size()} "
+            "were started: leave out torchrun; only 'fedvlm run' uses several devices"
         )
 
 
@@ -59,26 +60,26 @@ def _check_processes(context: typer.Context) -> None:
 def run(
     words: Words = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="DIR", help="go on with the unfinished run in DIR")
+        str | None, typer.Option(metavar="DIR", help="resume the unfinished run in DIR")
     ] = None,
     quiet: QuietOption = False,
     print_config: Annotated[
-        bool, typer.Option("--print-config", help="print all settings as YAML, and stop")
+        bool, typer.Option("--print-config", help="print all settings as YAML and exit")
     ] = False,
     dry_run: Annotated[
         bool,
-        typer.Option("--dry-run", help="print what the run would do, send and hold, and stop"),
+        typer.Option("--dry-run", help="print the run's steps, bytes sent and memory, and exit"),
     ] = False,
 ) -> None:
-    """Fine-tune one model for every client, and score them all."""
+    """Fine-tune one model per client and score every model."""
     from fedvlm import config as configs
 
     if resume is not None and words:
         raise ConfigError(
-            [f"--resume takes the run's own configuration; leave out {', '.join(words)}"]
+            [f"--resume uses the run's saved configuration; leave out {', '.join(words)}"]
         )
     if resume is not None and dry_run:
-        raise ConfigError(["--dry-run is of a new run; leave out --resume"])
+        raise ConfigError(["--dry-run plans a new run; leave out --resume"])
     source, overrides = parse(words)
     if print_config:
         text = configs.dump(configs.load(source, *overrides))
@@ -110,38 +111,40 @@ def run(
 
 @app.command()
 def compare(
-    algorithms: Annotated[str, typer.Argument(help="names with commas, such as plora,lora,local")],
+    algorithms: Annotated[str, typer.Argument(help="a list such as plora,lora,local")],
     words: Words = None,
-    seeds: Annotated[int, typer.Option(help="how many seeds, from `seed` on")] = 1,
-    jobs: Annotated[int, typer.Option(help="runs at a time, one process each")] = 1,
+    seeds: Annotated[int, typer.Option(help="number of seeds, starting at `seed`")] = 1,
+    jobs: Annotated[int, typer.Option(help="runs in parallel, one process each")] = 1,
     quiet: QuietOption = False,
 ) -> None:
-    """Compare algorithms on the same clients and the same initial weights."""
+    """Compare algorithms on the same clients and initial weights."""
     from fedvlm import config as configs
 
     source, overrides = parse(words)
-    settings = configs.load(source, *overrides)
-    if settings.output == configs.Config().output:
-        settings = settings.model_copy(update={"output": "runs/compare"})
+    tree, problems = configs.read(source, *overrides)
+    if problems:
+        raise ConfigError(problems)
     names = [a.strip() for a in algorithms.split(",") if a.strip()]
-    _compare(names, settings, seeds, jobs, quiet)
+    _compare(names, {"output": "runs/compare"} | tree, seeds, jobs, quiet)
 
 
 @app.command()
 def demo(
     words: Words = None,
-    seeds: Annotated[int, typer.Option(help="how many seeds")] = 1,
-    jobs: Annotated[int, typer.Option(help="runs at a time; 0: one a core, at most 4")] = 0,
+    seeds: Annotated[int, typer.Option(help="number of seeds")] = 1,
+    jobs: Annotated[int, typer.Option(help="runs in parallel; 0: one per core, at most 4")] = 0,
     quiet: QuietOption = False,
 ) -> None:
-    """See it work: eight sites that differ, LoRA, personalized LoRA and honest baselines."""
+    """Compare personalized LoRA with baselines on eight sites."""
     from fedvlm import config as configs
     from fedvlm.cli.demo import ALGORITHMS, INTRODUCTION, SETTINGS
 
     source, overrides = parse(words)
     if source:
         raise ConfigError([f"the demo has its own configuration; leave out '{source}'"])
-    settings = configs.load(SETTINGS, *overrides)
+    settings, problems = configs.read(SETTINGS, *overrides)
+    if problems:
+        raise ConfigError(problems)
     if not quiet:
         typer.echo(INTRODUCTION)
     _compare(list(ALGORITHMS), settings, seeds, jobs or min(4, os.cpu_count() or 1), quiet)
@@ -152,16 +155,21 @@ def export(
     folder: RunFolder,
     client: ClientOption = None,
     global_: GlobalOption = False,
-    all_: Annotated[bool, typer.Option("--all", help="every client and the global model")] = False,
+    all_: Annotated[
+        bool, typer.Option("--all", help="every client's model and the global model")
+    ] = False,
     merge: Annotated[
-        bool, typer.Option("--merge", help="a whole model, loadable without PEFT")
+        bool, typer.Option("--merge", help="write a whole model that loads without PEFT")
     ] = False,
     to: Annotated[
-        str | None, typer.Option(metavar="FOLDER", help="where; else DIR/export/NAME")
+        str | None, typer.Option(metavar="FOLDER", help="the new folder; default DIR/export/NAME")
     ] = None,
     set_: SetOption = None,
 ) -> None:
-    """Export adapters, or whole models, that others load without fedvlm; with a model card."""
+    """Export adapters or whole models, with a model card.
+
+    Exports load without fedvlm.
+    """
     from fedvlm.after.export import export_many
 
     named = tuple(client or ())
@@ -178,16 +186,16 @@ def predict(
         str, typer.Argument(metavar="SOURCE", help="an image, a folder of images, or a data file")
     ],
     question: Annotated[
-        str | None, typer.Argument(help="what to ask; a data file may bring its questions")
+        str | None, typer.Argument(help="the question; a data file may have its own questions")
     ] = None,
     client: ClientOption = None,
     global_: GlobalOption = False,
     untuned: Annotated[bool, typer.Option("--untuned", help="the model before training")] = False,
-    all_: Annotated[bool, typer.Option("--all", help="all of these, side by side")] = False,
+    all_: Annotated[bool, typer.Option("--all", help="all of these models")] = False,
     out: OutOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Ask a run's models about images: several models side by side."""
+    """Ask one or more of a run's models about images."""
     from fedvlm.after.predict import predict_many
     from fedvlm.cli.aftertables import print_answers
 
@@ -212,13 +220,16 @@ def evaluate(
     client: ClientOption = None,
     global_: GlobalOption = False,
     all_: Annotated[
-        bool, typer.Option("--all", help="all clients and the global model; the default")
+        bool,
+        typer.Option("--all", help="every client's model and the global model; the default"),
     ] = False,
-    max_rows: Annotated[int | None, typer.Option(help="a seeded sample of this many rows")] = None,
+    max_rows: Annotated[
+        int | None, typer.Option(help="score a seeded sample of this many rows")
+    ] = None,
     out: OutOption = None,
     set_: SetOption = None,
 ) -> None:
-    """Score a run's models, and the untuned one, on new data."""
+    """Score a run's models and the untuned model on new data."""
     from fedvlm.after.evaluate import evaluate as score
     from fedvlm.cli.aftertables import print_evaluation
 
@@ -239,15 +250,19 @@ def evaluate(
 def onboard(
     folder: RunFolder,
     data: DataOption,
-    name: Annotated[str | None, typer.Option(help="of the site; else the data's name")] = None,
+    name: Annotated[
+        str | None, typer.Option(help="name of the site; default: the data's name")
+    ] = None,
     steps: Annotated[
         int | None,
-        typer.Option(help="local steps; else as many as the run's clients took, at most 100"),
+        typer.Option(
+            help="local steps; default: as many as each of the run's clients, at most 100"
+        ),
     ] = None,
-    lr: Annotated[float | None, typer.Option(help="learning rate; else the run's")] = None,
+    lr: Annotated[float | None, typer.Option(help="learning rate; default: the run's")] = None,
     set_: SetOption = None,
 ) -> None:
-    """Give a site that joins after training its own model, in a few local steps."""
+    """Train a model for a new site in a few local steps."""
     from fedvlm.after.onboard import onboard as join
     from fedvlm.cli.aftertables import print_onboarded
 
@@ -255,11 +270,16 @@ def onboard(
 
 
 @app.command()
-def algorithms() -> None:
-    """List the algorithms: what each sends, what stays at the client, and its paper."""
-    from fedvlm.cli.tables import print_algorithms
+def algorithms(
+    name: Annotated[str | None, typer.Argument(help="one algorithm, with its settings")] = None,
+) -> None:
+    """List the algorithms, or show one: what it sends and keeps, its paper, its settings."""
+    from fedvlm.cli.algorithms import print_algorithm, print_algorithms
 
-    print_algorithms()
+    if name is None:
+        print_algorithms()
+    else:
+        print_algorithm(name)
 
 
 app.add_typer(cli_deploy.deploy, name="deploy")
@@ -267,8 +287,8 @@ app.add_typer(cli_deploy.site, name="site")
 
 
 def main() -> None:
-    """The entry point: a mistake in the input is one message and exit code 2."""
-    # Two busy thread pools on few cores slow each other down ten-fold.
+    """The entry point. A mistake in the input prints one message and exits with code 2."""
+    # Two busy thread pools on few cores make each other ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     try:
         app()
@@ -278,14 +298,16 @@ def main() -> None:
         sys.exit(2)
 
 
-def _compare(names: list[str], settings, seeds: int, jobs: int, quiet: bool) -> None:
+def _compare(names: list[str], tree: dict[str, Any], seeds: int, jobs: int, quiet: bool) -> None:
     from fedvlm.cli.board import board
     from fedvlm.cli.tables import print_comparison
     from fedvlm.rounds.comparison import compare as run_comparison
+    from fedvlm.rounds.comparison import planned
 
-    again = "the same command: it goes on where it stopped"
-    with _interruptible(again), board(names, settings, seeds, quiet) as tell:
-        comparison = run_comparison(names, settings, seeds=seeds, jobs=jobs, tell=tell)
+    runs = planned(names, tree, seeds=seeds, jobs=jobs)
+    again = "the same command"
+    with _interruptible(again), board(runs, quiet) as tell:
+        comparison = run_comparison(names, tree, seeds=seeds, jobs=jobs, tell=tell)
     print_comparison(comparison)
 
 
@@ -295,5 +317,5 @@ def _interruptible(how: str) -> Iterator[None]:
         yield
     except KeyboardInterrupt:
         if processes.rank() == 0:
-            typer.echo(f"\nstopped; nothing finished is lost. Go on with: {how}", err=True)
+            typer.echo(f"\nstopped; finished work is kept. Resume with: {how}", err=True)
         sys.exit(130)

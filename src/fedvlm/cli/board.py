@@ -1,10 +1,10 @@
-"""The progress of a comparison: one bar a run on a terminal, plain lines elsewhere."""
+"""The progress of a comparison: one bar per run on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from fedvlm.cli.live import describe
@@ -13,10 +13,14 @@ from fedvlm.settings.sections import Config
 
 
 @contextlib.contextmanager
-def board(
-    algorithms: Sequence[str], config: Config, seeds: int, quiet: bool
-) -> Iterator[Callable[[Event], None] | None]:
-    """Yields what to call with (run, metrics line, seconds) after every round."""
+def board(runs: Mapping[str, Config], quiet: bool) -> Iterator[Callable[[Event], None] | None]:
+    """Yields a function to call with (run, metrics line, seconds) after every round.
+
+    Args:
+        runs: name -> settings.
+        quiet: show nothing.
+    """
+    config = next(iter(runs.values()))
     rounds = config.train.rounds
     if quiet:
         yield None
@@ -47,7 +51,7 @@ def board(
         TimeRemainingColumn(),
     )
     with Progress(*columns) as bars:
-        total = len(algorithms) * seeds * (rounds + 1)
+        total = len(runs) * (rounds + 1)
         everything = bars.add_task("all", total=total, note="loading")
         tasks: dict[str, Any] = {}
 

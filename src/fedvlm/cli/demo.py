@@ -1,4 +1,4 @@
-"""What ``fedvlm demo`` compares, small enough for two minutes on two cores."""
+"""The settings of ``fedvlm demo``, small enough for two minutes on two cores."""
 
 from __future__ import annotations
 
@@ -13,14 +13,14 @@ SETTINGS = {
 }
 
 INTRODUCTION = """\
-Eight sites ask questions about pictures. Each has its own camera, its own words for the answers and
-its own mix of questions; none shares its data. All start from one small vision-language model, and
-train LoRA adapters on top of it:
+Eight sites ask questions about pictures. Each site has its own camera, its own words for the
+answers and its own mix of questions. No site shares its data. All sites start from one small
+vision-language model and train LoRA adapters on it:
 
-  auto     the default: each site begins a round with the mixture of its own factors and everybody's
-           mean that its validation rows favour, and tunes at the end
+  auto     the default: each site mixes its own adapter with the average of all sites; its
+           validation rows choose the mixture; a final local tuning follows
   plora    personalized LoRA (FedVLM): B is averaged over the sites, A stays at each site
-  lora     standard federated LoRA: A and B are averaged, one model for all
-  local    every site alone
-  lora+ft  standard federated LoRA, then tuned at every site
+  lora     standard federated LoRA: A and B are averaged, one model for all sites
+  local    every site trains alone
+  lora+ft  standard federated LoRA, then local tuning at every site
 """

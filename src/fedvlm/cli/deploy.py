@@ -13,13 +13,13 @@ from fedvlm.cli.options import QuietOption, Words, parse
 from fedvlm.errors import ConfigError, FedVLMError
 
 HOME = "federation"
-STAYED = "personal adapters and all answers are at the sites, in STATE/runs/"
+STAYED = "personal adapters and all answers stay at the sites, in STATE/runs/"
 
-deploy = typer.Typer(no_args_is_help=True, help="Run over real machines, by NVFlare.")
-site = typer.Typer(no_args_is_help=True, help="Take part with one site's rows.")
+deploy = typer.Typer(no_args_is_help=True, help="Run over real machines with NVFlare.")
+site = typer.Typer(no_args_is_help=True, help="Take part in runs with one site's rows.")
 
 Folder = Annotated[
-    str, typer.Option("--federation", "-f", metavar="DIR", help="what 'deploy init' has written")
+    str, typer.Option("--federation", "-f", metavar="DIR", help="the folder of 'deploy init'")
 ]
 
 
@@ -32,23 +32,25 @@ def _installed() -> None:
 
 @deploy.command()
 def init(
-    project: Annotated[str, typer.Argument(metavar="PROJECT.yml", help="server, and sites")],
-    to: Annotated[str, typer.Option(metavar="DIR", help="where certificates and kits go")] = HOME,
+    project: Annotated[
+        str, typer.Argument(metavar="PROJECT.yml", help="describes the server and the sites")
+    ],
+    to: Annotated[str, typer.Option(metavar="DIR", help="folder for certificates and kits")] = HOME,
 ) -> None:
-    """Make certificates, and a start-up kit for every site."""
+    """Make certificates and a start-up kit for every site."""
     from fedvlm.deploy.nvflare.project import provision, read_project
 
     kits = provision(read_project(project), Path(to))
     for name, path in kits.items():
         if path.suffix == ".zip":
-            typer.echo(f"{name}: give {path} to this site, over a channel that you trust")
-    typer.echo(f"{to}/ca has all private keys: keep it here and off every other machine")
+            typer.echo(f"{name}: send {path} to this site over a channel that you trust")
+    typer.echo(f"{to}/ca holds all private keys: keep it on this machine only")
     typer.echo(f"next: fedvlm deploy server -f {to}")
 
 
 @deploy.command()
 def server(folder: Folder = HOME) -> None:
-    """Run the server of a federation, in the foreground."""
+    """Run the server of a federation in the foreground."""
     from fedvlm.deploy.nvflare.processes import serve
 
     serve(Path(folder), typer.echo)
@@ -58,22 +60,25 @@ def server(folder: Folder = HOME) -> None:
 def run(
     words: Words = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="DIR", help="go on with the unfinished run in DIR")
+        str | None, typer.Option(metavar="DIR", help="resume the unfinished run in DIR")
     ] = None,
     folder: Folder = HOME,
-    min_sites: Annotated[int, typer.Option(help="fewest sites of a round")] = 1,
-    wait: Annotated[float, typer.Option(help="seconds for all sites to connect")] = 60.0,
-    round_deadline: Annotated[int, typer.Option(help="seconds a site has to train")] = 3600,
+    min_sites: Annotated[int, typer.Option(help="minimum number of sites in a round")] = 1,
+    wait: Annotated[float, typer.Option(help="seconds to wait for all sites")] = 60.0,
+    round_deadline: Annotated[int, typer.Option(help="seconds for training in a round")] = 3600,
     quiet: QuietOption = False,
 ) -> None:
-    """Fine-tune over the connected sites, and follow it. Run this on the server's machine."""
+    """Fine-tune over the connected sites and show the progress.
+
+    Run this command on the server's machine.
+    """
     from fedvlm import config as configs
     from fedvlm.cli.tables import print_run
     from fedvlm.deploy.nvflare import federation as runs
     from fedvlm.deploy.remote import Limits
 
     if resume and words:
-        raise ConfigError(["--resume takes the run's own configuration; leave out the others"])
+        raise ConfigError(["--resume uses the run's saved configuration; leave out the others"])
     source, overrides = parse(words)
     settings = runs.saved(resume) if resume else configs.load(source, *overrides)
     federation = runs.Federation(folder)
@@ -91,7 +96,8 @@ def run(
         )
     except KeyboardInterrupt:
         typer.echo(
-            f"\nno longer followed; the run goes on. End it with: fedvlm deploy abort -f {folder}",
+            "\nno progress is shown any more, but the run continues. "
+            f"End it with: fedvlm deploy abort -f {folder}",
             err=True,
         )
         sys.exit(130)
@@ -101,7 +107,7 @@ def run(
 
 @deploy.command()
 def status(folder: Folder = HOME) -> None:
-    """Say which sites are connected, and what runs."""
+    """Show which sites are connected and which jobs run."""
     from fedvlm.deploy.nvflare.federation import Federation
 
     federation = Federation(folder)
@@ -111,37 +117,40 @@ def status(folder: Folder = HOME) -> None:
     for job in found["jobs"]:
         typer.echo(f"job {job['job_id']}  {job.get('status')}")
     if not found["jobs"]:
-        typer.echo("no job is under way")
+        typer.echo("no job is running")
 
 
 @deploy.command()
 def abort(folder: Folder = HOME) -> None:
-    """End what runs; finished rounds are kept."""
+    """End the running job; finished rounds are kept."""
     from fedvlm.deploy.nvflare.federation import Federation
 
     ended = Federation(folder).abort()
-    typer.echo(f"ended: {', '.join(ended)}" if ended else "no job is under way")
+    typer.echo(f"ended: {', '.join(ended)}" if ended else "no job is running")
 
 
 @deploy.command()
 def readmit(folder: Folder = HOME) -> None:
-    """Let sites that were away take part again, from the next round on."""
+    """Let sites that were away take part again from the next round."""
     from fedvlm.deploy.nvflare.federation import Federation
 
     found = Federation(folder).readmit()
-    told = "after this round, the 'fedvlm deploy run' that follows goes on with all connected sites"
-    typer.echo(told if found else "no job is under way")
+    told = "after this round, your 'fedvlm deploy run' continues with all connected sites"
+    typer.echo(told if found else "no job is running")
 
 
 @deploy.command()
 def demo(
-    to: Annotated[str, typer.Option(metavar="DIR", help="where everything goes")] = "runs/deploy",
+    to: Annotated[str, typer.Option(metavar="DIR", help="folder for all files")] = "runs/deploy",
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
     ] = None,
     quiet: QuietOption = False,
 ) -> None:
-    """See it work on this machine: a server and three sites, real processes, mutual TLS."""
+    """Try it on this machine: a server and three sites.
+
+    The server and the sites are real processes that connect by mutual TLS.
+    """
     from fedvlm.cli.tables import print_run
     from fedvlm.deploy.nvflare.demo import demo as show
 
@@ -153,16 +162,21 @@ def demo(
 @site.command()
 def start(
     kit: Annotated[str, typer.Argument(metavar="KIT.zip", help="this site's start-up kit")],
-    data: Annotated[str, typer.Option(help="its rows: parquet, JSONL, folder")],
-    state: Annotated[str, typer.Option(metavar="DIR", help="personal state, models and logs")],
+    data: Annotated[str, typer.Option(help="this site's rows: parquet, JSONL or a folder")],
+    state: Annotated[
+        str, typer.Option(metavar="DIR", help="folder for personal state, models and logs")
+    ],
     policy: Annotated[
-        str | None, typer.Option(metavar="FILE", help="what a run may ask of this site")
+        str | None, typer.Option(metavar="FILE", help="limits what a run may ask of this site")
     ] = None,
     systemd: Annotated[
-        bool, typer.Option("--systemd", help="print a systemd unit, and stop")
+        bool, typer.Option("--systemd", help="print a systemd unit and exit")
     ] = False,
 ) -> None:
-    """Take part with this site's rows, in the foreground, until it is stopped."""
+    """Take part in runs with this site's rows until stopped.
+
+    The command stays in the foreground.
+    """
     from fedvlm.deploy.nvflare.processes import start_site, systemd_unit
 
     if systemd:
@@ -172,7 +186,7 @@ def start(
 
 
 class Shown:
-    """Events as lines for a person."""
+    """Prints events as lines of text."""
 
     def tell(self, event: dict[str, Any]) -> None:
         text = line(event)
@@ -181,20 +195,20 @@ class Shown:
 
 
 def plain(text: str) -> str:
-    """Text without what would steer a terminal: part of it is a site's own words."""
+    """Text without characters that steer a terminal, since part of it comes from a site."""
     whole = "".join(c if c.isprintable() or c == "\n" else "?" for c in text)
     return whole.replace("\n", "\n    ")
 
 
 def line(event: dict[str, Any]) -> str:
-    """An event as a person reads it; empty for those that say nothing."""
+    """An event as a line of text; empty for an event that is not shown."""
     kind, name = event["event"], event.get("site")
     if kind == "connected":
         return f"  {name}: connected"
     if kind == "opened":
         rows = event.get("rows")
         told = f"{rows['train']} train, {rows['val']} val, {rows['test']} test rows" if rows else ""
-        return f"  {name}: ready, {told or 'rows not told'}"
+        return f"  {name}: ready, {told or 'number of rows not reported'}"
     if kind == "trained":
         return (
             f"  {name}: round {event['round']}, loss {event['loss']:.3f}, "
@@ -205,7 +219,7 @@ def line(event: dict[str, Any]) -> str:
     if kind == "rejected":
         return f"  {name}: REJECTED in round {event['round']}: {event['why']}"
     if kind == "benched":
-        return f"  {name}: left out of round {event['round']}, since it failed before"
+        return f"  {name}: left out of round {event['round']} because it failed before"
     if kind == "round" and not event["round"]:
         return "all sites have scored the untuned model"
     if kind == "round":
@@ -215,5 +229,5 @@ def line(event: dict[str, Any]) -> str:
         return f"job {event['job']} {verb}, for {', '.join(event['sites'])}"
     if kind == "again":
         why = "the job ended early; " if event["early"] else ""
-        return f"{why}going on after round {event['round']} with all sites that are connected"
+        return f"{why}continuing after round {event['round']} with all connected sites"
     return f"job {event['status']}" if kind == "ended" else ""

@@ -13,9 +13,9 @@ UNKNOWN = "not known"
 
 
 def print_forecast(plan: Forecast) -> None:
-    """A line for each thing that is planned, and what is not known and why."""
+    """Prints one line per planned quantity, and the reason for each unknown quantity."""
     config = plan.config
-    title = f"{config.algorithm.name}, {config.objective.name}: what this run would do"
+    title = f"{config.algorithm.name}, {config.objective.name}: plan of this run"
     out = Table(title=title, show_header=False)
     out.add_column(style="bold", no_wrap=True)
     out.add_column()
@@ -27,8 +27,8 @@ def print_forecast(plan: Forecast) -> None:
         console.print(f"not known: {reason}", highlight=False, markup=False)
     if plan.size:
         console.print(
-            "LoRA is left off layers that get no gradient, which a run finds with the weights: "
-            "where there are some, less is trained and sent.",
+            "A run with weights removes LoRA from layers that get no gradient. If the model has "
+            "such layers, the run trains and sends less.",
             highlight=False,
         )
     console.print("nothing was trained or written", highlight=False)
@@ -37,10 +37,10 @@ def print_forecast(plan: Forecast) -> None:
 def _work(plan: Forecast) -> Iterator[tuple[str, str]]:
     rounds = f"{plan.config.train.rounds:,}"
     yield "clients", _number(plan.clients)
-    yield "clients a round", _number(plan.cohort)
+    yield "clients per round", _number(plan.cohort)
     yield "rounds", rounds + ", then local tuning of all clients" * plan.tuning
     for split in ("train", "val", "test"):
-        yield f"{split} rows a client", _spread(plan.rows.get(split))
+        yield f"{split} rows per client", _spread(plan.rows.get(split))
     yield "optimizer steps", _each(plan.steps, _number(plan.all_steps))
     yield "examples seen", _number(plan.examples)
 
@@ -50,7 +50,7 @@ def _model(plan: Forecast) -> Iterator[tuple[str, str]]:
     kind = model.dtype if model.quantization == "none" else model.quantization
     held = f"{found.parameters:,} parameters, {size(found.weights)} ({kind})" if found else UNKNOWN
     yield "frozen model", f"{model.name}: {held}"
-    yield "trained adapter", f"{found.trained:,} parameters a client" if found else UNKNOWN
+    yield "trained adapter", f"{found.trained:,} parameters per client" if found else UNKNOWN
 
 
 def _messages(plan: Forecast) -> Iterator[tuple[str, str]]:
@@ -66,15 +66,15 @@ def _memory(plan: Forecast) -> Iterator[tuple[str, str]]:
         return
     yield (
         "memory",
-        f"{size(found.weights)} frozen weights, and for the clients of a pass at most "
-        f"{size(found.room)}: {size(found.each)} each for adapter and optimizer, and what its "
-        "batch takes, which is measured when the run begins",
+        f"{size(found.weights)} for the frozen weights, and at most {size(found.room)} for the "
+        f"clients of one pass: {size(found.each)} per client for adapter and optimizer, plus its "
+        "batch, which is measured when the run begins",
     )
-    yield "engine", f"{found.engine}, at most {_clients(found.most)} in a pass"
+    yield "engine", f"{found.engine}, at most {_clients(found.most)} per pass"
 
 
 def _each(found: Spread | None, total: str) -> str:
-    return f"{_spread(found)} a client and round; {total} in all" if found else UNKNOWN
+    return f"{_spread(found)} per client and round; {total} in total" if found else UNKNOWN
 
 
 def _clients(count: int) -> str:

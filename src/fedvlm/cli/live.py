@@ -1,4 +1,4 @@
-"""The progress of a run: live bars in a terminal, plain lines where the output goes elsewhere."""
+"""The progress of a run: live bars on a terminal, plain lines elsewhere."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 
 class Plain(Progress):
-    """One line a round."""
+    """Prints one line per round."""
 
     def __init__(self, prefix: str = ""):
         self.prefix = prefix
@@ -35,14 +35,14 @@ class Plain(Progress):
 
     def encoded(self, done: int, rows: int) -> None:
         if done == 1:
-            self._say(f"encoding {rows:,} rows, kept for later runs")
+            self._say(f"encoding {rows:,} rows; later runs reuse them")
 
     def round(self, line: dict[str, Any], seconds: float) -> None:
         self._say(describe(line, self.config) + (f"  {seconds:.1f} s" if seconds else ""))
 
 
 class Live(Progress):
-    """A bar over clients and rounds with the time left, and a line for every evaluation."""
+    """Shows a bar over the rounds with the time left, and prints a line for every evaluation."""
 
     def __init__(self) -> None:
         from rich.progress import (
@@ -79,7 +79,9 @@ class Live(Progress):
         self.bars.console.print(dealt(partition, self.config), highlight=False, markup=False)
 
     def encoded(self, done: int, rows: int) -> None:
-        self.bars.update(self.task, note=f"encoding row {done:,} of {rows:,}, kept for later runs")
+        self.bars.update(
+            self.task, note=f"encoding row {done:,} of {rows:,} for this and later runs"
+        )
 
     def trained(self, client: str, loss: float) -> None:
         self.bars.update(self.task, note=f"{client} loss {loss:.3f}")
@@ -95,26 +97,26 @@ class Live(Progress):
 
 
 def choose(quiet: bool = False) -> Progress:
-    """Bars on a terminal, plain lines where the output goes elsewhere, nothing if ``quiet``."""
+    """Bars on a terminal, plain lines elsewhere, nothing if ``quiet``."""
     if quiet:
         return Quiet()
     return Live() if sys.stdout.isatty() else Plain()
 
 
 def dealt(partition: Partition, config: Config) -> str:
-    """How the clients differ (the first twenty, where they are more), and how many are scored."""
+    """A table of how the clients differ (at most twenty), and the number of scored clients."""
     some = min(config.eval.clients or len(partition.clients), len(partition.clients))
     text = partition.table(most=20)
     if some < len(partition.clients):
         text += (
-            f"\n{some:,} of {len(partition.clients):,} clients are scored (eval.clients); any "
-            "other's model: fedvlm export --client NAME"
+            f"\n{some:,} of {len(partition.clients):,} clients are scored (eval.clients); export "
+            "the model of any other client with: fedvlm export --client NAME"
         )
     return text
 
 
 def describe(line: dict[str, Any], config: Config) -> str:
-    """A metrics line as a person reads it."""
+    """A metrics line as text."""
     rounds, metric = config.train.rounds, config.metric
     number = line["round"]
     head = f"round {number:>3}/{rounds}" if number <= rounds else "local tuning "

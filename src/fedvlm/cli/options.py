@@ -1,4 +1,4 @@
-"""What several commands take on the command line."""
+"""Arguments and options that several commands share."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ Words = Annotated[
     list[str] | None,
     typer.Argument(
         metavar="[CONFIG.yaml] [KEY=VALUE]...",
-        help="a configuration file, and settings such as train.rounds=20",
+        help="a configuration file and settings such as train.rounds=20",
         show_default=False,
     ),
 ]
@@ -18,7 +18,7 @@ QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print only the
 
 
 def parse(words: list[str] | None) -> tuple[str | None, list[str]]:
-    """A configuration file, if the first word is none of the form key=value, and the settings."""
+    """Splits words into a configuration file and settings; a first word with ``=`` is a setting."""
     words = list(words or [])
     source = words.pop(0) if words and "=" not in words[0] else None
     return source, words

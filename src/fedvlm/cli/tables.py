@@ -1,4 +1,4 @@
-"""The tables that a person sees at the end of a command."""
+"""The tables that commands print at the end."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def print_run(results: Results) -> None:
-    """Every client's scores, and their mean, spread and worst tenth."""
+    """Prints every client's scores, with their mean, spread and worst tenth."""
     table, models = results.table, results.table["models"]
     title = f"{table['algorithm']}, {table['objective']}, {table['rounds']} rounds"
     if len(models["personal"]["clients"]) < table["clients"]:
@@ -26,14 +26,14 @@ def print_run(results: Results) -> None:
     for head in models_shown():
         out.add_column(head, justify="right", style="bold" if head == "personal" else None)
     first, *others = results.metrics
-    if len(others) > 5:  # what fits beside each other; table.csv has them all
+    if len(others) > 5:  # more columns do not fit; table.csv has all of them
         others = [m for m in others if m not in ("token_f1", "bleu")]
     for metric in others:
         out.add_column(METRICS[metric].head, justify="right")
     personal = models["personal"]["clients"]
     shown = list(personal) if len(personal) <= 20 else []
     for client in shown:
-        # A site of a deployment may have been away, or keep its number of rows to itself.
+        # A deployed site may have been away, or may not report its number of rows.
         scores = [models[m]["clients"].get(client) for m in models_shown()]
         cells = [number(first, found[first]) if found else "" for found in scores]
         more = [number(metric, personal[client][metric]) for metric in others]
@@ -50,18 +50,18 @@ def print_run(results: Results) -> None:
     before = results.summary("personal_before")["mean"]
     up, down = (table["bytes"][way]["per_client_round"] for way in ("bytes_up", "bytes_down"))
     console.print(
-        f"untuned, global, personal: {METRICS[first].head}; the columns after them are the "
-        f"personal model's.\npersonal before the last aggregation: {number(first, before)}"
+        f"untuned, global and personal show {METRICS[first].head}; the columns after them are for "
+        f"the personal model.\npersonal before the last aggregation: {number(first, before)}"
         f"   ·   sent per client and round: {size(up)} up, {size(down)} down"
-        f"\neverything is in {results.folder}: table.csv, curves.png, answers/, adapters/",
+        f"\nall results are in {results.folder}: table.csv, curves.png, answers/, adapters/",
         highlight=False,
     )
     if first == "exact_match" and not any(results.scores().values()):
-        console.print("no answer matches exactly; for long answers, set eval.metric=rouge_l")
+        console.print("no answer matches exactly; if answers are long, set eval.metric=rouge_l")
 
 
 def _groups(results: Results) -> Table:
-    """Scores by the value of ``eval.group_by``; the twenty with most rows."""
+    """Scores by the value of ``eval.group_by``, for the twenty values with the most rows."""
     groups, first = results.table["groups"], results.metric
     rows = groups["models"]["personal"]
     out = Table(title=f"{METRICS[first].head} by {groups['column']}, over all clients' rows")
@@ -79,12 +79,12 @@ def _groups(results: Results) -> Table:
 
 
 def models_shown() -> tuple[str, ...]:
-    """The models with a column of their own."""
+    """The models that have a column each."""
     return ("untuned", "global", "personal")
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """One row per algorithm, best first."""
+    """Prints one row per algorithm, the best first."""
     rows = comparison.rows
     seeds, metric = rows[0]["seeds"], rows[0]["metric"]
     title = (
@@ -115,25 +115,13 @@ def print_comparison(comparison: Comparison) -> None:
     console.print(out)
     console.print(
         "± standard error over seeds · sent up: all clients, all rounds · "
-        f"picture and tables: {comparison.folder}/comparison.png, .csv, .json",
+        f"plot and tables: {comparison.folder}/comparison.png, .csv, .json",
         highlight=False,
     )
 
 
-def print_algorithms() -> None:
-    """The table of algorithms."""
-    from fedvlm.algorithms.table import TABLE
-
-    out = Table()
-    for head in ("algorithm", "a client sends", "and keeps", "source"):
-        out.add_column(head)
-    for name, entry in TABLE.items():
-        out.add_row(name, entry.sends, entry.keeps, entry.source)
-    console_for_tables().print(out)
-
-
 def console_for_tables() -> Console:
-    """Standard output; at least 100 columns where it is no terminal, so that nothing is cut."""
+    """Standard output. Without a terminal it has at least 110 columns, so that nothing is cut."""
     console = Console()
     return console if console.is_terminal else Console(width=max(110, console.width))
 
@@ -143,7 +131,7 @@ def _gain(value: float | None) -> str:
 
 
 def size(count: float) -> str:
-    """Bytes in the unit that suits them."""
+    """Bytes in a fitting unit."""
     for unit in ("B", "kB", "MB"):
         if count < 1000:
             return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"

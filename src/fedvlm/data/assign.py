@@ -1,7 +1,7 @@
-"""The ways in which rows become clients: from labels or counts to one index array for each client.
+"""Assigns rows to clients: labels or counts go in, one index array for each client comes out.
 
-Every function takes the fewest rows that a client may have, and raises ``DataError`` when it cannot
-give every client as many.
+The parameter ``least`` is the smallest number of rows that a client may have. A function that
+cannot give every client so many rows raises ``DataError``.
 """
 
 from __future__ import annotations
@@ -20,17 +20,17 @@ from fedvlm.settings.sections import PartitionConfig
 
 logger = logging.getLogger("fedvlm")
 
-_TRIES = 1000  # Dirichlet draws before giving up on min_rows
-_DRAWS = 20_000_000  # and at most about this many random numbers for them
+_TRIES = 1000  # most Dirichlet draws to reach min_rows
+_DRAWS = 20_000_000  # approximate limit on the random numbers of these draws
 
 
 def by_column(values: np.ndarray, column: str, least: int) -> dict[str, np.ndarray]:
-    """A client for each value, in natural order of the values."""
+    """Makes one client for each value, in the natural order of the values."""
     missing = pd.isna(values) | (values == "")
     if missing.any():
         raise DataError(
             f"{missing.sum()} rows have no value in partition.column '{column}' (the first is "
-            f"row {missing.argmax()}): give every row its client"
+            f"row {missing.argmax()}): name the client of every row"
         )
     codes, names = codes_of(values)
     parts = by_owner(codes, len(names))
@@ -41,19 +41,29 @@ def by_column(values: np.ndarray, column: str, least: int) -> dict[str, np.ndarr
 
 
 def check_sizes(parts: Mapping[str, np.ndarray], least: int, source: str, remedy: str) -> None:
-    """Refuses clients with fewer than ``least`` rows, by their names."""
+    """Refuses clients with fewer than ``least`` rows.
+
+    Args:
+        parts: client -> its rows.
+        least: fewest rows of a client.
+        source: name of the setting that made the clients.
+        remedy: end of the error message, what else the user can do.
+
+    Raises:
+        DataError: some clients have fewer rows; the message names the first five.
+    """
     small = [f"{name} ({len(part)})" for name, part in parts.items() if len(part) < least]
     if small:
         more = f" and {len(small) - 5} more" if len(small) > 5 else ""
         raise DataError(
             f"{len(small)} of {len(parts)} clients of {source} have fewer than {least} rows: "
-            f"{', '.join(small[:5])}{more}; lower partition.min_rows (at least 2 rows are needed), "
+            f"{', '.join(small[:5])}{more}; lower partition.min_rows (a client needs at least 2), "
             + remedy
         )
 
 
 def _natural(name: str) -> tuple[list[Any], str]:
-    """Sorts site-2 before site-10."""
+    """Sort key that puts site-2 before site-10."""
     pieces = re.split(r"(\d+)", name)
     return [int(p) if i % 2 else p for i, p in enumerate(pieces)], name
 
@@ -61,15 +71,15 @@ def _natural(name: str) -> tuple[list[Any], str]:
 def dirichlet(
     codes: np.ndarray, settings: PartitionConfig, least: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Cuts each label's rows between the clients by one draw of Dir(alpha).
+    """Divides the rows of each label among the clients by one draw of Dir(alpha).
 
-    Draws again, a bounded number of times, until every client has ``least`` rows.
+    The draw is repeated, a bounded number of times, until every client has ``least`` rows.
     """
     clients, totals = settings.clients, np.bincount(codes)
     totals = totals[totals > 0]
     if 2 * len(totals) > len(codes):
         logger.warning(
-            "partition.kind=dirichlet: %d of %d labels are distinct, so there is next to no skew; "
+            "partition.kind=dirichlet: %d of %d labels are distinct, so the clients hardly differ; "
             "set partition.column to a column of classes",
             len(totals),
             len(codes),
@@ -83,7 +93,7 @@ def dirichlet(
     else:
         raise DataError(
             f"partition.kind=dirichlet with alpha={settings.alpha:g} and {clients} clients left a "
-            f"client with {best} rows in the best draw, and partition.min_rows asks for {least}: "
+            f"client with {best} rows in the best draw, but partition.min_rows asks for {least}: "
             "raise partition.alpha, or lower partition.clients or partition.min_rows"
         )
     shuffled = rng.permutation(len(codes))
@@ -93,14 +103,19 @@ def dirichlet(
 
 
 def by_owner(owners: np.ndarray, clients: int) -> list[np.ndarray]:
-    """Each client's positions, in order, from the clients of all positions."""
+    """Lists the positions of each client, in order.
+
+    Args:
+        owners: the client of each position.
+        clients: number of clients.
+    """
     order = np.argsort(owners, kind="stable")
     return np.split(order, np.cumsum(np.bincount(owners, minlength=clients))[:-1])
 
 
 def _cuts(totals: np.ndarray, clients: int, alpha: float, rng: np.random.Generator) -> np.ndarray:
-    """Where each label's rows are cut between the clients: [labels, clients + 1]."""
-    if alpha > 1e6:  # equal shares but for rounding; larger values overflow
+    """Bounds of the clients' parts of each label's rows: [labels, clients + 1]."""
+    if alpha > 1e6:  # shares are equal up to rounding, and larger values overflow
         shares = np.full((len(totals), clients), 1 / clients)
     else:
         shares = rng.dirichlet(np.full(clients, max(alpha, 1e-6)), size=len(totals))
@@ -112,12 +127,15 @@ def _cuts(totals: np.ndarray, clients: int, alpha: float, rng: np.random.Generat
 def shards(
     codes: np.ndarray, settings: PartitionConfig, least: int, rng: np.random.Generator
 ) -> list[np.ndarray]:
-    """Sorts the rows by label and deals every client the same number of shards at random."""
+    """Cuts the rows, sorted by label, into shards, and deals each client an equal number of them.
+
+    Which client gets which shard is random.
+    """
     number = settings.clients * settings.shards
     if number > len(codes):
         raise DataError(
-            f"partition.shards={settings.shards} for {settings.clients} clients are {number} "
-            f"shards, and there are {len(codes)} rows: lower partition.shards or partition.clients"
+            f"partition.shards={settings.shards} for {settings.clients} clients makes {number} "
+            f"shards, but there are {len(codes)} rows: lower partition.shards or partition.clients"
         )
     shuffled = rng.permutation(len(codes))
     shards = np.array_split(shuffled[np.argsort(codes[shuffled], kind="stable")], number)
@@ -126,19 +144,19 @@ def shards(
     smallest = min(map(len, parts))
     if smallest < least:
         raise DataError(
-            f"partition.kind=shards left a client with {smallest} rows, and partition.min_rows "
+            f"partition.kind=shards left a client with {smallest} rows, but partition.min_rows "
             f"asks for {least}: lower partition.clients, partition.shards or partition.min_rows"
         )
     return parts
 
 
 def power_law(count: int, settings: PartitionConfig, least: int) -> np.ndarray:
-    """Sizes proportional to rank^-exponent, raised to ``least`` where they would be smaller."""
+    """Divides ``count`` into sizes proportional to rank^-exponent, but not below ``least``."""
     weights = np.arange(1, settings.clients + 1, dtype=np.float64) ** -settings.exponent
     sizes = np.full(settings.clients, float(least))
     rest = count - least * np.arange(settings.clients - 1, -1, -1)  # for the first 1, 2, ... ranks
     enough = np.flatnonzero(rest * weights / np.cumsum(weights) >= least)
-    free = int(enough[-1]) + 1 if len(enough) else 1  # ranks from `free` on get `least`
+    free = int(enough[-1]) + 1 if len(enough) else 1  # ranks from `free` on have `least` rows
     sizes[:free] = rest[free - 1] * weights[:free] / weights[:free].sum()
     whole = np.floor(sizes).astype(np.int64)
     largest = np.argsort(-(sizes - whole), kind="stable")

@@ -1,31 +1,47 @@
-"""Answers of free text as a few labels: clusters of what they talk about."""
+"""Labels free-text answers by topic: clusters of their words."""
 
 from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from importlib.util import find_spec
 
 import numpy as np
 
 from fedvlm.errors import DataError
+from fedvlm.settings.sections import PartitionConfig
 
-_WORDS = 20_000  # most frequent words that are looked at
+_WORDS = 20_000  # size of the vocabulary, the most frequent words
 _NAMED = 3  # words in a cluster's name
 
 
+def check_installed(settings: PartitionConfig) -> None:
+    """Refuses a partition by clusters where scikit-learn is not installed.
+
+    Raises:
+        DataError: with the command that installs it.
+    """
+    if settings.clusters and find_spec("sklearn") is None:
+        raise DataError(
+            f"partition.clusters={settings.clusters} needs scikit-learn, which is not installed: "
+            "pip install 'fedvlm[clusters]', or label the rows by partition.column"
+        )
+
+
 def cluster_codes(texts: Sequence[str], count: int, seed: int) -> tuple[np.ndarray, list[str]]:
-    """Labels every text by its cluster: k-means (Lloyd 1982) on TF-IDF weights of its words.
+    """Labels every text by its cluster: k-means (Lloyd 1982) on the TF-IDF weights of its words.
 
     Args:
         texts: the answers.
-        count: number of clusters; fewer come out where few texts share a word.
-        seed: of k-means.
+        count: number of clusters. The result can have fewer, if few texts share a word.
+        seed: seed of k-means.
 
     Returns:
-        The texts' labels, and the labels' names: the words that set a cluster apart.
+        The label of each text, and the name of each label. A name has the words that are more
+        frequent in the cluster than elsewhere.
 
     Raises:
-        DataError: for fewer different texts than clusters, or texts without words.
+        DataError: there are fewer different texts than clusters, or the texts hold no words.
     """
     from sklearn.cluster import MiniBatchKMeans
     from sklearn.exceptions import ConvergenceWarning
@@ -35,8 +51,8 @@ def cluster_codes(texts: Sequence[str], count: int, seed: int) -> tuple[np.ndarr
     different = len(set(texts))
     if different < count:
         raise DataError(
-            f"partition.clusters={count}, and there are {different} different answers: lower it, "
-            "or leave it out and have every answer as a label"
+            f"partition.clusters={count}, but there are {different} different answers: lower it, "
+            "or leave it out, so that every answer is a label"
         )
     words = TfidfVectorizer(sublinear_tf=True, max_features=_WORDS, token_pattern=r"(?u)\b\w+\b")
     try:
@@ -44,7 +60,8 @@ def cluster_codes(texts: Sequence[str], count: int, seed: int) -> tuple[np.ndarr
     except ValueError as error:  # an empty vocabulary
         raise DataError(f"partition.clusters: the answers hold no words ({error})") from error
     means = MiniBatchKMeans(count, random_state=seed, n_init=3, batch_size=4096)
-    with warnings.catch_warnings(), threadpool_limits(1):  # sums depend on the number of threads
+    # One thread, because the sums depend on the number of threads.
+    with warnings.catch_warnings(), threadpool_limits(1):
         warnings.simplefilter("ignore", ConvergenceWarning)
         found = means.fit_predict(weights)
     used, codes = np.unique(found, return_inverse=True)
@@ -53,11 +70,16 @@ def cluster_codes(texts: Sequence[str], count: int, seed: int) -> tuple[np.ndarr
 
 
 def _names(apart: np.ndarray, words: np.ndarray) -> list[str]:
-    """A cluster's heaviest words; function words only where there are no others."""
+    """Names each cluster by its heaviest words; function words only if it has no others.
+
+    Args:
+        apart: the clusters' centres minus the mean of all texts, [clusters, words].
+        words: the vocabulary.
+    """
     from sklearn.feature_extraction.text import ENGLISH_STOP_WORDS
 
     names: list[str] = []
-    for weights in apart:  # [words]
+    for weights in apart:
         heavy = [words[i] for i in np.argsort(-weights, kind="stable")[:50] if weights[i] > 0]
         telling = [word for word in heavy if word not in ENGLISH_STOP_WORDS] or heavy
         name = " / ".join(telling[:_NAMED]) or "(other)"

@@ -1,4 +1,4 @@
-"""Puts scenes together: which things, where, and what they look like, for each kind of question."""
+"""Composes scenes for each kind of question: the things, their places and their looks."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ NOVEL_KINDS = ("texture", "digit", "shape", "hue")
 
 
 def generic_scene(rng: random.Random, count: int | None = None) -> Scene:
-    """One to four things in different places, no two of the same shape and colour."""
+    """Draws one to four things in different places, no two with equal shape and colour."""
     count = count or rng.choices((1, 2, 3, 4), (25, 35, 25, 15))[0]
     shapes = rng.sample(SHAPES, 2) if rng.random() < 0.5 else SHAPES
     colours = rng.sample(tuple(COLOURS), 3) if rng.random() < 0.4 else tuple(COLOURS)
@@ -39,14 +39,14 @@ def generic_scene(rng: random.Random, count: int | None = None) -> Scene:
 
 
 def make_scene(rng: random.Random, kind: str) -> Scene:
-    """A scene that a kind of question can be about."""
+    """Draws a scene for a kind of question."""
     if kind in NOVEL_KINDS:
         return novel_scene(rng, kind)
     return _sign(rng, rng.choice(LETTERS)) if kind == "letter" else generic_scene(rng)
 
 
 def novel_scene(rng: random.Random, kind: str) -> Scene:
-    """A scene for a novel kind: textures, a handwritten digit, a new shape or a new colour."""
+    """Draws a scene for a novel kind: textures, a handwritten digit, a new shape or colour."""
     if kind == "digit":
         return _sign(rng, "digit", (rng.randrange(10), rng.randrange(10_000)))
     count = rng.choice((1, 1, 2))
@@ -67,9 +67,9 @@ def novel_scene(rng: random.Random, kind: str) -> Scene:
 
 
 def _sign(rng: random.Random, shape: str, digit: tuple[int, int] | None = None) -> Scene:
-    """A letter or a digit over most of the picture."""
+    """Draws a letter or a digit that fills most of the picture."""
     radius = rng.uniform(20, 27) if digit is None else rng.uniform(23, 25)
-    slack = SIDE / 2 - radius - 1 if digit is None else 2.5  # few digits are seen: keep them steady
+    slack = SIDE / 2 - radius - 1 if digit is None else 2.5  # digits are rare: keep them central
     x, y = (SIDE / 2 + rng.uniform(-slack, slack) for _ in range(2))
     tint = (rng.randint(-12, 12), rng.randint(-12, 12), rng.randint(-12, 12))
     ink = Thing(shape, rng.choice(tuple(COLOURS)), "large", 0, x, y, radius, "plain", tint)
@@ -81,5 +81,5 @@ def _texture(rng: random.Random, kind: str) -> str:
 
 
 def other(rng: random.Random, options: Sequence[str], right: str) -> str:
-    """One of the options that is not the right one."""
+    """Draws one of the wrong options."""
     return rng.choice([option for option in options if option != right])

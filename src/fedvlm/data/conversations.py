@@ -1,18 +1,18 @@
-"""Conversations about an image become rows of one question and one answer.
+"""Turns conversations about an image into rows of one question and one answer.
 
-Two forms are known: LLaVA's (``conversations``, a list of ``{"from", "value"}``) and the chat form
-(``messages``, a list of ``{"role", "content"}``, the content text or a list of parts). The image is
-in the column ``image``, or in ``images`` as a list of one.
+Two forms are read: LLaVA's (``conversations``, a list of ``{"from", "value"}``) and the chat form
+(``messages``, a list of ``{"role", "content"}``; the content is text or a list of parts). The image
+is in the column ``image``, or in ``images`` as a list of one.
 
-A conversation gives a row for every answer. The first question stands as it is; a later one comes
-after everything said before it::
+A conversation gives one row for every answer. The first question is used as it is. A later question
+follows all turns before it::
 
     User: What is this?
     Assistant: A dog.
     User: Which colour?
 
-A system turn stands before the first question, ``<image>`` is removed, and a question that nobody
-answers is left out.
+A system turn is put before the first question. ``<image>`` is removed. A question without an answer
+is left out.
 """
 
 from __future__ import annotations
@@ -29,24 +29,25 @@ _COLUMNS = ("conversations", "messages")
 _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "assistant"}
 _ROLES |= {"model": "assistant", "system": "system"}
 _MARKER = "<image>"
-_BATCH = 64  # conversations at a time: images may be embedded
+_BATCH = 64  # conversations at a time; they may hold images
 
 
 def flatten(
     rows: datasets.Dataset, columns: Columns
 ) -> tuple[datasets.Dataset, np.ndarray, dict[int, str]]:
-    """Turns conversations into rows, where the columns of questions and answers are missing.
+    """Turns conversations into rows, if the source has no columns of questions and answers.
 
-    Rows of one conversation share an ``image_path`` (one is made up where there is none), which
-    keeps them together in a client's train, val or test.
+    The rows of a conversation share an ``image_path``, which is made up if the source has none. So
+    they stay together in a client's train, val or test.
 
     Args:
-        rows: what the source holds.
-        columns: the names that image, question and answer get.
+        rows: the rows of the source.
+        columns: the names for the columns of images, questions and answers.
 
     Returns:
-        The rows; for each the number of the source's row that it comes from; and, by this number,
-        what is wrong with the conversations that cannot be used (these give one empty row).
+        The rows, the number of each row's origin in the source, and the problems. The problems are
+        a dict from the number of an unusable conversation to the reason. Such a conversation gives
+        one empty row.
     """
     have = rows.column_names
     column = next((name for name in _COLUMNS if name in have), None)
@@ -63,7 +64,7 @@ def flatten(
     if isinstance(inner, datasets.Image):
         inner = datasets.Image(decode=False)
         rows = rows.cast_column(image, datasets.List(inner) if several else inner)
-    elif isinstance(inner, datasets.Json):  # paths here, lists of paths there
+    elif isinstance(inner, datasets.Json):  # paths in some rows, lists of paths in others
         inner = text
     kept = {n: f for n, f in rows.features.items() if n not in (column, image)}
     made = {columns.image: inner, columns.question: text, columns.answer: text}
@@ -93,7 +94,7 @@ def _rows_of(
     image: str,
     names: Mapping[str, str],
 ) -> dict[str, list[Any]]:
-    """A batch of conversations -> its rows, by columns."""
+    """Turns a batch of conversations into rows, by columns."""
     kept = [name for name in batch if name not in (column, image)]
     out: list[dict[str, Any]] = []
     for at, number in enumerate(indices):
@@ -120,14 +121,14 @@ def _one_image(value: Any) -> Any:
     if not images:
         raise ValueError("the conversation has no image")
     if len(images) > 1:
-        raise ValueError(f"the conversation has {len(images)} images, and one can be used")
+        raise ValueError(f"the conversation has {len(images)} images, but only one can be used")
     if not isinstance(images[0], str | bytes | Mapping):
         raise ValueError(f"the conversation's image is {images[0]!r:.60}, not bytes or a path")
     return images[0]
 
 
 def _pairs(turns: Any) -> Iterator[tuple[str, str]]:
-    """Question and answer, for every answer of a conversation."""
+    """Yields question and answer, for every answer of a conversation."""
     system: list[str] = []
     before: list[str] = []
     asked: list[str] = []
@@ -138,7 +139,7 @@ def _pairs(turns: Any) -> Iterator[tuple[str, str]]:
         elif role == "user":
             asked.append(text)
         elif not asked:
-            raise ValueError(f"turn {number} of the conversation answers no question")
+            raise ValueError(f"turn {number} of the conversation is an answer without a question")
         else:
             question = "\n".join(asked)
             said = [*before, f"User: {question}"] if before else [question]
@@ -150,18 +151,18 @@ def _pairs(turns: Any) -> Iterator[tuple[str, str]]:
 
 
 def _turns(turns: Any) -> Iterator[tuple[str, str]]:
-    """Role (user, assistant or system) and text of every turn, whatever the form."""
+    """Yields role (user, assistant or system) and text of every turn, in either form."""
     if isinstance(turns, Mapping):  # a list of structures is stored as a structure of lists
         turns = [
             dict(zip(turns, values, strict=True)) for values in zip(*turns.values(), strict=True)
         ]
     if not isinstance(turns, list) or not all(isinstance(turn, Mapping) for turn in turns):
-        raise ValueError(f"the conversation is no list of turns: {turns!r:.60}")
+        raise ValueError(f"the conversation is not a list of turns: {turns!r:.60}")
     for number, turn in enumerate(turns):
         named = turn.get("role") or turn.get("from")
         if named not in _ROLES:
             raise ValueError(
-                f"turn {number} of the conversation has the role {named!r}, and the roles are "
+                f"turn {number} of the conversation has the role {named!r}; the roles are "
                 + ", ".join(_ROLES)
             )
         said = turn.get("content") if turn.get("content") is not None else turn.get("value")

@@ -1,4 +1,4 @@
-"""Clients from lists of row numbers, inline in the configuration or in a file."""
+"""Makes clients from lists of row numbers, in the configuration or in a file."""
 
 from __future__ import annotations
 
@@ -17,10 +17,10 @@ logger = logging.getLogger("fedvlm")
 
 
 def read(path: str | Path) -> dict[str, list[int]]:
-    """The lists in a JSON or YAML file.
+    """Reads the lists of a JSON or YAML file.
 
     Raises:
-        DataError: the file cannot be read, or holds something else.
+        DataError: the file cannot be read, or does not hold such lists.
     """
     try:
         return checked(yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8")))
@@ -31,29 +31,29 @@ def read(path: str | Path) -> dict[str, list[int]]:
 def by_lists(
     numbers: np.ndarray, lists: Mapping[str, Sequence[int]], some_left_out: bool
 ) -> dict[str, np.ndarray]:
-    """Each client's positions in ``numbers``.
+    """Finds the positions of each client's rows in ``numbers``.
 
     Args:
-        numbers: the rows' numbers; those of one conversation share theirs.
-        lists: client -> row numbers, each once; see :func:`checked`.
-        some_left_out: the lists may name rows that were left out (``data.max_rows``, or corrupt
-            ones with ``data.on_error=skip``).
+        numbers: number of each row; the rows of one conversation share a number.
+        lists: client -> row numbers, each of them once; see :func:`checked`.
+        some_left_out: the lists may name rows that were left out, by ``data.max_rows`` or
+            ``data.on_error=skip``.
 
     Raises:
-        DataError: for rows in no list, and for listed rows that are not there.
+        DataError: a row is in no list, or a listed row does not exist.
     """
     listed = np.concatenate([np.asarray(rows, dtype=np.int64) for rows in lists.values()])
     absent = listed[~np.isin(listed, numbers)]
     if len(absent) and not some_left_out:
         raise DataError(
-            f"partition.lists names {len(absent)} rows that the data do not have, row {absent[0]} "
-            f"first: the data's rows are {numbers.min()} to {numbers.max()}"
+            f"partition.lists names {len(absent)} rows that do not exist, the first is row "
+            f"{absent[0]}: the rows of the data are {numbers.min()} to {numbers.max()}"
         )
     missing = np.unique(numbers[~np.isin(numbers, listed)])
     if len(missing):
         raise DataError(
-            f"partition.lists leaves out {len(missing)} of {len(np.unique(numbers))} rows, row "
-            f"{missing[0]} first: give every row its client"
+            f"partition.lists leaves out {len(missing)} of {len(np.unique(numbers))} rows, the "
+            f"first is row {missing[0]}: list every row once"
         )
     if len(absent):
         logger.warning("partition.lists: %d listed rows were left out of the data", len(absent))

@@ -1,4 +1,4 @@
-"""Encoded images: decode one to RGB, and find the ones of a data set that do not decode."""
+"""Encoded images: decodes one to RGB, and finds those of a data set that do not decode."""
 
 from __future__ import annotations
 
@@ -23,24 +23,23 @@ from fedvlm import processes
 from fedvlm.errors import DataError
 
 _CHUNK = 16  # rows that a thread checks at a time
-_PACKED = 8_000_000  # bytes; a larger table holds its contents
-_MAPPED = 512  # rows after which a memory-mapped file is mapped anew, to let go of its pages
-_OPENED = 32  # but at most about this often
+_PACKED = 8_000_000  # bytes; a larger pickle holds the images themselves
+_MAPPED = 512  # rows after which a memory-mapped file is mapped again, which frees its pages
+_OPENED = 32  # approximate limit on how often it is mapped
 
 
 def open_image(value: Any) -> Image.Image:
     """Decodes one image to RGB, the right way up.
 
-    The EXIF orientation is applied, transparency is composited on white, and pixels of more than
-    8 bits are scaled to 8 bits (16-bit X-rays stay visible); of an animation the first frame is
-    taken.
+    The EXIF orientation is applied. Transparency is composited on white. Pixels of more than 8 bits
+    are scaled to 8 bits, so that 16-bit X-rays stay visible. An animation gives its first frame.
 
     Args:
         value: ``{"bytes": ..., "path": ...}`` as in a row of :func:`load_rows`, encoded bytes, a
             path, or a PIL image.
 
     Raises:
-        DataError: when the value is no image or does not decode; the message is the reason.
+        DataError: the value is not an image or does not decode; the message is the reason.
     """
     try:
         image = value if isinstance(value, Image.Image) else Image.open(_stream(value))
@@ -48,16 +47,19 @@ def open_image(value: Any) -> Image.Image:
         return _rgb(image if turned is None else turned)
     except DataError:
         raise
-    except Exception as error:  # PIL raises about ten types, SyntaxError among them
+    except Exception as error:  # PIL raises about ten types, including SyntaxError
         raise DataError(f"the image does not decode: {_reason(error)}") from error
 
 
 def broken_images(rows: datasets.Dataset) -> dict[int, str]:
-    """Finds the rows whose image does not decode: position in ``rows`` -> the reason.
+    """Finds the rows whose image does not decode.
 
-    Every image is opened and its data read to the end, at the lowest resolution that the format
-    allows. The answer is kept in the data-set cache under the fingerprint of ``rows`` where the
-    images are embedded (files elsewhere may change without the fingerprint changing).
+    Every image is opened and read to the end, at the lowest resolution that its format allows. If
+    all images are embedded, the result is kept in the data-set cache under the fingerprint of
+    ``rows``. It is not kept for image files, which may change while the fingerprint does not.
+
+    Returns:
+        Position in ``rows`` -> reason, for the images that do not decode.
     """
     store = _Verdicts(rows._fingerprint)
     known = store.read()
@@ -68,7 +70,7 @@ def broken_images(rows: datasets.Dataset) -> dict[int, str]:
     with warnings.catch_warnings(), ThreadPoolExecutor(_threads()) as pool:
         warnings.simplefilter("ignore")
         chunks = _chunks(rows.select_columns(["image"]).with_format("arrow"))
-        while window := list(islice(chunks, 2 * _threads())):  # bounds what is in memory
+        while window := list(islice(chunks, 2 * _threads())):  # bounds the memory
             for start, verdicts, all_bytes in pool.map(_check_chunk, window):
                 broken.update({start + i: reason for i, reason in verdicts})
                 embedded &= all_bytes
@@ -101,7 +103,7 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def _eight_bits(image: Image.Image) -> Image.Image:
-    """Greyscale of 16 or 32 bits or floats -> 8 bits; PIL's own conversion clips at 255."""
+    """Scales greyscale of 16 bits, 32 bits or floats to 8 bits. PIL would clip it at 255."""
     pixels = np.nan_to_num(np.asarray(image, dtype=np.float64))
     if image.mode == "F":
         full = 1.0 if pixels.max() <= 1.0 else 255.0
@@ -123,10 +125,10 @@ def _threads() -> int:
 
 
 def _chunks(images: datasets.Dataset) -> Iterator[tuple[int, pa.StructArray]]:
-    # Of a memory-mapped table the name is pickled, not the contents.
+    # The pickle of a memory-mapped table has the name of the file, not its contents.
     packed = pickle.dumps(images) if images.cache_files else b""
     mapped = 0 < len(packed) < _PACKED
-    # Opening goes through all pieces of the table: a bounded number of times.
+    # Each mapping visits all pieces of the table, so their number is bounded.
     often = max(_MAPPED, len(images) // _OPENED // _CHUNK * _CHUNK)
     for start in range(0, len(images), _CHUNK):
         if mapped and start % often == 0:
@@ -153,7 +155,7 @@ def _check_chunk(
 
 
 def _verdict(content: pa.Buffer | None, path: str | None) -> str:
-    """Why the image does not decode; empty when it does."""
+    """The reason why an image does not decode; empty if it decodes."""
     if content is None and not path:
         return "there is no image: neither bytes nor a path"
     try:
@@ -167,7 +169,7 @@ def _verdict(content: pa.Buffer | None, path: str | None) -> str:
 
 
 class _Verdicts:
-    """What an earlier check of the same rows found, as a small file in the data-set cache."""
+    """The result of an earlier check of the same rows, a small file in the data-set cache."""
 
     def __init__(self, fingerprint: str):
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "fedvlm"
@@ -181,7 +183,7 @@ class _Verdicts:
             return None
 
     def write(self, broken: dict[int, str]) -> None:
-        """Saves atomically; a cache that cannot be written costs time, not correctness."""
+        """Saves atomically. If the cache cannot be written, the next run checks again."""
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(

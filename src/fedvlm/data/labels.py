@@ -1,4 +1,4 @@
-"""A column's values as numbered labels."""
+"""Turns the values of a column into numbered labels."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import datasets
 import numpy as np
 import pandas as pd
 
-BINS = 10  # of a numeric label with more than twice as many values
+BINS = 10  # bins for numbers, if there are more than twice as many values
 
 
 def values_of(rows: datasets.Dataset, column: str) -> np.ndarray:
-    """Numbers as numbers (missing: NaN), anything else as text (missing: empty)."""
+    """Reads a column: numbers as numbers (missing: NaN), all else as text (missing: empty)."""
     values = pd.Series(rows.with_format(None)[column][:])
     if pd.api.types.is_numeric_dtype(values) and not pd.api.types.is_bool_dtype(values):
         return values.to_numpy()
@@ -21,13 +21,17 @@ def values_of(rows: datasets.Dataset, column: str) -> np.ndarray:
 
 
 def codes_of(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """Labels numbered in sorted order, and their names; missing values are one more label."""
+    """Numbers the labels in sorted order. Missing values are one more label.
+
+    Returns:
+        The number of each value's label, and the names of the labels.
+    """
     codes, distinct = pd.factorize(values, sort=True, use_na_sentinel=False)
     return codes, [_text(value) for value in distinct]
 
 
 def binned_codes(values: np.ndarray) -> tuple[np.ndarray, list[str]]:
-    """As :func:`codes_of`, but numbers with many values as bins of about equal counts."""
+    """As :func:`codes_of`, but many different numbers become bins of about equal counts."""
     codes, names = codes_of(values)
     if values.dtype == object or len(names) <= 2 * BINS:
         return codes, names

@@ -1,8 +1,8 @@
-"""Parquet files of any size become memory-mapped data sets, a few rows at a time.
+"""Converts parquet files of any size to memory-mapped data sets, a few rows at a time.
 
 ``datasets`` reads a whole row group into memory, and some writers make a single row group of a file
-of a gigabyte. What stays here is a page: about 1 MB where Hugging Face's writer made the file, 1024
-rows where pandas or pyarrow did.
+of a gigabyte. This module holds one page in memory. A page is about 1 MB in files of Hugging Face's
+writer, and 1024 rows in files of pandas or pyarrow.
 """
 
 from __future__ import annotations
@@ -23,12 +23,12 @@ _BATCH = 64  # rows that are converted at a time
 
 
 def load_dataset(split: str, name: str, **options: Any) -> datasets.Dataset:
-    """As ``datasets.load_dataset``, but no row group of a parquet file is ever whole in memory.
+    """As ``datasets.load_dataset``, but never holds a whole row group of a parquet file in memory.
 
     Args:
         split: the split to return.
         name: a builder (``parquet``, ``json``) or a data set on the hub.
-        **options: of ``datasets.load_dataset_builder``.
+        **options: options of ``datasets.load_dataset_builder``.
     """
     builder = datasets.load_dataset_builder(name, **options)
     if isinstance(builder, Parquet):
@@ -40,7 +40,7 @@ def load_dataset(split: str, name: str, **options: Any) -> datasets.Dataset:
 def _tables(
     builder: Parquet, files: list[str], row_groups_list: object
 ) -> Iterator[tuple[Key, pa.Table]]:
-    """In place of ``Parquet._generate_tables``."""
+    """Replaces ``Parquet._generate_tables``."""
     with _returning_memory():
         for number, file in enumerate(files):
             with open(file, "rb") as handle:
@@ -48,12 +48,12 @@ def _tables(
             source = pq.ParquetFile(pa.BufferReader(pa.py_buffer(pages)), pre_buffer=False)
             for at, batch in enumerate(source.iter_batches(_BATCH)):
                 yield Key(number, at), builder._cast_table(pa.Table.from_batches([batch]))
-                pages.madvise(mmap.MADV_DONTNEED)  # read pages need not stay in memory
+                pages.madvise(mmap.MADV_DONTNEED)  # frees the pages that were read
 
 
 @contextmanager
 def _returning_memory() -> Iterator[None]:
-    """Arrow's default allocator keeps what is freed; one that gives it back to the system."""
+    """Uses an allocator that returns freed memory to the system; Arrow's default one keeps it."""
     before = pa.default_memory_pool()
     jemalloc = "jemalloc" in pa.supported_memory_backends()
     pa.set_memory_pool(pa.jemalloc_memory_pool() if jemalloc else pa.system_memory_pool())

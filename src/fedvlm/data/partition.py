@@ -1,7 +1,7 @@
-"""Rows become clients, and each client's rows become train, val and test.
+"""Assigns rows to clients, and splits each client's rows into train, val and test.
 
-Every way to assign rows is one function from the rows' labels to index arrays; the split inside a
-client is the same for all. :class:`Partition` also holds what skew came out.
+Each way to assign rows is one function from labels to index arrays. The split inside a client does
+not depend on it. :class:`Partition` also holds the skew of the clients.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import numpy as np
 import pandas as pd
 
 from fedvlm.data import assign, explicit
-from fedvlm.data.clusters import cluster_codes
+from fedvlm.data.clusters import check_installed, cluster_codes
 from fedvlm.data.labels import binned_codes, codes_of, values_of
 from fedvlm.data.skew import Skew, frequent, measure
 from fedvlm.errors import DataError
@@ -31,7 +31,7 @@ SPLITS = ("train", "val", "test")
 
 @dataclass(frozen=True, eq=False, slots=True)
 class Split:
-    """One client's rows: int64 positions in the data set, each array in a seeded random order."""
+    """One client's rows: int64 positions in the data set, in a random order set by the seed."""
 
     train: np.ndarray
     val: np.ndarray
@@ -48,16 +48,16 @@ class Split:
 
 @dataclass(frozen=True)
 class Partition:
-    """Who has which rows, and how much the clients differ.
+    """The rows of each client, and how much the clients differ.
 
     Attributes:
-        kind: how rows were assigned (``auto`` is resolved).
-        label: the column in which the clients' skew was measured.
-        clients: the clients' names, in order.
+        kind: how the rows were assigned (``auto`` is resolved).
+        label: the column whose skew was measured.
+        clients: the names of the clients, in order.
         splits: client -> its rows.
-        skew: client -> how its labels differ from all clients' together.
-        frequent: at most twelve labels, those of most rows and those of the clients that have few
-            of these.
+        skew: client -> how its labels differ from the labels of all rows.
+        frequent: at most twelve labels: the most frequent ones, and those of clients that have few
+            of the most frequent ones.
     """
 
     kind: str
@@ -69,7 +69,7 @@ class Partition:
 
     @cached_property
     def weights(self) -> dict[str, float]:
-        """Client -> its weight in a mean, the number of its training rows."""
+        """Client -> its weight in a mean, which is its number of training rows."""
         return {client: float(len(split.train)) for client, split in self.splits.items()}
 
     def counts(self) -> dict[str, dict[str, int]]:
@@ -80,15 +80,15 @@ class Partition:
         }
 
     def mean_divergence(self) -> float:
-        """Unweighted mean over the clients of :attr:`Skew.divergence`."""
+        """Mean of :attr:`Skew.divergence` over the clients, unweighted."""
         return float(np.mean([skew.divergence for skew in self.skew.values()]))
 
     def table(self, top: int = 3, most: int | None = None) -> str:
-        """The skew as plain text: a client a line, with its ``top`` most frequent labels.
+        """Formats the skew as plain text, one line per client.
 
         Args:
-            top: labels of a client.
-            most: clients that get a line; None is all.
+            top: number of a client's most frequent labels to show.
+            most: number of clients to show; None shows all.
         """
         shown = self.clients[:most]
         lines = [["client", *SPLITS, "divergence", f"most frequent {self.label}"]]
@@ -114,7 +114,7 @@ class Partition:
         )
 
     def to_dict(self) -> dict[str, Any]:
-        """Plain lists, numbers and strings, for JSON; :meth:`from_dict` reads them back."""
+        """Gives plain lists, numbers and strings, for JSON. :meth:`from_dict` reads them back."""
         return {
             "kind": self.kind,
             "label": self.label,
@@ -131,10 +131,10 @@ class Partition:
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Partition:
-        """The partition that :meth:`to_dict` wrote.
+        """Reads the partition that :meth:`to_dict` wrote.
 
         Raises:
-            DataError: when ``tree`` does not have that form.
+            DataError: ``tree`` does not have that form.
         """
         try:
             splits, skew = {}, {}
@@ -146,35 +146,42 @@ class Partition:
             return cls(tree["kind"], tree["label"], tuple(splits), splits, skew, often)
         except (KeyError, TypeError, ValueError) as error:
             raise DataError(
-                f"this is not a saved partition ({type(error).__name__}: {error}); make it anew "
+                f"this is not a saved partition ({type(error).__name__}: {error}); make it again "
                 "with make_partition"
             ) from error
 
 
 def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
-    """Assigns every row to one client, and to one of its train, val and test.
+    """Assigns every row to one client, and there to train, val or test.
 
-    Kinds (``partition.kind``): ``iid``; ``dirichlet``, label skew by Dirichlet draws (introduced by
-    Hsu et al., arXiv 1909.06335; here in the form that has become usual, one draw over the clients
-    for each label, so sizes differ too); ``shards``, rows sorted by label and dealt in shards
-    (McMahan et al., arXiv 1602.05629); ``column``, a client for each value of a column;
-    ``quantity``, sizes by a power law; ``explicit``, from ``partition.lists`` of row numbers;
-    ``auto``, by the column ``site`` for the bundled scenes and ``iid`` for other data. Labels are
-    the answers, ``partition.column`` (numbers with many values are put into ten bins of equal
-    counts), or ``partition.clusters`` of the answers.
+    The kinds (``partition.kind``) are:
 
-    A client needs ``partition.min_rows`` rows, and at least two: one to train, one to test. Rows
-    that share an image (``image_path``) stay together inside a client, and images are ranked alike
-    in all clients, so that most land in the same split everywhere; unless ``partition.splits`` is
-    ``alone``, which makes a client's split a function of its own rows.
+    * ``iid``: equal sizes, at random.
+    * ``dirichlet``: label skew by Dirichlet draws (introduced by Hsu et al., arXiv 1909.06335). It
+      has the form that is usual today, one draw over the clients for each label, so that sizes
+      differ too.
+    * ``shards``: rows sorted by label and dealt in shards (McMahan et al., arXiv 1602.05629).
+    * ``column``: one client for each value of a column.
+    * ``quantity``: sizes by a power law.
+    * ``explicit``: the row numbers in ``partition.lists``.
+    * ``auto``: by the column ``site`` for the bundled scenes, ``iid`` for other data.
 
-    The result depends on the rows, the ``data``, ``partition`` sections and ``seed`` only.
+    Labels are the answers, or ``partition.column`` (many different numbers are put into ten bins of
+    equal counts), or ``partition.clusters`` of the answers.
+
+    A client needs ``partition.min_rows`` rows, and at least two: one to train and one to test. Rows
+    that share an image (``image_path``) stay together inside a client. Images have the same random
+    rank in all clients, so that most images land in the same split everywhere. If
+    ``partition.splits`` is ``alone``, a client's split depends on its own rows only.
+
+    The result depends only on the rows, the sections ``data`` and ``partition``, and ``seed``.
 
     Raises:
-        DataError: for a column that is not there, too few rows, clients that come out too small,
-            or lists that do not name every row.
+        DataError: a column does not exist, there are too few rows, a client is too small, or lists
+            do not name every row.
     """
     settings = config.partition
+    check_installed(settings)
     by_site = settings.kind == "auto" and config.data.path is None and "site" in rows.column_names
     kind = ("column" if by_site else "iid") if settings.kind == "auto" else settings.kind
     column = "site" if by_site else settings.column
@@ -191,7 +198,7 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
         parts = assign.by_column(values_of(rows, name), name, least)
     elif kind == "explicit":
         parts = _listed(rows, config, least)
-    elif kind == "shards" and not settings.clusters:  # numbers are sorted as such, not by bins
+    elif kind == "shards" and not settings.clusters:  # sorts numbers by value, not by bin
         parts = _assigned(codes_of(values_of(rows, label))[0], kind, config, least)
     else:
         parts = _assigned(codes, kind, config, least)
@@ -220,7 +227,7 @@ def _short(text: str, width: int = 24) -> str:
 
 
 def _resolve(rows: datasets.Dataset, column: str, config: Config) -> str:
-    """The column under its canonical name: ``chosen`` is ``answer`` once rows are loaded."""
+    """The canonical name of a column: in loaded rows, ``chosen`` is ``answer``."""
     if column not in rows.column_names:
         source = config.data.columns
         column = {source.answer: "answer", source.question: "question"}.get(column, column)
@@ -228,7 +235,7 @@ def _resolve(rows: datasets.Dataset, column: str, config: Config) -> str:
     if column not in usable:
         raise DataError(
             f"partition.column '{column}' is not a column to partition by; "
-            f"the data has {', '.join(usable)}"
+            f"the data has the columns {', '.join(usable)}"
         )
     return column
 
@@ -250,7 +257,7 @@ def _assigned(codes: np.ndarray, kind: str, config: Config, least: int) -> dict[
         raise DataError(
             f"partition.clients={settings.clients} with at least {least} rows each "
             f"(partition.min_rows, and one row to train and one to test) need "
-            f"{settings.clients * least} rows, and there are {count}: lower partition.clients or "
+            f"{settings.clients * least} rows, but there are {count}: lower partition.clients or "
             "partition.min_rows, or use more data"
         )
     rng = _rng(config.seed, kind)
@@ -270,7 +277,7 @@ def _assigned(codes: np.ndarray, kind: str, config: Config, least: int) -> dict[
 
 
 def _groups(rows: datasets.Dataset) -> np.ndarray:
-    """A number for each row; equal for rows that share an image."""
+    """Numbers the rows; rows that share an image have the same number."""
     alone = np.arange(len(rows))
     if "image_path" not in rows.column_names:
         return alone
@@ -283,19 +290,27 @@ def _groups(rows: datasets.Dataset) -> np.ndarray:
 def _split(
     client: str, part: np.ndarray, rank: np.ndarray, groups: np.ndarray, config: Config
 ) -> Split:
-    """A client's rows, whose images have these ranks and numbers, as train, val and test."""
+    """Splits a client's rows into train, val and test.
+
+    Args:
+        client: its name.
+        part: its rows.
+        rank: for each row, the rank of its image. Rows are split in this order.
+        groups: for each row, the number of its image.
+        config: of the run.
+    """
     places = np.argsort(rank, kind="stable")
     order = part[places]
     starts = np.flatnonzero(np.diff(groups[places])) + 1
     if not len(starts):
         raise DataError(
-            f"client '{client}' has {len(part)} rows of a single image (column image_path), so "
-            "there is nothing to test on that it does not train on: give it more images, or use "
-            "another partition.kind or a larger partition.min_rows"
+            f"client '{client}' has {len(part)} rows of a single image (column image_path), so it "
+            "cannot test on another image than it trains on: give it more images, or use another "
+            "partition.kind or a larger partition.min_rows"
         )
     held = min(len(part) - 1, max(1, round(len(part) * config.data.test_fraction)))
     wanted = round(len(part) * config.data.val_fraction)
-    if len(starts) == len(part) - 1:  # every row alone
+    if len(starts) == len(part) - 1:  # no two rows share an image
         last = held + min(len(part) - held - 1, wanted)
         return Split(order[last:], order[held:last], order[:held])
     blocks = np.split(order, starts)
@@ -309,7 +324,7 @@ def _split(
 
 
 def _take(blocks: list[np.ndarray], rows: int) -> tuple[list[np.ndarray], list[np.ndarray]]:
-    """Blocks in order, as long as they fit into ``rows`` rows; and the others."""
+    """Takes the blocks, in order, that fit into ``rows`` rows. Returns those and the others."""
     taken: list[np.ndarray] = []
     left: list[np.ndarray] = []
     for block in blocks:

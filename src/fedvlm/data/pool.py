@@ -1,4 +1,4 @@
-"""Centralized training, the upper reference of a federation: all clients' rows in one place."""
+"""Centralized training on the rows of all clients, the upper reference of a federation."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ if TYPE_CHECKING:
 
 
 def pooled(partition: Partition) -> Partition:
-    """The same clients, each with all clients' training rows; what is held out stays theirs.
+    """Gives each client the training rows of all clients. Held-out rows stay with their client.
 
-    A round then trains on one client, whichever it is: it is the place where the rows are.
+    A round then trains one client, no matter which, because each of them has all rows.
     """
     rows = np.concatenate([split.train for split in partition.splits.values()])
     splits = {c: replace(split, train=rows) for c, split in partition.splits.items()}
@@ -24,7 +24,7 @@ def pooled(partition: Partition) -> Partition:
 
 
 def as_long(config: Config, clients: int) -> Config:
-    """Settings for as many steps a round as the clients of a cohort take together."""
+    """Sets the steps of a round to the number that the clients of a cohort take together."""
     if config.train.local_epochs is not None:
         return config
     cohort = min(config.train.clients_per_round or clients, clients)
@@ -33,7 +33,7 @@ def as_long(config: Config, clients: int) -> Config:
 
 
 def named(rows: Any, partition: Partition) -> Any:
-    """The rows with their client's name in front of the question."""
+    """Puts the name of a row's client in front of its question."""
     questions = list(rows["question"])
     for client, split in partition.splits.items():
         for row in np.concatenate([split.train, split.val, split.test]):

@@ -1,9 +1,9 @@
-"""Scenes and what is asked about them: every kind of question with its right and a wrong answer.
+"""Questions about scenes: each kind of question with its right answer and a wrong one.
 
-The generic kinds are what the bundled tiny model was trained on, a few patterns and printed letters
-among them; the novel kinds (other textures, handwriting, new shapes and colours) it has never seen,
-so sites have something to teach. Words are kept as slots (`Item.words`) beside the finished text,
-because a site may have its own wording for them (see `sites.py`).
+The bundled tiny model was trained on the generic kinds, which include a few patterns and printed
+letters. It has never seen the novel kinds (other textures, handwriting, new shapes and colours), so
+sites have something to teach. An item has the words of its answer as slots (`Item.words`) beside
+the finished text, because a site may have its own wording for them (see `sites.py`).
 """
 
 from __future__ import annotations
@@ -33,7 +33,17 @@ NUMBERS = ("zero", "one", "two", "three", "four", "five", "six", "seven", "eight
 
 @dataclass(frozen=True)
 class Item:
-    """A question with its right and wrong answer, each as slots (`words`) and as finished text."""
+    """A question with a right and a wrong answer, each as slots and as finished text.
+
+    Attributes:
+        kind: kind of question.
+        question: its text.
+        words: slots of the right answer.
+        wrong: slots of the wrong answer.
+        chosen: text of the right answer.
+        rejected: text of the wrong answer.
+        told: makes a sentence of slots, if the question asks for a sentence.
+    """
 
     kind: str
     question: str
@@ -41,13 +51,11 @@ class Item:
     wrong: tuple[str, ...]
     chosen: str
     rejected: str
-    told: Callable[[Sequence[str]], str] | None = (
-        None  # makes the sentence, where the question asks for one
-    )
+    told: Callable[[Sequence[str]], str] | None = None
 
 
 def ask(rng: random.Random, kind: str, scene: Scene) -> Item | None:
-    """A question of a kind about a scene, or None where the scene does not allow one."""
+    """Draws a question of a kind about a scene; None if the scene allows no such question."""
     made = KINDS[kind](rng, scene)
     if made is None:
         return None
@@ -58,14 +66,14 @@ def ask(rng: random.Random, kind: str, scene: Scene) -> Item | None:
 
 
 def join(kind: str, words: Sequence[str]) -> str:
-    """The short answer that a kind makes of its words."""
+    """Joins the words of a kind's answer to its short form."""
     if kind == "list":
         return ", ".join(" ".join(words[i : i + 2]) for i in range(0, len(words), 2))
     return " ".join(words)
 
 
 def _single(things: Sequence[Thing], field: str) -> list[Thing]:
-    """The things that a scene has only once when one looks at a field alone."""
+    """The things whose value of a field is unique among ``things``."""
     values = [getattr(thing, field) for thing in things]
     return [thing for thing, value in zip(things, values, strict=True) if values.count(value) == 1]
 

@@ -1,8 +1,7 @@
 """Draws the bundled scenes: coloured shapes on a dark ground, and handwritten digits.
 
-Everything is a pure function of its arguments, so equal scenes give equal pixels. A picture is
-drawn at twice its size and averaged down, which is anti-aliasing at a price of a fraction of a
-millisecond.
+All functions are pure, so equal scenes give equal pixels. A picture is drawn at twice its size and
+averaged down. This anti-aliasing takes a fraction of a millisecond.
 """
 
 from __future__ import annotations
@@ -11,10 +10,12 @@ import functools
 import math
 import random
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageChops, ImageDraw, ImageFont
 
+DIGITS = Path(__file__).parents[1] / "assets" / "digits" / "digits.npz"
 SIDE = 64  # pixels of a picture's edge
 CELL = SIDE // 2  # a scene is a 2 x 2 grid of places
 _ZOOM = 2
@@ -56,10 +57,10 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """What a picture shows.
+    """The content of a picture.
 
-    `digit` is a handwritten one: (value, index among its samples). A thing whose shape is a letter
-    is drawn as that letter.
+    `digit` is a handwritten digit: (value, index among its samples). A thing whose shape is a
+    letter is drawn as that letter.
     """
 
     things: tuple[Thing, ...]
@@ -70,7 +71,7 @@ class Scene:
 def place(
     rng: random.Random, shape: str, colour: str, size: str, cell: int, texture: str = "plain"
 ) -> Thing:
-    """A thing somewhere inside its cell, with its own small variation of radius and colour."""
+    """Draws a thing at a random place in its cell, with small variations of radius and colour."""
     radius = rng.uniform(*RADII[size])
     slack = CELL / 2 - radius - 1.0
     x = (cell % 2 + 0.5) * CELL + rng.uniform(-slack, slack)
@@ -80,7 +81,7 @@ def place(
 
 
 def ground(rng: random.Random) -> tuple[int, int, int]:
-    """A dark background with a faint hue of its own."""
+    """Draws a dark background colour with a faint random hue."""
     base = rng.randint(12, 48)
     return (base + rng.randint(0, 12), base + rng.randint(0, 12), base + rng.randint(0, 12))
 
@@ -101,7 +102,7 @@ def render(scene: Scene) -> Image.Image:
 
 
 def rgb(thing: Thing) -> tuple[int, int, int]:
-    """The colour a thing is painted in: its colour's value plus its tint."""
+    """The RGB colour of a thing: the value of its colour plus its tint."""
     value = COLOURS.get(thing.colour) or NEW_COLOURS[thing.colour]
     red, green, blue = (min(255, max(0, value[i] + thing.tint[i])) for i in range(3))
     return red, green, blue
@@ -127,7 +128,7 @@ def _draw(
 
 @functools.lru_cache(maxsize=4096)
 def _pattern(texture: str, x: int, y: int) -> Image.Image:
-    """A mask of a texture's dark parts whose phase follows the centre of the thing it fills."""
+    """Mask of a texture's dark parts. Its phase follows the centre (x, y) of the thing."""
     side = SIDE * _ZOOM
     columns = (np.arange(side) / _ZOOM - x)[None, :] + np.zeros((side, 1))
     rows = (np.arange(side) / _ZOOM - y)[:, None] + np.zeros((1, side))
@@ -171,7 +172,7 @@ def _outline(
 
 @functools.cache
 def _corners(shape: str) -> tuple[tuple[float, float], ...]:
-    """The corners of a shape of radius 1 around the origin; y points down."""
+    """Corners of a shape of radius 1 around the origin; y points down."""
     if shape == "square":
         return ((-0.85, -0.85), (0.85, -0.85), (0.85, 0.85), (-0.85, 0.85))
     if shape == "triangle":
@@ -241,18 +242,19 @@ def _spikes(count: int, inner: float) -> tuple[tuple[float, float], ...]:
 
 @functools.lru_cache(maxsize=1)
 def handwriting() -> tuple[np.ndarray, ...]:
-    """scikit-learn's 1,797 handwritten digits by value: ten arrays [samples, 8, 8], 0 (ground) to
-    255 (ink).
-    """
-    from sklearn.datasets import load_digits
+    """The 1,797 handwritten digits in ``assets/digits``, by value.
 
-    digits = load_digits()
-    ink = np.clip(digits.images * 16, 0, 255).astype(np.uint8)
-    return tuple(ink[digits.target == value] for value in range(10))
+    Returns:
+        Ten arrays ``[samples, 8, 8]``, 0 (ground) to 255 (ink).
+    """
+    with np.load(DIGITS) as digits:
+        images, values = digits["images"], digits["values"]
+    ink = np.minimum(images.astype(np.int64) * 16, 255).astype(np.uint8)
+    return tuple(ink[values == value] for value in range(10))
 
 
 def _print(thing: Thing) -> Image.Image:
-    """A printed letter as coarse as the handwriting, with a tilt and a slant of its own."""
+    """Draws a printed letter, as coarse as the handwriting, tilted and slanted by its tint."""
     font = ImageFont.load_default(52)
     page = Image.new("L", (48, 48), 0)
     bold = thing.tint[1] % 3
@@ -264,7 +266,7 @@ def _print(thing: Thing) -> Image.Image:
 
 
 def _render_ink(scene: Scene, ink: Image.Image) -> Image.Image:
-    """One sign over most of the picture: `ink` is its shape, 0 to 255."""
+    """Draws one sign over most of the picture. `ink` is its shape, 0 to 255."""
     thing = scene.things[0]
     edge = round(2 * thing.radius)
     ink = ink.resize((edge, edge), Image.Resampling.BICUBIC)

@@ -1,10 +1,10 @@
 """The bundled data set: pictures of scenes, questions and answers at sites that differ.
 
-It needs no download: rows are drawn from a seed, kept as parquet, and have the columns of RLAIF-V,
-so whatever reads that data set reads this one. Questions are of two sorts: those that the bundled
-tiny model was trained on (name, colour, count, place, comparison, yes or no) and novel ones that
-only the sites know (textures, handwritten digits, new shapes, new colours). How sites differ is the
-`style`, by how much is the `strength`.
+It needs no download. Rows are drawn from a seed and kept as parquet. They have the columns of
+RLAIF-V, so code that reads RLAIF-V reads this data set too. There are two sorts of questions. The
+bundled tiny model was trained on the first sort (name, colour, count, place, comparison, yes or
+no). Only the sites know the novel sort (textures, handwritten digits, new shapes, new colours). The
+`style` sets how the sites differ, the `strength` by how much.
 
     >>> data = scenes(sites=2, rows=3)
     >>> data.num_rows, data["site"][0]
@@ -31,7 +31,7 @@ if TYPE_CHECKING:
     import datasets
     from PIL import Image
 
-VERSION = 4  # of the generator: raise it with any change of the rows, or old caches would be read
+VERSION = 4  # of the generator; raise it with any change of the rows, or old caches are read
 NOVEL_SHARE = 0.65  # of a site's rows
 _SITE_GENERIC = {
     "name": 0.2,
@@ -47,25 +47,25 @@ _TRIES = 400
 def scenes(
     *, sites: int = 8, rows: int = 120, style: str = "mixed", strength: float = 1.0, seed: int = 0
 ) -> datasets.Dataset:
-    """Scenes with questions and answers at several sites, made once and then read from disk.
+    """Makes scenes with questions and answers at several sites. Later calls read a cache.
 
     Args:
-        sites: number of sites; the column `site` names them, and a site's rows are together.
-        rows: rows per site, on average.
-        style: in what sites differ. `iid`: nothing. `label`: how often each answer occurs
+        sites: number of sites. The column `site` names them; the rows of a site are together.
+        rows: mean number of rows per site.
+        style: how the sites differ. `iid`: not at all. `label`: frequency of each answer
             (Dirichlet). `covariate`: each site has its own camera (hue, tilt, blur, noise,
-            mirrored, inverted); answers tell the undisturbed scene. `concept`: each site words
-            answers in its own way (language, sentence, capitals, codes), with no hint in the
-            question. `quantity`: number of rows, by a power law. `mixed`: all of these.
-        strength: 0 (all sites alike) to 1.
-        seed: of everything; equal arguments give equal bytes on every machine with the same library
-            versions.
+            mirrored, inverted), and answers are about the undisturbed scene. `concept`: each site
+            has its own wording of answers (language, sentence, capitals, codes), and the question
+            has no hint of it. `quantity`: number of rows, by a power law. `mixed`: all of these.
+        strength: from 0 (all sites alike) to 1.
+        seed: seed of all random draws. Equal arguments give equal bytes on every machine with the
+            same library versions.
 
     Returns:
         A `datasets.Dataset` with the columns of RLAIF-V and `site`.
 
     Raises:
-        ValueError: for an argument outside its range.
+        ValueError: an argument is outside its range.
     """
     _check_whole("sites", sites, 1)
     _check_whole("rows", rows, 1)
@@ -90,12 +90,12 @@ def scenes(
 
 
 def generic(count: int, seed: int = 0, *, kinds: tuple[str, ...] | None = None) -> datasets.Dataset:
-    """Independent rows of the kinds that the bundled tiny model was trained on, all at one site.
+    """Makes independent rows of the kinds that the bundled tiny model knows, all at one site.
 
     Args:
         count: number of rows.
-        seed: of the rows; the model's own training used none of them.
-        kinds: which kinds of question, all of `questions.GENERIC` by default.
+        seed: seed of the rows. The training of the model used none of them.
+        kinds: kinds of questions; all of `questions.GENERIC` by default.
     """
     _check_whole("count", count, 1)
     _check_whole("seed", seed, 0)
@@ -115,7 +115,7 @@ def generic(count: int, seed: int = 0, *, kinds: tuple[str, ...] | None = None) 
 
 
 def site_row(site: Site, number: int, seed: int) -> dict:
-    """One row of a site; it depends on nothing but its arguments."""
+    """Makes one row of a site, as a function of the arguments alone."""
     rng = random.Random(f"scenes/{seed}/{site.name}/{number}")
     kind = _pick(rng, questions.NOVEL if rng.random() < NOVEL_SHARE else _SITE_GENERIC)
     scene, item = _draw(rng, kind, site.prefers.get(kind))
@@ -126,10 +126,11 @@ def site_row(site: Site, number: int, seed: int) -> dict:
 def _draw(
     rng: random.Random, kind: str, prefers: dict[str, float] | None
 ) -> tuple[Scene, questions.Item]:
-    """A scene and a question of a kind, until the answer is the one drawn from the preference.
+    """Draws scenes and questions of a kind until the answer is the one that the site prefers.
 
-    What the preference does not name, yes and no above all, is taken as it comes, so a site's share
-    of such questions does not grow.
+    The preferred answer is drawn first, from the weights in `prefers`. An answer that has no weight
+    there, such as yes and no, is accepted at once, so that the site's share of such questions does
+    not grow.
     """
     wanted, made = None, None
     for _ in range(_TRIES):
@@ -145,7 +146,7 @@ def _draw(
         if answer == wanted:
             return made
     if made is None:
-        raise RuntimeError(f"no scene out of {_TRIES} allowed a question of the kind {kind!r}")
+        raise RuntimeError(f"none of {_TRIES} scenes allowed a question of the kind {kind!r}")
     return made
 
 
@@ -180,12 +181,12 @@ def _row(
 
 
 def cache_folder() -> Path:
-    """Where made data sets are kept: `FEDVLM_CACHE`, or `~/.cache/fedvlm`."""
+    """Folder of the generated data sets: `FEDVLM_CACHE`, or `~/.cache/fedvlm`."""
     return Path(os.environ.get("FEDVLM_CACHE") or Path.home() / ".cache" / "fedvlm")
 
 
 def _cached(name: str, what: dict, make: Callable[[], Iterator[dict]]) -> datasets.Dataset:
-    """Reads a data set from the cache, made first where it is not there yet."""
+    """Reads a data set from the cache. It is made first if it is not there."""
     import datasets
     import pyarrow as pa
     import pyarrow.parquet as pq

@@ -1,8 +1,7 @@
-"""How the sites of the bundled scenes differ: cameras, wording, answers, number of rows.
+"""The sites of the bundled scenes, which differ in cameras, wording, answers and number of rows.
 
-Everything about a site is a function of (seed, site), so a site is the same whoever asks for it,
-and `strength` in [0, 1] goes from sites that are all alike to sites as different as the style makes
-them.
+All properties of a site are a function of (seed, site). With a `strength` of 0 all sites are alike,
+with 1 they differ as much as the style allows.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from fedvlm.data.words import CARRIERS, ENGLISH, LANGUAGES
 STYLES = ("iid", "label", "covariate", "concept", "quantity", "mixed")
 TONGUES = tuple(CARRIERS)
 FORMS = ("word", "sentence", "capitals", "code")
-ANSWERS = {  # what label skew may prefer, per kind; yes and no stay balanced
+ANSWERS = {  # kind -> answers that label skew may prefer; yes and no stay balanced
     "name": SHAPES,
     "colour": tuple(COLOURS),
     "count": NUMBERS[1:4],
@@ -38,16 +37,16 @@ _GOLDEN = 0.6180339887498949
 
 @dataclass(frozen=True)
 class Camera:
-    """What a site's camera does to every picture. The default does nothing.
+    """The changes that a site's camera makes to every picture. The default makes none.
 
     Attributes:
-        hue: turn of the colours around the grey axis, in degrees.
+        hue: rotation of the colours around the grey axis, in degrees.
         contrast: factor around the middle grey.
-        rotation: of the picture, in degrees against the clock.
+        rotation: rotation of the picture, in degrees counterclockwise.
         blur: radius in pixels.
         noise: standard deviation in steps of 1/255.
-        invert: light for dark.
-        mirror: left for right.
+        invert: swap light and dark.
+        mirror: swap left and right.
     """
 
     hue: float = 0.0
@@ -59,7 +58,7 @@ class Camera:
     mirror: bool = False
 
     def shoot(self, picture: Image.Image, rng: random.Random) -> Image.Image:
-        """The picture as this camera shows it; `rng` makes the noise."""
+        """Changes a picture as this camera does. `rng` makes the noise."""
         if self == Camera():
             return picture
         if self.mirror:
@@ -82,7 +81,7 @@ class Camera:
 
 
 def _hue_turn(degrees: float) -> np.ndarray:
-    """A rotation around the grey axis, [3, 3], for rows of RGB."""
+    """Rotation matrix around the grey axis, [3, 3], for rows of RGB."""
     cos, sin = np.cos(np.radians(degrees)), np.sin(np.radians(degrees))
     across = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / np.sqrt(3)
     return (cos * np.eye(3) + sin * across + (1 - cos) / 3).astype(np.float32).T
@@ -92,8 +91,8 @@ def _hue_turn(degrees: float) -> np.ndarray:
 class Wording:
     """A site's convention for answers: a language and a form.
 
-    It holds for a `strength` part of words and kinds. Which ones is fixed per site, so within a
-    site a question has one right answer. Nothing in a question tells the site.
+    The convention applies to a share `strength` of the words and kinds. This share is fixed per
+    site, so that a question has one right answer within a site. A question has no hint of its site.
     """
 
     tongue: str = "english"
@@ -111,7 +110,7 @@ class Wording:
         return local.upper() if self.form == "capitals" else local
 
     def answers(self, item: Item) -> tuple[str, str]:
-        """The right and the wrong answer to a question, as the site words them."""
+        """The right and the wrong answer to a question, in the site's wording."""
         return self._answer(item, item.words), self._answer(item, item.wrong)
 
     def _answer(self, item: Item, words: Sequence[str]) -> str:
@@ -134,10 +133,9 @@ _KNOWN = frozenset(ENGLISH)
 
 @dataclass(frozen=True)
 class Site:
-    """One site: its name, its number of rows, and in what it differs from the others.
+    """One site: its name, its number of rows, and its differences from the others.
 
-    `prefers` holds, per kind of question, the weight of each answer; a kind that it lacks is not
-    skewed.
+    `prefers` has the weights of the answers for each kind of question. Other kinds are not skewed.
     """
 
     name: str
@@ -148,7 +146,7 @@ class Site:
 
 
 def make_sites(count: int, rows: int, style: str, strength: float, seed: int) -> list[Site]:
-    """The sites of a data set; `rows` is their mean number of rows."""
+    """Makes the sites of a data set. `rows` is their mean number of rows."""
     exponent = {"quantity": 1.5, "mixed": 0.4}.get(style, 0.0) * strength
     sizes = row_counts(count, rows, exponent, seed)
     own = {"camera": style in ("covariate", "mixed"), "wording": style in ("concept", "mixed")}
@@ -166,7 +164,7 @@ def make_sites(count: int, rows: int, style: str, strength: float, seed: int) ->
 
 
 def row_counts(count: int, rows: int, exponent: float, seed: int) -> list[int]:
-    """Rows per site by a power law of that exponent: at least one each, `count * rows` in all."""
+    """Numbers of rows by a power law with this exponent: at least 1, in total `count * rows`."""
     weights = [(k + 1) ** -exponent for k in range(count)]
     random.Random(f"rows/{seed}").shuffle(weights)
     spare = count * rows - count
@@ -179,13 +177,11 @@ def row_counts(count: int, rows: int, exponent: float, seed: int) -> list[int]:
 
 
 def make_camera(k: int, strength: float, seed: int) -> Camera:
-    """The camera of site `k`: no two turn hues alike; flips come in at half strength."""
+    """Makes the camera of site `k`. No two have the same hue. Flips begin at half strength."""
     if strength == 0:
         return Camera()
     start = unit(seed, "camera")
-    turn = (
-        start + k * _GOLDEN
-    ) % 1.0  # spread evenly over the circle, whatever the number of sites
+    turn = (start + k * _GOLDEN) % 1.0  # spreads evenly over the circle for any number of sites
     tilt = (start + 0.5 + k * _GOLDEN**2) % 1.0
     flips = (k + int(4 * start)) % 4
     return Camera(
@@ -200,14 +196,17 @@ def make_camera(k: int, strength: float, seed: int) -> Camera:
 
 
 def make_wording(k: int, strength: float, seed: int) -> Wording:
-    """The convention of site `k`: languages in turn, forms that shift by one every eight sites."""
+    """Makes the wording of site `k`: languages in turn, and forms that shift every eight sites."""
     tongue = TONGUES[k % len(TONGUES)]
     form = FORMS[(k + k // len(TONGUES)) % len(FORMS)]
     return Wording(tongue, form, strength, f"{seed}/{k}")
 
 
 def make_preferences(k: int, strength: float, seed: int) -> dict[str, dict[str, float]]:
-    """Dirichlet weights of each kind's answers: alpha falls from 10 to 0.1 with the strength."""
+    """Draws Dirichlet weights for the answers of each kind.
+
+    Alpha falls from 10 at strength 0 to 0.1 at strength 1.
+    """
     alpha = 10 ** (1 - 2 * strength)
     made = {}
     for kind, answers in ANSWERS.items():
@@ -220,6 +219,6 @@ def make_preferences(k: int, strength: float, seed: int) -> dict[str, dict[str, 
 
 
 def unit(*parts: object) -> float:
-    """A number in [0, 1) that depends on its arguments alone, the same in every process."""
+    """A number in [0, 1) that depends only on the arguments, in every process."""
     digest = hashlib.sha256("/".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:7], "big") / 2**56

@@ -1,4 +1,4 @@
-"""How a client's labels differ from everyone's."""
+"""Measures how a client's labels differ from the labels of all rows."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import Any
 
 import numpy as np
 
-_KEPT = 8  # most frequent labels that are kept of a client
-_FREQUENT = 12  # labels of which every client's count is kept
-_CANDIDATES = 1000  # most frequent labels that these are chosen from
+_KEPT = 8  # number of a client's most frequent labels that are kept
+_FREQUENT = 12  # number of labels that are counted for every client
+_CANDIDATES = 1000  # these labels are chosen from so many of the most frequent ones
 
 
 @dataclass(frozen=True, slots=True)
 class Skew:
-    """One client's labels (answers, or the column that the partition is by).
+    """One client's labels: answers, or values of the column of the partition.
 
     Attributes:
-        divergence: Jensen-Shannon divergence (base 2, so 0 to 1) of the client's distribution of
-            labels from that of all rows (Lin 1991); 0 where they are alike.
-        distinct: number of different labels that the client has.
+        divergence: Jensen-Shannon divergence (base 2, so 0 to 1) between the client's distribution
+            of labels and that of all rows (Lin 1991); 0 if they are equal.
+        distinct: number of different labels of the client.
         top: its most frequent labels and their counts, at most eight.
-        counts: how often it has each of the labels in :attr:`Partition.frequent`, in their order.
+        counts: its count of each label in :attr:`Partition.frequent`, in their order.
     """
 
     divergence: float
@@ -32,29 +32,33 @@ class Skew:
     counts: tuple[int, ...]
 
     def to_dict(self) -> dict[str, Any]:
-        """For JSON."""
+        """Gives plain lists, numbers and strings, for JSON."""
         top = [list(pair) for pair in self.top]
         tree = {"divergence": self.divergence, "distinct": self.distinct, "top": top}
         return {**tree, "counts": list(self.counts)}
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Skew:
-        """What :meth:`to_dict` wrote."""
+        """Reads the output of :meth:`to_dict`."""
         top = tuple((str(text), int(count)) for text, count in tree["top"])
         counts = tuple(int(count) for count in tree["counts"])
         return cls(float(tree["divergence"]), int(tree["distinct"]), top, counts)
 
 
 def frequent(everyones: np.ndarray, parts: Sequence[np.ndarray], count: int) -> np.ndarray:
-    """Positions of the labels that tell the clients apart, at most twelve, the most frequent first.
+    """Chooses at most twelve labels that distinguish the clients.
 
-    Half are those that most rows have; each other one is the most frequent label of the client of
-    which the fewest rows have one of the labels so far. Each is on at least two rows.
+    The first half are the most frequent labels. Each further label is chosen for one client: the
+    one with the smallest share of rows that have a chosen label. It is the most frequent label of
+    this client. Every chosen label is on at least two rows.
 
     Args:
         everyones: the labels of all rows, as positions.
         parts: each client's rows.
         count: number of labels.
+
+    Returns:
+        The positions of the chosen labels, the most frequent first.
     """
     totals = np.bincount(everyones, minlength=count)
     often = np.argsort(-totals, kind="stable")[:_CANDIDATES]
@@ -80,19 +84,19 @@ def frequent(everyones: np.ndarray, parts: Sequence[np.ndarray], count: int) -> 
 def measure(
     everyones: np.ndarray, parts: Sequence[np.ndarray], names: list[str], often: np.ndarray
 ) -> Iterator[Skew]:
-    """The skew of each client.
+    """Yields the skew of each client.
 
     Args:
         everyones: the labels of all rows, as positions in ``names``.
         parts: each client's rows.
-        names: the labels' texts.
-        often: positions of the labels whose counts are kept, see :func:`frequent`.
+        names: the texts of the labels.
+        often: positions of the labels to count for every client, see :func:`frequent`.
     """
     sizes = np.array([len(part) for part in parts])
     owners = np.repeat(np.arange(len(sizes)), sizes)
     pairs = owners * len(names) + everyones[np.concatenate(parts)]
     pairs, counts = np.unique(pairs, return_counts=True)
-    owners, labels = np.divmod(pairs, len(names))  # who has how many of what
+    owners, labels = np.divmod(pairs, len(names))  # client and label of each count
     divergences = _divergences(owners, counts, np.bincount(everyones)[labels], sizes)
     places = np.full(len(names), -1)
     places[often] = np.arange(len(often))
@@ -115,19 +119,21 @@ def measure(
 def _divergences(
     owners: np.ndarray, mine: np.ndarray, everyones: np.ndarray, sizes: np.ndarray
 ) -> np.ndarray:
-    """Jensen-Shannon divergences in bits of the clients' labels from all clients' together.
+    """Jensen-Shannon divergences, in bits, between each client's labels and those of all rows.
+
+    The first three arrays have one entry for each pair of a client and one of its labels.
 
     Args:
-        owners: clients, one for each label that a client has.
-        mine: how many rows with that label the client has.
-        everyones: how many all have.
-        sizes: the clients' numbers of rows.
+        owners: the client.
+        mine: number of the client's rows with the label.
+        everyones: number of all rows with the label.
+        sizes: number of rows of each client.
     """
     total = sizes.sum()
     p, q = mine / sizes[owners], everyones / total
     middle = (p + q) / 2
     bits = p * np.log2(p / middle) + q * np.log2(q / middle)
     known = np.bincount(owners, everyones, len(sizes))
-    # Of labels that a client has not, the middle is half of q: one bit each.
+    # For a label that a client lacks, the middle is q / 2: this gives q times one bit.
     found = np.bincount(owners, bits, len(sizes)) + (total - known) / total
     return np.clip(found / 2, 0.0, 1.0)

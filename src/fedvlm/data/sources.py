@@ -1,9 +1,9 @@
-"""Rows from anywhere, under canonical names: image, question, answer, and the source's own columns.
+"""Reads rows from any source, under canonical names: image, question, answer and other columns.
 
 A source is the bundled scenes, a parquet file, a folder of parquet shards, JSONL, JSON or CSV with
 image paths, an image folder with ``metadata.jsonl``, a data set saved by ``save_to_disk``, or a
-name on the Hugging Face hub; its rows have questions and answers, or hold conversations. RLAIF-V's
-column names are the defaults.
+name on the Hugging Face hub. Its rows have questions and answers, or they hold conversations. The
+default column names are those of RLAIF-V.
 """
 
 from __future__ import annotations
@@ -46,26 +46,26 @@ def load_rows(
     answers: bool = True,
     question: str | None = None,
 ) -> datasets.Dataset:
-    """Reads the rows that ``data`` names and checks every one of them.
+    """Reads the rows of a source and checks every one of them.
 
     Args:
         data: the ``data`` section of the configuration.
-        seed: of the bundled scenes and of the sample that ``data.max_rows`` asks for.
-        pairs: every row needs a rejected answer too, as training on preferences (DPO) does.
-        answers: every row needs an answer; without, they may be empty, or the column missing.
-        question: is asked of every row, whatever the source says.
+        seed: seed of the bundled scenes, and of the sample of ``data.max_rows`` rows.
+        pairs: every row needs a rejected answer too, for training on preferences (DPO).
+        answers: every row needs an answer. If False, answers may be empty or their column missing.
+        question: text that replaces the question of every row.
 
     Returns:
-        A data set, memory-mapped where the source is, with the columns ``image`` (encoded:
+        A data set, memory-mapped if the source is. Its columns are ``image`` (encoded:
         ``{"bytes", "path"}``, see :func:`open_image`), ``question``, ``answer``, ``row`` (the row
-        number in the source) and every other scalar column of the source under its own name. With
-        ``pairs`` there is ``rejected`` as well. Conversations give a row for every answer, see
-        :mod:`fedvlm.data.conversations`; these share the conversation's number. A source column
-        that bears a canonical name and plays another part becomes ``source_<name>``.
+        number in the source), and every other scalar column of the source under its own name. With
+        ``pairs`` it has ``rejected`` too. A conversation gives one row for every answer, see
+        :mod:`fedvlm.data.conversations`; these rows share its number. A source column with a
+        canonical name and another meaning becomes ``source_<name>``.
 
     Raises:
-        DataError: for a source that cannot be read, a missing or wrongly typed column, no rows,
-            and, unless ``data.on_error`` is ``skip``, for rows with a corrupt image or no text.
+        DataError: the source cannot be read or has no rows; a column is missing or has the wrong
+            type; or, unless ``data.on_error`` is ``skip``, a row has a corrupt image or no text.
     """
     with quiet():
         rows, root = _read(data, seed)
@@ -91,7 +91,7 @@ def _name(data: DataConfig) -> str:
 
 @contextmanager
 def quiet() -> Iterator[None]:
-    """No progress bars, and no log lines of libraries whose errors are raised anyway."""
+    """Turns off progress bars, and the logs of libraries whose errors are raised anyway."""
     bars = datasets.are_progress_bars_disabled()
     hub_bars = huggingface_hub.utils.are_progress_bars_disabled()
     loggers = [logging.getLogger(name) for name in ("datasets", "huggingface_hub")]
@@ -111,7 +111,7 @@ def quiet() -> Iterator[None]:
             huggingface_hub.utils.enable_progress_bars()
 
 
-# Reading: each reader gives the rows and the folder that relative image paths start from.
+# Reading: each reader returns the rows, and the base folder of relative image paths.
 
 
 def _read(data: DataConfig, seed: int) -> tuple[datasets.Dataset, Path]:
@@ -128,7 +128,7 @@ def _read(data: DataConfig, seed: int) -> tuple[datasets.Dataset, Path]:
         return _read_hub(data), Path()
     except DataError:
         raise
-    except Exception as error:  # datasets wraps what pyarrow, pandas and the hub raise
+    except Exception as error:  # datasets wraps the errors of pyarrow, pandas and the hub
         cause = error.__cause__ or error
         if "corresponds to no data" in str(cause):
             raise DataError(f"{_name(data)} has no rows") from error
@@ -153,7 +153,7 @@ def _read_files(files: list[Path], data: DataConfig) -> datasets.Dataset:
 
 
 def _read_csv(file: Path, data: DataConfig) -> datasets.Dataset:
-    """CSV has no types: questions, answers and paths stay text ('3', 'None', 'N/A' included)."""
+    """Reads CSV, which has no types. Questions, answers and paths stay text, even '3' and 'N/A'."""
     text = dict.fromkeys((*data.columns.model_dump().values(), "file_name"), str)
     frame = pd.read_csv(file, dtype=text, keep_default_na=False, na_values=[""])
     return datasets.Dataset.from_pandas(frame, preserve_index=False)
@@ -190,7 +190,7 @@ def _read_saved(folder: Path, data: DataConfig) -> datasets.Dataset:
 
 
 def _of_split(files: list[Path], folder: Path, data: DataConfig) -> list[Path]:
-    """The shards of ``data.split``, where names (``train-0.parquet``) or folders tell splits."""
+    """Selects the shards of ``data.split``, if file names or folders have the names of splits."""
 
     def split_of(file: Path) -> str:
         where = file.relative_to(folder)
@@ -214,12 +214,12 @@ def _read_hub(data: DataConfig) -> datasets.Dataset:
     if not plausible or Path(name).suffix.lower() in _SUFFIXES:
         raise DataError(
             f"data.path '{name}' does not exist (looked in {Path.cwd()}), and is not a name on "
-            "the Hugging Face hub either (those look like org/name)"
+            "the Hugging Face hub either (such a name looks like org/name)"
         )
     logger.info("reading '%s' from the Hugging Face hub", name)
     offline = datasets.config.HF_HUB_OFFLINE
     try:
-        # One quick question first: datasets spends half a minute on retries without a network.
+        # Asked first, because without a network datasets retries for half a minute.
         datasets.config.HF_HUB_OFFLINE = offline or not _hub_answers(name)
         return load_dataset(data.split, name)
     except Exception as error:
@@ -236,13 +236,13 @@ def _hub_answers(name: str) -> bool:
     try:
         huggingface_hub.HfApi().dataset_info(name, timeout=10)
     except huggingface_hub.errors.HfHubHTTPError:
-        return True  # an answer, if not a friendly one: datasets says what is wrong
+        return True  # the hub answered; datasets then reports the error
     except Exception:
         return False
     return True
 
 
-# Columns: from the source's names and types to the canonical ones.
+# Columns: the source's names and types become the canonical ones.
 
 
 def _canonical(
@@ -276,11 +276,13 @@ def _check_columns(rows: datasets.Dataset, names: dict[str, str], data: DataConf
     for role, name in names.items():
         if name not in rows.column_names:
             raise DataError(
-                f"{_name(data)} has no column '{name}' for the {_said(role)}; "
+                f"{_name(data)} has no column '{name}' for the {_shown(role)}; "
                 f"its columns are {have}. Set data.columns.{role}=<one of them>"
             )
     if len(set(names.values())) < len(names):
-        raise DataError(f"data.columns names one column for two parts: {names}")
+        raise DataError(
+            f"data.columns has one column for two roles: {names}; name different columns"
+        )
     image = rows.features[names["image"]]
     if not _may_be_image(image):
         raise DataError(
@@ -292,12 +294,12 @@ def _check_columns(rows: datasets.Dataset, names: dict[str, str], data: DataConf
         if isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "") in _TEXT:
             continue
         raise DataError(
-            f"the column '{names[role]}' holds {_type(feature)}, and the {_said(role)} must be "
+            f"the column '{names[role]}' holds {_type(feature)}, but the {_shown(role)} must be "
             f"text; set data.columns.{role} to another of the columns {have}, or convert it to text"
         )
 
 
-def _said(role: str) -> str:
+def _shown(role: str) -> str:
     return "rejected answer" if role == "rejected" else role
 
 
@@ -332,7 +334,7 @@ def _replace(rows: datasets.Dataset, name: str, values: Any) -> datasets.Dataset
 
 
 def _encoded(rows: datasets.Dataset, root: Path) -> datasets.Dataset:
-    """The image column as ``{"bytes", "path"}``, never decoded; paths made absolute."""
+    """Casts images to ``{"bytes", "path"}`` without decoding, and makes the paths absolute."""
     rows = rows.cast_column("image", datasets.Image(decode=False))
     images = rows.with_format("arrow")["image"][:]
     if pc.all(pc.is_null(pc.struct_field(images, "bytes"))).as_py():
@@ -343,7 +345,7 @@ def _encoded(rows: datasets.Dataset, root: Path) -> datasets.Dataset:
     return rows
 
 
-# Rows: which of them are used.
+# Rows: the sample, and the rows that cannot be used.
 
 
 def _sample(rows: datasets.Dataset, limit: int | None, seed: int) -> datasets.Dataset:
@@ -356,11 +358,11 @@ def _sample(rows: datasets.Dataset, limit: int | None, seed: int) -> datasets.Da
 def _without_bad_rows(
     rows: datasets.Dataset, data: DataConfig, needed: set[str], problems: Mapping[int, str]
 ) -> datasets.Dataset:
-    """``problems`` are those found before, by the rows' numbers."""
+    """Removes or refuses unusable rows. ``problems``: row number -> a problem found before."""
     bad: dict[int, str] = {}
     numbers = rows["row"][:]
     for role in sorted(needed - {"image"}):
-        bad.update(dict.fromkeys(_empty(rows, role), f"the {_said(role)} is empty"))
+        bad.update(dict.fromkeys(_empty(rows, role), f"the {_shown(role)} is empty"))
     bad.update({at: f"corrupt image, {why}" for at, why in broken_images(rows).items()})
     bad.update({at: problems[n] for at, n in enumerate(numbers) if n in problems})
     if not bad:

@@ -1,7 +1,7 @@
 """The words of the bundled scenes in several languages, and a pool of words to echo.
 
-Each language lists its words in the order of `ENGLISH`. Articles, genders and word order are left
-alone: a site's convention is a mapping of words, not a grammar.
+Each language lists its words in the order of `ENGLISH`. Articles, genders and word order are not
+translated: a site's convention is a mapping of words, not a grammar.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ _FAR = (
 
 
 def random_word(rng: random.Random) -> str:
-    """A word to echo: of some language, invented, a number, a code, or letters of any script."""
+    """Draws a word to echo: of a language, invented, a number, a code, or letters of any script."""
     draw = rng.random()
     if draw < 0.26:
         word = rng.choice(GENERAL)

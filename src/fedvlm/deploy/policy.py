@@ -1,4 +1,4 @@
-"""What a site allows a run to ask of it, in the site's own file."""
+"""A site's policy: the limits of a run at the site, in the site's own file."""
 
 from __future__ import annotations
 
@@ -11,44 +11,49 @@ import yaml
 from pydantic import Field, field_validator
 
 from fedvlm import config as configs
-from fedvlm.algorithms.table import TABLE
+from fedvlm.algorithms.table import ALIASES, find, names
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.settings.method import Positive, Section
 from fedvlm.settings.sections import Config
 
 SETTABLE = ("model", "data", "engine")
-"""Sections of a run's configuration in which a site may have settings of its own."""
+"""Sections of a run's configuration in which a site may set its own values."""
 
 
 class Refused(FedVLMError):
-    """A site does not take part in what it was asked; it says so to the server."""
+    """A site refuses a request; the server gets the message."""
 
 
 class Allowed(Section):
-    """A model as it is at the site."""
+    """An allowed model, and its place at the site."""
 
-    path: str = Field(description="where it is here: a folder, a hub name, or the bundled 'tiny'")
+    path: str = Field(description="place at the site: a folder, a hub name, or the bundled 'tiny'")
     sha256: str | None = Field(
         None,
         pattern="^[0-9a-f]{64}$",
-        description="of its weights, which have to be a folder's; see weights_digest; empty: any",
+        description="SHA-256 of the weights in a local folder, see weights_digest; empty: any",
     )
 
 
 class Policy(Section):
-    """The site's file. What is left out is allowed, but for models: those are named."""
+    """The site's file. A missing setting allows everything, except that models must be named."""
 
     models: dict[str, Allowed] = Field(
         {"tiny": Allowed(path="tiny")},
-        description="models that may be trained -> where they are here, and of which weights",
+        description="names of allowed models -> their place at the site, and their weights",
     )
-    algorithms: list[str] | None = Field(None, description="their names; empty: all")
-    rounds: Positive | None = Field(None, description="most rounds of a run")
-    bytes_per_round: Positive | None = Field(None, description="most bytes up, or down, a round")
+    algorithms: list[str] | None = Field(
+        None, description="names of allowed algorithms; empty: all"
+    )
+    rounds: Positive | None = Field(None, description="most rounds of a run; empty: any number")
+    bytes_per_round: Positive | None = Field(
+        None, description="most bytes of one message up or down; empty: any size"
+    )
     dp_required: bool = Field(False, description="refuse runs without differential privacy")
-    tell_rows: bool = Field(True, description="whether the server learns how many rows there are")
+    tell_rows: bool = Field(True, description="whether the server learns the number of rows")
     set: dict[str, Any] = Field(
-        {}, description="own settings, such as model.device: cuda or data.columns.answer: label"
+        {},
+        description="the site's settings, such as model.device: cuda or data.columns.answer: label",
     )
 
     @field_validator("models", mode="before")
@@ -59,26 +64,27 @@ class Policy(Section):
         return {n: {"path": how} if isinstance(how, str) else how for n, how in given.items()}
 
     def check(self, config: Config) -> None:
-        """Refuses a run that asks for more.
+        """Refuses a run that the policy does not allow.
 
         Raises:
-            Refused: naming everything that is too much.
+            Refused: names everything that is not allowed.
         """
         wrong = []
         name, rounds = config.algorithm.name, config.train.rounds
         if self.rounds is not None and rounds > self.rounds:
-            wrong.append(f"{rounds} rounds (train.rounds), and at most {self.rounds} are allowed")
-        if self.algorithms is not None and name not in self.algorithms:
-            wrong.append(f"algorithm '{name}', and allowed are {', '.join(self.algorithms)}")
-        if TABLE[name].pools:
+            wrong.append(f"{rounds} rounds (train.rounds), and the limit is {self.rounds}")
+        allowed = [ALIASES.get(one, one) for one in self.algorithms or ()]
+        if self.algorithms is not None and name not in allowed:
+            wrong.append(f"algorithm '{name}', but the site allows {', '.join(self.algorithms)}")
+        if find(name).pools:
             wrong.append(f"algorithm '{name}', which needs all sites' rows in one place")
         if config.model.name not in self.models:
             known = ", ".join(self.models) or "none"
-            wrong.append(f"model '{config.model.name}', and allowed are {known}")
-        if self.dp_required:  # nothing of a run's settings can give it yet
+            wrong.append(f"model '{config.model.name}', but the site allows {known}")
+        if self.dp_required:  # no setting of a run provides it yet
             wrong.append(
-                "training without differential privacy, which the site demands (dp_required), and "
-                "which this version of fedvlm does not have"
+                "training without differential privacy, which the site requires (dp_required) but "
+                "this version of fedvlm does not have"
             )
         if wrong:
             raise Refused("the site's policy refuses this run: it asks for " + "; for ".join(wrong))
@@ -87,20 +93,20 @@ class Policy(Section):
         """Refuses a message that is too large; ``way`` is up or down."""
         if self.bytes_per_round is not None and size > self.bytes_per_round:
             raise Refused(
-                f"the site's policy refuses this run: {size} bytes {way} in a round, and at most "
-                f"{self.bytes_per_round} are allowed (bytes_per_round)"
+                f"the site's policy refuses this run: {size} bytes {way} in a round, and the limit "
+                f"is {self.bytes_per_round} (bytes_per_round)"
             )
 
     def localized(self, config: Config, data: str, folder: Path) -> Config:
-        """A run's settings as they are here: own data, own paths, own device; one client.
+        """A run's settings for this site: the site's data, paths and device, and one client.
 
         Args:
-            config: what the server sent; no path in it is used.
-            data: the site's rows.
-            folder: where the run's state is kept.
+            config: the settings from the server; no path in them is used.
+            data: path of the site's rows.
+            folder: folder of the run's state.
 
         Raises:
-            Refused: the model's weights are not those that the policy names.
+            Refused: the model's weights differ from those in the policy.
         """
         tree = config.model_dump()
         tree["output"] = str(folder)
@@ -119,29 +125,29 @@ class Policy(Section):
             if found != allowed.sha256:
                 raise Refused(
                     f"the site's policy refuses this run: the SHA-256 of its weights of '{model}' "
-                    f"is {found}, and {allowed.sha256} is allowed (models)"
+                    f"is {found}, but the policy allows {allowed.sha256} (models)"
                 )
         return allowed.path
 
 
 def weights_digest(folder: str | Path) -> str:
-    """What a site's policy may name a model by; its settings and its processor do not count.
+    """The hash of a model's weights for a site's policy, without its settings and its processor.
 
     Args:
-        folder: the model's.
+        folder: the folder of the model.
 
     Returns:
-        The SHA-256 of its file ``*.safetensors``, as the hub shows it. Of several, that of what
-        ``sha256sum *.safetensors`` prints there, file by file in the order of their names.
+        The SHA-256 of its file ``*.safetensors``, as the hub shows it. For several such files, the
+        SHA-256 of the lines that ``sha256sum *.safetensors`` prints, in the order of the names.
 
     Raises:
-        Refused: it has no such files.
+        Refused: there are no such files.
     """
     files = sorted(Path(folder).glob("*.safetensors"))
     if not files:
         raise Refused(
-            "the site's policy refuses this run: it names the weights of a model by their SHA-256 "
-            "(models), and where the model is, no folder has files *.safetensors"
+            "the site's policy refuses this run: it gives the SHA-256 of a model's weights "
+            "(models), but at the path of the model, no folder has files *.safetensors"
         )
     sums = []
     for path in files:
@@ -152,16 +158,16 @@ def weights_digest(folder: str | Path) -> str:
 
 
 def read_policy(path: str | Path | None) -> Policy:
-    """A site's policy; None is the default one.
+    """Reads a site's policy; None gives the default policy.
 
     Raises:
-        ConfigError: naming all that is wrong in the file.
+        ConfigError: lists all mistakes in the file.
     """
     if path is None:
         return Policy()
     policy = configs.read_file(path, Policy, "policy")
     odd = [key for key in policy.set if key.split(".")[0] not in SETTABLE]
-    unknown = [name for name in policy.algorithms or () if name not in TABLE]
+    unknown = [name for name in policy.algorithms or () if name not in (*names(), *ALIASES)]
     problems = [f"set.{key}: a site sets {', '.join(SETTABLE)} only" for key in odd]
     problems += [f"algorithms: there is no '{name}'" for name in unknown]
     if problems:
@@ -170,13 +176,13 @@ def read_policy(path: str | Path | None) -> Policy:
 
 
 def check_name(name: str) -> str:
-    """A site's name, which is in its certificate.
+    """Checks the name of a site, which is in its certificate.
 
     Raises:
-        ConfigError: it is none.
+        ConfigError: the name is invalid.
     """
     if not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9_-]{0,62}", str(name)) or name == "server":
         raise ConfigError(
-            [f"'{name}' is no name for a site: letters, digits, - and _, and not 'server'"]
+            [f"'{name}' is no name for a site: use letters, digits, - and _, but not 'server'"]
         )
     return name

@@ -1,10 +1,10 @@
-"""An engine whose clients are elsewhere: it asks them, and folds what they answer.
+"""An engine whose clients are other machines: it asks the sites, and checks their answers.
 
-How a message travels is not known here; :mod:`fedvlm.deploy.nvflare.server` brings that. A client
-that does not answer, or not as it should, is left out of the round, and of the next ones for a
-while. Replies are handed on in the cohort's order, so that sums have the same bits whoever was
-first. A site keeps the tensors of its answer until they are fetched: at most ``at_once`` sites are
-at work or waiting for their turn, and at most ``held`` answers are here.
+:mod:`fedvlm.deploy.nvflare.server` provides the transport. A site that does not answer, or gives an
+invalid answer, is left out of the round, and after several failures also of following rounds. The
+replies come in the order of the cohort, so that sums are bit-identical whichever site is first. A
+site keeps the tensors of its answer until the server fetches them. At most ``at_once`` sites are at
+work or wait to be fetched, and the server holds at most ``held`` answers.
 """
 
 from __future__ import annotations
@@ -20,8 +20,11 @@ from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from fedvlm.algorithms.table import Algorithm
+from fedvlm.algorithms.base import Algorithm
+from fedvlm.algorithms.table import build
 from fedvlm.engines.base import Answer, Models, Scores
+from fedvlm.engines.compress import compression
+from fedvlm.engines.stages import Stage
 from fedvlm.engines.wire import Reply, Task
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import measured
@@ -33,28 +36,28 @@ from fedvlm.tree import Tree, digest
 Call = Callable[[str, dict[str, Any], bytes, float], tuple[dict[str, Any], bytes]]
 """``(site, header, tensors, seconds) -> (header, tensors)``; raises :class:`Unanswered`.
 
-Tensors may be left for a call of their own: then the header is ``kept``, with the number to fetch.
+The tensors may be left for a second call. Then the header has ``kept``, the number to fetch.
 """
 
 
-PING = 5.0  # seconds in which a site that failed has to say that it is there again
-FETCH = 60.0  # seconds at least for the tensors of an answer, however little of its time is left
+PING = 5.0  # seconds for a site that failed to report that it is back
+FETCH = 60.0  # least seconds for fetching the tensors of an answer, even after a slow answer
 
 
 MALFORMED = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
-"""What reading an answer of another form raises: 1e400 as digits, say, or lists a mile deep."""
+"""Errors from reading a malformed answer, such as a number of 400 digits or deeply nested lists."""
 
 
 class Unanswered(Exception):
-    """A site gave no answer, or one that does not count."""
+    """A site gave no answer, or an invalid answer."""
 
 
 class Gone(Unanswered):
-    """Nobody answers there: its machine, or the way to it, may be down."""
+    """A site cannot be reached: its machine or the network may be down."""
 
 
 class Limits(Section):
-    """What the server waits for; nothing is waited for without a limit."""
+    """The limits of the server: numbers of sites, seconds, and bytes of a message."""
 
     min_sites: Positive = 1
     at_once: Positive = 16
@@ -67,7 +70,7 @@ class Limits(Section):
 
 @dataclass
 class Bench:
-    """A site that failed: how often in a row, and the round from which it is asked again."""
+    """The failures of a site in a row, and the round from which the server asks it again."""
 
     failures: int = 0
     until: int = 0
@@ -78,13 +81,14 @@ class Remote:
 
     Args:
         call: asks one site.
-        sites: their names, which are the clients'.
-        limits: of time, size and number.
-        tell: is told what happens at the sites, an event at a time.
+        sites: the names of the sites, which are the names of the clients.
+        limits: limits of time, size and number.
+        tell: called with every event at the sites.
 
     Attributes:
-        weights: client -> the number of its training rows; 1 for all, unless all tell it.
-        rows: client -> its number of train, val and test rows, where it tells.
+        weights: client -> the number of its training rows. If any site does not report its rows,
+            all weights are 1.
+        rows: client -> its numbers of train, val and test rows, for sites that report them.
     """
 
     def __init__(
@@ -97,6 +101,8 @@ class Remote:
         self._call, self.limits, self._tell = call, limits or Limits(), tell
         self.sites = tuple(sites)
         self.adapter: Tree = {}
+        self.algorithm: Algorithm
+        self.stages: tuple[Stage, ...] = ()
         self.weights: dict[str, float] = {}
         self.rows: dict[str, dict[str, int]] = {}
         self._peft: dict[str, Any] = {}
@@ -105,17 +111,19 @@ class Remote:
         self._round = 0
 
     def open(self, run: str, config: Config, *, known: Mapping[str, float] | None = None) -> None:
-        """Has the sites load data and model.
+        """Lets the sites load data and model.
 
         Args:
-            run: names the run's state at the sites.
+            run: the name of the run's state at the sites.
             config: the run's settings.
-            known: of a run that goes on: its clients and their weights.
+            known: for a resumed run: client -> weight.
 
         Raises:
-            FedVLMError: too few sites can take part, or they differ from those of before.
+            FedVLMError: too few sites can take part, or the sites have changed.
         """
         asked = {"do": "open", "run": run, "config": _told(config)}
+        self.algorithm = build(config.algorithm, config.lora)
+        self.stages = compression(config.wire)
         self._measured = measured(config.objective.name)
         found: dict[str, dict[str, Any]] = {}
         opened = self._each(self.sites, lambda s: (asked, b"", self.limits.open_s), _described)
@@ -132,14 +140,14 @@ class Remote:
         changed = sorted(s for s, w in weights.items() if self.weights.get(s) != w)
         if changed:
             raise FedVLMError(
-                f"the rows of {', '.join(changed)} are not what they were when the run began: "
-                "restore them, or start a new run"
+                f"the rows of {', '.join(changed)} have changed since the run began: restore them, "
+                "or start a new run"
             )
         self.sites = tuple(self.weights)
         self._bench = {site: self._bench.get(site, Bench()) for site in self.sites}
 
     def _agree(self, found: dict[str, dict[str, Any]]) -> None:
-        """All sites have to start from one adapter, which the server gets from the first."""
+        """Fetches the initial adapter from one site, and checks that all sites have the same."""
         for site in list(found):
             try:
                 about, blob = self._ask(site, {"do": "adapter"}, b"", self.limits.open_s)
@@ -155,23 +163,24 @@ class Remote:
         odd = sorted(site for site, about in found.items() if about["adapter"] != own)
         if odd:
             raise FedVLMError(
-                f"{', '.join(odd)}: the initial adapter is not that of the other "
-                "sites; all need the same model and the same versions of the packages"
+                f"{', '.join(odd)}: the initial adapter differs from that of the other sites; all "
+                "sites need the same model and the same versions of the packages"
             )
 
     # -- the protocol
 
-    def train(self, algorithm: Algorithm, tasks: Sequence[Task]) -> Iterator[Reply]:
+    def train(self, tasks: Sequence[Task]) -> Iterator[Reply]:
         self._round = tasks[0].round if tasks else self._round
         due = {t.client: t for t in tasks if self._bench[t.client].until <= self._round}
-        if len(due) < self.limits.min_sites:  # nobody is left out where that would end the run
+        if len(due) < self.limits.min_sites:  # ask all sites rather than end the run
             due = {t.client: t for t in tasks}
         for site in (t.client for t in tasks if t.client not in due):
             self._tell({"event": "benched", "site": site, "round": self._round})
         count, written = 0, Written()
 
         def asked(site: str) -> tuple[dict[str, Any], bytes, float]:
-            header = {"do": "train", "round": self._round}
+            sampled = due[site].visit.sampled
+            header = {"do": "train", "round": self._round, "sampled": sampled}
             return header, written(due[site].down), self.limits.train_s
 
         for site, outcome in self._each(list(due), asked, self._arrived(due)):
@@ -185,7 +194,7 @@ class Remote:
         def checked(site: str, header: dict[str, Any], blob: bytes, seconds: float) -> Scores:
             scores = header.get("scores")
             if not isinstance(scores, dict) or not scores:
-                raise Unanswered("it gave no scores")
+                raise Unanswered("it sent no scores")
             if scores.keys() - {"examples"} != self._measured:
                 raise Unanswered(f"its scores are {sorted(scores)}"[:500])
             if not all(math.isfinite(value) for value in scores.values()):
@@ -193,39 +202,45 @@ class Remote:
             whole = {"examples": int}
             return {n: whole.get(n, float)(value) for n, value in scores.items()}
 
-        found = self._about(models, {"do": "score", "round": models.round}, checked)
+        found = self._about(models, {"do": "score"}, checked)
         return {site: scores for site, scores in found if not isinstance(scores, Unanswered)}
 
     def answer(self, name: str, models: Models) -> dict[str, list[Answer]]:
-        """The answers stay at the sites, in their own folders; nothing is returned."""
+        """Lets the sites write answers to their own folders; the answers stay there."""
         list(self._about(models, {"do": "answer", "name": name}))
         return {}
 
     def export(self, models: Models, folders: Mapping[str, Path]) -> None:
-        """Personal models stay at the sites, in their own folders; the global one is written."""
+        """Writes the global model here; the sites write personal models, which stay there."""
         if models.kind == "global":
-            for client, down in models.downs:
-                tree = models.algorithm.start(self.adapter, down, {})
-                save_tree(folders[client] / "adapter_model.safetensors", tree)
+            for visit, down in models.downs:
+                tree, folder = self.algorithm.model(self.adapter, down, {}), folders[visit.client]
+                save_tree(folder / "adapter_model.safetensors", tree)
                 text = json.dumps(self._peft, indent=2, sort_keys=True)
-                (folders[client] / "adapter_config.json").write_text(text + "\n")
+                (folder / "adapter_config.json").write_text(text + "\n")
         else:
             list(self._about(models, {"do": "export", "name": "personal"}))
 
     # -- asking
 
     def _about(self, models: Models, header: dict[str, Any], checked: Any = None) -> Iterator[Any]:
-        """Asks the clients of some models about them."""
-        downs = {c: down for c, down in models.downs if self._bench[c].until <= self._round}
+        """Asks each client about its model; skips sites that are left out for now."""
+        due = {
+            visit.client: (visit, down)
+            for visit, down in models.downs
+            if self._bench[visit.client].until <= self._round
+        }
         written = Written()
 
         def asked(site: str) -> tuple[dict[str, Any], bytes, float]:
-            return {**header, "kind": models.kind}, written(downs[site]), self.limits.score_s
+            visit, down = due[site]
+            about = {**header, "kind": models.kind, "round": visit.round}
+            return about, written(down), self.limits.score_s
 
-        return self._each(list(downs), asked, checked)
+        return self._each(list(due), asked, checked)
 
     def _arrived(self, tasks: Mapping[str, Task]) -> Any:
-        """The one place where an upload comes in; one that is not accepted does not count."""
+        """The check of every reply to a training request; it gives the reply with its upload."""
 
         def checked(site: str, header: dict[str, Any], blob: bytes, seconds: float) -> Reply:
             upload, loss = self._read(blob), float(header["loss"])
@@ -247,12 +262,12 @@ class Remote:
         return checked
 
     def _each(self, sites: Iterable[str], asked: Any, checked: Any = None) -> Iterator[Any]:
-        """Sites and what they answered, in order; failures are told, and are answers too."""
+        """Sites and their checked answers, in order; a failed site has its error as the answer."""
         left = iter(sites)
 
         def work(site: str, header: dict[str, Any], blob: bytes, limit: float) -> Any:
             began = time.perf_counter()
-            if self._bench[site].failures:  # a whole deadline is not waited for again
+            if self._bench[site].failures:  # after a failure, do not wait a whole deadline again
                 self._ask(site, {"do": "ping"}, b"", PING)
             answer = self._ask(site, header, blob, limit)
             return *answer, limit, time.perf_counter() - began
@@ -297,7 +312,7 @@ class Remote:
         return answer, tensors
 
     def _fetched(self, site: str, header: dict[str, Any], blob: bytes, limit: float) -> Any:
-        """An answer with its tensors, if the site has kept them for a call of their own."""
+        """An answer with its tensors, which are fetched if the site has kept them."""
         if "kept" not in header:
             return header, blob
         fetch = {"do": "fetch", "number": header["kept"]}
@@ -310,10 +325,10 @@ class Remote:
         try:
             return load(blob) if blob else {}
         except SafetensorError as error:
-            raise Unanswered(f"what it sent is no safetensors file: {error}") from None
+            raise Unanswered(f"its message is no safetensors file: {error}") from None
 
     def _failed(self, site: str, error: Unanswered) -> None:
-        """Left out of the rounds to come: of none after one failure, then of 1, 2, 4, at most 8."""
+        """Leaves a site out of the next rounds: none after one failure, then 1, 2, 4, at most 8."""
         bench = self._bench[site]
         bench.failures += 1
         bench.until = self._round + 1 + min(8, 2 ** (bench.failures - 1) // 2)
@@ -331,23 +346,23 @@ class Remote:
     def _enough(self, count: int, what: str) -> None:
         if count < self.limits.min_sites:
             raise FedVLMError(
-                f"{count} of {len(self.sites)} sites {what}, and at least {self.limits.min_sites} "
-                "are needed (min_sites); the log says why. Then: fedvlm deploy run --resume"
+                f"{count} of {len(self.sites)} sites {what}, but at least {self.limits.min_sites} "
+                "must (min_sites); the log gives the reasons. Resume: fedvlm deploy run --resume"
             )
 
 
 def _told(config: Config) -> dict[str, Any]:
-    """A run's settings without the server's own paths; each site puts its own in their place."""
+    """A run's settings without the server's paths; each site replaces them with its own."""
     tree = config.model_dump()
     tree["output"], tree["data"]["path"] = "here", None
     return tree
 
 
 def _described(site: str, about: dict[str, Any], blob: bytes, seconds: float) -> dict[str, Any]:
-    """What a site says of itself when it has opened a run, and nothing else that it may say."""
+    """The checked report of a site that has opened a run; other keys are dropped."""
     adapter, rows = about["adapter"], about.get("rows")
     if not isinstance(adapter, str):
-        raise Unanswered("it does not say from which adapter it begins")
+        raise Unanswered("it does not report its initial adapter")
     if rows is None:
         return {"adapter": adapter}
     counts = {split: rows[split] for split in ("train", "val", "test")}
@@ -357,11 +372,11 @@ def _described(site: str, about: dict[str, Any], blob: bytes, seconds: float) ->
 
 
 def _uncounted(error: Exception) -> Unanswered:
-    return Unanswered(f"its answer does not count: {error!r:.500}")
+    return Unanswered(f"its answer is invalid: {error!r:.500}")
 
 
 class Written:
-    """Downloads as bytes; clients that are sent the same tensors, one after another, share them."""
+    """Downloads as bytes; consecutive clients with the same tensors share the bytes."""
 
     def __init__(self) -> None:
         self._last: Tree = {}
@@ -375,7 +390,7 @@ class Written:
 
 
 def write(tree: Tree) -> bytes:
-    """A message's tensors as a safetensors file; nothing where there are none."""
+    """A message's tensors as a safetensors file; empty without tensors."""
     from safetensors.torch import save
 
     return save({n: t.contiguous() for n, t in tree.items()}) if tree else b""

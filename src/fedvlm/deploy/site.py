@@ -1,10 +1,10 @@
 """One client's side of a run: its own rows, its own model, and its state on its own disk.
 
-Everything is idempotent: a round that was answered is answered again with the saved reply, so that
-a server which has lost it may ask anew. Layout of a run's folder at a site::
+Every round is idempotent: a repeated request gets the saved reply. So a server that has lost a
+reply may ask again. Layout of a run's folder at a site::
 
     rounds/00007/  upload, mine, end (.safetensors) and reply.json, written whole or not at all
-    answers/  adapters/                             what the site's models say, and the models
+    answers/  adapters/                             the answers of the site's models, and the models
 """
 
 from __future__ import annotations
@@ -17,34 +17,34 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
-from fedvlm.algorithms.table import Algorithm, build
+from fedvlm.algorithms.base import NOBODY, Visit
 from fedvlm.deploy.policy import Policy, Refused
 from fedvlm.engines.base import Models, Scores
 from fedvlm.engines.wire import Task
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds import prepare as preparing
 from fedvlm.rounds.results import write_answers
-from fedvlm.rounds.schedule import of_round
+from fedvlm.rounds.schedule import standing
 from fedvlm.settings.sections import Config
 from fedvlm.store import files
 from fedvlm.store import run as stores
 from fedvlm.store.files import sync
 from fedvlm.tree import Tree, digest, saved_bytes
 
-KEPT = 2  # versions of the personal state: the last one and the one before
+KEPT = 2  # versions of the personal state: the last two rounds
 PARTS = ("upload", "mine", "end")
 
 
 @dataclass(frozen=True)
 class Version:
-    """What a site did in a round, as it is on its disk.
+    """The result of a site's round, as stored on its disk.
 
     Attributes:
         round: the round.
-        down: the digest of what the server had sent.
+        down: the digest of the server's download.
         loss: mean training loss.
         weight: the number of training examples.
-        trees: ``upload``, ``mine`` (what is personal) and ``end`` (the model after training).
+        trees: ``upload``, ``mine`` (the personal state) and ``end`` (the model after training).
     """
 
     round: int
@@ -55,27 +55,28 @@ class Version:
 
 
 class SiteStore(stores.Store):
-    """The personal state of one client, a version a round; the last two are kept.
+    """The personal state of one client, one version a round; the last two versions are kept.
 
     Attributes:
-        before: training begins with what was kept before this round; None: with the newest.
+        before: training begins with the newest version before this round; None: with the newest.
+        fresh: the new personal state of the current round, until it is saved.
     """
 
     def __init__(self, folder: str | Path):
         super().__init__(folder)
         self.before: int | None = None
-        self.fresh: Tree = {}  # what the round under way leaves, until it is saved
+        self.fresh: Tree = {}
 
     def rounds(self) -> list[int]:
-        """The rounds of which there is a version, the newest one last."""
+        """The rounds with a stored version, the newest last."""
         names = (path.name for path in (self.folder / "rounds").glob("*"))
-        return sorted(int(name) for name in names if name.isdigit())  # .tmp: was not finished
+        return sorted(int(name) for name in names if name.isdigit())  # .tmp: unfinished
 
     def version(self, round_: int) -> Version | None:
-        """What was done in a round, None if that is not here.
+        """The stored version of a round; None if there is none.
 
         Raises:
-            FedVLMError: its files are not what was written.
+            FedVLMError: its files are damaged.
         """
         folder = self._of(round_)
         if not folder.exists():
@@ -91,7 +92,7 @@ class SiteStore(stores.Store):
         return Version(round_, about["down"], about["loss"], about["weight"], trees)
 
     def save(self, version: Version) -> None:
-        """Adds a version, whole or not at all, and drops those before the one before it.
+        """Adds a version, whole or not at all, and keeps the version before it; drops older ones.
 
         Raises:
             FedVLMError: the disk is full.
@@ -105,8 +106,8 @@ class SiteStore(stores.Store):
             shutil.rmtree(scratch, ignore_errors=True)
             if error.errno in (errno.ENOSPC, errno.EDQUOT):
                 raise FedVLMError(
-                    f"the site's disk is full, and round {version.round} is not kept there; what "
-                    "was finished before is. The site takes part again when it has room"
+                    f"the site's disk is full, and round {version.round} is not kept there, but "
+                    "earlier rounds are. The site takes part again when its disk has room"
                 ) from error
             raise
 
@@ -145,7 +146,7 @@ class SiteStore(stores.Store):
     def _damaged(self, round_: int) -> FedVLMError:
         return FedVLMError(
             f"the personal state of round {round_} in '{self._of(round_)}' is damaged: restore it, "
-            "or remove that folder to go on from the round before"
+            "or remove this folder to continue from the previous round"
         )
 
 
@@ -153,11 +154,11 @@ class Site:
     """One client of a run.
 
     Args:
-        name: the client's.
+        name: the name of the client.
         config: the run's settings, as the server sent them.
-        data: the site's rows.
-        folder: of this run at this site, locked.
-        policy: what the site allows.
+        data: path of the site's rows.
+        folder: the folder of this run at this site, locked.
+        policy: the site's policy.
 
     Raises:
         Refused: the policy does not allow the run.
@@ -174,18 +175,23 @@ class Site:
         own = replace(whole, clients=(name,), splits={name: split}, skew={name: skew})
         self.engine, _, _ = preparing.prepare(self.config, None, (rows, own), self.store)
         self.rows = own.counts()[name]
-        self.algorithm = build(self.config.algorithm, self.config.lora, self.config.wire)
+        self.algorithm = self.engine.algorithm
 
     def described(self) -> dict[str, Any]:
-        """What the server has to know of this site."""
+        """The facts about this site that the server needs."""
         about: dict[str, Any] = {"adapter": digest(self.engine.adapter)}
         return about | ({"rows": self.rows} if self.policy.tell_rows else {})
 
-    def train(self, round_: int, down: Tree) -> Version:
-        """Runs a round, or gives the reply that was saved when it was run before.
+    def train(self, round_: int, down: Tree, sampled: float = 1.0) -> Version:
+        """Runs a round; a repeated request returns the saved result.
+
+        Args:
+            round_: from 1.
+            down: the download from the server.
+            sampled: the cohort's share of all clients' examples, according to the server.
 
         Raises:
-            Refused: the message is too large, or the round is long over.
+            Refused: the message is too large, or the round is over.
             FedVLMError: training failed, or the state cannot be read or written.
         """
         self.store.before = None
@@ -197,13 +203,13 @@ class Site:
             return saved
         if rounds and round_ < rounds[-1]:
             raise Refused(
-                f"round {round_} is over: this site has done round {rounds[-1]}, and its reply to "
-                "another download cannot be given"
+                f"round {round_} is over: this site has done round {rounds[-1]}, and cannot repeat "
+                "an earlier round with another download"
             )
         self.store.before = round_
         try:
-            task = Task(self.name, round_, down, rated=True)
-            (reply,) = self.engine.train(self._algorithm(round_), [task])
+            task = Task(self._visit(round_, sampled), down, rated=True)
+            (reply,) = self.engine.train([task])
         finally:
             self.store.before = None
         end = self.engine.ended[self.name]
@@ -220,24 +226,28 @@ class Site:
             scores.pop("examples", None)
         return scores
 
-    def answer(self, name: str, kind: Literal["global", "personal"], down: Tree) -> None:
-        """Writes what a model answers to the held-out rows, which stays here."""
-        found = self.engine.answer(name, self._models(kind, 0, down))
+    def answer(
+        self, name: str, kind: Literal["global", "personal"], round_: int, down: Tree
+    ) -> None:
+        """Writes a model's answers to the held-out rows; they stay at the site."""
+        found = self.engine.answer(name, self._models(kind, round_, down))
         write_answers(self.folder, name, found)
 
-    def export(self, name: str, kind: Literal["global", "personal"], down: Tree) -> None:
-        """Writes a model as a PEFT folder, here."""
+    def export(
+        self, name: str, kind: Literal["global", "personal"], round_: int, down: Tree
+    ) -> None:
+        """Writes a model as a PEFT folder at the site."""
         folder = self.folder / "adapters" / name
-        self.engine.export(self._models(kind, 0, down), {self.name: folder})
+        self.engine.export(self._models(kind, round_, down), {self.name: folder})
 
     def adapter_files(self) -> tuple[dict[str, Any], Tree]:
-        """The initial adapter, a function of model and seed: PEFT's settings, and the factors."""
+        """PEFT's settings and the factors of the initial adapter, a function of model and seed."""
         from fedvlm.models.lora import save_adapter
 
         folder = self.folder / "adapters" / "initial"
         save_adapter(self.engine.model, self.engine.adapter, folder)
         about = json.loads((folder / "adapter_config.json").read_text())
-        about["base_model_name_or_path"] = None  # a path of this site's
+        about["base_model_name_or_path"] = None  # would reveal a path of this site
         return about, self.engine.adapter
 
     def _models(self, kind: Any, round_: int, down: Tree) -> Models:
@@ -247,16 +257,32 @@ class Site:
                 self.engine.ended[self.name] = dict(saved.trees["end"])
         else:
             self._arrived(down)
-            self.engine.forms.check_download(self._algorithm(round_), self.name, down)
-        return Models(kind, self._algorithm(round_), [(self.name, down)], round_)
+            nobody = replace(self._visit(round_), client=NOBODY.client)
+            asked = nobody if kind == "global" else self._visit(round_)
+            self.engine.forms.check_download(asked, down, self.name)
+        return Models(kind, [(self._visit(round_), down)])
 
     def _arrived(self, down: Tree) -> None:
-        """The one place where a download comes in; the engine checks its form when it trains.
+        """Checks the size of every download; the engine checks its form when it trains.
 
         Raises:
-            Refused: it is not accepted.
+            Refused: the download is too large.
         """
         self.policy.check_bytes(saved_bytes(down), "down")
 
-    def _algorithm(self, round_: int) -> Algorithm:
-        return of_round(self.config, self.algorithm, round_)
+    def _visit(self, round_: int, sampled: float = 1.0) -> Visit:
+        """This client in a round. The site's own settings tell which round is the final one.
+
+        Raises:
+            Refused: the round or the share is impossible.
+        """
+        last = self.config.train.rounds + self.algorithm.final
+        if not 0 <= round_ <= last:
+            raise Refused(f"there is no round {round_}: this run has {last} rounds")
+        if not 0 < sampled <= 1:
+            raise Refused(
+                f"a cohort's share of all examples must be in (0, 1], got {sampled!r:.40}"
+            )
+        return standing(self.config, self.algorithm, round_).visit(
+            self.name, float(self.rows["train"]), sampled
+        )

@@ -65,16 +65,16 @@ class Worker:
         down = load(blob) if blob else {}
         if do == "train":
             began = time.perf_counter()
-            done = site.train(int(asked["round"]), down)
+            done = site.train(int(asked["round"]), down, float(asked["sampled"]))
             about = {"loss": done.loss, "seconds": round(time.perf_counter() - began, 3)}
             logger.info("round %d: loss %.3f, %.1f s", done.round, done.loss, about["seconds"])
             return about, save(done.trees["upload"]) if done.trees["upload"] else b""
         if do == "score":
             return {"scores": site.score(asked["kind"], int(asked["round"]), down)}, b""
         if do == "answer":
-            site.answer(_plain(asked["name"]), asked["kind"], down)
+            site.answer(_plain(asked["name"]), asked["kind"], int(asked["round"]), down)
         elif do == "export":
-            site.export(_plain(asked["name"]), asked["kind"], down)
+            site.export(_plain(asked["name"]), asked["kind"], int(asked["round"]), down)
         else:
             raise FedVLMError(f"a site does not know the request '{do}'")
         return {}, b""

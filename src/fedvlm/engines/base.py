@@ -1,4 +1,4 @@
-"""What every engine offers to the round loop."""
+"""The interface of an engine, which the round loop uses."""
 
 from __future__ import annotations
 
@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
-from fedvlm.algorithms.table import Algorithm
+from fedvlm.algorithms.base import Algorithm, Visit
+from fedvlm.engines.stages import Stage
 from fedvlm.engines.wire import Reply, Task
 from fedvlm.tree import Tree
 
@@ -15,40 +16,43 @@ Scores = dict[str, float]
 Answer = dict[str, Any]
 """A model's answer to one held-out row: ``row`` (its number in the source), ``group`` (its value
 in the column ``eval.group_by``, or None), ``reference``, ``prediction``, its scores, and
-``weight``, by which its loss counts: answer tokens (SFT) or 1 (DPO)."""
+``weight``, the weight of its loss in a mean: answer tokens (SFT) or 1 (DPO)."""
 
 
 @dataclass(frozen=True)
 class Models:
-    """One model of each of some clients, named and not handed over: it is made where it is kept.
+    """Names one model of each of some clients; the engine makes the model where its state is kept.
 
     Attributes:
-        kind: ``global``, what a client has that keeps nothing of its own; ``personal``, what it
-            makes of the download and what it keeps; ``end``, what it had when the round's training
-            ended, before the server aggregated (of tasks that were ``rated``, once).
-        algorithm: of the round.
-        downs: client -> what it is sent, which may be made while the engine asks for it; empty
-            trees for ``end``.
-        round: whose algorithm it is; 0: the run's own.
+        kind: ``global``, the model of a client that keeps nothing; ``personal``, the model from the
+            download and the client's kept state; ``end``, the model at the end of the round's
+            training, before aggregation. ``end`` exists for ``rated`` tasks, and is used up by one
+            call.
+        downs: visits, each with the client's download. The downloads may be made while the engine
+            iterates; they are empty for ``end``.
     """
 
     kind: Literal["global", "personal", "end"]
-    algorithm: Algorithm
-    downs: Iterable[tuple[str, Tree]]
-    round: int = 0
+    downs: Iterable[tuple[Visit, Tree]]
 
 
 class Engine(Protocol):
-    """Trains cohorts and scores models. What a client keeps never leaves the engine.
+    """Trains cohorts and scores models. The kept state of a client never leaves the engine.
 
-    An engine whose clients can fail leaves out those that do; the loop goes on with the others.
+    An engine whose clients can fail leaves failed clients out; the round continues with the others.
     """
 
     adapter: Tree
     """The common initial adapter."""
 
-    def train(self, algorithm: Algorithm, tasks: Sequence[Task]) -> Iterator[Reply]:
-        """Runs ``start -> phases -> finish`` for each task and keeps what is personal."""
+    algorithm: Algorithm
+    """The algorithm of the run."""
+
+    stages: tuple[Stage, ...]
+    """The stages that uploads go through."""
+
+    def train(self, tasks: Sequence[Task]) -> Iterator[Reply]:
+        """Runs the algorithm's ``work`` for each task, and keeps the personal states."""
         ...
 
     def score(self, models: Models) -> dict[str, Scores]:
@@ -56,9 +60,12 @@ class Engine(Protocol):
         ...
 
     def answer(self, name: str, models: Models) -> dict[str, list[Answer]]:
-        """What :meth:`score` averages, every held-out row's answer; empty where these stay."""
+        """The answer to every held-out row; :meth:`score` gives their means.
+
+        Empty for an engine whose answers stay with the clients.
+        """
         ...
 
     def export(self, models: Models, folders: Mapping[str, Path]) -> None:
-        """Writes models as PEFT folders, by client; personal ones stay where they are."""
+        """Writes models as PEFT folders, by client; personal models stay with their clients."""
         ...

@@ -1,4 +1,4 @@
-"""Engines: how the clients of a round are trained and scored."""
+"""The choice of the engine that trains and scores a run's clients."""
 
 from __future__ import annotations
 
@@ -9,21 +9,21 @@ from typing import TYPE_CHECKING, Any
 from fedvlm.tree import module
 
 if TYPE_CHECKING:
-    from fedvlm.engines.reference import ReferenceEngine
+    from fedvlm.engines.shell import Shell
     from fedvlm.settings.sections import EngineConfig
 
 logger = logging.getLogger("fedvlm")
 
 ROUTED = re.compile(r"(^|\.)experts?\.")
-"""Layers that get the tokens a router chose: whose they are cannot be told from their place."""
+"""Layers of a mixture of experts: the position of a token does not show the row of the token."""
 
 
-def engine_class(config: EngineConfig, model: Any) -> type[ReferenceEngine]:
-    """The engine that a config names, where it can train the model's adapted layers.
+def engine_class(config: EngineConfig, model: Any) -> type[Shell]:
+    """The configured engine; the reference engine where LoRA is on a mixture of experts.
 
     Args:
-        config: of the engine.
-        model: with LoRA attached.
+        config: settings of the engine.
+        model: the model with LoRA attached.
     """
     from fedvlm.engines.cohort import CohortEngine
     from fedvlm.engines.reference import ReferenceEngine
@@ -32,8 +32,8 @@ def engine_class(config: EngineConfig, model: Any) -> type[ReferenceEngine]:
     routed = sorted({module(name) for name in handles(model) if ROUTED.search(name)})
     if config.name == "cohort" and routed:
         logger.warning(
-            "LoRA is on %d layers of a mixture of experts, such as %s: clients are trained one "
-            "after another (engine.name=reference); a lora.target without them trains many at once",
+            "LoRA is on %d layers of a mixture of experts, such as %s: clients train one after "
+            "another (engine.name=reference); to train many at once, leave them out of lora.target",
             len(routed),
             routed[0],
         )

@@ -1,33 +1,35 @@
-"""The cohort engine: many clients on one base in one pass, the same adapters as one after another.
+"""The cohort engine: many clients on one base in one pass.
 
-The clients' batches lie side by side, their factors are stacked (:mod:`fedvlm.models.stack`), and
-one optimizer steps all of them. Batches, losses, clipping and schedules are each client's own, so
-the result is the reference engine's up to rounding. What cannot lie side by side exactly is trained
-a client at a time on the same stack: batches whose pictures take different numbers of patches, and
-anything with ``lora.dropout``, whose random stream is each client's own.
+The batches of the clients lie side by side, their factors are stacked (:mod:`fedvlm.models.stack`),
+and one optimizer steps all clients. Each client has its own batches, loss, clipping and schedule,
+so the adapters equal those of the reference engine up to rounding. Two cases cannot share a pass
+exactly, and train one client at a time on the same stack: batches whose pictures have different
+numbers of patches, and ``lora.dropout``, because each client has its own random stream.
 """
 
 from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from fedvlm.algorithms.base import Validation
-from fedvlm.algorithms.table import Phase
+from fedvlm.algorithms.base import Trained, Validation
+from fedvlm.batches.draw import pieces
 from fedvlm.batches.objectives import Terms
 from fedvlm.batches.prompts import Features
 from fedvlm.engines.base import Answer
 from fedvlm.engines.extras import Extras
 from fedvlm.engines.memory import clients_in_a_pass, kept_for_backward
-from fedvlm.engines.reference import ReferenceEngine, make_optimizer, pieces, summed
-from fedvlm.engines.wire import Task
+from fedvlm.engines.shell import Shell
+from fedvlm.engines.stacked import Session, Streams, clip, make_optimizer
+from fedvlm.engines.together import Member, Outcome
 from fedvlm.models.frozen import ImageFeatures
+from fedvlm.models.generate import greedy
 from fedvlm.models.load import identity
 from fedvlm.models.spool import Spool
 from fedvlm.models.stack import Ragged, Stack
@@ -35,100 +37,88 @@ from fedvlm.seeds import derive
 from fedvlm.tree import Tree
 
 Batches = Mapping[int, np.ndarray]
-"""Clients' places in the stack -> the rows of a batch."""
+"""Place of a client in the stack -> the rows of its batch."""
 
 
-class CohortEngine(ReferenceEngine):
+class CohortEngine(Shell):
     """Trains and scores a whole pass of clients at once."""
 
-    def __init__(self, *args: Any):
-        super().__init__(*args)
+    def __init__(self, *args: Any, **options: Any):
+        super().__init__(*args, **options)
         self.stack = Stack(self.model)
         self.device = self.collator.device
-        self._packed = False  # whether a layer was met whose first axis is not the rows
+        self._packed = False  # whether an adapted layer has a first axis other than the rows
         self._images = self._frozen_images()
         self.width = self.config.engine.clients or self._fitting()
 
-    def _train(
-        self,
-        trees: Sequence[Tree],
-        mines: Sequence[Tree],
-        phases: Sequence[Phase],
-        tasks: Sequence[Task],
-    ) -> list[tuple[list[Tree], float]]:
-        self.stack.load(trees, self.device)
+    def _train(self, group: Sequence[Member]) -> tuple[list[Outcome], Session]:
+        self.stack.load([member.wanted.begin for member in group], self.device)
         self.model.train()
-        losses: list[list[Tensor]] = [[] for _ in tasks]
-        ends: list[list[Tree]] = [[] for _ in tasks]
-        optimizer = None
-        for number, phase in enumerate(phases):
-            if phase.begin:
-                begun = [
-                    phase.begin(task.down, mine, now)
-                    for task, mine, now in zip(tasks, mines, self.stack.trees(), strict=True)
-                ]
-                self.stack.load(begun, self.device)
-            optimizer = self._phase(phase, number, tasks, mines, losses, optimizer)
-            for end, tree in zip(ends, self.stack.trees(), strict=True):
-                end.append(tree)
-        means = [torch.stack(found).mean().item() for found in losses]
-        return list(zip(ends, means, strict=True))
-
-    def _phase(
-        self,
-        phase: Phase,
-        number: int,
-        tasks: Sequence[Task],
-        mines: Sequence[Tree],
-        losses: list[list[Tensor]],
-        before: torch.optim.Optimizer | None,
-    ) -> torch.optim.Optimizer:
-        """Trains the clients of a pass in one phase; its optimizer, after the one ``before``."""
-        settings, params = self.config.train, self.stack.params
-        trained = {n: p for n, p in params.items() if phase.trains(n)}
+        params, trains = self.stack.params, group[0].wanted.trains
+        trained = {n: p for n, p in params.items() if trains(n)}
         for name, p in params.items():
             p.requires_grad_(name in trained)
-        optimizer = before if phase.resumes else None
-        if optimizer is None:
-            optimizer = make_optimizer(trained, settings, settings.rate_scale(tasks[0].round))
-        clients = [(task.down, mine) for task, mine in zip(tasks, mines, strict=True)]
-        extras = Extras(phase, clients, trained)
-        seeds = [(self.config.seed, t.round, t.client, number) for t in tasks]
-        streams = Streams([derive(*seed, "dropout") for seed in seeds])
-        rows = [self.partition.splits[t.client].train for t in tasks]
-        steps = [phase.steps or settings.steps(len(r)) for r in rows]
-        drawn = [self._batches(*each) for each in zip(rows, steps, seeds, strict=True)]
-        plan = [
-            {k: next(drawn[k]) for k in range(len(tasks)) if step < steps[k]}
-            for step in range(max(steps))
+        session = self._session(group, trained)
+        losses = self._steps_of(group, session)
+        outcomes = [
+            Outcome(Trained(tree, self._path(member)), own)
+            for tree, member, own in zip(self.stack.trees(), group, losses, strict=True)
         ]
-        for active, following in zip(plan, [*plan[1:], None], strict=True):
-            done = [k for k in range(len(tasks)) if k not in active]
-            optimizer.zero_grad()
+        return outcomes, session
+
+    def _session(self, group: Sequence[Member], trained: Mapping[str, nn.Parameter]) -> Session:
+        """The optimizer of a stretch: a fresh one, or the optimizer of the previous stretch."""
+        settings, first = self.config.train, group[0]
+        scale = settings.rate_scale(first.task.round)
+        fresh = Session(make_optimizer(trained, settings, scale), dict(trained), len(group))
+        if not first.wanted.resume or not first.resumable:
+            return fresh
+        places = [member.place for member in group]
+        return first.session.resumed(fresh, places, first.resumable)
+
+    def _steps_of(self, group: Sequence[Member], session: Session) -> list[list[Tensor]]:
+        """Trains the loaded clients; returns the losses of each client, one a step."""
+        limit, trained = self.config.train.max_grad_norm, session.trained
+        extras = Extras([member.wanted for member in group], trained)
+        streams = Streams([derive(*self._seed(member), "dropout") for member in group])
+        losses: list[list[Tensor]] = [[] for _ in group]
+        plan = self._plan(group)
+        for number, active in enumerate(plan):
+            following = plan[number + 1] if number + 1 < len(plan) else None
+            done = [k for k in range(len(group)) if k not in active]
+            if number:
+                session.leave(done)
+            session.optimizer.zero_grad()
             found = self._backward(active, following, streams)
             extras.before()
-            if settings.max_grad_norm:
-                clip(list(trained.values()), settings.max_grad_norm)
-            # A client that has done its steps stays where it is, whatever the optimizer remembers.
+            if limit:
+                clip(list(trained.values()), limit)
+            # The optimizer would still move a client that has done its steps; it is restored.
             kept = {n: p.detach()[done].clone() for n, p in trained.items()} if done else {}
-            optimizer.step()
+            session.optimizer.step()
             extras.after()
             with torch.no_grad():
                 for name, ended in kept.items():
                     trained[name][done] = ended
             for k, loss in zip(active, found, strict=True):
                 losses[k].append(loss)
-        return optimizer
+        return losses
+
+    def _plan(self, group: Sequence[Member]) -> list[Batches]:
+        """The batches of each step, for the clients that still have steps to do."""
+        drawn = [list(self._batches(member)) for member in group]
+        most = max(map(len, drawn))
+        return [{k: own[n] for k, own in enumerate(drawn) if n < len(own)} for n in range(most)]
 
     def _backward(
         self, drawn: Batches, following: Batches | None, streams: Streams
     ) -> list[Tensor]:
-        """Gradients of the sum of the clients' mean losses; these losses.
+        """Computes gradients of the sum of the clients' mean losses; returns these losses.
 
         Args:
-            drawn: the active clients' batches.
-            following: those of the next step, which are collated meanwhile.
-            streams: the clients' random streams.
+            drawn: the batches of the active clients.
+            following: the batches of the next step, which are collated meanwhile.
+            streams: the random streams of the clients.
         """
         weights = {k: self._weight(rows) for k, rows in drawn.items()}
         parts = self._parts(drawn)
@@ -148,7 +138,7 @@ class CohortEngine(ReferenceEngine):
     def _backward_part(
         self, drawn: Batches, after: Batches | None, weights: Mapping[int, int], streams: Streams
     ) -> dict[int, Tensor]:
-        """The same for a micro-batch of each client; the losses' parts."""
+        """The same for one micro-batch of each client; returns its part of each loss."""
         if self.config.lora.dropout or not self._side_by_side(drawn):
             return {
                 k: self._backward_one(k, rows, weights[k], streams) for k, rows in drawn.items()
@@ -173,26 +163,47 @@ class CohortEngine(ReferenceEngine):
         with streams.of(client):
             return self._backward_rows(rows, weight)
 
-    def _validation(self, trees: Sequence[Tree], rows: np.ndarray) -> list[Validation]:
-        """Adapters beside one another, as clients with the same rows."""
+    def _backward_rows(self, rows: np.ndarray, weight: int) -> Tensor:
+        """Computes gradients on rows of one client; returns their part of its mean loss.
+
+        Args:
+            rows: the batch, or a micro-batch.
+            weight: the weight of the whole batch.
+        """
+        loss = self._terms(rows).loss.sum() / weight
+        loss.backward()
+        return loss.detach()
+
+    def _weight(self, rows: np.ndarray) -> int:
+        """Divisor of the summed row losses."""
+        return sum(self.objective.weight(self.collator.features(int(i))) for i in rows)
+
+    def _validate(self, trees: Sequence[Tree], rows: np.ndarray) -> list[Validation]:
+        """Scores the adapters in one pass, like clients with the same rows."""
         share = max(1, self.config.eval.batch_size // len(trees))
         if len(trees) == 1 or not self._side_by_side({0: rows}):
-            return super()._validation(trees, rows)
+            return self._validate_each(trees, rows)
         self.stack.load(trees, self.device)
         self.stack.activate(range(len(trees)))
         try:
             parts = [self._terms(np.tile(part, len(trees))) for part in pieces(rows, share)]
         except Ragged:
             self._packed = True
-            return super()._validation(trees, rows)
+            return self._validate_each(trees, rows)
         return summed(parts, len(trees))
 
-    def _put(self, tree: Tree) -> None:
-        self.stack.load([tree], self.device)
-        self.stack.activate([0])
+    def _validate_each(self, trees: Sequence[Tree], rows: np.ndarray) -> list[Validation]:
+        """Scores one adapter after another."""
+        found = []
+        for tree in trees:
+            self.stack.load([tree], self.device)
+            self.stack.activate([0])
+            terms = [self._terms(part) for part in pieces(rows, self.config.eval.batch_size)]
+            found += summed(terms, 1)
+        return found
 
     def _frozen_images(self) -> ImageFeatures | None:
-        """The pictures' features, where LoRA does not change them."""
+        """The features of the pictures, where LoRA does not change them."""
         settings = self.config.engine
         if not settings.cache:
             return None
@@ -205,10 +216,10 @@ class CohortEngine(ReferenceEngine):
         return images if images.usable(first) else None
 
     def _fitting(self) -> int:
-        """How many clients fit into a pass, from what the first one's batch keeps."""
+        """The number of clients that fit into a pass, measured on a batch of the first client."""
         size = self.config.engine.micro_batch or self.config.train.batch_size
         rows = next(iter(self.partition.splits.values())).train[:size]
-        self.stack.load([self.adapter] * 2, self.device)  # two: one alone goes another way
+        self.stack.load([self.adapter] * 2, self.device)  # a stack of one is computed differently
         for p in self.stack.params.values():
             p.requires_grad_(True)
         self.stack.activate([0, 1])
@@ -228,31 +239,30 @@ class CohortEngine(ReferenceEngine):
         return self._images.given(list(rows) * copies)
 
     def _terms(self, rows: np.ndarray) -> Terms:
-        """The objective on rows in blocks of the active clients."""
+        """The objective on rows; the active clients' rows are blocks of equal size."""
         copies = 2 if self.objective.pairs else 1
         self._batch(rows, copies)
         with self._known(rows, copies):
-            return super()._terms(rows)
+            return self.objective.terms(self.model, self.collator.training(rows))
 
     def _texts(self, rows: np.ndarray) -> list[str]:
         self._batch(rows, copies=1)
         with self._known(rows, 1):
-            return super()._texts(rows)
+            tokens, tokenizer = self.config.eval.max_new_tokens, self.collator.tokenizer
+            return greedy(self.model, self.collator.prompts(rows), tokenizer, tokens)
 
     def _batch(self, rows: np.ndarray, copies: int) -> None:
         self.stack.batch(len(rows), copies, lambda: self._uniform(rows))
 
     def _uniform(self, rows: np.ndarray) -> bool:
-        """Whether the rows' pictures are of one shape."""
+        """Whether all pictures of the rows have the same shape."""
         return uniform([self.collator.features(int(i)) for i in rows])
 
     def _side_by_side(self, drawn: Batches) -> bool:
-        """Whether these batches may share a pass; asked once a layer is known that packs."""
+        """Whether these batches may share a pass; layers that pack rows need equal shapes."""
         return not self._packed or self._uniform(np.concatenate(list(drawn.values())))
 
-    @torch.no_grad()
     def _answer(self, models: Sequence[tuple[Tree, np.ndarray]]) -> list[list[Answer]]:
-        self.model.eval()
         self.stack.load([tree for tree, _ in models], self.device)
         found: list[list[Answer]] = [[] for _ in models]
         left = {k: rows for k, (_, rows) in enumerate(models)}
@@ -265,71 +275,33 @@ class CohortEngine(ReferenceEngine):
         return found
 
     def _answer_part(self, drawn: Batches) -> dict[int, list[Answer]]:
-        """Answers of the active clients to a block of rows each."""
+        """Answers of the active clients, each to its own block of rows."""
         if len(drawn) > 1 and not self._side_by_side(drawn):
             alone = (self._answer_part({k: rows}) for k, rows in drawn.items())
             return {k: answers for part in alone for k, answers in part.items()}
         rows, size = beside(drawn)
         self.stack.activate(list(drawn))
         try:
-            answers = self._answer_rows(rows)
+            answers = self._recorded(rows, self._terms(rows), self._texts(rows))
         except Ragged:
             self._packed = True
             return self._answer_part(drawn)
         return {k: answers[n * size :][: len(real)] for n, (k, real) in enumerate(drawn.items())}
 
 
-class Streams:
-    """A random stream a client, for dropout: states of the global generator, swapped in and out."""
-
-    def __init__(self, seeds: Sequence[int]):
-        self._seeds = list(seeds)
-        self._states: dict[int, tuple[Tensor, list[Tensor]]] = {}
-
-    @contextlib.contextmanager
-    def of(self, client: int) -> Iterator[None]:
-        """The client's stream, from where it was left."""
-        cuda = torch.cuda.is_available()
-        with torch.random.fork_rng():
-            if client in self._states:
-                state, states = self._states[client]
-                torch.set_rng_state(state)
-                torch.cuda.set_rng_state_all(states)
-            else:
-                torch.manual_seed(self._seeds[client])
-            yield
-            states = torch.cuda.get_rng_state_all() if cuda else []
-            self._states[client] = torch.get_rng_state(), states
-
-
-def clip(stacked: Sequence[Tensor], limit: float) -> None:
-    """Scales every client's gradient to a norm of at most ``limit``, as ``clip_grad_norm_`` does.
-
-    Args:
-        stacked: parameters ``[clients, ...]``.
-        limit: largest norm.
-    """
-    grads = [p.grad for p in stacked if p.grad is not None]
-    each = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads]
-    norms = torch.linalg.vector_norm(torch.stack(each), dim=0)  # [clients]
-    scale = (limit / (norms + 1e-6)).clamp(max=1.0)
-    for g in grads:
-        g.mul_(scale.view(-1, *[1] * (g.dim() - 1)))
-
-
 def beside(drawn: Batches) -> tuple[np.ndarray, int]:
-    """The clients' rows in blocks of one size, and this size."""
+    """The clients' rows in blocks of equal size, and this size."""
     size = max(map(len, drawn.values()))
     return np.concatenate([filled(rows, size) for rows in drawn.values()]), size
 
 
 def filled(rows: np.ndarray, size: int) -> np.ndarray:
-    """``size`` rows: the last one is repeated where there are fewer."""
+    """``size`` rows: the last row is repeated as often as necessary."""
     return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows))])
 
 
 def uniform(rows: Sequence[Features]) -> bool:
-    """Whether the rows' pictures are of one shape: the same tensors, sizes and grids."""
+    """Whether all pictures of the rows have the same shape: tensors, sizes and grids."""
     first = rows[0].extras
     return all(
         other.extras[k].shape == v.shape
@@ -337,3 +309,13 @@ def uniform(rows: Sequence[Features]) -> bool:
         for other in rows[1:]
         for k, v in first.items()
     )
+
+
+def summed(terms: Sequence[Terms], models: int) -> list[Validation]:
+    """Scores of ``models`` models, from batches with a block of equal size for each model."""
+    loss, wrong, weight = (
+        torch.cat([getattr(t, n).view(models, -1) for t in terms], 1).sum(1)
+        for n in ("loss", "wrong", "weight")
+    )
+    pairs = zip((loss / weight).tolist(), (wrong / weight).tolist(), strict=True)
+    return [Validation(*pair) for pair in pairs]

@@ -1,52 +1,53 @@
-"""Compressed uploads: any algorithm, whose clients send fewer bytes for the same tensors.
+"""Compression, a stage on the wire: fewer bytes for the same tensors, with any algorithm.
 
-What is compressed is the *change*: where a tensor of an upload has the name and the shape of one
-that the client was sent, the difference of the two; any other tensor as it is. The server, which
-knows what it sent, adds the difference to that. So a LoRA factor loses precision of its round's
-step alone, not of its value.
+The stage compresses the *change*: the difference between a tensor of the upload and the tensor of
+the download with the same name and shape. A tensor without such a counterpart is compressed whole.
+The server adds the change to the download. So compression costs precision in the step of a round,
+not in the value of a LoRA factor.
 
 - ``bf16``: half the bytes, 8 significant bits an element.
-- ``int8``: whole numbers from -127 to 127 times a scale, one for each row of a matrix, or of its
-  transpose where that has fewer: for each rank, as a rule.
-- ``topk``: the elements of the largest magnitude of the whole upload, and where they are.
+- ``int8``: integers from -127 to 127 and a scale for each row of a matrix, or for each column where
+  there are fewer columns. For LoRA factors this is, as a rule, one scale for each rank.
+- ``topk``: the elements of the largest magnitude in the whole upload, and their positions.
 
-With ``int8`` and ``topk`` what was not sent is added to the client's next change before that is
-compressed (error feedback: Seide et al., Interspeech 2014; Stich et al., arXiv 1809.07599;
-Karimireddy et al., arXiv 1901.09847). The sum of what the server got of a client lacks no more than
-this rest, whatever the number of rounds. The rest stays at the client, beside what the algorithm
-keeps, which does not see it. It is a rest of the round's step only where clients begin at what they
-were sent; where they do not (``Entry.partial``), ``topk`` is refused.
+With ``int8`` and ``topk``, the part that was not sent (the rest) is added to the client's next
+change before compression (error feedback: Seide et al., Interspeech 2014; Stich et al., arXiv
+1809.07599; Karimireddy et al., arXiv 1901.09847). So the sum of a client's changes at the server
+lacks no more than one rest, whatever the number of rounds. The rest is the stage's memory at the
+client. It belongs to the step of the round only where clients begin at the download. Algorithms
+whose clients may begin elsewhere (``Entry.partial``) refuse ``topk``.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING
 
-from fedvlm.algorithms.base import Algorithm, Phase, Term, Work, everywhere
-from fedvlm.tree import Tree, change, named, part
+from fedvlm.algorithms.base import Visit
+from fedvlm.engines.stages import Stage
+from fedvlm.tree import Tree, change
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from fedvlm.settings.sections import WireConfig
 
-UNSENT = "unsent"
 SCALES, VALUES, INDICES = "scales", "values", "indices"
 
 
 @dataclass(frozen=True)
 class Codec:
-    """How tensors become a message.
+    """A method of compression.
 
     Attributes:
-        pack: from float32 tensors to a message, whose names and shapes follow from theirs.
-        unpack: the inverse, up to what is lost; ValueError for a message that none made.
-        feedback: whether what is lost is added to the next change.
+        pack: from float32 tensors to a message; names and shapes of the message depend only on
+            names and shapes of the tensors.
+        unpack: the inverse, up to the loss; ValueError for a message that ``pack`` cannot make.
+        feedback: whether the loss is added to the next change.
     """
 
     pack: Callable[[Tree], Tree]
@@ -54,70 +55,33 @@ class Codec:
     feedback: bool = True
 
 
-def compressed(algorithm: Algorithm, settings: WireConfig) -> Algorithm:
-    """``algorithm``, whose uploads are compressed at the client and restored at the server."""
+def compression(settings: WireConfig) -> tuple[Stage, ...]:
+    """The compression stage of a run's settings; empty without compression."""
     if settings.compress == "none":
-        return algorithm
+        return ()
     codec = {
         "bf16": Codec(_halved, _widened, feedback=False),
         "int8": Codec(_rounded, _scaled),
         "topk": Codec(partial(_largest, settings.topk), _scattered),
     }[settings.compress]
 
-    def change_of(one: Algorithm) -> Algorithm:
-        def finish(work: Work) -> tuple[Tree, Tree]:
-            upload, kept = one.finish(replace(work, mine=_own(work.mine)))
-            if not upload:
-                return {}, kept
-            unsent = part(work.mine, UNSENT)
-            steps = change(work.down, upload)
-            due = {n: t.float() + unsent[n] if n in unsent else t.float() for n, t in steps.items()}
-            message = codec.pack(due)
-            if codec.feedback:
-                sent = codec.unpack(message)
-                unsent |= {n: t - sent[n] for n, t in due.items()}
-            return message, {**kept, **named(UNSENT, unsent)}
+    def pack(up: Tree, down: Tree, memory: Tree, visit: Visit) -> tuple[Tree, Tree]:
+        steps = change(down, up)
+        due = {n: t.float() + memory[n] if n in memory else t.float() for n, t in steps.items()}
+        message = codec.pack(due)
+        if not codec.feedback:
+            return message, {}
+        sent = codec.unpack(message)
+        return message, {**memory, **{n: t - sent[n] for n, t in due.items()}}
 
-        def decode(message: Tree, down: Tree) -> Tree:
-            steps = codec.unpack(message) if message else {}
-            return {n: _based(down, n, step) for n, step in steps.items()}
+    def open_(message: Tree, down: Tree) -> Tree:
+        return {n: _based(down, n, step) for n, step in codec.unpack(message).items()}
 
-        def options(adapter: Tree, down: Tree, mine: Tree) -> list[Tree]:
-            assert one.options is not None
-            return list(one.options(adapter, down, _own(mine)))
-
-        return replace(
-            one,
-            start=lambda adapter, down, mine: one.start(adapter, down, _own(mine)),
-            phases=tuple(map(_phase, one.phases)),
-            finish=finish,
-            decode=decode,
-            options=options if one.options else None,
-        )
-
-    return everywhere(change_of, algorithm)
-
-
-def _own(mine: Tree) -> Tree:
-    """What the algorithm itself keeps."""
-    return {n: t for n, t in mine.items() if not n.startswith(f"{UNSENT}/")}
-
-
-def _phase(given: Phase) -> Phase:
-    begin = given.begin
-
-    def term(one: Term) -> Term:
-        return replace(one, constant=lambda down, mine: one.constant(down, _own(mine)))
-
-    return replace(
-        given,
-        begin=(lambda down, mine, now: begin(down, _own(mine), now)) if begin else None,
-        terms=tuple(map(term, given.terms)),
-    )
+    return (Stage("compress", pack, open_),)
 
 
 def _based(down: Tree, name: str, step: Tensor) -> Tensor:
-    """The tensor whose change this is."""
+    """The tensor of the upload, from its change and the download."""
     base = down.get(name)
     return step if base is None or base.shape != step.shape else base + step.to(base.dtype)
 
@@ -163,7 +127,7 @@ def _scaled(message: Tree) -> Tree:
 
 
 def _rows(tensor: Tensor) -> tuple[Tensor, bool]:
-    """``[rows, elements]`` of a tensor, and whether these are the columns of its matrix."""
+    """A tensor as ``[rows, elements]``, and whether these rows are columns of its matrix."""
     if tensor.dim() < 2:
         return tensor.reshape(1, -1), False
     matrix = tensor.flatten(1)
@@ -175,7 +139,7 @@ def _rows(tensor: Tensor) -> tuple[Tensor, bool]:
 
 
 def _largest(fraction: float, tree: Tree) -> Tree:
-    """The largest elements, and, without elements, the names and shapes of all tensors."""
+    """The largest elements, with empty tensors that carry the names and shapes of all tensors."""
     import torch
 
     flat = torch.cat([tree[n].flatten() for n in sorted(tree)])

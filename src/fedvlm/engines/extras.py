@@ -1,4 +1,4 @@
-"""What a phase may add to plain training: extra gradients, and elements that stay as they are."""
+"""Extra gradients and masks of a stretch of training, for stacks of clients."""
 
 from __future__ import annotations
 
@@ -7,46 +7,37 @@ from collections.abc import Mapping, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedvlm.algorithms.table import Phase
-from fedvlm.tree import Tree
+from fedvlm.algorithms.base import Train
 
 
 class Extras:
-    """A phase's terms and mask, for the factors of one client or for stacks of several.
+    """The terms and masks of the clients' requests.
 
     Args:
-        phase: the phase that begins.
-        clients: each one's (down, mine), in the order of the stack.
-        trained: the parameters, ``[...]`` for one client or ``[clients, ...]``.
+        asks: the clients' requests, in the order of the stack. All clients have the same rates.
+        trained: the stacked parameters, ``[clients, ...]``.
     """
 
-    def __init__(
-        self,
-        phase: Phase,
-        clients: Sequence[tuple[Tree, Tree]],
-        trained: Mapping[str, nn.Parameter],
-    ):
+    def __init__(self, asks: Sequence[Train], trained: Mapping[str, nn.Parameter]):
         self.trained = trained
         self.constants: dict[str, Tensor] = {}
         self.rates: dict[str, float] = {}
-        for term in phase.terms:
-            constants = [term.constant(*client) for client in clients]
+        for terms in zip(*(ask.terms for ask in asks), strict=True):
             for name, p in trained.items():
-                if not any(name in tree for tree in constants):
+                if not any(name in term.constant for term in terms):
                     continue
-                none = torch.zeros(p.shape[-2:])
-                rows = torch.stack([tree.get(name, none) for tree in constants])
-                found = rows.view(p.shape).to(p.device)
-                self.constants[name] = self.constants.get(name, 0.0) + found
-                self.rates[name] = self.rates.get(name, 0.0) + term.rate
-        self.masks = (
-            {n: phase.mask(n, p.detach()) for n, p in trained.items()} if phase.mask else {}
-        )
+                none = torch.zeros(p.shape[1:], dtype=p.dtype)
+                rows = torch.stack([term.constant.get(name, none) for term in terms])
+                self.constants[name] = self.constants.get(name, 0.0) + rows.to(p.device)
+                self.rates[name] = self.rates.get(name, 0.0) + terms[0].rate
+        self.masks: dict[str, Tensor] = {}
+        if any(ask.mask for ask in asks):
+            self.masks = {name: _masks(asks, name, p.detach()) for name, p in trained.items()}
         self._held = {n: trained[n].detach().clone() for n in self.masks}
 
     @torch.no_grad()
     def before(self) -> None:
-        """Changes the gradients, before they are clipped."""
+        """Adds the terms and applies the masks to the gradients; to be called before clipping."""
         for name, p in self.trained.items():
             if p.grad is None:
                 continue
@@ -57,7 +48,18 @@ class Extras:
 
     @torch.no_grad()
     def after(self) -> None:
-        """Puts elements back that are not trained, whatever weight decay made of them."""
+        """Restores the elements outside the masks, which weight decay moves too."""
         for name, mask in self.masks.items():
             p = self.trained[name]
             p.copy_(torch.where(mask, p, self._held[name]))
+
+
+def _masks(asks: Sequence[Train], name: str, stacked: Tensor) -> Tensor:
+    """The clients' masks of one factor, ``[clients, ...]``; all true for a client without mask."""
+    found = [
+        ask.mask(name, own).expand(own.shape)
+        if ask.mask
+        else torch.ones_like(own, dtype=torch.bool)
+        for ask, own in zip(asks, stacked, strict=True)
+    ]
+    return torch.stack(found)

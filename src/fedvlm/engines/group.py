@@ -1,4 +1,4 @@
-"""Messages between the processes of one run, by gloo: Python objects with the tensors in them."""
+"""Messages between the processes of one run, by gloo: Python objects that may hold tensors."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-PATIENCE = timedelta(hours=6)  # for a process that is there and silent; one that ended is noticed
+PATIENCE = timedelta(hours=6)  # for a silent process; a process that ended is noticed at once
 
 
 SENT = 2**30  # bytes sent in one piece
@@ -34,19 +34,19 @@ class Group:
     """The processes that work on one run.
 
     Attributes:
-        rank: the number of this one.
-        size: how many there are.
+        rank: the number of this process.
+        size: the number of processes.
     """
 
     def __init__(self, handle: Any = None):
         self.rank, self.size, self._handle = rank(), size(), handle
-        self._busy = set(range(1, self.size))  # those who owe process 0 an answer
+        self._busy = set(range(1, self.size))  # processes that owe process 0 an answer
 
     def send(self, message: Any, to: int) -> None:
-        """Tells a process something; returns when it has it.
+        """Sends a message to a process; returns when the message has arrived.
 
         Raises:
-            FedVLMError: it ended.
+            FedVLMError: the process ended.
         """
         import torch
         import torch.distributed as dist
@@ -60,10 +60,10 @@ class Group:
                     dist.send(piece, to, group=self._handle)
 
     def receive(self, sender: int) -> Any:
-        """What a process says next.
+        """The next message of a process.
 
         Raises:
-            FedVLMError: it ended.
+            FedVLMError: the process ended.
         """
         import torch
         import torch.distributed as dist
@@ -80,7 +80,7 @@ class Group:
         return unpack(head, body)
 
     def end(self, error: Exception | None = None) -> None:
-        """Tells the others that the run is over; process 0 does."""
+        """Sends all other processes the last message; process 0 calls this."""
         for other in range(1, self.size):
             if other not in self._busy:
                 with contextlib.suppress(FedVLMError):
@@ -89,14 +89,14 @@ class Group:
 
 @contextlib.contextmanager
 def joined() -> Iterator[Group]:
-    """Connects this process to the others; where there are none, does nothing."""
+    """Connects this process to the others; does nothing in a run of one process."""
     if size() == 1:
         yield Group()
         return
     import torch.distributed as dist
 
     with _there(0):
-        if not dist.is_initialized():  # once a process: a second time, old addresses are found
+        if not dist.is_initialized():  # once a process: a second call would find old addresses
             dist.init_process_group("gloo", timeout=PATIENCE)
         handle = dist.new_group(backend="gloo", timeout=PATIENCE)
     group = Group(handle)
@@ -107,7 +107,7 @@ def joined() -> Iterator[Group]:
         error = raised if isinstance(raised, FedVLMError) else FedVLMError("process 0 failed")
         raise
     except BaseException:
-        group._busy.update(range(group.size))  # stopped: nobody is told, the connections close
+        group._busy.update(range(group.size))  # stopped: send nothing, the connections close
         raise
     finally:
         if group.rank == 0:
@@ -117,19 +117,19 @@ def joined() -> Iterator[Group]:
 
 @contextlib.contextmanager
 def _there(other: int) -> Iterator[None]:
-    """Says clearly that another process is not there any more."""
+    """Turns a broken connection into an error that names the other process."""
     try:
         yield
     except RuntimeError as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise FedVLMError(
-            f"process {other} of this run ended or does not answer; what it said, if anything, is "
-            f"above. Nothing finished is lost: go on with 'fedvlm run --resume DIR' ({reason})"
+            f"process {other} of this run ended or does not answer; its output, if any, is above. "
+            f"Finished rounds are kept: resume with 'fedvlm run --resume DIR' ({reason})"
         ) from error
 
 
 class _Pickler(pickle.Pickler):
-    """Takes the tensors out; one that is met again is the same."""
+    """Takes the tensors out; a tensor that occurs twice is sent once."""
 
     def __init__(self, file: io.BytesIO):
         super().__init__(file)
@@ -153,7 +153,7 @@ class _Unpickler(pickle.Unpickler):
 
 
 def pack(message: Any) -> tuple[Tensor, Tensor]:
-    """A message as bytes: what it is made of, and its tensors' values."""
+    """A message as bytes: its structure, and the values of its tensors."""
     import torch
 
     file = io.BytesIO()

@@ -1,4 +1,4 @@
-"""How many clients fit into one pass."""
+"""The number of clients that fit into one pass."""
 
 from __future__ import annotations
 
@@ -15,25 +15,25 @@ from fedvlm import processes
 from fedvlm.models.spool import nbytes
 from fedvlm.tree import Tree
 
-COPIES = 8  # of a client's adapter: factors, gradients, two moments, what it began and ended with
-SPARE = 1.5  # rows longer than those that were measured, and what an operation needs on the way
-MOST = {"cpu": 16, "cuda": 64}  # more gain nothing; on 2 CPU cores, 12 are no faster than 4
+COPIES = 8  # of an adapter: factors, gradients, two moments, copies from its begin and its end
+SPARE = 1.5  # margin for rows longer than the measured ones, and for temporary tensors
+MOST = {"cpu": 16, "cuda": 64}  # larger passes are not faster; on 2 CPU cores, 12 equal 4
 
 
 def clients_in_a_pass(
     memory: int | Literal["auto"], model: Any, adapter: Tree, activations: int
 ) -> int:
-    """The number of clients that a pass can hold; 1 at least.
+    """The number of clients that a pass can hold; at least 1.
 
-    It follows from the machine and the model alone, not from what is free now, so that a resumed
-    run has the same passes.
+    It depends on the machine and the model, not on the memory that is free now. So a resumed run
+    has the same passes.
 
     Args:
-        memory: MiB for all that a pass adds to the model, or ``auto``: half of the machine's
-            memory, or four fifths of the GPU's, less the model.
-        model: the frozen one.
-        adapter: a client's.
-        activations: bytes that a client's batch keeps for its backward pass.
+        memory: MiB that a pass may add to the model. ``auto``: half of the machine's memory, or
+            four fifths of the GPU's memory less the model.
+        model: the frozen model.
+        adapter: the adapter of one client.
+        activations: bytes that the batch of one client keeps for its backward pass.
     """
     device = next(model.parameters()).device
     room = budget(memory, device, nbytes(list(model.parameters())))
@@ -42,12 +42,12 @@ def clients_in_a_pass(
 
 
 def fitting(room: int, device: torch.device, each: float) -> int:
-    """How many clients of ``each`` bytes a pass holds; 1 at least."""
+    """The number of clients of ``each`` bytes that fit into ``room`` bytes; at least 1."""
     return max(1, min(MOST.get(device.type, MOST["cpu"]), int(room / each)))
 
 
 def budget(memory: int | Literal["auto"], device: torch.device, weights: int) -> int:
-    """Bytes for all that a pass adds to a model of ``weights`` bytes."""
+    """Bytes that a pass may add to a model of ``weights`` bytes."""
     if memory != "auto":
         return memory * 2**20
     if device.type == "cuda":
@@ -56,7 +56,7 @@ def budget(memory: int | Literal["auto"], device: torch.device, weights: int) ->
 
 
 def total(device: torch.device) -> int:
-    """Bytes of a device's memory; of the CPU's, this process's share of its control group's."""
+    """Bytes of a device's memory; on the CPU, this process's share of its control group's limit."""
     if device.type == "cuda":
         return torch.cuda.get_device_properties(device).total_memory
     machine = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
@@ -67,7 +67,7 @@ def total(device: torch.device) -> int:
 
 
 def kept_for_backward(model: Any, forward: Callable[[], Any]) -> int:
-    """Bytes that ``forward`` keeps for a backward pass, the model's own parameters left out."""
+    """Bytes that ``forward`` keeps for a backward pass, without the model's own parameters."""
     own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
     kept: dict[int, int] = {}
 
@@ -75,9 +75,9 @@ def kept_for_backward(model: Any, forward: Callable[[], Any]) -> int:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
             kept[storage.data_ptr()] = storage.nbytes()
-        return tensor.detach()  # a graph that held its own outputs would never be freed
+        return tensor.detach()  # a graph that holds its own outputs is never freed
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
-        result = forward()  # its graph holds what it keeps until it is counted
+        result = forward()  # its graph holds the kept tensors until they are counted
     del result
     return sum(kept.values())

@@ -1,12 +1,12 @@
-"""One run on several devices: a process for each, every one with a whole base model.
+"""One run on several devices: one process for each device, each with a whole base model.
 
-Process 0 has the round loop. It hands every process its part of the next clients to train or to
-score, does its own part, and takes the replies in the cohort's order, so that the server folds the
-same uploads in the same order as with one process. The others do what they are handed
-(:func:`serve`), and write what their clients keep.
+Process 0 runs the round loop. It gives every process a part of the next clients to train or to
+score, does its own part, and takes the replies in the order of the cohort. So the server folds the
+same uploads in the same order as with one process. The other processes do their parts
+(:func:`serve`) and write the personal states of their clients.
 
-At most ``width`` clients a process are under way at a time. Where the cohort fills that, passes
-hold the same clients as with one process, and the results have the same bits.
+A turn has at most ``width`` clients. Where the cohort fills its turns, passes hold the same clients
+as with one process, and the results are bit-identical.
 """
 
 from __future__ import annotations
@@ -19,20 +19,19 @@ from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from fedvlm.algorithms.table import Algorithm
 from fedvlm.engines.base import Answer, Models, Scores
 from fedvlm.engines.group import End, Group
-from fedvlm.engines.reference import ReferenceEngine
+from fedvlm.engines.shell import Shell
 from fedvlm.engines.wire import Reply, Task
 from fedvlm.errors import FedVLMError
 from fedvlm.tree import Tree
 
 T = TypeVar("T")
-Order = TypeVar("Order", "Train", "Score")
+Order = TypeVar("Order", "TrainPart", "ScorePart")
 
 
 @dataclass(frozen=True)
-class Train:
+class TrainPart:
     """A process's part of a turn of training.
 
     Attributes:
@@ -47,48 +46,49 @@ class Train:
     first: int
     fresh: bool
 
-    def perform(self, engine: ReferenceEngine, algorithm: Algorithm) -> list[Reply]:
-        return list(engine.train(algorithm, self.tasks, first=self.first, fresh=self.fresh))
+    def perform(self, engine: Shell) -> list[Reply]:
+        return list(engine.train(self.tasks, first=self.first, fresh=self.fresh))
 
 
 @dataclass(frozen=True)
-class Score:
+class ScorePart:
     """A process's part of the models to score: clients' names and adapters.
 
-    None is the adapter with which the process has ended the client's training.
+    None stands for the adapter at the end of the client's training, which this process has.
     """
 
     models: Sequence[tuple[str, Tree | None]]
     texts: bool
 
-    def perform(self, engine: ReferenceEngine) -> Mapping[str, Any]:
+    def perform(self, engine: Shell) -> Mapping[str, Any]:
         made = [(c, engine.ended.pop(c) if tree is None else tree) for c, tree in self.models]
         return engine.answers(made) if self.texts else engine.evaluate(made)
 
 
 class Sharded:
-    """An engine whose clients are trained and scored by all processes; process 0 has it.
+    """The engine of process 0: all processes train and score its clients.
 
     Attributes:
-        width: clients in a turn, a pass of every process.
+        width: clients in a turn, which is one pass of every process.
     """
 
-    def __init__(self, engine: ReferenceEngine, group: Group):
+    def __init__(self, engine: Shell, group: Group):
         self.engine = engine
         self.group = group
         self.adapter = engine.adapter
+        self.algorithm, self.stages = engine.algorithm, engine.stages
         self.width = engine.width * group.size
-        self._owners: dict[str, int] = {}  # who has met a client in this round, and its answers
+        self._owners: dict[str, int] = {}  # client -> the process with its answers of this round
 
-    def train(self, algorithm: Algorithm, tasks: Sequence[Task]) -> Iterator[Reply]:
+    def train(self, tasks: Sequence[Task]) -> Iterator[Reply]:
         self._owners.clear()
         for start in range(0, len(tasks), self.width):
             orders, first = [], start
             for rank, part in enumerate(parts(tasks[start : start + self.width], self.group.size)):
-                orders.append(Train(tasks[0].round, part, first, fresh=not start))
+                orders.append(TrainPart(tasks[0].round, part, first, fresh=not start))
                 self._owners |= {task.client: rank for task in part}
                 first += len(part)
-            for replies in self._share(orders, lambda own: own.perform(self.engine, algorithm)):
+            for replies in self._share(orders, lambda own: own.perform(self.engine)):
                 yield from replies
         if tasks:
             self.engine.store.refresh(tasks[0].round)
@@ -103,13 +103,13 @@ class Sharded:
         self.engine.export(models, folders)
 
     def _made(self, models: Models) -> Iterable[tuple[str, Tree | None]]:
-        """The adapters, by process 0; those at the end of training are where that was done."""
+        """Adapters made by process 0; adapters at the end of training stay with their process."""
         if models.kind == "end":
-            return ((client, None) for client, _ in models.downs)
+            return ((visit.client, None) for visit, _ in models.downs)
         return self.engine.made(models)
 
     def _scored(self, models: Iterable[tuple[str, Tree | None]], texts: bool) -> dict[str, Any]:
-        """A client stays with the process that had it before: what that knows is not done again."""
+        """Scores by client; a client stays with its process, which remembers its answers."""
         found: dict[str, Any] = {}
         left = iter(models)
         while turn := list(islice(left, self.width)):
@@ -117,7 +117,7 @@ class Sharded:
             for rank, part in enumerate(parts(new, self.group.size)):
                 self._owners |= dict.fromkeys(part, rank)
             orders = [
-                Score([m for m in turn if self._owners[m[0]] == rank], texts)
+                ScorePart([m for m in turn if self._owners[m[0]] == rank], texts)
                 for rank in range(self.group.size)
             ]
             scored: dict[str, Any] = {}
@@ -127,7 +127,7 @@ class Sharded:
         return found
 
     def _share(self, orders: Sequence[Order], work: Callable[[Order], Any]) -> list[Any]:
-        """What all processes make of their orders, one each; own work is done meanwhile."""
+        """The results of all processes for their orders; process 0 works meanwhile."""
         for rank, order in enumerate(orders[1:], 1):
             self.group.send(order, rank)
         own = attempt(lambda: work(orders[0]))
@@ -135,15 +135,15 @@ class Sharded:
 
 
 def together(group: Group, prepare: Callable[[], T], same: Callable[[T], str]) -> T:
-    """What this process prepares, as all do; process 0 goes on once all are ready.
+    """Prepares every process and returns this process's result; process 0 waits for all.
 
     Args:
         group: all processes.
-        prepare: what each does.
-        same: tells what has to be the same everywhere.
+        prepare: prepares one process.
+        same: describes a result; the descriptions of all processes must be equal.
 
     Raises:
-        FedVLMError: one could not, or has other data or another model.
+        FedVLMError: a process failed, or has other data or another model.
     """
     own = attempt(prepare)
     described = attempt(lambda: same(own.get()))
@@ -154,33 +154,32 @@ def together(group: Group, prepare: Callable[[], T], same: Callable[[T], str]) -
     for rank, other in enumerate(others, 1):
         if other != first:
             raise FedVLMError(
-                f"process {rank} of this run has other data, or another model, than process 0; all "
-                "need the same files, and the same versions of the packages"
+                f"process {rank} of this run has other data or another model than process 0; all "
+                "processes need the same files and the same versions of the packages"
             )
     return own.get()
 
 
-def serve(group: Group, engine: ReferenceEngine, algorithm_of: Callable[[int], Algorithm]) -> None:
-    """Trains and scores what process 0 hands out, until the run is over.
+def serve(group: Group, engine: Shell) -> None:
+    """Trains and scores the parts that process 0 sends, until the run is over.
 
     Args:
         group: all processes.
-        engine: this one's.
-        algorithm_of: the algorithm of a round.
+        engine: the engine of this process.
 
     Raises:
-        FedVLMError: that of process 0, or it ended.
+        FedVLMError: process 0 failed or ended.
     """
     last: int | None = None  # the round that this process has trained in
 
-    def perform(order: Train | Score) -> Any:
+    def perform(order: TrainPart | ScorePart) -> Any:
         nonlocal last
-        if isinstance(order, Score):
+        if isinstance(order, ScorePart):
             return order.perform(engine)
         for past in range(order.round if last is None else last, order.round):
-            engine.store.refresh(past)  # it has been committed since
+            engine.store.refresh(past)  # process 0 has committed this round since
         last = order.round
-        return order.perform(engine, algorithm_of(order.round))
+        return order.perform(engine)
 
     while not isinstance(order := group.receive(0), End):
         group.send(attempt(partial(perform, order)).portable(group.rank), 0)
@@ -190,7 +189,7 @@ def serve(group: Group, engine: ReferenceEngine, algorithm_of: Callable[[int], A
 
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
-    """What some work came to: a value or an error."""
+    """The result of some work: a value or an error."""
 
     value: Any = None
     error: Exception | None = None
@@ -206,7 +205,7 @@ class Outcome(Generic[T]):
         return self.value
 
     def portable(self, rank: int) -> Outcome[T]:
-        """As another process can read it: an error that is no user's with its traceback."""
+        """For another process: an error other than :class:`FedVLMError` becomes its traceback."""
         if self.error is None or isinstance(self.error, FedVLMError):
             return self
         told = "".join(traceback.format_exception(self.error))
@@ -214,7 +213,7 @@ class Outcome(Generic[T]):
 
 
 def attempt(work: Callable[[], T]) -> Outcome[T]:
-    """Does some work; an error waits until all processes have answered."""
+    """Does some work and catches its error, which waits until all processes have answered."""
     try:
         return Outcome(work())
     except Exception as error:
@@ -222,12 +221,12 @@ def attempt(work: Callable[[], T]) -> Outcome[T]:
 
 
 def _results(own: Outcome[T], group: Group) -> list[T]:
-    """The outcomes of all processes; the first error, once all have answered."""
+    """The results of all processes; raises the first error once all have answered."""
     outcomes = [own, *(group.receive(rank) for rank in range(1, group.size))]
     return [outcome.get() for outcome in outcomes]
 
 
 def parts(whole: Sequence[T], number: int) -> list[Sequence[T]]:
-    """So many neighbouring pieces, as equal as can be."""
+    """``whole`` in ``number`` neighbouring pieces of nearly equal length."""
     bounds = [len(whole) * n // number for n in range(number + 1)]
     return [whole[a:b] for a, b in pairwise(bounds)]

@@ -1,100 +1,158 @@
-"""What passes between server and clients is checked before it counts, at the end that receives it.
+"""Messages between server and clients, and the checks of the receiver.
 
-What an algorithm sends follows from the algorithm alone: its own functions are given an adapter
-that has shapes and no values (:class:`Forms`), so that a round of RoLoRA, a client of a lower rank
-and a compressed upload are each checked against what they have to be.
+The form of a message follows from the algorithm alone: its functions run on an adapter that has
+shapes and no values (:mod:`fedvlm.algorithms.dry`). So the checks know the exact form of a message
+in any round of RoLoRA, from a client of a lower rank, or after compression.
 """
 
 from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from dataclasses import dataclass, replace
+from typing import Any
 
-from fedvlm.algorithms.table import Algorithm, Client, State, Work
+from fedvlm.algorithms.base import Algorithm, State, Visit
+from fedvlm.algorithms.dry import bare, rehearse
+from fedvlm.engines.stages import Stage, opened, packed
 from fedvlm.errors import FedVLMError
 from fedvlm.tree import Tree, change
 
-if TYPE_CHECKING:
-    from fedvlm.engines.wire import Reply
+
+@dataclass(frozen=True)
+class Task:
+    """One client's work in one round.
+
+    Attributes:
+        visit: the client and the round.
+        down: the download from the server.
+        rated: whether the client's model at the end of the round's training will be scored.
+    """
+
+    visit: Visit
+    down: Tree
+    rated: bool = False
+
+    @property
+    def client(self) -> str:
+        """The client's name."""
+        return self.visit.client
+
+    @property
+    def round(self) -> int:
+        """The round, from 1."""
+        return self.visit.round
 
 
-def sent_up(algorithm: Algorithm, adapter: Tree, down: Tree) -> Tree:
-    """A message of a client that was sent ``down``; its values mean nothing, its form does.
+@dataclass(frozen=True)
+class Reply:
+    """The result of a client's round.
+
+    Attributes:
+        client: the client's name.
+        upload: the upload, after the wire's stages.
+        weight: the number of the client's training examples.
+        loss: mean training loss over the round's steps: nats a token (SFT), the DPO loss a pair; 0
+            where the round had no step.
+    """
+
+    client: str
+    upload: Tree
+    weight: float
+    loss: float
+
+
+def sent_up(
+    algorithm: Algorithm, adapter: Tree, visit: Visit, down: Tree, stages: Sequence[Stage] = ()
+) -> Tree:
+    """The form of a client's message, as tensors whose values mean nothing.
 
     Args:
-        algorithm: of the round.
+        algorithm: the algorithm of the run.
         adapter: the common initial adapter, or one without values.
-        down: the same.
+        visit: the client and the round.
+        down: the client's download.
+        stages: the stages of the wire.
     """
-    begun = algorithm.start(adapter, down, {})
-    phases = len(algorithm.phases)
-    work = Work(down, {}, (begun,) * phases, ({"A": 1.0, "B": 1.0},) * phases, begun)
-    return algorithm.finish(work)[0]
+    up = rehearse(algorithm, adapter, visit, down, steps=1).sent.up
+    return packed(stages, up, down, {}, visit)[0]
 
 
 class Forms:
-    """Tells what a message has to be, and refuses what is not.
+    """Knows the form of each message, and refuses a message of another form.
 
     Args:
-        adapter: the common initial adapter; its shapes alone are used.
-        max_norm: the largest norm of what an upload changes of what its client was sent (of the
-            upload itself, where it was sent no such tensors); None: any.
+        algorithm: the algorithm of the run.
+        adapter: the common initial adapter; only its shapes are used.
+        stages: the stages of the wire.
+        max_norm: the largest norm of an upload minus the download; tensors that the download lacks
+            count whole. None: no limit.
     """
 
-    def __init__(self, adapter: Tree, max_norm: float | None = None):
-        self.max_norm = max_norm
-        self._adapter = _bare(adapter)
-        self._states: dict[Algorithm, State] = {}
+    def __init__(
+        self,
+        algorithm: Algorithm,
+        adapter: Tree,
+        stages: Sequence[Stage] = (),
+        max_norm: float | None = None,
+    ):
+        self.algorithm, self.stages, self.max_norm = algorithm, stages, max_norm
+        self._adapter = bare(adapter)
+        self._state: State | None = None
         self._up: dict[tuple[Any, ...], Tree] = {}
 
-    def check_download(self, algorithm: Algorithm, client: str, down: Tree) -> None:
-        """Refuses what the algorithm's server would not send.
+    def check_download(self, visit: Visit, down: Tree, client: str = "") -> None:
+        """Refuses a download that the algorithm's server would not send.
+
+        Args:
+            visit: the receiver's visit; :data:`NOBODY` for the global model.
+            down: the download as received.
+            client: the name of the receiver, for the error; empty: the visit's client.
 
         Raises:
             FedVLMError: names, shapes or types differ, or a value is not finite.
         """
-        if algorithm not in self._states:
-            self._states[algorithm] = algorithm.init(self._adapter)
-        form = algorithm.download(self._states[algorithm], Client(client, 1.0))
+        if self._state is None:
+            self._state = self.algorithm.init(self._adapter)
+        form = self.algorithm.send(self._state, visit)
         wrong = _unlike(down, form) or _infinite(down)
         if wrong:
-            raise FedVLMError(f"client '{client}' refuses what the server sent: it {wrong}")
+            name = client or visit.client
+            raise FedVLMError(f"client '{name}' refuses the server's message: it {wrong}")
 
-    def received(
-        self, algorithm: Algorithm, client: Client, down: Tree, message: Tree, weight: float
-    ) -> Tree:
-        """The upload that a client's message holds.
+    def received(self, visit: Visit, down: Tree, message: Tree, weight: float) -> Tree:
+        """The upload in a client's message.
 
         Args:
-            algorithm: of the round.
-            client: as it registered; its weight is the most that it may claim.
-            down: what it was sent.
-            message: what came.
-            weight: the examples that it says it has trained on.
+            visit: the client as registered; its weight limits the number of claimed examples.
+            down: the client's download.
+            message: the message as received.
+            weight: the claimed number of training examples.
 
         Raises:
-            FedVLMError: the message is not what the algorithm lets this client send, holds a value
-                that is not finite, changes too much, or claims too many examples.
+            FedVLMError: the message has another form than the algorithm's, holds a value that is
+                not finite, changes too much, or claims too many examples.
         """
-        wrong = _unlike(message, self._upload(algorithm, down)) or _miscounted(client, weight)
+        wrong = _unlike(message, self._upload(visit, down)) or _miscounted(visit, weight)
         upload: Tree = {}
         if not wrong:
             try:
-                upload = algorithm.decode(message, down)
+                upload = opened(self.stages, message, down)
             except ValueError as error:
                 wrong = str(error)
         wrong = wrong or _infinite(upload) or self._too_far(down, upload)
         if wrong:
-            raise FedVLMError(f"the upload of client '{client.name}' {wrong}")
+            raise FedVLMError(f"the upload of client '{visit.client}' {wrong}")
         return upload
 
-    def _upload(self, algorithm: Algorithm, down: Tree) -> Tree:
+    def _upload(self, visit: Visit, down: Tree) -> Tree:
         told = (tuple(t.flatten().tolist()) for t in down.values() if not t.is_floating_point())
-        key = algorithm, *told, *((n, t.shape, t.dtype) for n, t in down.items())
+        form = ((n, t.shape, t.dtype) for n, t in down.items())
+        key = replace(visit, client="", weight=1.0), *told, *form
         if key not in self._up:
-            self._up[key] = sent_up(algorithm, self._adapter, _bare(down))
+            args = self.algorithm, self._adapter, visit, bare(down), self.stages
+            self._up = {k: v for k, v in self._up.items() if k[0].round == visit.round}
+            self._up[key] = sent_up(*args)
         return self._up[key]
 
     def _too_far(self, down: Tree, upload: Tree) -> str:
@@ -104,16 +162,11 @@ class Forms:
         if norm <= self.max_norm:
             return ""
         most = f"wire.max_norm={self.max_norm:g}"
-        return f"changes what its client was sent by a norm of {norm:.4g}, above {most}"
-
-
-def _bare(tree: Tree) -> Tree:
-    """The tensors without values, but for whole numbers, which say what follows."""
-    return {n: t.to("meta") if t.is_floating_point() else t for n, t in tree.items()}
+        return f"differs from the download by a norm of {norm:.4g}, above {most}"
 
 
 def _unlike(tree: Tree, form: Tree) -> str:
-    """How a message differs from what it has to be; empty if it does not."""
+    """The first difference between a message and its form, as a phrase; empty where they agree."""
     if missing := sorted(form.keys() - tree.keys()):
         return f"lacks {_named(missing)} of {len(form)} tensors"
     if extra := sorted(tree.keys() - form.keys()):
@@ -121,7 +174,7 @@ def _unlike(tree: Tree, form: Tree) -> str:
     for name, tensor in tree.items():
         like = form[name]
         if tensor.shape != like.shape or tensor.dtype != like.dtype:
-            return f"has '{name}' as {_described(tensor)}, which must be {_described(like)}"
+            return f"has '{name}' as {_described(tensor)} instead of {_described(like)}"
     return ""
 
 
@@ -133,10 +186,10 @@ def _described(tensor: Any) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
-def _miscounted(client: Client, weight: float) -> str:
-    if 0 < weight <= client.weight:
+def _miscounted(visit: Visit, weight: float) -> str:
+    if 0 < weight <= visit.weight:
         return ""
-    return f"claims {weight:g} training examples, and it registered {client.weight:g}"
+    return f"claims {weight:g} training examples, but the client registered {visit.weight:g}"
 
 
 def _infinite(tree: Tree) -> str:
@@ -147,42 +200,8 @@ def _infinite(tree: Tree) -> str:
 
 
 def _norm(tree: Tree) -> float:
-    """Of all the tree's numbers together."""
+    """The norm of all real numbers of the tree together."""
     import torch
 
     real = [t for t in tree.values() if t.is_floating_point()]
     return float(torch.stack(torch._foreach_norm(real)).double().norm()) if real else 0.0
-
-
-@dataclass(frozen=True)
-class Task:
-    """One client's work in one round.
-
-    Attributes:
-        client: its name.
-        round: the round, from 1.
-        down: what the server sent.
-        rated: whether its model at the end of the round's training is scored next.
-    """
-
-    client: str
-    round: int
-    down: Tree
-    rated: bool = False
-
-
-@dataclass(frozen=True)
-class Reply:
-    """What a client did.
-
-    Attributes:
-        client: its name.
-        upload: what leaves it.
-        weight: the number of its training examples.
-        loss: mean training loss over the round's steps: nats a token (SFT), the DPO loss a pair.
-    """
-
-    client: str
-    upload: Tree
-    weight: float
-    loss: float

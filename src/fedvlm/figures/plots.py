@@ -1,7 +1,6 @@
 """Plots of one run and of a comparison of algorithms, drawn from the lines of ``metrics.jsonl``.
 
-``figure_*`` return a matplotlib ``Figure``, ``plot_*`` save it as a PNG; pyplot's global state is
-never touched. The colours are Okabe and Ito's, which colour-blind readers can tell apart.
+``figure_*`` return a matplotlib ``Figure``. ``plot_*`` save the figure as a PNG.
 """
 
 from __future__ import annotations
@@ -12,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedvlm.errors import FedVLMError
+from fedvlm.figures import style
 from fedvlm.figures.series import (
     Line,
     Scores,
@@ -33,37 +33,33 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-KINDS = {"untuned": "#8C8C8C", "global": "#E69F00", "personal": "#0072B2"}
-COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
-MARKERS = ("o", "s", "^", "D", "v", "P", "X")
-MOST_NAMED = 20  # more clients than this are drawn as sorted curves, without names
-DPI = 150
+MOST_NAMED = 20  # more clients become sorted curves without names
 
 
 def plot_run(lines: Sequence[Line], path: str | Path, title: str, **options: Any) -> Path:
     """Saves :func:`figure_run` as a PNG and returns its path."""
-    return _save(figure_run(lines, title, **options), path)
+    return style.save(figure_run(lines, title, **options), path)
 
 
 def plot_comparison(
     results: Mapping[str, Sequence[Sequence[Line]]], path: str | Path, title: str, **options: Any
 ) -> Path:
     """Saves :func:`figure_comparison` as a PNG and returns its path."""
-    return _save(figure_comparison(results, title, **options), path)
+    return style.save(figure_comparison(results, title, **options), path)
 
 
 def figure_run(lines: Sequence[Line], title: str, metric: str = "exact_match") -> Figure:
     """One run: the mean over clients by round, and every client's score at the end.
 
-    A round's mean is over the clients that were evaluated then. The score at the end is a client's
-    latest, where it missed the last evaluation.
+    The mean of a round is over the clients evaluated in that round. A client that missed the last
+    evaluation has its latest score as the score at the end.
 
     Args:
-        lines: the run's metrics, one per round; round 0 is the untuned model.
+        lines: metrics of the run, one line a round; round 0 is the untuned model.
         title: title of the figure.
-        metric: one that is a share, such as ``exact_match``.
+        metric: a metric that is a share, such as ``exact_match``.
     """
-    figure = _figure(title, size=(11.0, 4.6))
+    figure = style.new_figure(title, size=(11.0, 4.6))
     curves, clients = figure.subplots(1, 2, width_ratios=[1.0, 1.35])
     name = metric_name(metric)
     _draw_run_curves(curves, lines, metric)
@@ -81,14 +77,17 @@ def figure_run(lines: Sequence[Line], title: str, metric: str = "exact_match") -
 def figure_comparison(
     results: Mapping[str, Sequence[Sequence[Line]]], title: str, metric: str = "exact_match"
 ) -> Figure:
-    """Several algorithms: curves of the personal models, the end's summary, and every client.
+    """Several algorithms: curves of the personal models, a summary of the end, and every client.
 
-    Bands and bars are one standard error over seeds; without a second seed there are none.
+    Bands and bars are one standard error over seeds. With one seed there are none.
 
     Args:
-        results: algorithm -> one list of metrics lines per seed.
+        results: algorithm -> one list of metrics lines for each seed.
         title: title of the figure.
-        metric: one that is a share, such as ``exact_match``.
+        metric: a metric that is a share, such as ``exact_match``.
+
+    Raises:
+        FedVLMError: no run was evaluated.
     """
     name = metric_name(metric)
     ends = {a: [end_scores(lines, metric) for lines in runs] for a, runs in results.items()}
@@ -104,23 +103,22 @@ def figure_comparison(
     named = len(client_names(per_client.values())) <= MOST_NAMED
     bottom = max(2.0, 0.36 * rows + 1.0) if named else 3.4
     top = max(4.6, 0.36 * rows + 1.4)
-    figure = _figure(title, size=(11.0, top + bottom))
+    figure = style.new_figure(title, size=(11.0, top + bottom))
     grid = figure.add_gridspec(2, 1, height_ratios=[top, bottom])
     above, below = figure.add_subfigure(grid[0]), figure.add_subfigure(grid[1])
     curves, summary = above.subplots(1, 2, width_ratios=[1.25, 1.0])
-    styles = {a: _style(i) for i, a in enumerate(results)}
+    styles = {a: style.line(i) for i, a in enumerate(results)}
     _draw_comparison_curves(curves, results, styles, metric)
     _draw_summary(summary, results, ends, per_client.get("untuned", {}), styles, metric)
     clients = below.subplots()
     if named:
         _draw_heat_map(clients, per_client, name)
     else:
-        _draw_sorted(clients, per_client, {"untuned": {"color": KINDS["untuned"]}} | styles, name)
+        _draw_sorted(
+            clients, per_client, {"untuned": {"color": style.KINDS["untuned"]}} | styles, name
+        )
         clients.legend(loc="center left", bbox_to_anchor=(1.0, 0.5), fontsize=9, frameon=False)
     return figure
-
-
-# --- the panels ----------------------------------------------------------------------------------
 
 
 def _draw_run_curves(axes: Axes, lines: Sequence[Line], metric: str) -> None:
@@ -129,7 +127,7 @@ def _draw_run_curves(axes: Axes, lines: Sequence[Line], metric: str) -> None:
         points = curve(lines, kind, metric)
         if not points:
             continue
-        rounds, colour = list(points), KINDS[kind]
+        rounds, colour = list(points), style.KINDS[kind]
         means = [mean(scores.values()) for scores in points.values()]
         axes.plot(rounds, means, marker=marker, ms=5, lw=2, color=colour, label=f"{kind}: mean")
         top = max(top, *means)
@@ -138,33 +136,33 @@ def _draw_run_curves(axes: Axes, lines: Sequence[Line], metric: str) -> None:
             label = f"{kind}: worst"
             axes.plot(rounds, worst, lw=1, ls="--", color=colour, label=label)
     axes.set_title(f"Mean {metric_name(metric)} over clients, by round")
-    _score_axis(axes.yaxis, top)
+    style.score_axis(axes.yaxis, top)
     axes.set_ylabel(metric_name(metric))
-    _round_axis(axes)
+    style.round_axis(axes)
 
 
 def _draw_clients(axes: Axes, ends: Mapping[str, Scores], name: str) -> None:
     names = client_names(ends.values())
     if len(names) > MOST_NAMED:
-        return _draw_sorted(axes, ends, {k: {"color": KINDS[k]} for k in ends}, name)
+        return _draw_sorted(axes, ends, {k: {"color": style.KINDS[k]} for k in ends}, name)
     width = 0.8 / max(1, len(ends))
     for i, (kind, scores) in enumerate(ends.items()):
         shift = (i - (len(ends) - 1) / 2) * width
         at = [x + shift for x, client in enumerate(names) if client in scores]
         heights = [scores[client] for client in names if client in scores]
-        axes.bar(at, heights, width, color=KINDS[kind], label=kind)
+        axes.bar(at, heights, width, color=style.KINDS[kind], label=kind)
     axes.set_title(f"{capital(name)} of every client at the end")
     margin = 0.6 + max(0, 3 - len(names)) / 2
     axes.set_xlim(-margin, len(names) - 1 + margin)
-    _name_ticks(axes, names)
-    _score_axis(axes.yaxis, max((v for s in ends.values() for v in s.values()), default=0.0))
+    style.name_ticks(axes, names)
+    style.score_axis(axes.yaxis, max((v for s in ends.values() for v in s.values()), default=0.0))
     return None
 
 
 def _draw_sorted(
     axes: Axes, ends: Mapping[str, Scores], styles: Mapping[str, Mapping[str, Any]], name: str
 ) -> None:
-    """Many clients: each model's scores from the worst client to the best."""
+    """Draws the scores of each model from the worst client to the best, for many clients."""
     for label, scores in ends.items():
         values = sorted(scores.values())
         at = [(i + 0.5) / len(values) for i in range(len(values))]
@@ -174,8 +172,8 @@ def _draw_sorted(
     axes.set_title(f"{capital(name)} at the end, {count} clients sorted from worst to best")
     axes.set_xlabel("share of clients at or below")
     axes.set_xlim(0, 1)
-    axes.xaxis.set_major_formatter(_percent())
-    _score_axis(axes.yaxis, max((v for s in ends.values() for v in s.values()), default=0.0))
+    axes.xaxis.set_major_formatter(style.percent())
+    style.score_axis(axes.yaxis, max((v for s in ends.values() for v in s.values()), default=0.0))
     axes.set_ylabel(name)
 
 
@@ -200,11 +198,11 @@ def _draw_comparison_curves(
             axes.fill_between(rounds, low, high, color=styles[algorithm]["color"], alpha=0.15, lw=0)
             top = max(top, *high)
     axes.set_title(f"Personal model: mean {metric_name(metric)}, by round")
-    _score_axis(axes.yaxis, top)
+    style.score_axis(axes.yaxis, top)
     axes.set_ylabel(metric_name(metric))
-    _round_axis(axes)
+    style.round_axis(axes)
     columns = max(2, 60 // (max(map(len, results)) + 5))
-    _legend_below(axes, *axes.get_legend_handles_labels(), columns)
+    style.legend_below(axes, *axes.get_legend_handles_labels(), columns)
 
 
 def _draw_summary(
@@ -215,7 +213,7 @@ def _draw_summary(
     styles: Mapping[str, Mapping[str, Any]],
     metric: str,
 ) -> None:
-    """One row an algorithm: the mean with its standard error, and the worst 10 % of the clients."""
+    """Draws a row an algorithm: mean and standard error over all clients, and the worst 10 %."""
     last = {a: max((last_round(r, metric) for r in runs), default=0) for a, runs in results.items()}
     labels = [a if len(set(last.values())) == 1 else f"{a}\n(round {last[a]})" for a in ends]
     top = 0.0
@@ -223,15 +221,15 @@ def _draw_summary(
         seeds = [scores for scores in seeds if scores]
         if not seeds:
             continue
-        style = dict(styles[algorithm])
+        colour, marker = styles[algorithm]["color"], styles[algorithm]["marker"]
         means = [mean(scores.values()) for scores in seeds]
         worst = [worst_tenth(scores) for scores in seeds]
         error = standard_error(means) if len(means) > 1 else None
         worst_error = standard_error(worst) if len(worst) > 1 else None
-        axes.plot([mean(worst), mean(means)], [row, row], color=style["color"], lw=1, alpha=0.5)
+        axes.plot([mean(worst), mean(means)], [row, row], color=colour, lw=1, alpha=0.5)
         dot: dict[str, Any] = {
-            "color": style["color"],
-            "marker": style["marker"],
+            "color": colour,
+            "marker": marker,
             "ls": "none",
             "capsize": 4,
         }
@@ -247,7 +245,9 @@ def _draw_summary(
         )
         top = max(top, mean(means) + (error or 0.0))
     if untuned:
-        axes.axvline(mean(untuned.values()), color=KINDS["untuned"], ls=":", label="untuned, mean")
+        axes.axvline(
+            mean(untuned.values()), color=style.KINDS["untuned"], ls=":", label="untuned, mean"
+        )
     _summary_legend(axes, max((len(s) for seeds in ends.values() for s in seeds), default=0))
     seeds_count = sorted({len(runs) for runs in results.values()})
     over = (
@@ -258,19 +258,19 @@ def _draw_summary(
     axes.set_title(f"At the end ({over})")
     axes.set_yticks(range(len(labels)), labels)
     axes.set_ylim(len(labels) - 0.4, -0.7)
-    _score_axis(axes.xaxis, top)
+    style.score_axis(axes.xaxis, top)
     axes.set_xlabel(metric_name(metric))
 
 
 def _draw_heat_map(axes: Axes, per_client: Mapping[str, Scores], name: str) -> None:
-    """Rows are algorithms, columns clients; the best trained row of a column is framed."""
+    """Draws algorithms by clients, and frames the best trained algorithm of each client."""
     from matplotlib.patches import Rectangle
 
     rows, clients = list(per_client), client_names(per_client.values())
     cells = [[per_client[row].get(client, math.nan) for client in clients] for row in rows]
     known = [v for row in cells for v in row if not math.isnan(v)]
-    image = axes.imshow(cells, aspect="auto", cmap="cividis", vmin=0.0, vmax=max(known) or 1.0)
-    axes.set_facecolor("#E6E6E6")
+    image = axes.imshow(cells, aspect="auto", cmap=style.HEAT, vmin=0.0, vmax=max(known) or 1.0)
+    axes.set_facecolor(style.MISSING)
     for column in range(len(clients)):
         values = [row[column] for row in cells]
         trained = [v for row, v in zip(rows, values, strict=True) if row != "untuned" and v == v]
@@ -286,95 +286,17 @@ def _draw_heat_map(axes: Axes, per_client: Mapping[str, Scores], name: str) -> N
                 axes.add_patch(frame)
     axes.set_title(f"{capital(name)} of every client at the end, in % (framed: the client's best)")
     axes.set_yticks(range(len(rows)), rows)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
-    _name_ticks(axes, clients)
-    axes.figure.colorbar(image, ax=axes, format=_percent(), pad=0.01)
-
-
-# --- small things --------------------------------------------------------------------------------
-
-
-def _figure(title: str, size: tuple[float, float]) -> Figure:
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=size, layout="constrained", dpi=DPI)
-    figure.suptitle(title, fontsize=13, weight="bold")
-    return figure
-
-
-def _save(figure: Figure, path: str | Path) -> Path:
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=DPI)
-    return path
-
-
-def _style(index: int) -> dict[str, Any]:
-    lines = ("-", "--", ":")
-    return {
-        "color": COLOURS[index % len(COLOURS)],
-        "marker": MARKERS[index % len(MARKERS)],
-        "ls": lines[index // len(COLOURS) % len(lines)],
-    }
-
-
-def _percent() -> Any:
-    from matplotlib.ticker import PercentFormatter
-
-    return PercentFormatter(1.0, decimals=0)
-
-
-def _score_axis(axis: Any, top: float) -> None:
-    """Percentages from zero to a round number above ``top``."""
-    from matplotlib.ticker import MaxNLocator
-
-    axis.set_major_formatter(_percent())
-    axis.set_major_locator(MaxNLocator(9, steps=[1, 2, 5, 10]))
-    high = min(1.0, math.ceil(10 * max(top, 0.1) + 0.3) / 10)
-    limits = (-0.02 * high, 1.03 * high)
-    axes = axis.axes
-    (axes.set_ylim if axis is axes.yaxis else axes.set_xlim)(limits)
-    axes.grid(axis="y" if axis is axes.yaxis else "x", alpha=0.25)
-    axes.set_axisbelow(True)
-    axes.spines[["top", "right"]].set_visible(False)
-
-
-def _round_axis(axes: Axes) -> None:
-    from matplotlib.ticker import MaxNLocator
-
-    axes.set_xlabel("round (0: untuned model)")
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
-    if not axes.lines:
-        axes.text(0.5, 0.5, "not evaluated", transform=axes.transAxes, ha="center")
-
-
-def _name_ticks(axes: Axes, names: Sequence[str]) -> None:
-    short = [n if len(n) <= 24 else f"{n[:9]}…{n[-14:]}" for n in names]
-    crowded = max(map(len, short), default=0) * len(short) > 60
-    turn: dict[str, Any] = {"rotation": 40, "ha": "right", "rotation_mode": "anchor"}
-    axes.set_xticks(range(len(names)), short, **(turn if crowded else {}))
-
-
-def _legend_below(axes: Axes, handles: Any, labels: Any, columns: int) -> None:
-    axes.legend(
-        handles,
-        labels,
-        fontsize=9,
-        loc="upper center",
-        bbox_to_anchor=(0.47, -0.15),
-        ncols=min(columns, max(1, len(labels))),
-        handlelength=2.8,
-        frameon=False,
-    )
+    style.bare(axes)
+    style.name_ticks(axes, clients)
+    axes.figure.colorbar(image, ax=axes, format=style.percent(), pad=0.01)
 
 
 def _run_legend(figure: Figure, kinds: Sequence[str], clients: int) -> None:
-    """Colours say which model, lines say which clients: one legend for both panels."""
+    """Draws one legend for both panels: colours name the model, lines name the clients."""
     from matplotlib.lines import Line2D
     from matplotlib.patches import Patch
 
-    handles: list[Any] = [Patch(color=KINDS[kind], label=f"{kind} model") for kind in kinds]
+    handles: list[Any] = [Patch(color=style.KINDS[kind], label=f"{kind} model") for kind in kinds]
     handles.append(Line2D([], [], color="black", marker="o", lw=2, label="mean over clients"))
     if clients > 1:
         handles.append(Line2D([], [], color="black", lw=1, ls="--", label=_worst_name(clients)))
@@ -391,7 +313,7 @@ def _summary_legend(axes: Axes, clients: int) -> None:
     dot: dict[str, Any] = {"color": "black", "marker": "o", "ls": "none"}
     dots = [Line2D([], [], mfc=face, **dot) for face in ("black", "white")]
     labels = ["mean over clients", _worst_name(clients), *labels]
-    _legend_below(axes, [*dots, *handles], labels, 3)
+    style.legend_below(axes, [*dots, *handles], labels, 3)
 
 
 def _worst_name(clients: int) -> str:

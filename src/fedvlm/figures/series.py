@@ -15,7 +15,11 @@ Scores = dict[str, float]  # client -> score
 
 
 def metric_name(metric: str) -> str:
-    """How a metric is written in a figure; refuses one that is not a share in [0, 1]."""
+    """The name of a metric in a figure.
+
+    Raises:
+        FedVLMError: the metric is not a share in [0, 1].
+    """
     shares = [name for name, m in METRICS.items() if m.share]
     if metric not in shares:
         raise FedVLMError(f"no plot of the metric '{metric}': choose one of {', '.join(shares)}")
@@ -23,18 +27,18 @@ def metric_name(metric: str) -> str:
 
 
 def curve(lines: Iterable[Line], kind: str, metric: str) -> dict[int, Scores]:
-    """Round -> scores of the clients evaluated then; ``kind`` is ``personal`` or ``global``."""
+    """Round -> scores of the clients evaluated in it; ``kind`` is ``personal`` or ``global``."""
     rounds = {int(line["round"]): _scores(line, kind, metric) for line in lines}
     return {round_: scores for round_, scores in sorted(rounds.items()) if scores}
 
 
 def first_scores(lines: Sequence[Line], metric: str) -> Scores:
-    """Every client's score before training (round 0)."""
+    """The score of every client before training (round 0)."""
     return curve(lines, "personal", metric).get(0) or curve(lines, "global", metric).get(0, {})
 
 
 def last_scores(lines: Sequence[Line], kind: str, metric: str) -> Scores:
-    """Every client's latest score after training began, where the last evaluation misses it too."""
+    """The latest score of every client after round 0. It may be older than the last evaluation."""
     latest: Scores = {}
     for round_, scores in curve(lines, kind, metric).items():
         latest |= scores if round_ > 0 else {}
@@ -42,12 +46,12 @@ def last_scores(lines: Sequence[Line], kind: str, metric: str) -> Scores:
 
 
 def end_scores(lines: Sequence[Line], metric: str) -> Scores:
-    """:func:`last_scores` of the personal models, or of the global one where there are none."""
+    """:func:`last_scores` of the personal models, or of the global model without personal ones."""
     return last_scores(lines, best_kind(lines, metric), metric)
 
 
 def last_round(lines: Sequence[Line], metric: str) -> int:
-    """The last round that was evaluated; 0 without any."""
+    """The last evaluated round; 0 without an evaluation."""
     return max(curve(lines, best_kind(lines, metric), metric), default=0)
 
 
@@ -57,12 +61,12 @@ def best_kind(lines: Sequence[Line], metric: str) -> str:
 
 
 def worst_tenth(scores: Mapping[str, float]) -> float:
-    """Mean of the lowest tenth of the clients' scores: rounded down, but at least one client."""
+    """Mean of the lowest tenth of the scores. The tenth is rounded down to at least one client."""
     return mean(sorted(scores.values())[: max(1, len(scores) // 10)])
 
 
 def seed_curves(runs: Sequence[Sequence[Line]], metric: str) -> tuple[list[int], list[list[float]]]:
-    """Rounds that every seed evaluated, and for each the seeds' means over clients."""
+    """The rounds that every seed evaluated, and the mean over clients of each round and seed."""
     curves = [curve(lines, best_kind(lines, metric), metric) for lines in runs]
     curves = [scores for scores in curves if scores]
     rounds = sorted(set.intersection(*(set(c) for c in curves))) if curves else []
@@ -70,13 +74,13 @@ def seed_curves(runs: Sequence[Sequence[Line]], metric: str) -> tuple[list[int],
 
 
 def mean_scores(seeds: Iterable[Scores]) -> Scores:
-    """Every client's mean over the seeds that scored it."""
+    """The mean score of every client over the seeds that scored it."""
     seeds = list(seeds)
     return {c: mean(s[c] for s in seeds if c in s) for c in client_names(seeds)}
 
 
 def client_names(scores: Iterable[Mapping[str, float]]) -> list[str]:
-    """Names in natural order: site-2 before site-10."""
+    """All client names in natural order: site-2 before site-10."""
     names = {client for each in scores for client in each}
     return sorted(
         names,
@@ -93,4 +97,5 @@ def _scores(line: Line, kind: str, metric: str) -> Scores:
 
 
 def capital(text: str) -> str:
+    """A text with a capital first letter."""
     return text[:1].upper() + text[1:]

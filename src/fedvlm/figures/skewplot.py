@@ -1,4 +1,4 @@
-"""The picture of a partition: who has how many rows, of which labels, and how unlike the others."""
+"""The plot of a partition: rows, labels and divergence of each client."""
 
 from __future__ import annotations
 
@@ -11,25 +11,24 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from fedvlm.data.partition import SPLITS, Partition
-from fedvlm.figures.plots import _figure, _percent, _save
+from fedvlm.figures import style
 from fedvlm.figures.series import capital
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-COLOURS = {"train": "#0072B2", "val": "#56B4E9", "test": "#E69F00"}
 MOST_SHOWN = 100  # clients
-MOST_WRITTEN = 30  # clients whose shares are written into the heat map
+MOST_WRITTEN = 30  # clients; a heat map of more clients has no numbers in its cells
 
 
 def plot_partition(partition: Partition, path: str | Path) -> Path:
-    """Saves :func:`figure_partition` as a PNG, whole or not at all, and returns its path."""
+    """Saves :func:`figure_partition` as a PNG, atomically, and returns its path."""
     path = Path(path)
     part = path.with_name(f".{path.name}.part")
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # labels of any script
-        _save(figure_partition(partition), part)
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # labels may be of any script
+        style.save(figure_partition(partition), part)
     os.replace(part, path)
     return path
 
@@ -37,18 +36,19 @@ def plot_partition(partition: Partition, path: str | Path) -> Path:
 def figure_partition(partition: Partition) -> Figure:
     """A row for each client: its rows by split, the shares of its labels, its divergence.
 
-    The labels are :attr:`Partition.frequent`; the column "all others" holds the rest. Colours
-    follow the root of the share, from 0 to 100 % in every picture, so that rare labels are seen
-    and pictures compare. Of more than a hundred clients the first hundred are drawn.
+    The labels are :attr:`Partition.frequent`. The column "all others" holds the other labels.
+    Colours follow the square root of the share, from 0 to 100 % in every figure, so rare labels
+    are visible and figures are comparable. With more than a hundred clients the figure shows the
+    first hundred.
 
     Args:
-        partition: what :func:`fedvlm.data.partition.make_partition` made.
+        partition: a result of :func:`fedvlm.data.partition.make_partition`.
     """
     clients = partition.clients[:MOST_SHOWN]
     few = len(clients) <= MOST_WRITTEN
     height = len(clients) * (0.3 if few else 0.13)
     widths = [3.4, max(3.4, 0.6 * len(partition.frequent)), 2.4]
-    figure = _figure(_title(partition), size=(sum(widths) + 1.8, max(1.2, height) + 2.6))
+    figure = style.new_figure(_title(partition), size=(sum(widths) + 1.8, max(1.2, height) + 2.6))
     sizes, labels, divergence = figure.subplots(1, 3, sharey=True, width_ratios=widths)
     _draw_sizes(sizes, partition, clients)
     _draw_labels(labels, partition, clients, written=few)
@@ -70,7 +70,7 @@ def _draw_sizes(axes: Axes, partition: Partition, clients: Sequence[str]) -> Non
     left = np.zeros(len(clients))
     for split in SPLITS:
         counts = [len(getattr(partition.splits[client], split)) for client in clients]
-        axes.barh(range(len(clients)), counts, left=left, color=COLOURS[split], label=split)
+        axes.barh(range(len(clients)), counts, left=left, color=style.SPLITS[split], label=split)
         left += counts
     axes.set_title("Rows", fontsize=11)
     axes.xaxis.set_major_locator(MaxNLocator(5, integer=True))
@@ -88,12 +88,11 @@ def _draw_sizes(axes: Axes, partition: Partition, clients: Sequence[str]) -> Non
 def _draw_labels(
     axes: Axes, partition: Partition, clients: Sequence[str], *, written: bool
 ) -> None:
-    """Shares within a client: [clients, labels and all others]."""
+    """Draws the shares of the labels within each client: [clients, labels and all others]."""
     from matplotlib.colors import PowerNorm
 
     axes.set_title(f"{capital(_plain(partition.label))}: share within a client, in %", fontsize=11)
-    axes.tick_params(length=0)
-    axes.spines[:].set_visible(False)
+    style.bare(axes)
     if not partition.frequent:
         axes.set_xticks([])
         axes.text(
@@ -110,18 +109,16 @@ def _draw_labels(
     names = [_plain(label) for label in partition.frequent] + ["all others"]
     if not shares[:, -1].any():
         shares, names = shares[:, :-1], names[:-1]
-    axes.imshow(shares, aspect="auto", cmap="cividis", norm=PowerNorm(0.5, 0.0, 1.0))
+    axes.imshow(shares, aspect="auto", cmap=style.HEAT, norm=PowerNorm(0.5, 0.0, 1.0))
     if written:
         for row, column in np.argwhere(shares):
             colour = "white" if shares[row, column] <= 0.35 else "black"
             text = f"{100 * shares[row, column]:.0f}"
             axes.text(column, row, text, ha="center", va="center", color=colour, fontsize=8)
-    axes.set_xticks(
-        range(len(names)), names, rotation=40, ha="right", rotation_mode="anchor", fontsize=9
-    )
+    axes.set_xticks(range(len(names)), names, **style.slanted(), fontsize=9)
     if not written:
         axes.figure.colorbar(
-            axes.images[0], ax=axes, format=_percent(), pad=0.02, fraction=0.03, aspect=60
+            axes.images[0], ax=axes, format=style.percent(), pad=0.02, fraction=0.03, aspect=60
         )
 
 
@@ -129,7 +126,7 @@ def _draw_divergence(axes: Axes, partition: Partition, clients: Sequence[str]) -
     from matplotlib.ticker import MaxNLocator
 
     values = [partition.skew[client].divergence for client in clients]
-    axes.barh(range(len(clients)), values, color="#8C8C8C")
+    axes.barh(range(len(clients)), values, color=style.GREY)
     axes.axvline(partition.mean_divergence(), color="black", ls=":", lw=1)
     axes.set_title(f"Divergence, mean {partition.mean_divergence():.2f}", fontsize=11)
     axes.set_xlabel("Jensen-Shannon; 0: as all rows", fontsize=9)
@@ -139,14 +136,11 @@ def _draw_divergence(axes: Axes, partition: Partition, clients: Sequence[str]) -
 
 
 def _bars_only(axes: Axes) -> None:
-    axes.grid(axis="x", alpha=0.25)
-    axes.set_axisbelow(True)
+    style.light_grid(axes.xaxis)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
 
 
 def _plain(text: str) -> str:
-    """On one line, cut in the middle, and never read as a formula."""
-    text = " ".join(text.split())
-    text = text if len(text) <= 24 else f"{text[:9]}…{text[-14:]}"
-    return text.replace("$", r"\$")
+    """A text on one line, shortened in the middle, with every ``$`` escaped for matplotlib."""
+    return style.short(" ".join(text.split())).replace("$", r"\$")

@@ -1,10 +1,10 @@
-"""Frozen image features, computed once for each picture and kept.
+"""Frozen image features: computed once for each picture, then cached.
 
-Where LoRA is in the language model only, what the vision tower and the projector make of a picture
-never changes. ``get_image_features``, which the models' own forward and generation call, is
-replaced by one that hands out what is kept: in memory up to a budget, then on disk. A picture's
-features are always computed alone, so that they are the same whatever batch asks for them first,
-also after a run was resumed, and whichever of several runs does (:func:`handed_on`).
+If only the language model has LoRA, the features that the vision tower and the projector compute
+for a picture never change. The models' forward pass and generation call ``get_image_features``.
+That method is replaced by one that returns cached features: from memory up to a budget, then from
+disk. Each picture's features are computed alone, not in a batch. They are therefore the same
+whichever batch needs them first, after a resume, and across several runs (:func:`handed_on`).
 """
 
 from __future__ import annotations
@@ -24,12 +24,12 @@ from fedvlm.models.spool import Spool, each, nbytes
 from fedvlm.models.stack import StackedLora
 from fedvlm.tree import digest
 
-FIELDS = ("pooler_output", "deepstack_features")  # what the models' forward reads
+FIELDS = ("pooler_output", "deepstack_features")  # the fields that the models' forward reads
 
 
 @dataclass
 class Handed:
-    """What a run leaves to the next: of which model, and the features by picture."""
+    """Features that a run leaves to the next run, by picture, and the model that made them."""
 
     model: str = ""
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
@@ -39,13 +39,13 @@ _handed: ContextVar[Handed | None] = ContextVar("handed", default=None)
 
 
 def hand_on() -> Token[Handed | None]:
-    """From now on, runs leave their pictures' features to the one that follows."""
+    """From now on, each run leaves its pictures' features to the next run."""
     return _handed.set(Handed())
 
 
 @contextlib.contextmanager
 def handed_on() -> Iterator[None]:
-    """Runs in here leave their pictures' features to the one that follows, the last to none."""
+    """Within this context, each run leaves its pictures' features to the next run."""
     token = hand_on()
     try:
         yield
@@ -57,11 +57,12 @@ class ImageFeatures:
     """The image features of a data set's rows.
 
     Args:
-        model: whose LoRA layers are stacked.
+        model: the model, with stacked LoRA layers.
         inputs: a row's inputs other than the text ``{name: [1 or patches, ...]}``, on the device.
-        budget: bytes that may be kept in memory, with what an earlier run left.
-        spool: takes what goes beyond; pictures that do not fit there are computed every time.
-        source: says what the frozen model is; features of another one are no use.
+        budget: bytes of memory for features, including those that an earlier run left.
+        spool: holds the features beyond that budget. Features that do not fit there either are
+            recomputed each time.
+        source: identity of the frozen model. Features of another model are not reused.
     """
 
     def __init__(
@@ -76,8 +77,8 @@ class ImageFeatures:
         self._inputs = inputs
         self._spool = spool
         self._kept: dict[str, dict[str, Any]] = {}
-        self._places: dict[str, Any] = {}  # of the pictures on disk
-        self._pictures: dict[int, str] = {}  # of the rows that were seen
+        self._places: dict[str, Any] = {}  # picture -> its features' places on disk
+        self._pictures: dict[int, str] = {}  # row -> picture, for the rows seen so far
         self._earlier = _taken_over(source, self._kept)
         self._room = budget - nbytes(self._earlier)
         self._rows: list[int] = []
@@ -85,13 +86,13 @@ class ImageFeatures:
             self._compute = self._owner.get_image_features
             names = inspect.signature(self._compute).parameters
             self._takes = [n for n in names if n not in ("self", "kwargs")]
-            # Generation asks for the parameters' names.
+            # Generation inspects the names of the parameters.
             self._replacement = functools.wraps(self._compute)(
                 lambda *args, **kwargs: self._hand_out()
             )
 
     def usable(self, row: int) -> bool:
-        """Whether the features can be kept: no LoRA layer has a part in them."""
+        """Whether the features can be cached: no LoRA layer takes part in computing them."""
         if self._owner is None:
             return False
         touched: list[StackedLora] = []
@@ -106,7 +107,7 @@ class ImageFeatures:
 
     @contextlib.contextmanager
     def given(self, rows: Sequence[int]) -> Iterator[None]:
-        """The model's next calls are on these rows: their pictures are not looked at again."""
+        """Within this context, the model takes these rows' features from the cache."""
         assert self._owner is not None
         self._rows = [int(row) for row in rows]
         self._owner.get_image_features = self._replacement
@@ -116,7 +117,7 @@ class ImageFeatures:
             del self._owner.get_image_features
 
     def of(self, row: int) -> dict[str, Any]:
-        """One row's features by field; empty where the model's output is of an unknown form."""
+        """One row's features by field; empty if the model's output has an unknown form."""
         picture = self._pictures.get(row)
         if picture in self._kept:
             return self._kept[picture]
@@ -127,7 +128,7 @@ class ImageFeatures:
             return each(self._spool.get(self._places[picture]), lambda t: t.to(device))
         if picture in self._earlier:
             self._kept[picture] = self._earlier.pop(picture)
-        if picture in self._kept:  # of another row
+        if picture in self._kept:  # cached for another row with the same picture
             return self._kept[picture]
         found = self._look(inputs)
         self._keep(picture, found)
@@ -142,7 +143,7 @@ class ImageFeatures:
 
     @contextlib.contextmanager
     def _evaluating(self) -> Iterator[None]:
-        """The image side in evaluation mode, for one picture or many: switching takes a while."""
+        """Puts the image side in evaluation mode; one switch, which is slow, serves many rows."""
         assert self._owner is not None
         training = self._owner.training
         if training:
@@ -168,7 +169,7 @@ class ImageFeatures:
         known = all(self._pictures.get(row) in self._kept for row in self._rows)
         with contextlib.nullcontext() if known else self._evaluating():
             rows = [self.of(row) for row in self._rows]
-        out = self._kind()  # its other fields are None: nothing reads them
+        out = self._kind()  # its other fields stay None; nothing reads them
         for name in rows[0]:
             values = [row[name] for row in rows]
             layered = name == "deepstack_features"
@@ -177,7 +178,7 @@ class ImageFeatures:
 
 
 def _taken_over(model: str, kept: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
-    """What an earlier run kept of this model's pictures; ``kept`` is what the next one gets."""
+    """Takes what an earlier run left for this model; leaves ``kept`` to the next run."""
     handed = _handed.get()
     if handed is None:
         return {}
@@ -187,13 +188,13 @@ def _taken_over(model: str, kept: dict[str, dict[str, Any]]) -> dict[str, dict[s
 
 
 def join(values: Sequence[Any]) -> Any:
-    """The rows' features as the model gives a batch's: one tensor, or a tensor an image."""
+    """The rows' features in the form of a batch's: one tensor, or one tensor per image."""
     if isinstance(values[0], Tensor):
         return torch.cat(list(values))
     return [tensor for value in values for tensor in value]
 
 
 def image_side(model: Any) -> Any:
-    """The innermost module that computes image features; None where the model has none."""
+    """The innermost module that computes image features; None if the model has none."""
     owners = [m for m in model.modules() if hasattr(type(m), "get_image_features")]
     return owners[-1] if owners else None

@@ -10,7 +10,14 @@ from torch import Tensor
 
 @torch.no_grad()
 def greedy(model: Any, batch: dict[str, Tensor], tokenizer: Any, max_new_tokens: int) -> list[str]:
-    """Decodes a left-padded batch of prompts (see :meth:`Collator.prompts`) to texts, stripped."""
+    """Generates an answer to each prompt of a left-padded batch, stripped.
+
+    Args:
+        model: the model.
+        batch: from :meth:`Collator.prompts`.
+        tokenizer: the model's tokenizer.
+        max_new_tokens: longest answer, in tokens.
+    """
     pad = tokenizer.pad_token_id
     ids = model.generate(
         **batch,

@@ -1,4 +1,4 @@
-"""Loads the frozen model and its processor: the bundled one, a local folder, or a hub name."""
+"""Loads the frozen model and its processor: the bundled model, a local folder, or a hub name."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ def load_model(config: ModelConfig) -> Loaded:
     """Loads ``config.name`` with ``AutoModelForImageTextToText`` and its processor.
 
     Raises:
-        FedVLMError: no such folder or hub model, the hub is out of reach, a model that needs code
-            of its own or lacks weights, no such device, or a setting that cannot be had here.
+        FedVLMError: the folder, hub model or device does not exist, the hub cannot be reached, the
+            model needs custom code or lacks weights, or a setting is not available here.
     """
     device = pick_device(config.device)
     source, local = _found(config)
@@ -68,7 +68,7 @@ def load_model(config: ModelConfig) -> Loaded:
     if quantized:
         from peft import prepare_model_for_kbit_training
 
-        # All that stays unquantized, norms among it, computes in float32.
+        # Modules that stay unquantized, such as norms, compute in float32.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     else:
         model.to(device)
@@ -78,11 +78,11 @@ def load_model(config: ModelConfig) -> Loaded:
 
 
 def load_shapes(config: ModelConfig) -> Any:
-    """The model on torch's ``meta`` device: its layers and their shapes, without any weight.
+    """The model on torch's ``meta`` device: its layers and their shapes, without weights.
 
     Raises:
-        FedVLMError: as :func:`load_model`, as far as ``config.json`` tells; where the hub did not
-            give that, caused by an ``OSError``.
+        FedVLMError: as :func:`load_model`, as far as ``config.json`` shows. Its cause is an
+            ``OSError`` if the hub did not provide that file.
     """
     device = pick_device(config.device)
     source, local = _found(config)
@@ -104,7 +104,7 @@ def load_shapes(config: ModelConfig) -> Any:
 
 
 def _found(config: ModelConfig) -> tuple[str, bool]:
-    """As :func:`locate`, ready to be read."""
+    """As :func:`locate`; refuses a local model with custom code, and quiets transformers."""
     source, local = locate(config.name)
     if local:
         refuse_own_code(source)
@@ -123,10 +123,10 @@ def _architecture(source: str, local: bool) -> Any:
 
 
 def set_threads(model: Any, threads: int | None) -> None:
-    """Sets torch's threads; None is 1 for a model under 10 M parameters, and else all cores.
+    """Sets torch's threads; None means 1 for a model under 10 M parameters, else all cores.
 
-    A small model gains little from threads, and loses ten-fold where cores are busy already. The
-    processes of a run on one machine share its cores.
+    A small model gains little from threads, and is ten times slower if the cores are already busy.
+    The processes of a run on one machine share its cores.
     """
     _, sharing = processes.local()
     if threads or sum(p.numel() for p in model.parameters()) < 10_000_000:
@@ -136,10 +136,10 @@ def set_threads(model: Any, threads: int | None) -> None:
 
 
 def without_dropout(architecture: Any) -> None:
-    """Takes dropout and stochastic depth out of a model's configuration, in place.
+    """Removes dropout and stochastic depth from a model's configuration, in place.
 
-    The base is frozen: noise in it would only disturb what the adapter learns, DPO's reference
-    among it. ``lora.dropout`` is the adapter's own.
+    The base is frozen. Noise in the base would only disturb the adapter's training and the
+    reference of DPO. The adapter has its own dropout, ``lora.dropout``.
     """
     from transformers import PreTrainedConfig
 
@@ -151,10 +151,10 @@ def without_dropout(architecture: Any) -> None:
 
 
 def freeze_statistics(model: nn.Module) -> None:
-    """Has batch norms use their stored statistics also while the adapter is trained, in place.
+    """Makes batch norms use their stored statistics during training too, in place.
 
-    Those of a batch would make a row's features depend on the rows beside it, and be learnt by the
-    frozen base.
+    With batch statistics, a row's features would depend on the other rows of its batch, and the
+    frozen base would update its statistics.
     """
     for layer in model.modules():
         if isinstance(layer, _BatchNorm):
@@ -163,7 +163,7 @@ def freeze_statistics(model: nn.Module) -> None:
 
 
 def quantization(kind: str, device: torch.device) -> dict[str, Any]:
-    """What ``from_pretrained`` is told for frozen weights of 8 or 4 bits; nothing for ``none``.
+    """Arguments of ``from_pretrained`` for frozen weights of 8 or 4 bits; empty for ``none``.
 
     Raises:
         FedVLMError: bitsandbytes is not installed, or cannot use the device.
@@ -177,10 +177,10 @@ def quantization(kind: str, device: torch.device) -> dict[str, Any]:
         )
     if device.type not in ("cuda", "cpu"):
         raise FedVLMError(
-            f"model.quantization: '{kind}' needs a CUDA device (or the CPU), and this run is on "
+            f"model.quantization: '{kind}' needs a CUDA device or the CPU, but this run is on "
             f"'{device}'; use model.quantization=none"
         )
-    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it tells every cast
+    logging.getLogger("bitsandbytes").setLevel(logging.ERROR)  # it logs every cast
     from transformers import BitsAndBytesConfig
 
     if kind == "8bit":
@@ -196,7 +196,7 @@ def quantization(kind: str, device: torch.device) -> dict[str, Any]:
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Has a model recompute its activations in the backward pass, while it is in training mode.
+    """Makes a model in training mode recompute its activations in the backward pass.
 
     Raises:
         FedVLMError: the model's class does not support it.
@@ -206,14 +206,15 @@ def checkpoint_activations(model: Any) -> None:
             f"model.gradient_checkpointing: {type(model).__name__} does not support it; "
             "use model.gradient_checkpointing=false and a smaller train.batch_size"
         )
-    # transformers and PEFT call this so that inputs carry gradients, which only re-entrant
-    # checkpointing needs; in GIT, which adds to its embeddings in place, it is an error.
+    # transformers and PEFT call this method so that inputs carry gradients. Only re-entrant
+    # checkpointing needs that. GIT adds to its embeddings in place, so the call fails there.
     model.enable_input_require_grads = _nothing
     for part in (model.config, model.config.get_text_config(decoder=True)):
         if getattr(part, "use_cache", False):
-            part.use_cache = False  # in training; generation has a setting of its own
+            part.use_cache = False  # for training; generation has its own setting
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", FutureWarning)  # the name that 5.20 knows as well
+        # Newer transformers deprecate this name; transformers 5.20 has no other.
+        warnings.simplefilter("ignore", FutureWarning)
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
@@ -222,7 +223,7 @@ def _nothing() -> None:
 
 
 def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
-    """Refuses a model of which the checkpoint lacks weights: they would be random."""
+    """Refuses a checkpoint that lacks weights of the model: such weights would be random."""
     lacking = set(report["missing_keys"])
     weights = dict(model.named_parameters(remove_duplicate=False))
     loaded = {w.data_ptr() for n, w in weights.items() if n not in lacking}
@@ -231,8 +232,8 @@ def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise FedVLMError(
             f"model.name: '{name}' lacks {len(missing)} weights of {type(model).__name__} "
-            f"({', '.join(missing[:3])}{more}), which would be random; it must hold the weights "
-            "in transformers' own format"
+            f"({', '.join(missing[:3])}{more}), which would be random; use a checkpoint with all "
+            "weights in transformers' own format"
         )
     unexpected = sorted(report["unexpected_keys"])
     if unexpected:
@@ -243,7 +244,7 @@ def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
 
 
 def locate(name: str) -> tuple[str, bool]:
-    """Where a model's files are: (folder or hub name, whether it is local)."""
+    """Locates a model's files: (folder or hub name, whether it is local)."""
     if name in BUNDLED:
         return str(BUNDLED[name]), True
     if Path(name).is_dir():
@@ -258,7 +259,7 @@ def locate(name: str) -> tuple[str, bool]:
 
 
 def identity(config: ModelConfig) -> str:
-    """What decides the frozen model: its settings and, of a local one, its files as they are."""
+    """Identifies the frozen model: its settings and, if local, files with sizes and times."""
     source, local = locate(config.name)
     files = sorted(Path(source).iterdir()) if local else []
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]
@@ -266,9 +267,10 @@ def identity(config: ModelConfig) -> str:
 
 
 def pick_device(name: str) -> torch.device:
-    """``auto`` is this process's GPU, else the CPU.
+    """The device by name; ``auto`` is this process's GPU, else the CPU.
 
-    Of several processes on a machine, each has a GPU of its own, or shares one where they are more.
+    Several processes on a machine get a GPU each. If there are more processes than GPUs, they share
+    the GPUs.
 
     Raises:
         FedVLMError: the device does not exist here.
@@ -294,7 +296,7 @@ def pick_device(name: str) -> torch.device:
 
 
 def quiet_transformers() -> None:
-    """No progress bars, no advice about optional packages: what matters, we say ourselves."""
+    """Turns off transformers' progress bars and its advice about optional packages."""
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     from transformers.utils import logging as hf_logging
 
@@ -307,14 +309,14 @@ def quiet_transformers() -> None:
 def _why(name: str, local: bool, error: Exception) -> str:
     reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
     if "trust_remote_code" in str(error):
-        reason = "it is read by code of its own, which fedvlm does not run"
+        reason = "it needs custom code, which fedvlm does not run"
     if local:
         return (
             f"model.name: the folder '{name}' does not load as a vision-language model: {reason}; "
-            "it must hold what save_pretrained of the model and of its processor wrote"
+            "it must hold the files that save_pretrained writes for the model and its processor"
         )
     return (
-        f"model.name: '{name}' is neither a local folder nor a model that the Hugging Face hub "
-        f"gave us: {reason}\n    Without a connection, download it elsewhere (hf download {name} "
+        f"model.name: '{name}' is neither a local folder nor available from the Hugging Face hub: "
+        f"{reason}\n    Without a connection, download it elsewhere (hf download {name} "
         "--local-dir DIR), copy the folder, and set model.name=DIR; or use the bundled 'tiny'"
     )

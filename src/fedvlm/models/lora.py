@@ -1,4 +1,4 @@
-"""LoRA on a frozen model by PEFT: where it goes, and the adapter as a tree."""
+"""LoRA on a frozen model by PEFT: the choice of layers, and the adapter as a tree."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def attach(model: nn.Module, config: LoraConfig, seed: int) -> Any:
     """Wraps ``model`` with LoRA; the same seed gives the same initial A on any machine.
 
     Returns:
-        The ``peft.PeftModel``, its factors in fp32, B zero.
+        The ``peft.PeftModel``, with factors in fp32 and B zero.
 
     Raises:
         FedVLMError: no module matches, or the rank is larger than an adapted layer.
@@ -44,19 +44,20 @@ def attach(model: nn.Module, config: LoraConfig, seed: int) -> Any:
 
 
 def drop_dead(model: Any, config: LoraConfig, seed: int, loss: Callable[[Any], Tensor]) -> Any:
-    """Takes LoRA off the layers that get no gradient, and says which.
+    """Removes LoRA from the layers that get no gradient, and logs their names.
 
-    Some families have layers that the loss does not depend on: LLaVA reads its vision tower's last
-    layer but one, SigLIP's pooling head is unused. Their factors would be sent and never change.
+    In some families the loss does not depend on every layer: LLaVA reads the last but one layer of
+    its vision tower, and SigLIP's pooling head is unused. Factors of such layers would be sent but
+    would never change.
 
     Args:
-        model: what :func:`attach` returned; not to be used afterwards.
+        model: the result of :func:`attach`. Do not use it afterwards.
         config: as for :func:`attach`.
         seed: as for :func:`attach`.
-        loss: of the model on some batch.
+        loss: computes the model's loss on some batch.
 
     Returns:
-        The model with LoRA on the layers that learn; ``model`` itself where all do.
+        The model with LoRA on the layers that learn; ``model`` itself if all layers learn.
 
     Raises:
         FedVLMError: no layer gets a gradient.
@@ -72,11 +73,11 @@ def drop_dead(model: Any, config: LoraConfig, seed: int, loss: Callable[[Any], T
     kinds = ", ".join(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in dead}))
     if len(dead) == len(adapted):
         raise FedVLMError(
-            f"lora.target: '{config.target}' takes {len(dead)} layers, and the loss depends on "
-            f"none of them: {kinds}; choose others"
+            f"lora.target: '{config.target}' selects {len(dead)} layers, but the loss depends on "
+            f"none of them: {kinds}; choose other layers"
         )
     logger.warning(
-        "%d of %d adapted layers get no gradient, so LoRA is left off them: %s",
+        "%d of %d adapted layers get no gradient; LoRA is removed from them: %s",
         len(dead),
         len(adapted),
         kinds,
@@ -85,7 +86,7 @@ def drop_dead(model: Any, config: LoraConfig, seed: int, loss: Callable[[Any], T
 
 
 def _attach(model: nn.Module, config: LoraConfig, seed: int, modules: list[str]) -> Any:
-    """With spare ranks, which are zero, the adapter is what it is without them."""
+    """Attaches LoRA. Spare ranks are zero, so they do not change the adapter's output."""
     adapted = _attach_ranks(model, config, seed, modules, config.rank)
     if not config.spare:
         return adapted
@@ -101,7 +102,7 @@ def _attach_ranks(
 ) -> Any:
     import peft
 
-    more = ranks / config.rank  # the scaling stays that of lora.rank
+    more = ranks / config.rank  # keeps the scaling of lora.rank
     lora = peft.LoraConfig(
         r=ranks,
         lora_alpha=config.alpha * (more**0.5 if config.rslora else more),  # type: ignore[arg-type]
@@ -115,10 +116,10 @@ def _attach_ranks(
 
 
 def targets(model: nn.Module, target: str) -> list[str]:
-    """The names of the linear layers that a preset or a regular expression takes.
+    """The names of the linear layers that a preset or a regular expression selects.
 
     Raises:
-        FedVLMError: none does; the message shows some that exist.
+        FedVLMError: no layer matches; the message lists the model's layers.
     """
     linear = _linear_layers(model)
     if target in PRESETS:
@@ -135,8 +136,9 @@ def targets(model: nn.Module, target: str) -> list[str]:
     if not found:
         kinds = sorted({re.sub(r"\.\d+\.", ".*.", n) for n in linear})
         raise FedVLMError(
-            f"lora.target: '{target}' matches none of the model's {len(linear)} linear layers; "
-            f"presets are {', '.join(PRESETS)}; the layers are:\n    " + "\n    ".join(kinds)
+            f"lora.target: '{target}' matches none of the model's {len(linear)} linear layers; use "
+            f"a preset ({', '.join(PRESETS)}) or a regular expression for these layers:\n    "
+            + "\n    ".join(kinds)
         )
     return found
 
@@ -157,7 +159,7 @@ def read(params: Mapping[str, nn.Parameter]) -> Tree:
 
 @torch.no_grad()
 def write(params: Mapping[str, nn.Parameter], tree: Mapping[str, Tensor]) -> None:
-    """Puts an adapter into the model.
+    """Copies an adapter into the model.
 
     Raises:
         KeyError: ``tree`` lacks a factor of the model.
@@ -179,7 +181,7 @@ def save_adapter(model: Any, tree: Tree, folder: Path) -> None:
 
 
 def _linear_layers(model: Any) -> list[str]:
-    """Linear layers but the output embedding, which is often tied to the input's."""
+    """All linear layers except the output embedding, which is often tied to the input embedding."""
     head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
     return [n for n, m in model.named_modules() if isinstance(m, nn.Linear) and m is not head]
 
@@ -192,5 +194,5 @@ def _check_rank(model: nn.Module, modules: Iterable[str], rank: int) -> None:
     if rank > smallest:
         raise FedVLMError(
             f"lora.rank: {rank} is larger than the adapted layer {name} ({into} -> {out}); "
-            f"at most {smallest} makes sense, or leave that layer out by lora.target"
+            f"use at most {smallest}, or leave that layer out with lora.target"
         )

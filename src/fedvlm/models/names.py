@@ -1,4 +1,4 @@
-"""Which checkpoint of a model transformers reads itself, where the first release runs own code."""
+"""Names of checkpoints in transformers' own format, for releases that need custom code."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 from fedvlm.errors import FedVLMError
 
-# The name of a release, and of the same weights in transformers' own layout.
+# (name of a release, name of the same weights in transformers' own format)
 NATIVE = (
     (r"microsoft/Florence-2-(base|large)(-ft)?", r"florence-community/Florence-2-\1\2"),
     (r"liuhaotian/llava-v1\.5-(7b|13b)", r"llava-hf/llava-1.5-\1-hf"),
@@ -20,7 +20,7 @@ NATIVE = (
 
 
 def native_name(name: str) -> str | None:
-    """The checkpoint to use for ``name``, or None where ``name`` itself is the one.
+    """The checkpoint to use instead of ``name``; None if ``name`` itself is the one to use.
 
     >>> native_name("microsoft/Florence-2-base-ft")
     'florence-community/Florence-2-base-ft'
@@ -33,26 +33,30 @@ def native_name(name: str) -> str | None:
 
 
 def refuse_foreign_release(name: str) -> None:
-    """Raises:
-    FedVLMError: the name of a release that only its own code reads; the message has the other.
+    """Refuses a release that only its custom code can read.
+
+    Raises:
+        FedVLMError: with the name of the same weights in transformers' own format.
     """
     native = native_name(name)
     if native is not None:
         raise FedVLMError(
-            f"model.name: '{name}' is read by code of its own, which fedvlm does not run; the same "
-            f"model in transformers' own format is '{native}'"
+            f"model.name: '{name}' needs custom code, which fedvlm does not run; use '{native}', "
+            "the same model in transformers' own format"
         )
 
 
 def refuse_own_code(folder: str) -> None:
-    """Raises:
-    FedVLMError: the folder's configuration asks for code that came with the weights.
+    """Refuses a local model that needs custom code.
+
+    Raises:
+        FedVLMError: the folder's configuration asks for code that came with the weights.
     """
     file = Path(folder) / "config.json"
     try:
         config = json.loads(file.read_text(encoding="utf-8"))
     except (OSError, ValueError):
-        return  # what is wrong with it, loading will say
+        return  # loading reports what is wrong with the file
     if not isinstance(config, dict) or not config.get("auto_map"):
         return
     former = str(config.get("_name_or_path") or "")
@@ -60,10 +64,10 @@ def refuse_own_code(folder: str) -> None:
     advice = (
         f"use '{native}'"
         if native
-        else "use the checkpoint in transformers' own format; many end in -hf (Florence-2: "
-        "florence-community/Florence-2-base)"
+        else "use the checkpoint in transformers' own format, often with a name that ends in -hf "
+        "(Florence-2: florence-community/Florence-2-base)"
     )
     raise FedVLMError(
-        f"model.name: the model in '{folder}' is read by code of its own (auto_map in its "
-        f"config.json), which fedvlm does not run; {advice}"
+        f"model.name: the model in '{folder}' needs custom code (auto_map in its config.json), "
+        f"which fedvlm does not run; {advice}"
     )

@@ -1,10 +1,10 @@
-"""Loads a model's processor, without its video part where that part cannot be built.
+"""Loads a model's processor, without its video part if that part cannot be built.
 
 Several families (SmolVLM, LLaVA-OneVision, Qwen-VL, InternVL) have processors that also read
-videos, and transformers builds the video part only with torchvision (SmolVLM's needs num2words as
-well). Pictures need neither. Where one is missing, the same processor class is loaded without its
-video part; saved again, it names its own class and keeps the checkpoint's video settings, so that
-the folder is a whole processor where torchvision is there.
+videos. transformers builds the video part only with torchvision; SmolVLM's video part also needs
+num2words. Pictures need neither package. If one is missing, the same processor class is loaded
+without its video part. When saved, the processor names the original class and keeps the
+checkpoint's video settings. The folder is thus a complete processor once torchvision is installed.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def load_processor(source: str, local: bool) -> Any:
 
 
 def image_only(base: Any) -> Any:
-    """A subclass of a processor class that has no video part and bears the same name."""
+    """A subclass of a processor class, with the same name but without the video part."""
 
     def get_attributes(cls: Any) -> list[str]:
         return [name for name in base.get_attributes() if name != VIDEO]
@@ -77,7 +77,7 @@ def image_only(base: Any) -> Any:
 
 
 def processor_class(source: str, local: bool) -> Any:
-    """The processor class that a checkpoint names, or that its configuration class has."""
+    """The processor class that a checkpoint names, else the one of its configuration class."""
     import transformers
 
     names = [_read(source, file, local).get("processor_class") for file in _FILES]
@@ -90,7 +90,7 @@ def processor_class(source: str, local: bool) -> Any:
 
 
 class _NoVideo:
-    """Stands where the video part would; SmolVLM's chat template reads two of its settings."""
+    """Replaces the video part; SmolVLM's chat template reads two of its settings."""
 
     num_frames = fps = merge_size = None
 
@@ -110,7 +110,7 @@ def _can_read_videos(base: Any) -> bool:
 
 
 def _wants_words(base: Any) -> bool:
-    """Whether the class's module would use num2words, and it is not installed."""
+    """Whether the class's module uses num2words but num2words is not installed."""
     module = sys.modules[base.__module__]
     return hasattr(module, "num2words") and importlib.util.find_spec("num2words") is None
 
@@ -130,7 +130,7 @@ def num2words_or_none(base: Any) -> Iterator[None]:
 
 
 def _video_config(source: str, local: bool) -> dict[str, Any] | None:
-    """A checkpoint's video settings, looked for where transformers looks for them."""
+    """A checkpoint's video settings, from the files in which transformers looks for them."""
     whole = _read(source, "processor_config.json", local).get(VIDEO)
     files = ("video_preprocessor_config.json", "preprocessor_config.json")
     return whole or next(filter(None, (_read(source, f, local) for f in files)), None)

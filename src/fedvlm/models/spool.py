@@ -1,4 +1,4 @@
-"""Tensors on disk, read back as memory-mapped ones: for what memory does not hold."""
+"""Tensors on disk, read back memory-mapped, for data that does not fit in memory."""
 
 from __future__ import annotations
 
@@ -28,11 +28,11 @@ class Place:
 
 
 class Spool:
-    """A file without a name, which goes when the process goes, however it ends.
+    """A file without a name; it disappears with the process, however the process ends.
 
     Args:
-        folder: on whose disk.
-        budget: bytes at most; and no more than half of what is free there.
+        folder: a folder on the disk to use.
+        budget: largest size in bytes. At most half of the free space is used.
     """
 
     def __init__(self, folder: Path, budget: int):
@@ -42,10 +42,11 @@ class Spool:
         self._file: Any = None
 
     def put(self, found: Any) -> Any:
-        """Writes the tensors of dicts and sequences; the same with their places.
+        """Writes the tensors of dicts and sequences.
 
         Returns:
-            None where they do not fit any more, or the disk does not take them.
+            The same structure with places instead of tensors; None if the tensors no longer fit or
+            the disk refuses them.
         """
         if self._end + nbytes(found) + ALIGN * len(leaves(found)) > self._budget:
             return None
@@ -58,7 +59,7 @@ class Spool:
             return None
 
     def get(self, places: Any) -> Any:
-        """The tensors at these places; their pages are read when they are used."""
+        """The tensors at these places; their pages are read on first use."""
         return each(places, self._read)
 
     def _open(self) -> None:
@@ -89,7 +90,7 @@ class Spool:
 
 
 def each(found: Any, do: Callable[[Any], Any]) -> Any:
-    """``do`` to every leaf of dicts and sequences."""
+    """Applies ``do`` to every leaf of dicts and sequences."""
     if isinstance(found, dict):
         return {name: each(value, do) for name, value in found.items()}
     if isinstance(found, list | tuple):

@@ -1,14 +1,14 @@
-"""Many clients' LoRA factors on one frozen base: the batch is the clients' batches side by side.
+"""Many clients' LoRA factors on one frozen base: one batch holds the batches of all clients.
 
 Every LoRA layer holds stacked factors, ``A [clients, rank, in]`` and ``B [clients, out, rank]``.
-The base layer sees all rows at once; the factors' products are batched over the clients. Where the
-clients' mean losses are summed, no gradient crosses clients, so one backward pass and one
-elementwise optimizer train every client as if it were alone.
+The base layer sees all rows at once; the factors' products are batched over the clients. The
+clients' mean losses are summed, so no gradient crosses clients. One backward pass and one
+elementwise optimizer therefore train every client as if it were alone.
 
-The rows of a batch lie in blocks of equal size, a block a client. A layer finds them again by
-dividing its first axis, which holds wherever every row contributes as many entries to it: tokens,
-patches or windows. Batches for which that is not so (pictures of different sizes in models that
-pack patches) are trained a client at a time, see :meth:`Stack.batch`.
+The rows of a batch lie in blocks of equal size, one block per client. A layer finds the blocks by
+dividing its first axis. This works if every row contributes the same number of entries to that
+axis: tokens, patches or windows. Other batches (pictures of different sizes in models that pack
+patches) are trained one client at a time, see :meth:`Stack.batch`.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from fedvlm.tree import Tree
 
-THIN = 7.5  # how much slower a product of rank 8 runs than a wide one, an operation; 2 CPU cores
+THIN = 7.5  # time per operation of a rank-8 product over a wide product's, on 2 CPU cores
 
 
 class StackedLora(nn.Module):
@@ -40,7 +40,7 @@ class StackedLora(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """The frozen one, whose type some models ask for."""
+        """The frozen weight; some models read its type."""
         return self.base_layer.weight  # type: ignore[return-value]
 
     def forward(self, x: Tensor) -> Tensor:  # [blocks of rows..., in] -> [..., out]
@@ -65,10 +65,10 @@ class StackedLora(nn.Module):
         return (y + stack.unblocks(torch.bmm(low, b.transpose(1, 2)), y.shape)).to(y.dtype)
 
     def _whole(self, x: Tensor, clients: int) -> bool:
-        """Whether a whole weight for every client is faster than two thin products.
+        """Whether one whole weight per client is faster than two thin products.
 
-        A product with the rank as one side runs at a fraction of the speed of a wide one, so small
-        layers with many entries are better off with ``W + B A``, although that has more operations.
+        A product with the rank as one side runs at a fraction of the speed of a wide product. Small
+        layers with many entries are therefore faster with ``W + B A``, despite more operations.
         """
         if x.device.type != "cpu" or not isinstance(self.base_layer, nn.Linear):
             return False
@@ -92,7 +92,7 @@ class Stack:
         self.model = model
         self.params: dict[str, nn.Parameter] = {}
         self.copies = 1
-        self._count = self._rows = 0  # active clients, and the rows of all of them
+        self._count = self._rows = 0  # active clients; rows of all active clients together
         self._uniform = functools.cache(lambda: True)
         self._active: Tensor | None = None
         self.layers: dict[str, StackedLora] = {}
@@ -105,7 +105,7 @@ class Stack:
                 self.layers[name] = stacked
 
     def load(self, trees: Sequence[Mapping[str, Tensor]], device: torch.device) -> None:
-        """Takes the adapters of some clients, in place of those before."""
+        """Loads the adapters of some clients, replacing the previous adapters."""
         self._active = None
         names = list(trees[0])
         same = len(trees) == self.clients and self.params.keys() == set(names)
@@ -131,20 +131,20 @@ class Stack:
         return [{n: t[k] for n, t in copies.items()} for k in range(self.clients)]
 
     def activate(self, clients: Sequence[int]) -> None:
-        """Says whose rows the next batches hold, in this order, as many of each."""
+        """Sets the clients of the next batches: in this order, with equally many rows each."""
         self._count = len(clients)
         whole = list(clients) == list(range(self.clients))
         device = next(iter(self.params.values())).device
         self._active = None if whole else torch.tensor(clients, device=device)
 
     def batch(self, rows: int, copies: int, uniform: Callable[[], bool]) -> None:
-        """Says what the next batch holds; it counts until the next, so also in a backward pass.
+        """Describes the next batch. This holds until the next call, so in the backward pass too.
 
         Args:
-            rows: of all active clients together.
-            copies: how many times it holds all blocks, one time after the other.
-            uniform: asked whether every row adds as many entries to every layer, where a layer's
-                first axis is not the rows.
+            rows: number of rows, of all active clients together.
+            copies: how often the batch repeats all blocks, one repetition after the other.
+            uniform: returns whether every row adds the same number of entries to every layer.
+                Called only if a layer's first axis is not the rows.
         """
         self._rows, self.copies, self._uniform = rows, copies, functools.cache(uniform)
 
@@ -156,7 +156,7 @@ class Stack:
         """``[copies * clients * n, ..., in]`` -> ``[clients, copies * entries, in]``.
 
         Raises:
-            Ragged: the first axis is not the rows', and rows may differ in their entries to it.
+            Ragged: the first axis is not the rows, and rows may add different numbers of entries.
         """
         rows = self.copies * self._rows
         if len(x) != rows and (len(x) % (self.copies * self._count) or not self._uniform()):
@@ -175,4 +175,4 @@ class Stack:
 
 
 class Ragged(ValueError):
-    """A layer's entries cannot be told apart by rows."""
+    """A layer's entries cannot be assigned to rows."""

@@ -1,14 +1,17 @@
-"""What a model and its adapters take, by their shapes alone: parameters, memory, messages."""
+"""Parameters, memory and messages of a model and its adapters, from shapes alone."""
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-from fedvlm.algorithms.table import Algorithm, Client, State, build, check_share
-from fedvlm.engines.wire import sent_up
+from fedvlm.algorithms.base import Algorithm, State, Train, Visit
+from fedvlm.algorithms.dry import rehearse
+from fedvlm.algorithms.table import adapter_of, check_fit, find
+from fedvlm.engines.compress import compression
+from fedvlm.engines.stages import packed
 from fedvlm.settings.sections import Config
 from fedvlm.tree import Tree, nbytes, pad, saved_bytes
 
@@ -16,21 +19,21 @@ if TYPE_CHECKING:
     import torch
 
 PACKED = {"none": None, "8bit": 1.0, "4bit": 0.5}
-"""Bytes of a quantized weight, its scales left out."""
+"""Bytes of a quantized weight, without its scales."""
 
 
 @dataclass(frozen=True)
 class Footprint:
-    """The model and its adapter.
+    """The size of the model and its adapter.
 
     Attributes:
-        parameters: of the frozen model.
-        weights: bytes of these on the device.
+        parameters: number of parameters of the frozen model.
+        weights: bytes of these parameters on the device.
         trained: elements of the adapter that a client of the largest rank trains.
         engine: the engine that can train this model.
         room: bytes that a pass of clients may add to the model.
-        most: clients that fit into a pass if batches took no room; an upper bound.
-        each: bytes of a client in a pass, its batch left out.
+        most: upper bound of the clients in a pass, for batches without memory.
+        each: bytes of a client in a pass, without its batch.
     """
 
     parameters: int
@@ -46,27 +49,36 @@ def shapes(model: Any, config: Config) -> Tree:
     """A client's adapter, without values, from a model on the ``meta`` device with LoRA attached.
 
     Raises:
-        ConfigError: the algorithm's share map does not fit it.
+        ConfigError: the settings of the algorithm do not fit the adapter.
     """
     from fedvlm.models.lora import handles
 
     adapter = {name: p.detach() for name, p in handles(model).items()}
-    check_share(config.algorithm, adapter)
-    return pad(adapter, 0, config.adapter.spare or 0)
+    check_fit(config.algorithm, adapter)
+    return pad(adapter, 0, adapter_of(config).spare or 0)
 
 
-def measure(
-    config: Config, model: Any, adapter: Tree, algorithms: Iterable[Algorithm]
-) -> Footprint:
-    """What a run's model and adapters take.
+def stand_in(config: Config) -> Tree:
+    """An adapter of one layer without values, to count steps where the model is unknown."""
+    import torch
+
+    ranks = config.lora.rank + (adapter_of(config).spare or 0)
+    name = "base_model.model.layer.lora_{}.weight"
+    shapes = {"A": (ranks, config.lora.rank), "B": (config.lora.rank, ranks)}
+    return {name.format(f): torch.empty(s, device="meta") for f, s in shapes.items()}
+
+
+def measure(config: Config, model: Any, adapter: Tree, stretches: Iterable[Train]) -> Footprint:
+    """The size of a run's model and adapters.
 
     Args:
-        config: the run's settings.
-        model: on the ``meta`` device, with LoRA attached.
+        config: the settings of the run.
+        model: the model on the ``meta`` device, with LoRA attached.
         adapter: see :func:`shapes`.
-        algorithms: of all rounds.
+        stretches: the stretches of training of all rounds.
     """
-    from fedvlm.engines.choice import engine_class, memory
+    from fedvlm.engines import memory
+    from fedvlm.engines.choice import engine_class
     from fedvlm.engines.reference import ReferenceEngine
     from fedvlm.models.load import pick_device
 
@@ -80,7 +92,7 @@ def measure(
     return Footprint(
         parameters=sum(p.numel() for p in frozen.values()),
         weights=weights,
-        trained=_trained(adapter, algorithms),
+        trained=_trained(adapter, stretches),
         engine="reference" if alone else "cohort",
         room=room,
         most=1 if alone else most,
@@ -93,37 +105,62 @@ def _weight_bytes(model: Any, frozen: Tree, packed: float | None) -> int:
 
     if packed is None:
         return nbytes([frozen])
-    head = model.get_output_embeddings()  # stays as it is, as do norms, embeddings, convolutions
+    head = model.get_output_embeddings()  # not quantized, like norms, embeddings, convolutions
     linear = {id(m.weight) for m in model.modules() if isinstance(m, nn.Linear) and m is not head}
     return int(sum(p.numel() * (packed if id(p) in linear else 4) for p in frozen.values()))
 
 
-def _trained(adapter: Tree, algorithms: Iterable[Algorithm]) -> int:
+def _trained(adapter: Tree, stretches: Iterable[Train]) -> int:
     import torch
 
     masks: dict[str, torch.Tensor] = {}
-    for phase in (phase for algorithm in algorithms for phase in algorithm.phases):
-        for name in filter(phase.trains, adapter):
+    for stretch in stretches:
+        for name in filter(stretch.trains, adapter):
             like = torch.empty(adapter[name].shape)
-            here = phase.mask(name, like) if phase.mask else torch.tensor(True)
+            here = stretch.mask(name, like) if stretch.mask else torch.tensor(True)
             masks[name] = masks.get(name, torch.tensor(False)) | here
     return sum(int(mask.expand(adapter[n].shape).sum()) for n, mask in masks.items())
 
 
-def messages(
-    config: Config, adapter: Tree, visits: Iterable[tuple[Algorithm, str]]
-) -> Iterator[tuple[int, int]]:
-    """Of every client in every round: bytes up and down. They differ by algorithm and rank."""
-    state = build(config.algorithm, config.lora).init(adapter)
-    known: dict[tuple[int, str | None], tuple[int, int]] = {}
-    for algorithm, name in visits:
-        ranked = next((p for p in config.lora.ranks or {} if re.search(p, name)), None)
-        key = id(algorithm), ranked
-        if key not in known:
-            known[key] = _messages(algorithm, adapter, state, Client(name, 1.0))
-        yield known[key]
+@dataclass(frozen=True)
+class Exchange:
+    """A client's round, from shapes alone.
+
+    Attributes:
+        up: bytes of the client's message.
+        down: bytes of its download.
+        stretches: its requests for training.
+    """
+
+    up: int
+    down: int
+    stretches: tuple[Train, ...]
 
 
-def _messages(algorithm: Algorithm, adapter: Tree, state: State, client: Client) -> tuple[int, int]:
-    down = algorithm.download(state, client)
-    return saved_bytes(sent_up(algorithm, adapter, down)), saved_bytes(down)
+class Exchanges:
+    """The exchanges of a run, by round and by rank.
+
+    Args:
+        config: the settings of the run.
+        algorithm: the algorithm of the run.
+        adapter: see :func:`shapes`.
+    """
+
+    def __init__(self, config: Config, algorithm: Algorithm, adapter: Tree):
+        self.algorithm, self.adapter = algorithm, adapter
+        pools = find(config.algorithm.name).pools
+        self.stages = () if pools else compression(config.wire)
+        self._ranks = config.lora.ranks or {}
+        self._state: State = algorithm.init(adapter)
+        self._known: dict[tuple[Any, ...], Exchange] = {}
+
+    def of(self, visit: Visit, steps: int) -> Exchange:
+        """A client's exchange in a round with ``steps`` usual steps."""
+        rank = next((p for p in self._ranks if re.search(p, visit.client)), None)
+        key = visit.round, visit.sampled, visit.final, rank, steps
+        if key not in self._known:
+            down = self.algorithm.send(self._state, visit)
+            found = rehearse(self.algorithm, self.adapter, visit, down, steps)
+            message, _ = packed(self.stages, found.sent.up, down, {}, visit)
+            self._known[key] = Exchange(saved_bytes(message), saved_bytes(down), found.stretches)
+        return self._known[key]

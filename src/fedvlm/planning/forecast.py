@@ -1,8 +1,7 @@
-"""What a run would do: its clients, steps, messages and memory, without weights, nothing written.
+"""The plan of a run: clients, steps, messages and memory, without weights and without writing.
 
-Rows are partitioned as the run partitions them. Rounds are those of
-:func:`fedvlm.rounds.schedule.plan`. The algorithm itself makes the messages, from an adapter that
-has shapes and no values.
+Rows are partitioned like in the run, and rounds come from :func:`fedvlm.rounds.schedule.plan`. The
+algorithm itself makes the messages, from an adapter that has shapes and no values.
 """
 
 from __future__ import annotations
@@ -12,13 +11,14 @@ from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedvlm.algorithms.table import NOBODY, TABLE, Algorithm, build
+from fedvlm.algorithms.base import NOBODY, Visit
+from fedvlm.algorithms.table import build, find
 from fedvlm.errors import FedVLMError
 from fedvlm.planning import footprint
-from fedvlm.planning.footprint import Footprint
-from fedvlm.rounds import prepare as preparing
+from fedvlm.planning.footprint import Exchange, Exchanges, Footprint
+from fedvlm.rounds.prepare import divide, weights_of
 from fedvlm.rounds.schedule import plan
 from fedvlm.settings.sections import Config
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True)
 class Spread:
-    """The least, the median and the most of some numbers."""
+    """Minimum, median and maximum of some numbers."""
 
     least: float
     median: float
@@ -36,28 +36,30 @@ class Spread:
 
     @classmethod
     def of(cls, values: Iterable[float]) -> Spread:
-        """Of one number at least."""
+        """The spread of one or more numbers."""
         values = list(values)
         return cls(min(values), statistics.median(values), max(values))
 
 
 @dataclass(frozen=True)
 class Forecast:
-    """A run's plan. None, or an empty dict, is what cannot be known here; ``unknown`` says why.
+    """The plan of a run.
+
+    None or an empty dict stands for an unknown value; ``unknown`` gives the reason.
 
     Attributes:
-        config: the run's settings.
-        clients: how many there are.
-        cohort: how many take part in a round.
-        tuning: whether one more round of local tuning follows, with all clients.
+        config: the settings of the run.
+        clients: number of clients.
+        cohort: number of clients in a round.
+        tuning: whether a final round of local tuning follows, with all clients.
         rows: split -> rows a client.
         steps: optimizer steps a client and round.
-        all_steps: of all clients and rounds.
-        examples: rows that these steps see, repetitions counted.
-        size: the model's and the adapter's.
+        all_steps: optimizer steps of all clients and rounds.
+        examples: rows in the batches of these steps, repetitions counted.
+        size: the size of the model and the adapter.
         sent: up, down -> bytes a client and round.
         all_sent: up, down -> bytes of all clients and rounds.
-        unknown: what is not known, and why.
+        unknown: the unknown values, with reasons.
     """
 
     config: Config
@@ -75,33 +77,38 @@ class Forecast:
 
 
 def forecast(config: Config) -> Forecast:
-    """The plan of a run.
+    """Plans a run. At most the model's ``config.json`` is downloaded.
 
     Raises:
-        FedVLMError: the run could not be done. Not where the hub is out of reach, or has data that
-            are not in the cache: nothing is downloaded but a model's ``config.json``.
+        FedVLMError: the run is impossible. An unreachable hub, or hub data missing in the cache,
+            is no error: the values that depend on it are unknown.
     """
     unknown: list[str] = []
     partition = _partition(config, unknown)
     names = partition.clients if partition else _stated(config)
-    algorithm = build(config.algorithm, config.lora, config.wire)
-    rounds = list(plan(config, algorithm, names or (NOBODY.name,)))
-    visits = [(round_.algorithm, client) for round_ in rounds for client in round_.cohort]
-    steps, seen = zip(*_work(config, partition, names, visits), strict=True)
-    size, sent = None, dict[str, tuple[int, ...]]()
-    if (model := _model(config, unknown)) is not None:
-        adapter = footprint.shapes(model, config)
-        size = footprint.measure(config, model, adapter, {id(a): a for a, _ in visits}.values())
-        up, down = zip(*footprint.messages(config, adapter, visits), strict=True)
-        sent = {"up": up, "down": down}
+    algorithm = build(config.algorithm, config.lora)
+    rounds = list(plan(config, algorithm, names or (NOBODY.client,)))
+    weights = weights_of(config, partition) if partition else dict.fromkeys(names or ("",), 1.0)
+    visits = [visit for round_ in rounds for visit in round_.visits(weights).values()]
+    model = _model(config, unknown)
+    adapter = footprint.stand_in(config) if model is None else footprint.shapes(model, config)
+    exchanges = footprint.Exchanges(config, algorithm, adapter)
+    found = list(_work(config, partition, names, visits, exchanges))
+    steps, seen = [w.steps for w in found], [w.examples for w in found]
+    size, sent = None, dict[str, list[int]]()
+    if model is not None:
+        trains = {id(e): e for e in (w.exchange for w in found)}.values()
+        stretches = [stretch for exchange in trains for stretch in exchange.stretches]
+        size = footprint.measure(config, model, adapter, stretches)
+        sent = {"up": [w.exchange.up for w in found], "down": [w.exchange.down for w in found]}
     whole = names is not None
     return Forecast(
         config=config,
         clients=len(names) if names else None,
         cohort=len(rounds[0].cohort) if names else config.train.clients_per_round,
-        tuning=algorithm.final is not None,
+        tuning=algorithm.final,
         rows=_rows(partition),
-        steps=None if None in steps else Spread.of(steps),
+        steps=None if None in steps else Spread.of(n or 0 for n in steps),
         all_steps=_total(steps) if whole else None,
         examples=_total(seen) if whole else None,
         size=size,
@@ -112,7 +119,7 @@ def forecast(config: Config) -> Forecast:
 
 
 def examples(rows: int, size: int, steps: int) -> int:
-    """Rows that ``steps`` batches of ``size`` hold, where each pass over the rows is cut anew."""
+    """Rows in ``steps`` batches of ``size``; each pass over the rows may end with a short one."""
     passes, rest = divmod(steps, -(-rows // size))
     return passes * rows + min(rest * size, rows)
 
@@ -126,20 +133,20 @@ def _partition(config: Config, unknown: list[str]) -> Partition | None:
     on_hub = config.data.path and not Path(config.data.path).expanduser().exists()
     try:
         with _from_cache():
-            return preparing.divide(config)[1]
+            return divide(config)[1]
     except FedVLMError as error:
         if not on_hub or not isinstance(error.__cause__, OSError):
             raise
     unknown.append(
-        f"rows: data.path '{config.data.path}' is on the Hugging Face hub and not in the cache "
-        "here, and a dry run downloads no data; clients are what the configuration states"
+        f"rows: data.path '{config.data.path}' is on the Hugging Face hub, not in the local cache, "
+        "and a dry run downloads no data; the clients are taken from the configuration"
     )
     return None
 
 
 @contextmanager
 def _from_cache() -> Iterator[None]:
-    """Data sets of the hub are read from the cache alone."""
+    """Reads data sets of the hub from the cache only."""
     import datasets
 
     before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
@@ -150,7 +157,7 @@ def _from_cache() -> Iterator[None]:
 
 
 def _stated(config: Config) -> tuple[str, ...] | None:
-    """The clients as far as the configuration itself says who they are."""
+    """The names of the clients, as far as the configuration gives them."""
     from fedvlm.data import explicit
 
     settings = config.partition
@@ -169,33 +176,50 @@ def _rows(partition: Partition | None) -> dict[str, Spread]:
     return {split: Spread.of(c[split] for c in counts) for split in ("train", "val", "test")}
 
 
+class Work(NamedTuple):
+    """The work of a client in a round.
+
+    Attributes:
+        steps: optimizer steps; None where they depend on unknown rows.
+        examples: rows in the batches of these steps; None where the rows are unknown.
+        exchange: the client's messages and its stretches of training.
+    """
+
+    steps: int | None
+    examples: int | None
+    exchange: Exchange
+
+
 def _work(
     config: Config,
     partition: Partition | None,
     names: Sequence[str] | None,
-    visits: Iterable[tuple[Algorithm, str]],
-) -> Iterator[tuple[int | None, int | None]]:
-    """Of every client in every round: its steps, and the rows that they see."""
+    visits: Iterable[Visit],
+    exchanges: Exchanges,
+) -> Iterator[Work]:
+    """The work of every client in every round."""
     from fedvlm.data import pool
 
     train = config.train
-    if TABLE[config.algorithm.name].pools and names:
+    if find(config.algorithm.name).pools and names:
         partition = pool.pooled(partition) if partition else None
         train = pool.as_long(config, len(names)).train
-    told = train.local_epochs is None  # else the steps follow from the rows
-    for algorithm, client in visits:
-        rows = len(partition.splits[client].train) if partition else None
+    told = train.local_epochs is None  # else the steps depend on the rows
+    for visit in visits:
+        rows = len(partition.splits[visit.client].train) if partition else None
         usual = train.steps(rows or 0) if rows or told else None
-        lengths = [phase.steps or usual for phase in algorithm.phases]
-        steps = _total(lengths)
+        exchange = exchanges.of(visit, usual or 1)
+        lengths = [usual if s.steps is None else s.steps for s in exchange.stretches]
+        steps = _total(lengths) if usual is not None else None
         if rows is None or steps is None:
-            yield steps, None
+            yield Work(steps, None, exchange)
         else:
-            yield steps, sum(examples(rows, train.batch_size, n or 0) for n in lengths)
+            seen = sum(examples(rows, train.batch_size, n or 0) for n in lengths)
+            yield Work(steps, seen, exchange)
 
 
 def _model(config: Config, unknown: list[str]) -> Any:
-    """The model with LoRA attached, on the ``meta`` device; None where the hub is out of reach."""
+    """The model with LoRA attached, on the ``meta`` device; None without access to the hub."""
     from fedvlm.models import load, lora
 
     try:
@@ -205,8 +229,8 @@ def _model(config: Config, unknown: list[str]) -> Any:
             raise
         unknown.append(
             f"parameters, bytes, memory: the configuration of model.name '{config.model.name}' is "
-            "neither in the cache here nor to be had from the Hugging Face hub"
+            "not in the local cache, and the Hugging Face hub does not deliver it"
         )
         return None
-    trained = config.lora.model_copy(update={"spare": None})  # which have values
+    trained = config.lora.model_copy(update={"spare": None})  # spare ranks have values
     return lora.attach(bare, trained, config.seed)

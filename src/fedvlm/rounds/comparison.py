@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -13,7 +14,8 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm import config as configs
-from fedvlm.algorithms.table import TABLE, meaningful
+from fedvlm.algorithms.base import Algorithm
+from fedvlm.algorithms.table import ALIASES, OWN, find, names, taken
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.metrics import mean, standard_error
 from fedvlm.rounds.progress import Progress
@@ -26,6 +28,7 @@ BASELINES = ("lora", "lora+ft")
 Event = tuple[str, dict[str, Any], float]
 Tell = Callable[[Event], None]
 Work = Callable[[str, Config, Tell], None]
+Compared = str | tuple[str, Algorithm]
 
 
 @dataclass(frozen=True)
@@ -33,8 +36,8 @@ class Comparison:
     """A finished comparison.
 
     Attributes:
-        folder: where everything is; one run's folder each in ``ALGORITHM-seed-N``.
-        rows: one dict per algorithm, best first; the columns of ``comparison.csv``.
+        folder: the folder of the comparison; the runs are in its folders ``ALGORITHM-seed-N``.
+        rows: one dict per algorithm, best first, with the columns of ``comparison.csv``.
     """
 
     folder: Path
@@ -42,50 +45,78 @@ class Comparison:
 
 
 def compare(
-    algorithms: Sequence[str],
-    config: str | Path | dict[str, Any] | Config | None = None,
+    algorithms: Sequence[Compared],
+    config: configs.Source = None,
     *overrides: str,
     seeds: int = 1,
     jobs: int = 1,
     tell: Tell | None = None,
 ) -> Comparison:
-    """Runs every algorithm with every seed; what was done before is skipped, or gone on with.
+    """Runs every algorithm with every seed; finished runs are skipped, unfinished ones continued.
 
     For one seed, all algorithms get the same rows, clients, splits, cohorts, batches and initial
-    adapter.
+    adapter. A setting of the section ``algorithm`` applies to the algorithms that have it.
 
     Args:
-        algorithms: names from the table.
+        algorithms: names, see ``fedvlm algorithms``; or objects, as ``(label, algorithm)``.
         config: as for :func:`fedvlm.run`; ``output`` is the folder of the comparison.
         *overrides: dotted assignments.
-        seeds: seeds ``config.seed``, ``config.seed + 1``, ...
-        jobs: runs at a time, each in a process of its own with one thread.
+        seeds: number of seeds: ``config.seed``, ``config.seed + 1``, ...
+        jobs: runs at a time, each in its own process with one thread. Objects need jobs=1, because
+            they do not cross processes.
         tell: called with (run, metrics line, seconds) after every round.
 
     Raises:
         FedVLMError: as :func:`fedvlm.run`; or the folder holds other runs.
     """
-    base = configs.load(config, *overrides)
-    runs = _runs(base, algorithms, seeds, jobs)
-    if stores.is_run(base.output):
+    runs = planned(algorithms, config, *overrides, seeds=seeds, jobs=jobs)
+    objects = dict(a for a in algorithms if not isinstance(a, str))
+    folder = Path(next(iter(runs.values())).output).parent
+    if stores.is_run(folder):
         raise FedVLMError(
-            f"output: '{base.output}' holds a single run; choose another folder with output=DIR"
+            f"output: '{folder}' holds a single run; choose another folder with output=DIR"
         )
-    each(run_one, {name: c for name, c in runs.items() if not done(c)}, jobs, tell)
-    return _conclude(Path(base.output), algorithms, runs)
+    left = {name: c for name, c in runs.items() if not done(c)}
+    work: Work = run_one
+    if objects:
+
+        def work(name: str, config: Config, tell: Tell) -> None:
+            run_one(name, config, tell, objects.get(_label(config)))
+
+    each(work, left, jobs, tell)
+    return _conclude(folder, runs)
+
+
+def planned(
+    algorithms: Sequence[Compared],
+    config: configs.Source = None,
+    *overrides: str,
+    seeds: int = 1,
+    jobs: int = 1,
+) -> dict[str, Config]:
+    """The runs of a comparison: name -> settings; see :func:`compare`.
+
+    Raises:
+        ConfigError: lists the mistakes of all runs.
+    """
+    tree, problems = configs.read(config, *overrides)
+    objects = dict(a for a in algorithms if not isinstance(a, str))
+    labels = [ALIASES.get(a, a) if isinstance(a, str) else a[0] for a in algorithms]
+    return _runs(tree, list(dict.fromkeys(labels)), objects, seeds, jobs, problems)
 
 
 def each(work: Work, runs: Mapping[str, Config], jobs: int = 1, tell: Tell | None = None) -> None:
-    """Does a piece of work, such as :func:`run_one`, for every run, ``jobs`` at a time.
+    """Calls ``work``, such as :func:`run_one`, for every run, ``jobs`` at a time.
 
-    Image features that no run changes are computed by the first and handed on, in each process.
+    In each process, the first run computes the image features that no run changes, and the
+    following runs reuse them.
 
     Args:
-        work: called with a run's name, its settings, and where to tell its rounds; with several
-            jobs it is done in other processes, of one thread each, which have to be able to import
-            it.
+        work: called with a run's name, its settings, and a function that gets its rounds. With
+            several jobs it runs in other processes of one thread each, which must be able to
+            import it.
         runs: name -> settings.
-        jobs: pieces at a time.
+        jobs: runs at a time.
         tell: called with (run, metrics line, seconds) after every round.
     """
     tell = tell or (lambda event: None)
@@ -99,33 +130,87 @@ def each(work: Work, runs: Mapping[str, Config], jobs: int = 1, tell: Tell | Non
         _in_processes(work, runs, jobs, tell)
 
 
-def _runs(base: Config, algorithms: Sequence[str], seeds: int, jobs: int) -> dict[str, Config]:
-    problems = []
+def _runs(
+    tree: dict[str, Any],
+    labels: Sequence[str],
+    objects: Mapping[str, Algorithm],
+    seeds: int,
+    jobs: int,
+    problems: list[str],
+) -> dict[str, Config]:
     if seeds < 1 or jobs < 1:
         problems.append(f"seeds and jobs must be at least 1, got {seeds} and {jobs}")
-    if not algorithms:
-        problems.append(f"name the algorithms to compare; there are {', '.join(TABLE)}")
-    runs = {}
-    for seed in range(base.seed, base.seed + seeds):
-        for name in algorithms:
-            tree = base.model_dump()
-            if name in TABLE:
-                tree["algorithm"] = meaningful(name, tree["algorithm"])
-                for key in ("ranks", "spare"):
-                    if f"lora.{key}" not in TABLE[name].settings:
-                        tree["lora"][key] = None
-            tree["algorithm"]["name"] = name
-            tree["seed"] = seed
-            tree["output"] = str(Path(base.output) / f"{name}-seed-{seed}")
+    if not labels:
+        problems.append(f"no algorithm is named; choose from {', '.join(names())}")
+    if objects and jobs > 1:
+        problems.append(
+            f"jobs={jobs}: {', '.join(objects)} is an object, which cannot go to another process; "
+            "set jobs=1, or install it as an entry point of the group 'fedvlm.algorithms'"
+        )
+    for label in objects:
+        if not re.fullmatch(r"[\w.+-]+", label) or label in names():
+            problems.append(
+                f"'{label}' is no label for an object: use letters, digits and . + - _, and no "
+                "name of a known algorithm"
+            )
+    problems += _nobodys(tree, [x for x in labels if x not in objects])
+    first, runs = tree.get("seed") or 0, {}
+    for seed in range(first, first + seeds) if isinstance(first, int) else [first]:
+        for label in labels:
+            own = _settings(tree, label, label in objects)
+            own |= {"seed": seed, "output": _folder(tree, label, seed)}
             if jobs > 1:
-                tree["engine"]["threads"] = 1
+                own["engine"] = {**(own.get("engine") or {}), "threads": 1}
             try:
-                runs[f"{name} seed {seed}"] = configs.load(tree)
+                runs[f"{label} seed {seed}"] = configs.checked(own)
             except ConfigError as error:
                 problems.extend(p for p in error.problems if p not in problems)
     if problems:
-        raise ConfigError(problems)
+        raise ConfigError(list(dict.fromkeys(problems)))
     return runs
+
+
+def _label(config: Config) -> str:
+    """The name of a run's algorithm in a comparison."""
+    return config.algorithm.name.removeprefix(f"{OWN}:")
+
+
+def _folder(tree: dict[str, Any], label: str, seed: Any) -> str:
+    return str(Path(tree.get("output") or Config().output) / f"{label}-seed-{seed}")
+
+
+def _settings(tree: dict[str, Any], label: str, is_object: bool) -> dict[str, Any]:
+    """The settings for one algorithm, without settings of other algorithms."""
+    own: dict[str, Any] = json.loads(json.dumps(tree))
+    given = own.get("algorithm")
+    if is_object:
+        return own | {"algorithm": {"name": f"{OWN}:{label}"}}
+    try:
+        entry = find(label)
+    except (KeyError, FedVLMError):  # the check of the settings says so
+        return own | {"algorithm": {"name": label}}
+    if given is None or isinstance(given, dict):
+        own["algorithm"] = taken(label, given or {})
+    if isinstance(own.get("lora"), dict):
+        meant = {"ranks": entry.ranks, "spare": entry.spare}
+        own["lora"] = {k: v for k, v in own["lora"].items() if meant.get(k, True)}
+    return own
+
+
+def _nobodys(tree: Mapping[str, Any], labels: Sequence[str]) -> list[str]:
+    """Problems: settings that no compared algorithm has."""
+    known, entries = {"name"}, []
+    for label in labels:
+        with contextlib.suppress(KeyError, FedVLMError):
+            entries.append(find(label))
+    for entry in entries:
+        known |= entry.settings.model_fields.keys()
+    given, lora = (tree.get(key) for key in ("algorithm", "lora"))
+    idle = [f"algorithm.{k}" for k in given if k not in known] if isinstance(given, dict) else []
+    takers = {"ranks": any(e.ranks for e in entries), "spare": any(e.spare for e in entries)}
+    if isinstance(lora, dict):
+        idle += [f"lora.{k}" for k, taken_ in takers.items() if lora.get(k) and not taken_]
+    return [f"{key}: none of {', '.join(labels) or 'the objects'} has this setting" for key in idle]
 
 
 def done(config: Config) -> bool:
@@ -141,13 +226,13 @@ def done(config: Config) -> bool:
     if there.model_copy(update=same) != config.model_copy(update=same):
         raise FedVLMError(
             f"output: '{config.output}' holds a run with other settings; choose another folder "
-            "with output=DIR, or remove that one"
+            "with output=DIR, or remove this folder"
         )
     return stores.is_done(config.output)
 
 
 class _Relay(Progress):
-    """Passes a run's rounds on under the run's name."""
+    """Forwards the rounds of a run under the run's name."""
 
     def __init__(self, name: str, tell: Tell):
         self.name, self.tell = name, tell
@@ -156,15 +241,22 @@ class _Relay(Progress):
         self.tell((self.name, line, seconds))
 
 
-def run_one(name: str, config: Config, tell: Tell) -> None:
-    """Does a run, or goes on with it."""
+def run_one(name: str, config: Config, tell: Tell, algorithm: Algorithm | None = None) -> None:
+    """Does a run, or continues it.
+
+    Args:
+        name: of the run.
+        config: its settings.
+        tell: called with (run, metrics line, seconds) after every round.
+        algorithm: an object, where the settings name none.
+    """
     from fedvlm.rounds.federate import resume, run
 
     progress = _Relay(name, tell)
     if stores.is_run(config.output):
-        resume(config.output, progress)
+        resume(config.output, progress, algorithm=algorithm)
     else:
-        run(config, progress=progress)
+        run(config, algorithm=algorithm, progress=progress)
 
 
 def _in_processes(work: Work, runs: Mapping[str, Config], jobs: int, tell: Tell) -> None:
@@ -195,7 +287,7 @@ def _in_processes(work: Work, runs: Mapping[str, Config], jobs: int, tell: Tell)
 
 @contextlib.contextmanager
 def _pool(jobs: int, context: Any) -> Iterator[ProcessPoolExecutor]:
-    """A pool that stops at once on an error or Ctrl-C; unfinished runs can be gone on with."""
+    """A pool that stops at once on an error or Ctrl-C; unfinished runs can be continued later."""
     pool = ProcessPoolExecutor(jobs, mp_context=context, initializer=_one_run)
     try:
         yield pool
@@ -219,7 +311,7 @@ def _one_run() -> None:
 
 
 def _ends_with_its_parent() -> None:
-    """Ctrl-C is for the parent to decide on; when that dies, however, this process ends."""
+    """Leaves Ctrl-C to the parent process, and ends this process when the parent dies."""
     import multiprocessing
     import os
     import signal
@@ -236,12 +328,12 @@ def _ends_with_its_parent() -> None:
     threading.Thread(target=watch, daemon=True).start()
 
 
-def _conclude(folder: Path, algorithms: Sequence[str], runs: dict[str, Config]) -> Comparison:
+def _conclude(folder: Path, runs: dict[str, Config]) -> Comparison:
     from fedvlm.figures.plots import plot_comparison
 
-    results: dict[str, list[Results]] = {name: [] for name in algorithms}
+    results: dict[str, list[Results]] = {}
     for config in runs.values():
-        results[config.algorithm.name].append(Results.read(config.output))
+        results.setdefault(_label(config), []).append(Results.read(config.output))
     rows = sorted(
         (_row(name, found) for name, found in results.items()), key=lambda r: -r["personal"]
     )

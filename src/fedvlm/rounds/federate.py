@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedvlm import config as configs
-from fedvlm.algorithms.table import Client, State, build
+from fedvlm.algorithms.base import Algorithm, State, Visit
 from fedvlm.engines.base import Engine, Models, Scores
 from fedvlm.engines.group import Group, joined
 from fedvlm.engines.wire import Forms, Task
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds.fold import Fold
-from fedvlm.rounds.prepare import _weights, prepare
+from fedvlm.rounds.prepare import environment, prepare, weights_of
 from fedvlm.rounds.progress import Progress, Quiet
 from fedvlm.rounds.results import (
     Results,
@@ -25,124 +25,140 @@ from fedvlm.rounds.results import (
     write_answers,
     write_results,
 )
-from fedvlm.rounds.schedule import Round, of_round, plan
+from fedvlm.rounds.schedule import Round, plan
 from fedvlm.settings.sections import Config
 from fedvlm.store import run as stores
-from fedvlm.tree import digest, saved_bytes
+from fedvlm.tree import Tree, digest, saved_bytes
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
 
 
 def run(
-    config: str | Path | dict[str, Any] | Config | None = None,
+    config: configs.Source = None,
     *overrides: str,
+    algorithm: Algorithm | None = None,
     resume: bool = False,
     progress: Progress | None = None,
 ) -> Results:
-    """Runs one federated fine-tuning, from data to a folder with everything that came out.
+    """Runs one federated fine-tuning, from data to a folder with all results.
 
-    Where ``torchrun`` has started several processes, they all call this, and share the clients; the
-    first one tells ``progress``.
+    Where ``torchrun`` has started several processes, each process calls this function, and the
+    processes share the clients. ``progress`` gets the events of the first process.
 
     Args:
         config: path of a YAML file, a nested dict, a ``Config``, or None for the defaults.
         *overrides: dotted assignments, such as ``"train.rounds=20"``.
-        resume: go on with the unfinished run in ``config.output``.
-        progress: told what happens; None is silent.
+        algorithm: your own algorithm; then leave out the section ``algorithm``.
+        resume: continue the unfinished run in ``config.output``.
+        progress: gets the run's events; None: no output.
 
     Returns:
         The results: scores per client and their summary, the bytes, the folder.
 
     Raises:
-        ConfigError: the configuration is wrong; all mistakes at once.
-        DataError: the data cannot be used as asked.
+        ConfigError: the configuration is wrong; the error lists all mistakes.
+        DataError: the data do not allow this configuration.
         FedVLMError: the model, the device or the output folder cannot be used.
     """
 
-    settings = configs.load(config, *overrides)
+    settings = (configs.load if algorithm is None else configs.own)(config, *overrides)
     progress = progress or Quiet()
     if not resume:
         stores.check_fresh(settings.output)
     with joined() as group:
         if group.rank:
-            return _follow(settings, group)
+            return _follow(settings, group, algorithm)
         with progress.started(settings):
-            engine, partition, store = _prepare_all(settings, group, progress)
+            engine, partition, store = _prepare_all(settings, group, progress, algorithm)
             progress.partitioned(partition)
             with store.locked():
                 begin(settings, store, {"partition.json": json.dumps(partition.to_dict())}, resume)
                 _draw(partition, store.folder)
-                results = drive(settings, engine, _weights(settings, partition), store, progress)
+                weights = weights_of(settings, partition)
+                results = drive(settings, engine, weights, store, progress)
     return results
 
 
-def resume(folder: str | Path, progress: Progress | None = None) -> Results:
-    """Goes on with the run in ``folder``, to the same bytes as if it had never stopped.
+def resume(
+    folder: str | Path,
+    progress: Progress | None = None,
+    *,
+    algorithm: Algorithm | None = None,
+) -> Results:
+    """Continues the run in ``folder``; the result is bit-identical to an uninterrupted run's.
+
+    Args:
+        folder: the folder of the run.
+        progress: gets the run's events; None: no output.
+        algorithm: the object, if the run was started with one.
 
     Raises:
-        FedVLMError: the folder holds no run, or its data are not what they were.
+        FedVLMError: the folder holds no run, or the data have changed.
     """
     if not stores.is_run(folder):
         raise FedVLMError(f"'{folder}' holds no run; start one with 'fedvlm run output={folder}'")
-    settings = configs.load(Path(folder) / stores.CONFIG)
+    stores.check_version(folder)
+    read = configs.load if algorithm is None else configs.own
+    settings = read(Path(folder) / stores.CONFIG)
     settings = settings.model_copy(update={"output": str(folder)})
     if stores.is_done(folder):
         return Results.read(folder)
-    return run(settings, resume=True, progress=progress)
+    return run(settings, algorithm=algorithm, resume=True, progress=progress)
 
 
 def _prepare_all(
-    config: Config, group: Group, progress: Progress
+    config: Config, group: Group, progress: Progress, algorithm: Algorithm | None
 ) -> tuple[Engine, Partition, stores.Store]:
-    """As :func:`prepare`, with all processes ready to take part."""
+    """Prepares the run in all processes; see :func:`prepare`."""
     if group.size == 1:
-        return prepare(config, progress)
+        return prepare(config, progress, algorithm=algorithm)
     from fedvlm.engines.sharded import Sharded, together
 
-    engine, partition, store = together(group, lambda: prepare(config, progress), _described)
+    engine, partition, store = together(
+        group, lambda: prepare(config, progress, algorithm=algorithm), _described
+    )
     return Sharded(engine, group), partition, store
 
 
-def _follow(config: Config, group: Group) -> Results:
-    """A run in a process other than the first: it does what that one hands out."""
+def _follow(config: Config, group: Group, algorithm: Algorithm | None) -> Results:
+    """A run in a process other than the first, which does the parts that process 0 sends."""
     from fedvlm.engines.sharded import serve, together
 
-    engine, _, _ = together(group, lambda: prepare(config), _described)
-    algorithm = build(config.algorithm, config.lora, config.wire)
-    serve(group, engine, lambda number: of_round(config, algorithm, number))
+    engine, _, _ = together(group, lambda: prepare(config, algorithm=algorithm), _described)
+    serve(group, engine)
     return Results.read(config.output)
 
 
 def _described(prepared: tuple[Engine, Partition, stores.Store]) -> str:
-    """What has to be the same in all processes: who has which rows, and the initial adapter."""
+    """The part that must be equal in all processes: the initial adapter and the partition."""
     engine, partition, _ = prepared
     return digest(engine.adapter) + json.dumps(partition.to_dict())
 
 
 def begin(config: Config, store: stores.Store, described: Mapping[str, str], resume: bool) -> None:
-    """Makes a run's folder, or takes it back to the last finished round.
+    """Creates a run's folder, or takes it back to the last finished round.
 
     Args:
-        config: of the run.
-        store: its folder, locked.
-        described: a file -> what it says of the clients, which a resumed run has to say as well.
+        config: the settings of the run.
+        store: the folder of the run, locked.
+        described: name of a file -> its text about the clients, which a resumed run must repeat.
         resume: whether the run has begun before.
 
     Raises:
-        FedVLMError: the folder is in use, or the clients are not what they were.
+        FedVLMError: the folder is in use, or the clients have changed.
     """
     if resume:
         if any((store.folder / name).read_text() != text for name, text in described.items()):
             raise FedVLMError(
-                f"the data are not what they were when the run in '{store.folder}' began: another "
-                "partition came out; restore them, or start a new run with output=DIR"
+                f"the data have changed since the run in '{store.folder}' began: they give another "
+                "partition; restore the data, or start a new run with output=DIR"
             )
         store.rewind()
     else:
         stores.check_fresh(store.folder)
         about = {
-            "environment.json": json.dumps(prepare.environment(), indent=2) + "\n",
+            "environment.json": json.dumps(environment(), indent=2) + "\n",
             stores.CONFIG: configs.dump(config),
         }
         store.create({**described, **about})
@@ -163,21 +179,22 @@ def drive(
     store: stores.Store,
     progress: Progress,
 ) -> Results:
-    """All rounds from the last finished one on, and the results; the same for every engine.
+    """Runs all rounds after the last finished round, and writes the results.
 
     Args:
-        config: of the run.
-        engine: which has the clients.
+        config: the settings of the run.
+        engine: trains and scores the clients.
         weights: client -> its weight in a mean, the number of its training examples.
         store: the run's folder, locked and begun.
-        progress: told what happens.
+        progress: gets the run's events.
     """
-    algorithm, names = build(config.algorithm, config.lora, config.wire), tuple(weights)
-    clients, forms = scored(config, names), Forms(engine.adapter, config.wire.max_norm)
+    algorithm, names = engine.algorithm, tuple(weights)
+    clients = scored(config, names)
+    forms = Forms(algorithm, engine.adapter, engine.stages, config.wire.max_norm)
     if store.finished() is None:
         state = algorithm.init(engine.adapter)
-        untuned = _score_all(engine, Round(0, (), algorithm, True), state, clients)
-        answers = engine.answer("untuned", personal_models(algorithm, state, clients))
+        untuned = _score_all(engine, Round(0), state, clients)
+        answers = engine.answer("untuned", personal_models(engine, Round(0), state, clients))
         write_answers(store.folder, "untuned", answers)
         line = {"round": 0, "evaluation": {"personal": untuned[0], "global": untuned[1]}}
         store.commit(0, state, line, {"round": 0})
@@ -187,7 +204,7 @@ def drive(
         if round_.number > done:
             began = time.perf_counter()
             rated = clients if round_.evaluate else ()
-            state, line = _round(round_, engine, weights, state, rated, progress, forms)
+            state, line = one_round(round_, engine, weights, state, rated, progress, forms)
             seconds = time.perf_counter() - began
             store.commit(round_.number, state, line, {"round": round_.number, "seconds": seconds})
             progress.round(line, seconds)
@@ -196,7 +213,7 @@ def drive(
     return results
 
 
-def _round(
+def one_round(
     round_: Round,
     engine: Engine,
     weights: Mapping[str, float],
@@ -205,23 +222,26 @@ def _round(
     progress: Progress,
     forms: Forms,
 ) -> tuple[State, dict[str, Any]]:
-    """Downloads, local training, aggregation, and the scores of ``clients``."""
-    algorithm, rated = round_.algorithm, frozenset(clients)
-    known = _known(weights, round_.cohort)
-    down = {c: algorithm.download(state, known[c]) for c in round_.cohort}
-    tasks = [Task(c, round_.number, down[c], c in rated) for c in round_.cohort]
-    fold = Fold(algorithm, known, down, forms)
+    """One round: downloads, local training, aggregation, and the scores of ``clients``.
 
-    def ends() -> Iterator[tuple[str, dict[str, Any]]]:
-        for reply in engine.train(algorithm, tasks):
+    Returns:
+        The server's next state, and the round's line of metrics.
+    """
+    rated, visits = frozenset(clients), round_.visits(weights)
+    down = {c: engine.algorithm.send(state, visit) for c, visit in visits.items()}
+    tasks = [Task(visit, down[c], c in rated) for c, visit in visits.items()]
+    fold = Fold(visits, down, forms)
+
+    def ends() -> Iterator[tuple[Visit, Tree]]:
+        for reply in engine.train(tasks):
             counts = fold.add(reply)
             progress.trained(reply.client, reply.loss)
             if counts and reply.client in rated:
-                yield reply.client, {}
+                yield visits[reply.client], {}
 
-    # This trains them all; a pass is scored before the next is trained.
-    before = engine.score(Models("end", algorithm, ends(), round_.number))
-    old, state = state, fold.update(state)
+    # This trains the whole cohort; each pass is scored before the next pass is trained.
+    before = engine.score(Models("end", ends()))
+    old, state = state, fold.update(state, round_.number)
     line: dict[str, Any] = {
         "round": round_.number,
         "cohort": list(round_.cohort),
@@ -254,16 +274,9 @@ def _score_all(
     clients: Sequence[str],
     personal: Sequence[str] | None = None,
 ) -> tuple[dict[str, Scores], dict[str, Scores]]:
-    """Scores of the clients' personal models (or of those named) and of the global model."""
+    """Scores of the global model and of personal models; ``personal`` None: of all clients."""
     own = clients if personal is None else personal
-    algorithm, number = round_.algorithm, round_.number
     return (
-        engine.score(personal_models(algorithm, state, own, number)),
-        engine.score(global_models(algorithm, state, clients, number)),
+        engine.score(personal_models(engine, round_, state, own)),
+        engine.score(global_models(engine, round_, state, clients)),
     )
-
-
-def _known(weights: Mapping[str, float], cohort: Sequence[str]) -> dict[str, Client]:
-    """What the server knows of the clients of a round."""
-    sampled = sum(weights[c] for c in cohort) / sum(weights.values())
-    return {c: Client(c, weights[c], sampled) for c in cohort}

@@ -1,22 +1,24 @@
-"""Loads what a run needs: rows, clients, model, engine; nothing is written."""
+"""Loads rows, clients, model and engine of a run; writes nothing to the run's folder."""
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
-from fedvlm.algorithms.table import TABLE, build, check_share
+from fedvlm.algorithms.base import Algorithm
+from fedvlm.algorithms.table import adapter_of, build, check_fit, find
 from fedvlm.errors import DataError
 from fedvlm.processes import size
 from fedvlm.rounds.progress import Progress, Quiet
 from fedvlm.rounds.results import scored
 from fedvlm.settings.sections import Config
+from fedvlm.store import files
 from fedvlm.store import run as stores
 from fedvlm.tree import nbytes
 from fedvlm.version import __version__
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
-    from fedvlm.engines.reference import ReferenceEngine
+    from fedvlm.engines.shell import Shell
 
 
 def environment() -> dict[str, Any]:
@@ -42,31 +44,35 @@ def prepare(
     progress: Progress | None = None,
     divided: tuple[Any, Partition] | None = None,
     store: stores.Store | None = None,
-) -> tuple[ReferenceEngine, Partition, stores.Store]:
-    """Loads data and model, and checks that the run can be done; writes nothing to its folder.
+    algorithm: Algorithm | None = None,
+) -> tuple[Shell, Partition, stores.Store]:
+    """Loads data and model, and checks the run; writes nothing to the run's folder.
 
     Args:
-        config: of the run.
-        progress: told what happens.
-        divided: the rows, and who has which, where they are there already.
-        store: keeps the personal states; that of ``config.output`` unless given.
+        config: the settings of the run.
+        progress: gets the run's events.
+        divided: the rows and their partition, if loaded before.
+        store: keeps the personal states; None: the store in ``config.output``.
+        algorithm: the algorithm as an object; None: the configured algorithm.
 
     Raises:
-        FedVLMError: it cannot; see :func:`run`.
+        FedVLMError: the run is impossible; see :func:`fedvlm.run`.
     """
     from fedvlm.batches import objectives
     from fedvlm.batches.collate import Collator
     from fedvlm.data import pool
     from fedvlm.engines.choice import engine_class
+    from fedvlm.engines.compress import compression
     from fedvlm.models.load import load_model, set_threads
     from fedvlm.models.lora import attach, drop_dead
 
+    algorithm = algorithm or build(config.algorithm, config.lora)
     objective = objectives.build(config.objective)
     rows, partition = divided or divide(config)
     store = store or stores.Store(config.output)
     loaded = load_model(config.model)
     set_threads(loaded.model, config.engine.threads)
-    entry, adapter = TABLE[config.algorithm.name], config.adapter
+    entry, adapter = find(config.algorithm.name), adapter_of(config)
     rows = pool.named(rows, partition) if entry.names else rows
     model = attach(loaded.model, adapter, config.seed)
     limit = config.data.max_length
@@ -80,58 +86,67 @@ def prepare(
     if entry.pools:
         trained = pool.pooled(partition)
         settings = pool.as_long(config, len(partition.clients))
-    engine = engine_class(config.engine, model)(model, collator, trained, settings, store)
-    check_share(config.algorithm, engine.adapter)
-    stores.check_room(config.output, nbytes([engine.adapter]) * _most_kept(config, partition))
+    stages = () if entry.pools else compression(config.wire)  # pooled rows send nothing
+    kind = engine_class(config.engine, model)
+    engine = kind(model, collator, trained, settings, store, algorithm, stages)
+    check_fit(config.algorithm, engine.adapter)
+    most = _most_kept(config, partition, algorithm)
+    files.check_room(config.output, nbytes([engine.adapter]) * most)
     return engine, partition, store
 
 
 def visits(config: Config, partition: Partition) -> int:
-    """How many rows the cohorts' training takes: fewer than there are need no encoding ahead."""
+    """The number of rows that the whole training reads, repetitions counted.
+
+    If it is smaller than the number of rows, encoding ahead does not pay.
+    """
     sizes = [len(split.train) for split in partition.splits.values()]
     cohort = min(len(sizes), config.train.clients_per_round or len(sizes))
     steps = sum(map(config.train.steps, sizes)) / len(sizes)
     return int(config.train.rounds * cohort * steps * config.train.batch_size)
 
 
-def _most_kept(config: Config, partition: Partition) -> int:
-    """How many adapters a run's folder may come to hold.
+def _most_kept(config: Config, partition: Partition, algorithm: Algorithm) -> int:
+    """The largest number of adapters that the run's folder may hold.
 
-    Twice the personal states of all who are ever trained, as packs keep them, and a round's new and
-    merged ones where it does not replace all; the exported ones; the server's state, old and new,
-    with what an optimizer or a mean over rounds remembers.
+    Packs hold at most twice the personal states of all clients that are ever trained. Where a round
+    does not replace all states, they also hold its new and its merged states. Added to these are
+    the exported adapters, and the old and the new state of the server, which may include the memory
+    of an optimizer or a mean over rounds.
     """
     everyone = len(partition.clients)
     cohort = min(everyone, config.train.clients_per_round or everyone)
-    if build(config.algorithm, config.lora).final:
+    if algorithm.final:
         cohort = everyone
     trained = min(everyone, cohort * config.train.rounds)
     states = 2 * trained + (2 * cohort if cohort < trained else 0)
-    states *= 2 if config.wire.compress in ("int8", "topk") else 1  # with what is not sent yet
+    states *= 2 if config.wire.compress in ("int8", "topk") else 1  # the unsent rest of an upload
     return states + len(scored(config, partition.clients)) + 7
 
 
 def divide(config: Config) -> tuple[Any, Partition]:
-    """The rows, and who has which."""
+    """The rows and their partition into clients."""
     from fedvlm.batches import objectives
+    from fedvlm.data.clusters import check_installed
     from fedvlm.data.partition import make_partition
     from fedvlm.data.sources import load_rows
 
+    check_installed(config.partition)
     rows = load_rows(config.data, config.seed, pairs=objectives.build(config.objective).pairs)
     partition = make_partition(rows, config)
     split, clients = config.eval.split, scored(config, partition.clients)
     empty = [c for c in clients if not len(getattr(partition.splits[c], split))]
     if empty:
         raise DataError(
-            f"eval.split: {len(empty)} clients have no row in '{split}', '{empty[0]}' first; raise "
-            f"data.{split}_fraction or partition.min_rows"
+            f"eval.split: {len(empty)} clients, such as '{empty[0]}', have no row in '{split}'; "
+            f"raise data.{split}_fraction or partition.min_rows"
         )
     return rows, partition
 
 
-def _weights(config: Config, partition: Partition) -> dict[str, float]:
-    """Client -> the number of rows that it trains on."""
+def weights_of(config: Config, partition: Partition) -> dict[str, float]:
+    """Client -> the number of its training rows."""
     from fedvlm.data import pool
 
-    pools = TABLE[config.algorithm.name].pools
+    pools = find(config.algorithm.name).pools
     return (pool.pooled(partition) if pools else partition).weights

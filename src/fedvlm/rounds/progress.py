@@ -1,4 +1,4 @@
-"""What a person sees while a run goes on: live bars on a terminal, plain lines elsewhere."""
+"""The interface through which a run reports its progress."""
 
 from __future__ import annotations
 
@@ -13,18 +13,18 @@ if TYPE_CHECKING:
 
 
 class Progress:
-    """Is told what happens in a run. This one says nothing."""
+    """Gets the events of a run. This base class ignores them."""
 
     @contextlib.contextmanager
     def started(self, config: Config) -> Iterator[None]:
-        """Around the whole run."""
+        """Context of the whole run."""
         yield
 
     def partitioned(self, partition: Partition) -> None:
-        """The rows are dealt out to the clients."""
+        """The rows are divided among the clients."""
 
     def encoded(self, done: int, rows: int) -> None:
-        """So many rows are tokens and pixels now; not told where an earlier run has done it."""
+        """``done`` of ``rows`` rows are encoded; not called where an earlier run encoded them."""
 
     def trained(self, client: str, loss: float) -> None:
         """A client finished its part of the round."""

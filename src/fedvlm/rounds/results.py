@@ -1,4 +1,4 @@
-"""What comes out of a run: scores per client and model, their summary, and the bytes."""
+"""The results of a run: scores per client and model, their summary, and the bytes sent."""
 
 from __future__ import annotations
 
@@ -12,9 +12,10 @@ from typing import Any
 
 import numpy as np
 
-from fedvlm.algorithms.table import NOBODY, Algorithm, Client, State
+from fedvlm.algorithms.base import State
 from fedvlm.engines.base import Answer, Engine, Models
 from fedvlm.metrics import METRICS, average, summarize
+from fedvlm.rounds.schedule import Round, standing
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config
 from fedvlm.store.files import read_lines, slugs, write_text
@@ -28,7 +29,7 @@ class Results:
     """A finished run.
 
     Attributes:
-        folder: where everything is.
+        folder: the folder of the run.
         table: the content of ``table.json``.
     """
 
@@ -37,56 +38,54 @@ class Results:
 
     @classmethod
     def read(cls, folder: str | Path) -> Results:
-        """The results of a finished run."""
+        """Reads the results of a finished run."""
         return cls(Path(folder), json.loads((Path(folder) / DONE).read_text(encoding="utf-8")))
 
     @property
     def metric(self) -> str:
-        """The metric that is shown first, ``eval.metric``."""
+        """The main metric, ``eval.metric``."""
         return self.table["metric"]
 
     @property
     def metrics(self) -> list[str]:
-        """All metrics of the run, the one that is shown first in front."""
+        """All metrics of the run, the main metric first."""
         found = self.table["models"]["personal"]["summary"]
         return sorted((m for m in METRICS if m in found), key=lambda m: m != self.metric)
 
     def scores(self, model: str = "personal", metric: str | None = None) -> dict[str, float]:
-        """One number per client; ``metric`` is ``eval.metric`` unless named."""
+        """Client -> its score; ``metric`` None: ``eval.metric``."""
         metric = metric or self.metric
         return {c: s[metric] for c, s in self.table["models"][model]["clients"].items()}
 
     def summary(self, model: str = "personal", metric: str | None = None) -> dict[str, float]:
-        """``mean``, ``std`` and, where some values are better, ``worst10`` over the clients."""
+        """``mean`` and ``std`` over the clients; also ``worst10`` for a metric with a direction."""
         return self.table["models"][model]["summary"][metric or self.metric]
 
     def answers(self, model: str = "personal") -> list[dict[str, Any]]:
-        """Every held-out row's answer and scores by ``untuned``, ``global`` or ``personal``."""
+        """Answers and scores of a model (``untuned``, ``global``, ``personal``), one a row."""
         return read_lines(self.folder / "answers" / f"{model}.jsonl")
 
     def adapter(self, client: str | None = None) -> Path:
-        """The PEFT folder of a client's adapter, or of the global one."""
+        """The PEFT folder of a client's adapter; without a client, of the global adapter."""
         name = "global" if client is None else self.table["folders"][client]
         return self.folder / "adapters" / name
 
 
 def write_results(config: Config, names: Sequence[str], store: Store, engine: Engine) -> Results:
-    """Writes adapters, the table as CSV and JSON, and the picture; ``table.json`` last."""
-    from fedvlm.algorithms.table import build
+    """Writes the adapters, the table as CSV and JSON, and the curves; ``table.json`` last."""
     from fedvlm.figures.plots import plot_run
 
-    lines = store.lines()
-    algorithm, state = build(config.algorithm, config.lora, config.wire).last, store.server()
-    clients = scored(config, names)
+    lines, state = store.lines(), store.server()
+    last, clients = standing(config, engine.algorithm), scored(config, names)
     answers = {"untuned": read_lines(store.folder / "answers" / "untuned.jsonl")}
     for kind, models in (("global", global_models), ("personal", personal_models)):
-        found = engine.answer(kind, models(algorithm, state, clients))
+        found = engine.answer(kind, models(engine, last, state, clients))
         answers[kind] = write_answers(store.folder, kind, found)
     table = tabulate(config, lines, names) | {"groups": _groups(config, answers)}
     folder = store.folder / "adapters"
-    engine.export(global_models(algorithm, state, [NOBODY.name]), {NOBODY.name: folder / "global"})
+    engine.export(global_models(engine, last, state, [""]), {"": folder / "global"})
     folders = {client: folder / name for client, name in table["folders"].items()}
-    engine.export(personal_models(algorithm, state, clients), folders)
+    engine.export(personal_models(engine, last, state, clients), folders)
     write_text(store.folder / "table.csv", as_csv(table))
     if table["groups"]:
         write_text(store.folder / "groups.csv", groups_csv(table))
@@ -97,7 +96,7 @@ def write_results(config: Config, names: Sequence[str], store: Store, engine: En
 
 
 def scored(config: Config, clients: Sequence[str]) -> tuple[str, ...]:
-    """The clients that are scored, the same ones all through a run: a function of the config."""
+    """The scored clients, a function of the settings: the same clients in every round."""
     most = config.eval.clients or len(clients)
     if most >= len(clients):
         return tuple(clients)
@@ -107,31 +106,30 @@ def scored(config: Config, clients: Sequence[str]) -> tuple[str, ...]:
 
 
 def of_all(some: Collection[str], clients: Collection[str]) -> str:
-    """How many clients, and how many of them are scored."""
+    """The number of clients, and of scored clients where they are fewer, as text."""
     count = f"{len(clients):,} clients"
     return count if len(some) == len(clients) else f"{count}, {len(some):,} of them scored"
 
 
-def global_models(
-    algorithm: Algorithm, state: State, clients: Iterable[str], round_: int = 0
-) -> Models:
-    """What clients have that keep nothing of their own: the shared factors on the common start."""
-    down = algorithm.download(state, NOBODY)
-    return Models("global", algorithm, ((client, down) for client in clients), round_)
+def global_models(engine: Engine, round_: Round, state: State, clients: Iterable[str]) -> Models:
+    """The models of clients that keep nothing: the shared factors on the initial adapter."""
+    down = engine.algorithm.send(state, round_.visit(""))
+    return Models("global", ((round_.visit(client), down) for client in clients))
 
 
-def personal_models(
-    algorithm: Algorithm, state: State, clients: Iterable[str], round_: int = 0
-) -> Models:
-    """What each client has: the shared factors and those it keeps."""
-    downs = ((client, algorithm.download(state, Client(client, 1.0))) for client in clients)
-    return Models("personal", algorithm, downs, round_)
+def personal_models(engine: Engine, round_: Round, state: State, clients: Iterable[str]) -> Models:
+    """The personal models: the shared factors and the kept state of each client."""
+    visits = map(round_.visit, clients)
+    return Models("personal", ((v, engine.algorithm.send(state, v)) for v in visits))
 
 
 def write_answers(
     folder: Path, model: str, answers: Mapping[str, Sequence[Answer]]
 ) -> list[dict[str, Any]]:
-    """Writes ``answers/MODEL.jsonl``, a line for each held-out row, if any; returns the lines."""
+    """Writes ``answers/MODEL.jsonl``, a line for each held-out row; returns the lines.
+
+    Without answers, it writes nothing.
+    """
     if not answers:
         return []
     lines = [{"client": client, **a} for client, found in answers.items() for a in found]
@@ -141,7 +139,7 @@ def write_answers(
 
 
 def tabulate(config: Config, lines: list[dict[str, Any]], clients: Sequence[str]) -> dict[str, Any]:
-    """The final table from the metrics lines, over the scored ones of the clients."""
+    """The final table, from the lines of metrics."""
     last, folders = lines[-1]["evaluation"], slugs(clients)
     models = {"untuned": lines[0]["evaluation"]["personal"], **last}
     trained = [line for line in lines if line["round"] > 0]

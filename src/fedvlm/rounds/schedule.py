@@ -1,51 +1,65 @@
-"""The rounds of a run: who takes part, and with which algorithm; a function of the config alone."""
+"""The rounds of a run and the cohort of each: a function of the configuration alone."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from fedvlm.algorithms.table import TABLE, Algorithm
+from fedvlm.algorithms.base import Algorithm, Visit
+from fedvlm.algorithms.table import find
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config
 
 
 @dataclass(frozen=True)
 class Round:
-    """One round's plan, a function of the config alone.
+    """The plan of one round.
 
     Attributes:
-        number: from 1; the one after ``train.rounds`` is local tuning at the end.
+        number: from 1. The round after ``train.rounds`` is the final round; 0 stands for the time
+            before the first round.
         cohort: the clients that take part.
-        algorithm: what they run.
-        evaluate: whether clients are scored after it.
+        evaluate: whether clients are scored after the round.
+        final: whether this is the final round, local tuning with all clients.
     """
 
     number: int
-    cohort: tuple[str, ...]
-    algorithm: Algorithm
-    evaluate: bool
+    cohort: tuple[str, ...] = ()
+    evaluate: bool = True
+    final: bool = False
+
+    def visit(self, client: str, weight: float = 1.0, sampled: float = 1.0) -> Visit:
+        """A client in this round."""
+        return Visit(client, weight, sampled, self.number, self.final)
+
+    def visits(self, weights: Mapping[str, float]) -> dict[str, Visit]:
+        """The visits of the cohort, known at both ends of the wire.
+
+        Args:
+            weights: client -> the number of its training examples, for all clients.
+        """
+        sampled = sum(weights[c] for c in self.cohort) / sum(weights.values())
+        return {c: self.visit(c, weights[c], sampled) for c in self.cohort}
 
 
 def plan(config: Config, algorithm: Algorithm, clients: Sequence[str]) -> Iterator[Round]:
     """All rounds of a run. The cohort is drawn from (seed, round)."""
     rounds, size = config.train.rounds, config.train.clients_per_round or len(clients)
-    size = 1 if TABLE[config.algorithm.name].pools else size
+    size = 1 if find(config.algorithm.name).pools else size
     for number in range(1, rounds + 1):
         draw = np.random.default_rng(derive(config.seed, number, "cohort"))
         chosen = sorted(draw.choice(len(clients), size=min(size, len(clients)), replace=False))
         due = config.eval.every and number % config.eval.every == 0
         cohort = tuple(clients[i] for i in chosen)
-        now = of_round(config, algorithm, number)
-        yield Round(number, cohort, now, bool(due or number == rounds))
+        yield Round(number, cohort, bool(due or number == rounds))
     if algorithm.final:
-        last = rounds + 1
-        yield Round(last, tuple(clients), of_round(config, algorithm, last), True)
+        yield Round(rounds + 1, tuple(clients), final=True)
 
 
-def of_round(config: Config, algorithm: Algorithm, number: int) -> Algorithm:
-    """The algorithm of a round; 0: the run's own."""
-    last = algorithm.final if number > config.train.rounds else None
-    return last or (algorithm.at(number) if number else algorithm)
+def standing(config: Config, algorithm: Algorithm, number: int | None = None) -> Round:
+    """A round without its cohort, to score or write models of that time; None: the last round."""
+    last = config.train.rounds + algorithm.final
+    number = last if number is None else number
+    return Round(number, final=algorithm.final and number > config.train.rounds)

@@ -1,6 +1,6 @@
-"""The sections of a run's configuration: frozen pydantic models, one tree.
+"""The sections of a run's configuration: one tree of frozen pydantic models.
 
-Every setting has its default and its range here; :mod:`fedvlm.config` reads and writes them.
+Every setting has its default and its range here. :mod:`fedvlm.config` reads and writes them.
 """
 
 from __future__ import annotations
@@ -10,21 +10,20 @@ from collections import Counter
 from collections.abc import Mapping
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, field_validator, model_validator
+from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from fedvlm.settings.method import AlgorithmConfig as AlgorithmConfig
 from fedvlm.settings.method import Fraction, Positive, Section
 from fedvlm.settings.method import LoraConfig as LoraConfig
-from fedvlm.settings.method import ServerConfig as ServerConfig
 
 _FORM = "a mapping of clients to row numbers, such as {north: [0, 1, 2], south: [3, 4, 5]}"
 
 
 def checked(given: Any) -> dict[str, list[int]]:
-    """The lists, when each row number in them is a whole number and occurs once.
+    """The lists of row numbers, checked: whole numbers, each of which occurs once.
 
     Raises:
-        ValueError: saying what is wrong.
+        ValueError: the lists are wrong; the message names the mistake.
     """
     if not isinstance(given, Mapping) or not given:
         raise ValueError(f"lists is {_FORM}; got {given!r:.60}")
@@ -41,56 +40,60 @@ def checked(given: Any) -> dict[str, list[int]]:
     if twice:
         of = [client for client, rows in lists.items() if twice[0] in rows]
         raise ValueError(
-            f"{len(twice)} rows are listed more than once, row {twice[0]} first (of "
+            f"{len(twice)} rows are listed more than once, such as row {twice[0]} (by "
             f"{', '.join(of)}): a row belongs to one client"
         )
     return lists
 
 
 class Columns(Section):
-    """Which column of the data plays which part. Defaults are RLAIF-V's names."""
+    """The names of the data's columns. The defaults are those of RLAIF-V."""
 
     image: str = "image"
     question: str = "question"
     answer: str = "chosen"
-    rejected: str = Field("rejected", description="the worse answer, where training needs pairs")
+    rejected: str = Field("rejected", description="the worse answer, for objective.name=dpo")
 
 
 class ScenesConfig(Section):
-    """The bundled data set (used when ``data.path`` is not set)."""
+    """The bundled data set, used where ``data.path`` is empty."""
 
     style: Literal["iid", "label", "covariate", "concept", "quantity", "mixed"] = Field(
-        "mixed", description="how the sites differ"
+        "mixed", description="kind of the differences between sites"
     )
-    strength: Fraction = Field(1.0, description="how much they differ, 0 to 1")
+    strength: Fraction = Field(1.0, description="size of these differences, 0 to 1")
     sites: Positive = Field(8, description="number of sites")
-    rows: Positive = Field(120, description="rows a site, on average")
+    rows: Positive = Field(120, description="mean number of rows a site")
 
 
 class DataConfig(Section):
-    """Where the rows come from and how each client's rows are split."""
+    """The source of the rows, and the split of each client's rows."""
 
     path: str | None = Field(
-        None, description="parquet, JSONL, image folder, or a hub data set; empty: scenes"
+        None, description="parquet, JSONL, image folder or hub data set; empty: scenes"
     )
-    split: str = Field("train", description="the split to read, where the source has several")
+    split: str = Field("train", description="the split to read, of a source with several splits")
     columns: Columns = Columns()
-    max_rows: Positive | None = Field(None, description="use a seeded sample of this many rows")
+    max_rows: Positive | None = Field(
+        None, description="size of a seeded sample of the rows; empty: all rows"
+    )
     max_length: Positive | None = Field(
-        None, description="most tokens of prompt and answer together; empty: what the model takes"
+        None, description="most tokens of prompt and answer together; empty: the model's limit"
     )
     cache: Annotated[int, Field(ge=0)] = Field(
         4096,
-        description="MiB on disk for rows as tokens and pixels, which later runs read; 0: none",
+        description="MiB on disk for encoded rows, shared with later runs; 0: no cache",
     )
-    on_error: Literal["fail", "skip"] = Field("fail", description="what a corrupt row does")
+    on_error: Literal["fail", "skip"] = Field(
+        "fail", description="fail: stop at a corrupt row; skip: leave the row out"
+    )
     val_fraction: Fraction = Field(0.1, description="share of a client's rows for validation")
     test_fraction: Fraction = Field(0.25, description="share of a client's rows for the test")
     scenes: ScenesConfig = ScenesConfig()
 
 
 class PartitionConfig(Section):
-    """How rows become clients."""
+    """The partition of the rows into clients."""
 
     kind: Literal["auto", "iid", "dirichlet", "shards", "column", "quantity", "explicit"] = Field(
         "auto", description="auto: by site for scenes, iid for other data"
@@ -99,22 +102,24 @@ class PartitionConfig(Section):
         8, description="number of clients (kind=column: one per value; explicit: one per list)"
     )
     column: str | None = Field(
-        None, description="column: the clients; dirichlet, shards: the label"
+        None, description="kind=column: the client of a row; dirichlet, shards: its label"
     )
     clusters: Annotated[int, Field(ge=2)] | None = Field(
-        None, description="label by so many clusters of the answers, instead of column"
+        None, description="number of clusters of answers, as labels; empty: use column"
     )
     lists: dict[str, list[int]] | str | None = Field(
-        None, description="kind=explicit: client -> row numbers, or a JSON or YAML file of it"
+        None, description="kind=explicit: client -> row numbers, or a JSON or YAML file with this"
     )
     alpha: Annotated[float, Field(gt=0)] = Field(0.3, description="Dirichlet concentration")
     shards: Positive = Field(2, description="shards a client (kind=shards)")
-    exponent: Annotated[float, Field(ge=0)] = Field(1.2, description="power law (kind=quantity)")
-    min_rows: Positive = Field(10, description="fewest rows that a client may have")
+    exponent: Annotated[float, Field(ge=0)] = Field(
+        1.2, description="exponent of the power law (kind=quantity)"
+    )
+    min_rows: Positive = Field(10, description="fewest rows of a client")
     splits: Literal["together", "alone"] = Field(
         "together",
-        description="alone: a client's train, val and test depend on its own rows only, as they do "
-        "at a site of fedvlm deploy",
+        description="alone: train, val and test of a client depend on its own rows only, like at a "
+        "site of fedvlm deploy",
     )
 
     @field_validator("lists", mode="before")
@@ -126,7 +131,7 @@ class PartitionConfig(Section):
     def _settings_agree(self) -> PartitionConfig:
         wrong = []
         if self.kind == "column" and not self.column:
-            wrong.append("kind=column needs partition.column, the column that names the client")
+            wrong.append("kind=column needs partition.column, the column with the clients' names")
         if self.kind == "explicit" and not self.lists:
             wrong.append("kind=explicit needs partition.lists, the row numbers of each client")
         if self.lists is not None and self.kind != "explicit":
@@ -151,11 +156,12 @@ class ModelConfig(Section):
 
     name: str = Field("tiny", description="bundled 'tiny', a hub name, or a local folder")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
-        "float32", description="of the frozen weights; float64: to compare runs exactly"
+        "float32", description="type of the frozen weights; float64: for exact comparisons"
     )
     device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
     quantization: Literal["none", "8bit", "4bit"] = Field(
-        "none", description="of the frozen weights, by bitsandbytes; 4bit: NF4, double"
+        "none",
+        description="frozen weights quantized by bitsandbytes; 4bit: NF4, double quantization",
     )
     gradient_checkpointing: bool = Field(
         False, description="recompute activations in the backward pass: less memory, slower"
@@ -163,17 +169,19 @@ class ModelConfig(Section):
 
 
 class ObjectiveConfig(Section):
-    """What is learnt: the answers themselves, or to prefer them to rejected ones."""
+    """The training objective: the answers, or the preference of answers to rejected answers."""
 
     name: Literal["sft", "dpo"] = Field(
         "sft", description="sft: cross-entropy on the answers; dpo: direct preference optimization"
     )
-    loss: Literal["sigmoid", "ipo"] = Field("sigmoid", description="of dpo; ipo: arXiv 2310.12036")
+    loss: Literal["sigmoid", "ipo"] = Field(
+        "sigmoid", description="loss of dpo; ipo: arXiv 2310.12036"
+    )
     beta: Annotated[float, Field(gt=0)] = Field(
-        0.1, description="dpo: how strongly the reference, the model without adapter, holds"
+        0.1, description="dpo: weight of the reference, which is the model without adapter"
     )
     label_smoothing: Annotated[float, Field(ge=0, lt=0.5)] = Field(
-        0.0, description="dpo, sigmoid: share of preferences taken to be the wrong way round"
+        0.0, description="dpo, sigmoid: assumed share of reversed preferences"
     )
 
     @model_validator(mode="after")
@@ -190,21 +198,33 @@ class TrainConfig(Section):
     """Rounds and the clients' local optimizer."""
 
     rounds: Positive = 20
-    clients_per_round: Positive | None = Field(None, description="sampled cohort; empty: all")
-    local_steps: Positive | None = Field(None, description="optimizer steps a round; empty: 5")
-    local_epochs: Positive | None = Field(None, description="passes a round, instead of steps")
+    clients_per_round: Positive | None = Field(
+        None, description="clients sampled for a round; empty: all clients"
+    )
+    local_steps: Positive | None = Field(
+        None, description="optimizer steps a client and round; empty: 5"
+    )
+    local_epochs: Positive | None = Field(
+        None, description="passes over a client's rows a round; empty: use local_steps"
+    )
     batch_size: Positive = 8
     sort_by_length: bool = Field(
-        False, description="batches of rows of like length: less padding, less mixed batches"
+        False, description="batches of rows of similar length: less padding, less mixed batches"
     )
     optimizer: Literal["adamw", "sgd"] = "adamw"
     lr: Annotated[float, Field(gt=0)] = 3e-3
-    lr_a: Annotated[float, Field(gt=0)] | None = Field(None, description="rate of A; empty: lr")
-    lr_b: Annotated[float, Field(gt=0)] | None = Field(None, description="rate of B; empty: lr")
+    lr_a: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="learning rate of A; empty: lr"
+    )
+    lr_b: Annotated[float, Field(gt=0)] | None = Field(
+        None, description="learning rate of B; empty: lr"
+    )
     weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(1.0, description="per client")
+    max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
+        1.0, description="largest gradient norm of a client; empty: no clipping"
+    )
     schedule: Literal["constant", "linear", "cosine"] = Field(
-        "constant", description="of the learning rate, over the rounds"
+        "constant", description="schedule of the learning rate over the rounds"
     )
     warmup_rounds: Annotated[int, Field(ge=0)] = 0
 
@@ -244,16 +264,16 @@ class TrainConfig(Section):
 
 
 class WireConfig(Section):
-    """How uploads travel, and what the server takes."""
+    """The compression of uploads, and the server's limit on them."""
 
     compress: Literal["none", "bf16", "int8", "topk"] = Field(
-        "none", description="of uploads; int8 and topk send later what they leave out"
+        "none", description="compression of uploads; int8 and topk send the rest in later rounds"
     )
     topk: Annotated[float, Field(gt=0, le=1)] = Field(
         0.1, description="share of an upload's elements that is sent (compress=topk)"
     )
     max_norm: Annotated[float, Field(gt=0)] | None = Field(
-        None, description="largest norm of an upload's change; one above is rejected; empty: any"
+        None, description="largest norm of an upload's change, else it is rejected; empty: any"
     )
 
     @model_validator(mode="after")
@@ -269,19 +289,21 @@ class WireConfig(Section):
 class EvalConfig(Section):
     """When and how clients are scored."""
 
-    every: Annotated[int, Field(ge=0)] = Field(10, description="rounds between; 0: only at the end")
+    every: Annotated[int, Field(ge=0)] = Field(
+        10, description="rounds between evaluations; 0: only at the end"
+    )
     clients: Positive | None = Field(
-        None, description="score at most this many clients, the same ones every time; empty: all"
+        None, description="most clients to score, the same clients every time; empty: all"
     )
     batch_size: Positive = 64
-    max_rows: Positive | None = Field(200, description="at most this many held-out rows a client")
+    max_rows: Positive | None = Field(200, description="most held-out rows a client; empty: all")
     max_new_tokens: Positive = 24
-    split: Literal["test", "val"] = Field("test", description="val: for choosing settings")
+    split: Literal["test", "val"] = Field("test", description="val: to choose settings")
     metric: Literal["exact_match", "token_f1", "rouge_l", "bleu", "reward_accuracy"] | None = Field(
-        None, description="shown first; empty: exact_match for sft, reward_accuracy for dpo"
+        None, description="main metric; empty: exact_match for sft, reward_accuracy for dpo"
     )
     group_by: str = Field(
-        "origin_dataset", description="column whose values get a table of scores of their own"
+        "origin_dataset", description="column for a table of scores by its values, where it exists"
     )
 
 
@@ -293,18 +315,18 @@ class EngineConfig(Section):
     )
     memory: Positive | Literal["auto"] = Field(
         "auto",
-        description="MiB for the clients of a pass, from which follows how many there are; "
-        "auto: half of the machine's, or four fifths of the GPU's",
+        description="MiB for the clients of a pass, which sets their number; auto: half of the "
+        "machine's memory, or four fifths of the GPU's less the model",
     )
-    clients: Positive | None = Field(None, description="clients in a pass, instead of memory")
+    clients: Positive | None = Field(None, description="clients in a pass; empty: from memory")
     micro_batch: Positive | None = Field(
-        None, description="rows of a client that pass at a time; empty: the whole batch"
+        None, description="rows of a client computed at a time; empty: the whole batch"
     )
     cache: Annotated[int, Field(ge=0)] = Field(
-        1024, description="MiB for image features that LoRA does not change; 0: none are kept"
+        1024, description="MiB for image features that LoRA does not change; 0: no cache"
     )
     cache_disk: Annotated[int, Field(ge=0)] = Field(
-        8192, description="MiB on disk for those that do not fit in cache"
+        8192, description="MiB on disk for image features that exceed cache"
     )
     threads: Positive | None = Field(
         None,
@@ -313,7 +335,7 @@ class EngineConfig(Section):
 
 
 class Config(Section):
-    """A run, whole. ``fedvlm run --print-config`` prints it with the defaults."""
+    """The whole configuration of a run; ``fedvlm run --print-config`` prints it with defaults."""
 
     output: str = Field("runs/run", description="folder of this run")
     seed: Annotated[int, Field(ge=0)] = 0
@@ -321,7 +343,7 @@ class Config(Section):
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
     lora: LoraConfig = LoraConfig()
-    algorithm: AlgorithmConfig = AlgorithmConfig()
+    algorithm: SerializeAsAny[AlgorithmConfig] = AlgorithmConfig()
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
     wire: WireConfig = WireConfig()
@@ -333,17 +355,8 @@ class Config(Section):
         held_out = self.data.val_fraction + self.data.test_fraction
         if held_out >= 1.0:
             raise ValueError(
-                f"data.val_fraction + data.test_fraction is {held_out:g}: nothing is left to train"
+                f"data.val_fraction + data.test_fraction is {held_out:g}: no rows are left to train"
             )
-        return self
-
-    @model_validator(mode="after")
-    def _algorithm_can_be_run(self) -> Config:
-        from fedvlm.algorithms.table import check_config
-
-        wrong = check_config(self)
-        if wrong:
-            raise ValueError("; ".join(wrong))
         return self
 
     @model_validator(mode="after")
@@ -356,15 +369,7 @@ class Config(Section):
         return self
 
     @property
-    def adapter(self) -> LoraConfig:
-        """``lora``, with the spare ranks that the algorithm needs."""
-        from fedvlm.algorithms.table import spare_ranks
-
-        spare = spare_ranks(self.algorithm.name, self.lora)
-        return self.lora.model_copy(update={"spare": spare or None})
-
-    @property
     def metric(self) -> str:
-        """The metric that is shown first."""
+        """The main metric."""
         chosen = {"sft": "exact_match", "dpo": "reward_accuracy"}[self.objective.name]
         return self.eval.metric or chosen

@@ -1,18 +1,18 @@
-"""Files written whole or not at all, a folder held by one process, and names that are safe."""
+"""Atomic files, the lock of a folder, and safe names of folders."""
 
 from __future__ import annotations
 
 import contextlib
 import errno
-import fcntl
 import json
 import os
 import re
 import shutil
-import time
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
+
+from filelock import FileLock, Timeout
 
 from fedvlm.errors import FedVLMError
 from fedvlm.tree import Tree
@@ -20,37 +20,33 @@ from fedvlm.tree import Tree
 
 @contextlib.contextmanager
 def only_one(folder: Path, taken: str, patience: float = 0.0) -> Iterator[None]:
-    """Keeps a second process off a folder.
+    """Holds the lock of a folder, so that no second process works there.
+
+    The lock ends with its process, however the process ends.
 
     Args:
-        folder: is there already.
-        taken: what to say where another process has it.
-        patience: seconds to wait for that one to end.
+        folder: an existing folder.
+        taken: error message if another process holds the lock.
+        patience: seconds to wait for the other process to end.
 
     Raises:
-        FedVLMError: it has not ended, or the folder cannot be written.
+        FedVLMError: another process still holds the lock, or the folder cannot be written.
     """
-    with writable(folder):
-        handle = open(folder / ".lock", "w")  # noqa: SIM115
-    with handle:
-        until = time.monotonic() + patience
-        while not _locks(handle):
-            if time.monotonic() >= until:
-                raise FedVLMError(taken)
-            time.sleep(0.5)
+    lock = FileLock(folder / ".lock", thread_local=False)  # any thread may release it
+    try:
+        with writable(folder):
+            held = lock.acquire(timeout=patience, poll_interval=0.5)
+    except Timeout:
+        raise FedVLMError(taken) from None
+    with held:
         yield
 
 
-def _locks(handle: IO[str]) -> bool:
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        return False
-    return True
-
-
 def _unfinished(path: Path) -> bool:
-    """Whether a killed process left it half written: ours end in .tmp, safetensors' begin so."""
+    """Whether a killed process left this file half written.
+
+    Our temporary files end in ``.tmp``. Those of safetensors begin with ``.tmp``.
+    """
     return path.suffix == ".tmp" or path.name.startswith(".tmp")
 
 
@@ -58,7 +54,7 @@ def check_room(folder: str | Path, needed: int) -> None:
     """Refuses a folder whose disk has less than ``needed`` bytes free.
 
     Raises:
-        FedVLMError: naming both numbers.
+        FedVLMError: the disk has less; the message has both numbers.
     """
     path = Path(folder).absolute()
     while not path.exists():
@@ -67,20 +63,20 @@ def check_room(folder: str | Path, needed: int) -> None:
     if free < needed:
         raise FedVLMError(
             f"output: the disk of '{folder}' has {free / 1e6:.1f} MB free, and this run needs "
-            f"{needed / 1e6:.1f} MB; free some, or choose another disk with output=DIR"
+            f"{needed / 1e6:.1f} MB; free some space, or choose another disk with output=DIR"
         )
 
 
 @contextlib.contextmanager
 def writable(folder: Path) -> Iterator[None]:
-    """Turns what the disk answers into a clear error."""
+    """Turns an error of the disk into a clear message."""
     try:
         yield
     except OSError as error:
         if error.errno == errno.ENOSPC:
             raise FedVLMError(
-                f"the disk of '{folder}' is full; nothing finished is lost: free some room, then "
-                f"'fedvlm run --resume {folder}'"
+                f"the disk of '{folder}' is full; the finished rounds are safe: free some space, "
+                f"then run 'fedvlm run --resume {folder}'"
             ) from error
         if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
             raise FedVLMError(
@@ -91,10 +87,10 @@ def writable(folder: Path) -> Iterator[None]:
 
 
 def slugs(clients: Iterable[str]) -> dict[str, str]:
-    """A distinct folder name for every client, readable and safe."""
+    """Gives every client a distinct folder name that is readable and safe."""
     found: dict[str, str] = {}
     taken: set[str] = set()
-    tried: dict[str, int] = {}  # how often a name was asked for
+    tried: dict[str, int] = {}  # name -> how many clients wanted it
     for client in clients:
         name = base = re.sub(r"[^\w.-]+", "-", client).strip(".-")[:80] or "client"
         while name in taken:
@@ -106,19 +102,19 @@ def slugs(clients: Iterable[str]) -> dict[str, str]:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Writes a file whole or not at all."""
+    """Writes a text file whole or not at all, and syncs it to the disk."""
     write_bytes(path, text.encode())
 
 
 def save_tree(path: Path, tree: Tree) -> None:
-    """Writes tensors whole or not at all; ``packs.sync`` has the disk hold them."""
+    """Writes tensors whole or not at all. The caller syncs the file, see :func:`sync`."""
     from safetensors.torch import save
 
     write_bytes(path, save({n: t.contiguous() for n, t in tree.items()}), durable=False)
 
 
 def load_tree(path: Path) -> Tree:
-    """Reads tensors back, to the CPU."""
+    """Reads the tensors of a file, to the CPU."""
     from safetensors.torch import load
 
     return load(path.read_bytes())
@@ -131,7 +127,7 @@ def append_line(path: Path, line: dict[str, Any]) -> None:
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
-    """The JSON lines of a file; a last one that was cut off is left out."""
+    """Reads the JSON lines of a file. A last line without its end is left out."""
     if not path.exists():
         return []
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
@@ -139,7 +135,13 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
 
 
 def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
-    """Writes a file whole or not at all; if ``durable``, even when the machine loses its power."""
+    """Writes a file whole or not at all.
+
+    Args:
+        path: the file; its folder is made if there is none.
+        data: its content.
+        durable: sync the file and its folder, so that it survives a loss of power.
+    """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
     with open(temporary, "wb") as f:
@@ -153,7 +155,7 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
 
 
 def sync(path: Path) -> None:
-    """Has the disk hold a file, or the names in a folder."""
+    """Waits until the disk holds a file, or the names in a folder."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,16 +1,18 @@
-"""What clients keep, as a log of packs: one safetensors file for every pass of clients.
+"""The clients' personal states, stored as a log of packs.
 
-``personal/RRRRR-NNNNN.safetensors`` holds what a pass of round R's clients keeps, the first of
-them at position N of the cohort. A client's tensors lie behind one another in its row, ordered by
-name, of a matrix ``[clients, elements]`` for each type, so that a state is read in one piece. The
-metadata names the clients in the order of the rows, and the tensors with their types and shapes.
-Clients whose tensors differ in these lie in packs of their own, each at the position of its first
-client.
+A pack is a safetensors file with the states of one pass of clients. Its name is
+``personal/RRRRR-NNNNN.safetensors``: R is the round, N the position of the pass's first client in
+the cohort. A pack has one matrix ``[clients, elements]`` for each data type. A client's row holds
+its tensors of that type one after another, ordered by name, so that a state is read in one piece.
+The metadata lists the clients in the order of the rows, and the tensors with their types and
+shapes. Clients with other tensors, types or shapes are stored in separate packs. Each of these has
+the position of its own first client in its name.
 
-The newest row of a client is its state; older ones are dead. A pack whose rows are all dead is
-removed. When dead rows outweigh the live ones, the packs with the largest share of dead rows are
-merged into ``RRRRR-merged-NNNNN.safetensors``, just as many as it takes; that copies no more bytes
-than were written since. Which row is where is in memory, and read from the files' headers at first.
+The newest row of a client is its state. Older rows are dead. A pack without live rows is removed.
+When the dead rows of all packs take more bytes than the live ones, the packs with the largest share
+of dead rows are merged into ``RRRRR-merged-NNNNN.safetensors``, and no more packs than necessary.
+In total, merging copies no more bytes than the rounds wrote. The places of all rows are in memory.
+They are read from the files' headers at the start.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from fedvlm.tree import Tree
 if TYPE_CHECKING:
     from torch import Tensor
 
-MERGED = 2**26  # bytes of a merged pack, about
+MERGED = 2**26  # approximate size of a merged pack, in bytes
 
 
 @dataclass(eq=False, slots=True)
@@ -39,9 +41,9 @@ class Pack:
 
     Attributes:
         path: the file.
-        rows: how many states it holds.
-        live: how many of them are their client's newest.
-        share: bytes of the file a row.
+        rows: number of states in the file.
+        live: number of states that are the newest of their client.
+        share: bytes of the file per row.
     """
 
     path: Path
@@ -51,20 +53,20 @@ class Pack:
 
 
 class Packs:
-    """The packs in one folder, and which of their rows are live.
+    """The packs in one folder, and the places of their live rows.
 
     Args:
-        folder: where they are.
-        last: the last round that counts; what this process adds is of later ones.
+        folder: the folder.
+        last: the last finished round. Packs of later rounds in the folder are ignored.
     """
 
     def __init__(self, folder: Path, last: int):
         self.folder = folder
-        self._packs: dict[Path, Pack] = {}  # those with a live row
+        self._packs: dict[Path, Pack] = {}  # packs with a live row
         self._places: dict[str, tuple[Pack, int]] = {}
         self._dead: set[Path] = set()
-        self._fresh: list[Path] = []  # not known to be on the disk for good
-        self._bytes = self._live = 0  # of all rows of these packs, and of the live ones
+        self._fresh: list[Path] = []  # written, and perhaps not synced
+        self._bytes = self._live = 0  # bytes of all rows of _packs, and of the live rows
         self._early = ThreadPoolExecutor(1)
         for path in self._files():
             if _round(path) <= last:
@@ -73,7 +75,7 @@ class Packs:
 
     @classmethod
     def rewound(cls, folder: Path, last: int) -> Packs:
-        """The packs up to round ``last``: later ones and those without a live row are removed."""
+        """Opens the packs up to round ``last``; removes later ones and those without live rows."""
         packs = cls(folder, last)
         for path in packs._files():
             if _round(path) > last:
@@ -84,7 +86,11 @@ class Packs:
     # -- states
 
     def read(self, clients: Sequence[str]) -> list[Tree]:
-        """What each client keeps; empty for one that has kept nothing. A file is opened once."""
+        """Reads the states of some clients. Each file is opened once.
+
+        Returns:
+            The states in the order of ``clients``; empty for a client without a state.
+        """
         from safetensors import safe_open
 
         found: list[Tree] = [{} for _ in clients]
@@ -105,7 +111,13 @@ class Packs:
         return found
 
     def write(self, round_: int, position: int, kept: Mapping[str, Tree]) -> None:
-        """Saves what the clients of a pass keep; nothing of one that keeps nothing."""
+        """Saves the states of one pass.
+
+        Args:
+            round_: the round.
+            position: position of the pass's first client in the cohort.
+            kept: client -> its state. Clients with an empty state are left out.
+        """
         positions = {client: position + n for n, client in enumerate(kept)}
         for group in _alike(kept):
             self._write(f"{round_:05d}-{positions[next(iter(group))]:05d}", group)
@@ -129,15 +141,15 @@ class Packs:
         path = self.folder / f"{name}.safetensors"
         temporary = path.with_name(path.name + ".tmp")
         about = json.dumps({"clients": list(kept), "tensors": form})
-        save_file(stacked, temporary, {"pack": about})  # one entry: several have no fixed order
+        save_file(stacked, temporary, {"pack": about})  # of several, the order is not fixed
         os.replace(temporary, path)
         self._enter(path, list(kept))
-        self._early.submit(sync, path)  # while others train; the commit makes sure
+        self._early.submit(sync, path)  # during training; the commit syncs once more
 
-    # -- which rows are live
+    # -- live and dead rows
 
     def refresh(self, round_: int) -> None:
-        """Takes notice of a round's packs that other processes wrote, merged ones included."""
+        """Adds the packs of a round that other processes wrote, merged packs included."""
         for path in self._files():
             if _round(path) == round_ and path not in self._packs:
                 self._enter(path, _clients(path))
@@ -146,7 +158,7 @@ class Packs:
         return sorted(self.folder.glob("*.safetensors"), key=lambda p: (_round(p), p.name))
 
     def _enter(self, path: Path, clients: Sequence[str]) -> None:
-        """A pack whose rows are newer than all others of their clients."""
+        """Adds a pack whose rows are newer than all earlier rows of its clients."""
         rows = len(clients)
         pack = Pack(path, rows, rows, path.stat().st_size // rows)
         self._packs[path] = pack
@@ -159,22 +171,22 @@ class Packs:
             self._places[client] = pack, row
 
     def _supersede(self, pack: Pack) -> None:
-        """One of its rows is dead."""
+        """Marks one row of a pack as dead."""
         pack.live -= 1
         self._live -= pack.share
         if not pack.live:
             self._bytes -= pack.rows * pack.share
-            if self._packs.get(pack.path) is pack:  # not written anew
+            if self._packs.get(pack.path) is pack:  # unless a new file has replaced it
                 del self._packs[pack.path]
                 self._dead.add(pack.path)
 
     # -- the end of a round
 
     def settle(self, round_: int) -> list[Path]:
-        """Before a round is committed: merges what is mostly dead.
+        """Merges the packs with the most dead rows, before a round is committed.
 
         Returns:
-            What the disk has to hold before the round counts.
+            The files and folders to sync before the commit.
         """
         number = 0
         for clients in self._mergers():
@@ -187,13 +199,13 @@ class Packs:
         return [*fresh, self.folder] if fresh else []
 
     def sweep(self) -> None:
-        """After it is committed: removes the packs without a live row."""
+        """Removes the packs without live rows, after a round is committed."""
         for path in self._dead - self._packs.keys():
             path.unlink(missing_ok=True)
         self._dead = set()
 
     def _mergers(self) -> Iterator[list[str]]:
-        """The live clients of the packs to merge, those of one merged pack at a time."""
+        """Yields the live clients of the packs to merge, for one merged pack at a time."""
         batch: list[str] = []
         size = 0
         for pack in self._mostly_dead():
@@ -207,7 +219,10 @@ class Packs:
             yield batch
 
     def _mostly_dead(self) -> list[Pack]:
-        """As many packs, those with the least alive first, as leave no more dead than live."""
+        """Chooses packs to merge until the dead rows take no more bytes than the live ones.
+
+        The packs with the smallest share of live rows come first.
+        """
         excess = self._bytes - 2 * self._live
         chosen: list[Pack] = []
         if excess > 0:
@@ -220,7 +235,7 @@ class Packs:
 
 
 def _clients(path: Path) -> list[str]:
-    """The clients of a pack, row by row; only its header is read."""
+    """Reads the clients of a pack, in the order of its rows, from the header of the file."""
     from safetensors import safe_open
 
     with safe_open(path, "pt") as file:
@@ -232,7 +247,7 @@ def _round(path: Path) -> int:
 
 
 def _rows(stacked: Any, rows: Sequence[int]) -> list[Tensor]:
-    """Rows of a tensor in a file: in one piece where they are neighbours."""
+    """Reads some rows of a tensor in a file, in one piece if they are neighbours."""
     low, high = min(rows), max(rows) + 1
     if high - low != len(rows):
         return [stacked[row] for row in rows]
@@ -241,7 +256,12 @@ def _rows(stacked: Any, rows: Sequence[int]) -> list[Tensor]:
 
 
 def _cut(row: Mapping[str, Tensor], form: Sequence[tuple[str, str, list[int]]]) -> Tree:
-    """A client's tensors out of its row of every type; views of it."""
+    """Cuts a client's rows, one for each data type, into its tensors, which are views.
+
+    Args:
+        row: data type -> the client's row.
+        form: name, data type and shape of each tensor, ordered by name.
+    """
     ends = dict.fromkeys(row, 0)
     tree = {}
     for name, kind, shape in form:
@@ -251,7 +271,7 @@ def _cut(row: Mapping[str, Tensor], form: Sequence[tuple[str, str, list[int]]]) 
 
 
 def _alike(kept: Mapping[str, Tree]) -> Iterable[dict[str, Tree]]:
-    """The clients that keep something, those whose tensors can be stacked together."""
+    """Groups the clients that have a state by the names, shapes and types of their tensors."""
     groups: dict[frozenset[Any], dict[str, Tree]] = {}
     for client, tree in kept.items():
         if tree:

@@ -6,14 +6,14 @@ Layout::
     partition.png                                      the clients' sizes and labels
     checkpoint.json                                    {"round": n}: the last finished round
     server/00007.safetensors                           the server's state after round 7
-    personal/00007-00016.safetensors                   what a pass of clients keeps, since round 7
-    metrics.jsonl  timing.jsonl                        one line a round
+    personal/00007-00016.safetensors                   states of a pass of clients, since round 7
+    metrics.jsonl  timing.jsonl                        one line per round
     answers/  adapters/  groups.csv  table.csv  curves.png  table.json     written at the end
 
-A round's files are written first, each by an atomic rename, and count only once ``checkpoint.json``
-names the round, which is after the disk holds them. A process killed at any moment leaves the last
-finished round whole; files of a later round are removed on resume. The packs in ``personal`` are
-described in :mod:`fedvlm.store.packs`.
+A round's files are written first, each with an atomic rename, and synced to the disk. The round
+counts once ``checkpoint.json`` names it. A process that is killed at any moment leaves the last
+finished round whole. Resuming a run removes the files of later rounds. :mod:`fedvlm.store.packs`
+describes the packs in ``personal``.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ DONE = "table.json"
 
 
 class Store:
-    """One run's folder; hold it by :meth:`locked` while writing."""
+    """The folder of one run. A process that writes must hold its lock, see :meth:`locked`."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
@@ -54,23 +54,23 @@ class Store:
     def _packs(self) -> Packs:
         return Packs(self.folder / "personal", self._last)
 
-    # -- once a run
+    # -- once per run
 
     def create(self, files: Mapping[str, str]) -> None:
-        """Writes the files that describe the run; ``config.yaml`` last, it marks a run."""
+        """Writes the files that describe the run, ``config.yaml`` last, because it marks a run."""
         for name, text in sorted(files.items(), key=lambda item: item[0] == CONFIG):
             write_text(self.folder / name, text)
         sync(self.folder.absolute().parent)
 
     @contextlib.contextmanager
     def locked(self, patience: float = 0.0) -> Iterator[None]:
-        """Keeps a second process off this run.
+        """Holds the lock of the folder, so that no second process works on this run.
 
         Args:
             patience: seconds to wait for another process that is about to end.
 
         Raises:
-            FedVLMError: another process holds it, or the folder cannot be written.
+            FedVLMError: another process holds the lock, or the folder cannot be written.
         """
         with writable(self.folder):
             self.folder.mkdir(parents=True, exist_ok=True)
@@ -84,7 +84,7 @@ class Store:
     # -- rounds
 
     def finished(self) -> int | None:
-        """The last finished round, None before the first one."""
+        """The number of the last finished round; None if there is none."""
         path = self.folder / "checkpoint.json"
         return json.loads(path.read_text())["round"] if path.exists() else None
 
@@ -94,7 +94,7 @@ class Store:
         return -1 if done is None else done
 
     def rewind(self) -> None:
-        """Removes what a killed process left of a round that did not finish."""
+        """Removes the files and lines that a killed process left of an unfinished round."""
         last = self._last
         for path in self._states():
             if int(path.stem) > last:
@@ -107,24 +107,24 @@ class Store:
             write_text(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
 
     def personal(self, clients: Sequence[str]) -> list[Tree]:
-        """What each client keeps; empty before its first round. A file is opened once a call."""
+        """Reads the states of some clients; a state is empty before the client's first round."""
         return self._packs.read(clients)
 
     def keep(self, round_: int, position: int, kept: Mapping[str, Tree]) -> None:
-        """Saves what the clients of a pass keep from ``round_`` on, as one file.
+        """Saves the states of one pass of clients, as one file.
 
         Args:
             round_: the round.
-            position: of the pass's first client in the round's cohort.
-            kept: client -> what it keeps; nothing is written of one that keeps nothing.
+            position: position of the pass's first client in the round's cohort.
+            kept: client -> its state. Clients with an empty state are left out.
         """
         self._packs.write(round_, position, kept)
 
     def refresh(self, round_: int) -> None:
-        """Takes notice of what other processes wrote in ``round_``; only headers are read.
+        """Adds the states that other processes wrote in ``round_``; only file headers are read.
 
-        The process that commits a round has to call it before, the others after the commit: then
-        old packs may have been merged into new ones.
+        The process that commits a round must call this before the commit. The others must call it
+        after the commit, because the commit may merge old packs into new ones.
         """
         self._packs.refresh(round_)
 
@@ -135,7 +135,7 @@ class Store:
     def commit(
         self, round_: int, state: Tree, line: dict[str, Any], timing: dict[str, Any]
     ) -> None:
-        """Finishes a round: its state and its lines, then the checkpoint, then the clean-up."""
+        """Finishes a round: writes its state and lines, then the checkpoint, then cleans up."""
         fresh = self._packs.settle(round_)
         server = self.folder / "server" / f"{round_:05d}.safetensors"
         save_tree(server, state)
@@ -143,7 +143,7 @@ class Store:
         for name, new in (("metrics.jsonl", line), ("timing.jsonl", timing)):
             append_line(self.folder / name, new)
             fresh.append(self.folder / name)
-        for path in fresh:  # all at once, which a journal takes as one
+        for path in fresh:  # in one go, which a journal can write at once
             sync(path)
         write_text(self.folder / "checkpoint.json", json.dumps({"round": round_}) + "\n")
         for old in self._states()[:-1]:
@@ -154,8 +154,26 @@ class Store:
         return sorted((self.folder / "server").glob("*.safetensors"))
 
     def lines(self) -> list[dict[str, Any]]:
-        """The metrics so far, a dict a round."""
+        """The metrics so far, one dict per round."""
         return read_lines(self.folder / "metrics.jsonl")
+
+
+def check_version(folder: str | Path) -> None:
+    """Refuses a run of version 0.1, whose settings and files have another form.
+
+    Raises:
+        FedVLMError: naming the version that opens it.
+    """
+    path = Path(folder) / "environment.json"
+    try:
+        made = json.loads(path.read_text(encoding="utf-8"))["packages"]["fedvlm"]
+    except (OSError, ValueError, KeyError, TypeError):  # the run says so where it matters
+        return
+    if str(made).startswith("0.1."):
+        raise FedVLMError(
+            f"the run in '{folder}' was made by fedvlm {made}, whose runs this version cannot open "
+            "or resume; use pip install 'fedvlm<0.2' for it"
+        )
 
 
 def is_run(folder: str | Path) -> bool:
@@ -172,7 +190,7 @@ def check_fresh(folder: str | Path) -> None:
     """Refuses an output folder that holds something.
 
     Raises:
-        FedVLMError: it holds a run (the message says how to go on with it) or other files.
+        FedVLMError: it holds a run (the message has the command that continues it) or other files.
     """
     path = Path(folder)
     if path.exists() and not path.is_dir():

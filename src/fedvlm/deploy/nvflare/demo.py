@@ -57,10 +57,10 @@ def demo(folder: Path, overrides: list[str], tell: Callable[[dict[str, Any]], No
 
 def rows(folder: Path) -> None:
     """Writes the bundled scenes: a parquet file for each site, and ``all.parquet`` for all."""
-    import fedvlm
+    from fedvlm.data.scenes import scenes
 
     folder.mkdir(parents=True)
-    table = fedvlm.scenes(style="mixed", strength=1.0, sites=len(SITES), rows=48).to_pandas()
+    table = scenes(style="mixed", strength=1.0, sites=len(SITES), rows=48).to_pandas()
     table["site"] = table["site"].map({f"site-{k}": name for k, name in enumerate(SITES)})
     table.to_parquet(folder / "all.parquet", index=False)
     for name in SITES:

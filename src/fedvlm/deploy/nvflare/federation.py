@@ -15,7 +15,7 @@ from typing import Any
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fedvlm import config as configs
-from fedvlm.algorithms.table import TABLE
+from fedvlm.algorithms.table import find
 from fedvlm.deploy.nvflare.processes import read_federation
 from fedvlm.deploy.nvflare.project import ADMIN, Project, write_job
 from fedvlm.deploy.nvflare.server import RENEW, SITES
@@ -329,7 +329,7 @@ def check(config: Config, resume: bool) -> None:
         ConfigError: the algorithm needs all rows in one place.
         FedVLMError: the folder is taken, or holds no run to resume.
     """
-    if TABLE[config.algorithm.name].pools:
+    if find(config.algorithm.name).pools:
         raise ConfigError(
             [f"algorithm.name={config.algorithm.name} needs all rows in one place: use fedvlm run"]
         )

@@ -14,6 +14,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import IO, Any
 
+import psutil
+
 from fedvlm.deploy.nvflare.project import (
     PROJECT,
     Project,
@@ -257,15 +259,15 @@ def _end(process: subprocess.Popen[bytes], mark: str) -> None:
 
 
 def _end_all(mark: str) -> None:
-    """Ends all processes of a command but this one; NVFlare starts some in sessions of their own.
+    """Kills all processes of a command except this one, found by the mark in their environment.
 
-    The caller holds the folder's lock, so they are nobody else's.
+    NVFlare starts some of them in other sessions, and some outlive their parent. The caller holds
+    the folder's lock, so no other command has started a process with this mark.
     """
-    wanted = f"{MARK}={mark}".encode()
-    for path in Path("/proc").glob("[0-9]*/environ"):
-        with contextlib.suppress(OSError):
-            if int(path.parent.name) != os.getpid() and wanted in path.read_bytes().split(b"\0"):
-                os.kill(int(path.parent.name), signal.SIGKILL)
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error, OSError):  # has ended, or is another user's
+            if process.pid != os.getpid() and process.environ().get(MARK) == mark:
+                process.kill()
 
 
 @contextlib.contextmanager

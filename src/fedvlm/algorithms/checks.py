@@ -1,0 +1,87 @@
+"""Checks of a run's settings for its algorithm."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+from fedvlm.layers import matcher
+from fedvlm.settings.sections import Config
+
+OWN_START = "may begin a round at a client's own factors, not at the download"
+VALUES = "uploads factors, not steps from the download"
+
+
+def even_rank(config: Config) -> str:
+    """Requires an even rank, because the algorithm splits the ranks into halves."""
+    rank = config.lora.rank
+    return (
+        f"it splits the ranks into halves: lora.rank must be even, got {rank}" if rank % 2 else ""
+    )
+
+
+def plain_sgd(config: Config) -> str:
+    """Requires plain SGD, because the correction is defined for SGD only."""
+    if config.train.optimizer == "sgd":
+        return ""
+    return "it corrects steps of plain SGD: set train.optimizer=sgd, and a train.lr for SGD"
+
+
+def validation(config: Config) -> str:
+    """Requires validation rows, because the algorithm chooses by their loss."""
+    if config.data.val_fraction:
+        return ""
+    return (
+        "it needs the loss on validation rows: data.val_fraction must be above 0"
+        " (or choose another algorithm: plora needs no validation rows)"
+    )
+
+
+def own_part(config: Config) -> str:
+    """Requires a personal part in both factors."""
+    settings: Any = config.algorithm
+    if max(settings.mix.values()) < 1:
+        return ""
+    return "it needs a personal model: algorithm.mix_a and algorithm.mix_b must be below 1"
+
+
+def share_map(settings: Any, modules: Iterable[str]) -> list[str]:
+    """Requires that every pattern of a share map matches an adapted module."""
+    modules = list(modules)
+    shown = ", ".join(modules[:4])
+    return [
+        f"algorithm.share: the pattern '{p}' matches none of the {len(modules)} adapted modules, "
+        f"such as {shown}"
+        for p in settings.share
+        if not any(map(matcher(p), modules))
+    ]
+
+
+def general(config: Config, entry: Any) -> list[str]:
+    """The problems of a run's settings with its algorithm.
+
+    Args:
+        config: the settings of the run; each section is valid by itself.
+        entry: the algorithm's row of the table.
+    """
+    name, lora = config.algorithm.name, config.lora
+    wrong = [
+        f"lora.{key} has no meaning for algorithm.name={name}; leave it out"
+        for key, taken in (("ranks", entry.ranks), ("spare", entry.spare))
+        if not taken and getattr(lora, key) is not None
+    ]
+    server = getattr(config.algorithm, "server", None)
+    step = getattr(config.algorithm, "server_lr", 1.0)
+    if server is not None and server.name != "none" and step != 1.0:
+        wrong.append(
+            f"algorithm.server_lr={step:g} is the step of a plain mean; with "
+            f"algorithm.server.name={server.name} set algorithm.server.lr"
+        )
+    if entry.partial and config.wire.compress == "topk":
+        wrong.append(
+            "wire.compress=topk sends the rest of an upload in later rounds, but algorithm.name="
+            f"{name} {entry.partial}: set wire.compress=int8"
+        )
+    if reason := entry.check(config):
+        wrong.append(f"algorithm.name={name}: {reason}")
+    return wrong

@@ -1,0 +1,61 @@
+"""A client's round without training, on an adapter that has shapes and no values.
+
+The plan of a run and the form of a message follow from the algorithm alone: its functions run on
+tensors of the ``meta`` device. Whole numbers keep their values, because later shapes may depend on
+them (a client's rank).
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+from fedvlm.algorithms.base import Algorithm, Local, Score, Sent, Train, Trained, Visit, step
+from fedvlm.tree import Tree
+
+PATH = {"A": 1.0, "B": 1.0}
+
+
+class Rehearsal(NamedTuple):
+    """The requests and the result of a client's round.
+
+    Attributes:
+        stretches: the requests for training.
+        scored: the number of adapters to score on validation rows, if the client has any.
+        sent: the result of the round; names and shapes are right, values mean nothing.
+    """
+
+    stretches: tuple[Train, ...]
+    scored: int
+    sent: Sent
+
+
+def rehearse(
+    algorithm: Algorithm, initial: Tree, visit: Visit, down: Tree, steps: int
+) -> Rehearsal:
+    """Runs the program of a client without kept state, and answers its requests without training.
+
+    Args:
+        algorithm: the algorithm of the run.
+        initial: the common initial adapter, or one without values.
+        visit: the client and the round.
+        down: the client's download, with or without values.
+        steps: the usual number of steps of a round.
+    """
+    begin = algorithm.model(initial, down, {})
+    program = algorithm.work(Local(visit, begin, down, {}, steps))
+    stretches: list[Train] = []
+    scored = 0
+    ask = step(program)
+    while not isinstance(ask, Sent):
+        if isinstance(ask, Score):
+            scored += len(ask.trees)
+            ask = step(program, ())
+        else:
+            stretches.append(ask)
+            ask = step(program, Trained(ask.begin, PATH))
+    return Rehearsal(tuple(stretches), scored, ask)
+
+
+def bare(tree: Tree) -> Tree:
+    """The tensors without values, except for whole numbers."""
+    return {n: t.to("meta") if t.is_floating_point() else t for n, t in tree.items()}

@@ -1,0 +1,287 @@
+"""The common part of both engines: rounds, personal states, and the answers of the present round.
+
+Each engine implements three methods: :meth:`Shell._train`, :meth:`Shell._validate` and
+:meth:`Shell._answer`. The two implementations are independent, so that tests can compare them.
+"""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from fedvlm.algorithms.base import Algorithm, Local, Validation
+from fedvlm.batches import objectives
+from fedvlm.batches.collate import Collator
+from fedvlm.batches.draw import Length, batches
+from fedvlm.data.partition import Partition
+from fedvlm.engines.base import Answer, Models, Scores
+from fedvlm.engines.stages import Stage, joined, packed, parted
+from fedvlm.engines.together import Member, Outcome, perform
+from fedvlm.engines.wire import Forms, Reply, Task
+from fedvlm.errors import FedVLMError
+from fedvlm.metrics import average, score_texts
+from fedvlm.models import lora
+from fedvlm.seeds import derive
+from fedvlm.settings.sections import Config
+from fedvlm.store.run import Store
+from fedvlm.tree import Tree, digest
+
+
+class Shell:
+    """Clients on one model in memory, a pass of ``width`` clients at a time.
+
+    Args:
+        model: the frozen base with LoRA attached.
+        collator: makes batches of the rows.
+        partition: client -> rows.
+        config: the settings of the run.
+        store: keeps the personal states.
+        algorithm: the algorithm of the run.
+        stages: the stages of the wire.
+
+    Attributes:
+        width: clients in a pass.
+        adapter: the common initial adapter.
+        forms: the required form of downloads.
+        ended: client -> the adapter at the end of its training, for ``rated`` tasks, until scored.
+    """
+
+    width = 1
+
+    def __init__(
+        self,
+        model: Any,
+        collator: Collator,
+        partition: Partition,
+        config: Config,
+        store: Store,
+        algorithm: Algorithm,
+        stages: tuple[Stage, ...] = (),
+    ):
+        self.model, self.collator, self.partition = model, collator, partition
+        self.config, self.store = config, store
+        self.algorithm, self.stages = algorithm, stages
+        self.adapter = lora.read(lora.handles(model))
+        self.objective = objectives.build(config.objective)
+        self.forms = Forms(algorithm, self.adapter, stages)
+        self.ended: dict[str, Tree] = {}
+        self._answers: dict[tuple[str, str], list[Answer]] = {}
+
+    # -- implemented by each engine
+
+    def _train(self, group: Sequence[Member]) -> tuple[list[Outcome], Any]:
+        """Trains clients whose requests are of one kind; see :mod:`fedvlm.engines.together`."""
+        raise NotImplementedError
+
+    def _validate(self, trees: Sequence[Tree], rows: np.ndarray) -> list[Validation]:
+        """The mean loss and the share of errors of each adapter on some rows."""
+        raise NotImplementedError
+
+    def _answer(self, models: Sequence[tuple[Tree, np.ndarray]]) -> list[list[Answer]]:
+        """The answers of each adapter to its rows."""
+        raise NotImplementedError
+
+    # -- rounds
+
+    def train(
+        self, tasks: Sequence[Task], *, first: int = 0, fresh: bool = True
+    ) -> Iterator[Reply]:
+        """Trains like :meth:`fedvlm.engines.base.Engine.train`, also a part of a round's cohort.
+
+        Args:
+            tasks: the tasks of the part.
+            first: the position of the first task in the cohort.
+            fresh: whether the round begins.
+        """
+        if fresh:
+            self._answers.clear()
+            self.ended.clear()
+        for start in range(0, len(tasks), self.width):
+            group = tasks[start : start + self.width]
+            for task in group:
+                self.forms.check_download(task.visit, task.down)
+            stored = self.store.personal([task.client for task in group])
+            personal = [parted(tree) for tree in stored]
+            members = [
+                self._member(task, mine) for task, (mine, _) in zip(group, personal, strict=True)
+            ]
+            perform(members, self._trained, self._validated)
+            replies, kept = [], {}
+            for member, (_, memory) in zip(members, personal, strict=True):
+                reply, kept[member.task.client] = self._reply(member, memory)
+                replies.append(reply)
+            self.store.keep(group[0].round, first + start, kept)
+            yield from replies
+
+    def _member(self, task: Task, mine: Tree) -> Member:
+        rows = len(self.partition.splits[task.client].train)
+        begin = self.algorithm.model(self.adapter, task.down, mine)
+        local = Local(task.visit, begin, task.down, mine, self.config.train.steps(rows))
+        return Member(task, self.algorithm.work(local))
+
+    def _trained(self, group: Sequence[Member]) -> tuple[list[Outcome], Any]:
+        wanted = group[0].wanted
+        if not any(map(wanted.trains, wanted.begin)):
+            raise FedVLMError("the algorithm asks for training of no factor of the adapter")
+        outcomes, session = self._train(group)
+        for member, outcome in zip(group, outcomes, strict=True):
+            self._check_finite(member.task, outcome)
+        return outcomes, session
+
+    def _validated(self, client: str, trees: Sequence[Tree]) -> tuple[Validation, ...]:
+        rows = self.partition.splits[client].val
+        self.model.eval()
+        with torch.no_grad():
+            return tuple(self._validate(trees, rows)) if len(rows) and trees else ()
+
+    def _reply(self, member: Member, memory: Mapping[str, Tree]) -> tuple[Reply, Tree]:
+        """The reply of a client, and the state that it stores."""
+        task, sent = member.task, member.sent
+        upload, memory = packed(self.stages, sent.up, task.down, memory, task.visit)
+        if task.rated:
+            # A client that sends nothing has its final model; else the trained adapter counts.
+            own = self.algorithm.model(self.adapter, task.down, sent.keep)
+            self.ended[task.client] = member.end if sent.up and member.end else own
+        loss = torch.stack(member.losses).mean().item() if member.losses else 0.0
+        weight = len(self.partition.splits[task.client].train)
+        return Reply(task.client, upload, weight, loss), joined(sent.keep, memory)
+
+    def _check_finite(self, task: Task, outcome: Outcome) -> None:
+        norms = torch.stack(torch._foreach_norm(list(outcome.trained.end.values())))
+        losses = torch.stack(outcome.losses) if outcome.losses else torch.zeros(1)
+        if not losses.isfinite().all() or not norms.isfinite().all():
+            raise FedVLMError(
+                f"client '{task.client}' diverged in round {task.round}: its loss is not finite; "
+                "lower train.lr, or set train.max_grad_norm"
+            )
+
+    # -- stretches of training, for both engines
+
+    def _seed(self, member: Member) -> tuple[int, int, str, int]:
+        """The seed of a stretch: the run's seed, the round, the client, the stretch's number."""
+        task = member.task
+        return self.config.seed, task.round, task.client, member.stretches
+
+    def _steps(self, member: Member) -> int:
+        rows = self.partition.splits[member.task.client].train
+        wanted = member.wanted.steps
+        return self.config.train.steps(len(rows)) if wanted is None else wanted
+
+    def _batches(self, member: Member) -> Iterator[np.ndarray]:
+        """The batches of a client in its next stretch."""
+        seed, settings = self._seed(member), self.config.train
+        run, round_, _, number = seed
+        length = Length(self.collator.length, derive(run, round_, number, "lengths"))
+        by_length = length if settings.sort_by_length else None
+        rows = self.partition.splits[member.task.client].train
+        steps = self._steps(member)
+        return batches(rows, settings.batch_size, steps, derive(*seed, "batches"), by_length)
+
+    def _path(self, member: Member) -> dict[str, float]:
+        """The sum of the learning rates over the steps of the next stretch, by factor."""
+        settings = self.config.train
+        scale = self._steps(member) * settings.rate_scale(member.task.round)
+        return {factor: scale * rate for factor, rate in settings.rates.items()}
+
+    # -- scores
+
+    def score(self, models: Models) -> dict[str, Scores]:
+        return self.evaluate(self.made(models))
+
+    def answer(self, name: str, models: Models) -> dict[str, list[Answer]]:
+        return self.answers(self.made(models))
+
+    def export(self, models: Models, folders: Mapping[str, Path]) -> None:
+        for client, tree in self.made(models):
+            lora.save_adapter(self.model, tree, folders[client])
+
+    def made(self, models: Models) -> Iterator[tuple[str, Tree]]:
+        """The named adapters by client; personal states are read a pass at a time."""
+        downs = iter(models.downs)
+        if models.kind == "end":
+            yield from ((visit.client, self.ended.pop(visit.client)) for visit, _ in downs)
+        elif models.kind == "global":
+            sent: Tree | None = None
+            for visit, down in downs:
+                if down is not sent:  # all clients get the same download
+                    sent, tree = down, self.algorithm.model(self.adapter, down, {})
+                yield visit.client, tree
+        else:
+            while group := list(itertools.islice(downs, self.width)):
+                stored = self.store.personal([visit.client for visit, _ in group])
+                for (visit, down), tree in zip(group, stored, strict=True):
+                    yield visit.client, self.algorithm.model(self.adapter, down, parted(tree)[0])
+
+    def evaluate(self, models: Iterable[tuple[str, Tree]]) -> dict[str, Scores]:
+        """Mean scores of adapters, by client."""
+        return {client: average(found) for client, found in self.answers(models).items()}
+
+    def answers(self, models: Iterable[tuple[str, Tree]]) -> dict[str, list[Answer]]:
+        """Answers by client; neighbours with equal adapters share batches.
+
+        Within a round, no adapter is scored twice on the same rows. The remembered answers end with
+        the round, so a resumed run scores the same batches as an uninterrupted run.
+        """
+        found: dict[str, list[Answer]] = {}
+        work: list[tuple[str, Tree, list[str]]] = []
+        labelled = ((digest(tree), client, tree) for client, tree in models)
+        for key, group in itertools.groupby(labelled, key=lambda item: item[0]):
+            _, clients, trees = zip(*group, strict=True)
+            found |= {c: [] for c in clients}  # keeps the order of the request
+            known = {c: self._answers[c, key] for c in clients if (c, key) in self._answers}
+            found |= known
+            if fresh := [c for c in clients if c not in known]:
+                work.append((key, trees[0], fresh))
+            if len(work) == self.width:
+                found |= self._answer_new(work)
+                work = []
+        return found | (self._answer_new(work) if work else {})
+
+    def _answer_new(self, work: Sequence[tuple[str, Tree, list[str]]]) -> dict[str, list[Answer]]:
+        """Answers of some adapters to the held-out rows of their clients; remembers them."""
+        held_out = [[self._held_out(c) for c in clients] for _, _, clients in work]
+        models = [
+            (tree, np.concatenate(rows)) for (_, tree, _), rows in zip(work, held_out, strict=True)
+        ]
+        self.model.eval()
+        with torch.no_grad():
+            answered = self._answer(models)
+        found: dict[str, list[Answer]] = {}
+        for (key, _, clients), rows, answers in zip(work, held_out, answered, strict=True):
+            rest = iter(answers)
+            for client, own in zip(clients, rows, strict=True):
+                found[client] = self._answers[client, key] = list(itertools.islice(rest, len(own)))
+        return found
+
+    def _held_out(self, client: str) -> np.ndarray:
+        settings = self.config.eval
+        return getattr(self.partition.splits[client], settings.split)[: settings.max_rows]
+
+    def _recorded(
+        self, indices: np.ndarray, terms: objectives.Terms, texts: Sequence[str]
+    ) -> list[Answer]:
+        """The answers of one batch, from its losses and texts."""
+        rows = [self.collator.rows[int(i)] for i in indices]
+        scores = score_texts(texts, [row["answer"] for row in rows])
+        losses = {"loss": terms.loss / terms.weight, **terms.metrics, "weight": terms.weight}
+        columns = {name: values.tolist() for name, values in losses.items()}
+        return [
+            {
+                "row": int(row.get("row", index)),
+                "group": _text(row.get(self.config.eval.group_by)),
+                "reference": row["answer"],
+                "prediction": texts[n],
+                **scores[n],
+                **{name: values[n] for name, values in columns.items()},
+            }
+            for n, (index, row) in enumerate(zip(indices, rows, strict=True))
+        ]
+
+
+def _text(value: Any) -> str | None:
+    return None if value is None else str(value)
