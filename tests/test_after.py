@@ -1,4 +1,4 @@
-"""What every command after training refuses, and how it says so."""
+"""The commands after training: what they refuse, with which message."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""A deployed run with real processes, mutual TLS on, and the commands around it."""
+"""A deployed run of real processes with mutual TLS, and the commands around it."""
 
 import json
 import os
@@ -24,12 +24,12 @@ needed = pytest.mark.skipif(
 )
 SITES = ("north", "south", "west")
 SMALL = ("train.rounds=2", "train.local_steps=2", "eval.max_rows=4", "eval.max_new_tokens=4")
-EXACT = "model.dtype=float64"  # what AdamW makes of rounding is no difference between engines
+EXACT = "model.dtype=float64"  # in single precision AdamW amplifies rounding errors
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A small form of ``fedvlm deploy demo``: its folder, and what it printed."""
+    """The folder and the output of a small ``fedvlm deploy demo``."""
     folder = tmp_path_factory.mktemp("deploy") / "demo"
     command = [sys.executable, "-m", "fedvlm", "deploy", "demo", "--to", str(folder), *SMALL, EXACT]
     paths = [str(Path(federate.__file__).parents[1]), os.environ.get("PYTHONPATH", "")]

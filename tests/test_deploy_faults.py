@@ -1,4 +1,4 @@
-"""A slow site, a full disk and a site that lies, in one run of real processes on loopback."""
+"""A slow site, a full disk and a lying site, in one run of real processes on this machine."""
 
 import json
 import os
@@ -28,11 +28,11 @@ FAULTY = Path(__file__).parent / "faulty"
 SITES = ("north", "slow", "full", "liar")
 HONEST = sorted(SITES[:-1])
 ROUNDS, STOPPED, FULL = 7, 2, 3
-"""All rounds; that in which a worker stops; that in which a disk is full."""
+"""The number of rounds, the round in which a worker stops, the round in which a disk is full."""
 DEADLINE = 30
-"""Seconds to train. Two of them are enough to open a run, even where others are at work."""
+"""Seconds to train. Two deadlines are enough to open a run, even on a busy machine."""
 DISK, MOST, LARGEST = 24, 2**20, 2**23
-"""The disk that fills up, in MiB; the largest upload, and the largest message, in bytes."""
+"""Size of the disk in MiB, of the largest upload in bytes, of the largest message in bytes."""
 LIES = {
     1: ("rejected", "not finite"),
     2: ("missing", "no safetensors file"),
@@ -42,7 +42,7 @@ LIES = {
     6: ("missing", "its loss is nan"),
     7: ("missing", "broken off"),
 }
-"""Round -> what became of the liar's upload, and why; ``faulty/sitecustomize.py`` has the lies."""
+"""Round -> fate of the liar's upload, and the reason. ``faulty/sitecustomize.py`` has the lies."""
 SETTINGS = {
     "algorithm": {"name": "plora"},
     "train": {"rounds": ROUNDS, "local_steps": 2, "batch_size": 4, "lr": 5e-3},
@@ -53,7 +53,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory):
-    """A disk of its own, so that it can be full."""
+    """A separate disk, so that it can be filled."""
     folder = tmp_path_factory.mktemp("disk")
     options = ["-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(folder)]
     mount = shutil.which("mount")
@@ -64,7 +64,7 @@ def disk(tmp_path_factory):
 
 
 class Watch:
-    """What happens, and the state of the site with the full disk, as it is while that is full."""
+    """Collects the events, and looks at the site's state while its disk is full."""
 
     def __init__(self, state):
         self.events, self.state, self.found = [], state, None
@@ -77,13 +77,13 @@ class Watch:
             (self.state / "filler").unlink()
 
     def rounds(self, site, kind):
-        """Round -> what happened there."""
+        """Round -> the event of this kind at a site."""
         return {e["round"]: e for e in self.events if (e.get("site"), e["event"]) == (site, kind)}
 
 
 @pytest.fixture(scope="module")
 def run(tmp_path_factory, disk):
-    """The run of all four: its folder, and what was seen of it."""
+    """The run of all four sites: its folder, and its events."""
     from fedvlm.deploy.nvflare.demo import loopback
     from fedvlm.deploy.nvflare.federation import Federation
 
@@ -113,7 +113,7 @@ def run(tmp_path_factory, disk):
 
 @pytest.fixture(scope="module")
 def alone(run, tmp_path_factory):
-    """The same run without the liar, in this process; who was away in a round is away in it."""
+    """The same run in this process without the liar. A site misses the same rounds as there."""
     folder, _ = run
     to, settings = tmp_path_factory.mktemp("alone"), configs.load(folder / "run" / "config.yaml")
     away = {(site, line["round"]) for line in lines(folder) for site in line.get("missing", ())}
@@ -149,7 +149,7 @@ def lines(folder):
 
 
 def state(folder, site):
-    """A site's folder of the run."""
+    """The folder of the run at a site."""
     (found,) = (folder / site / "runs").iterdir()
     return found
 

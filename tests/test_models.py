@@ -1,4 +1,4 @@
-"""The frozen model: loading, where LoRA goes, losses on the answer alone, decoding."""
+"""The frozen model: loading, layers with LoRA, losses on the answer alone, decoding."""
 
 import copy
 

@@ -1,4 +1,4 @@
-"""The personalization benchmark: who is ranked how, and the tables that say so."""
+"""The personalization benchmark: ranks of the algorithms, and the tables with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a site allows a run to ask of it."""
+"""A site's policy: the requests of a run that the site allows."""
 
 import hashlib
 import shutil

@@ -1,4 +1,4 @@
-"""Answers and scores after training: images, folders and files; several models side by side."""
+"""Answers and scores after training, for images, folders and files, of one model or several."""
 
 import csv
 import io
@@ -22,7 +22,7 @@ QUESTION = "What is in the picture?"
 
 @pytest.fixture
 def pictures(new_rows, tmp_path):
-    """A folder of three pictures, one of them in a folder of its own."""
+    """A folder of three pictures, one of them in a subfolder."""
     folder = tmp_path / "pictures"
     (folder / "more").mkdir(parents=True)
     picture = Image.open(new_rows / "picture.png")

@@ -1,4 +1,4 @@
-"""What the model is shown: templates, begin and end tokens, and what does not fit."""
+"""Prompts: chat templates, begin and end tokens, and questions that are too long."""
 
 from __future__ import annotations
 

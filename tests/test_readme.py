@@ -1,13 +1,13 @@
 """The README's commands run as written.
 
-Its ``bash`` and ``python`` blocks run in order, in one empty folder, offline. What the README's
-source may say above a block, in an HTML comment:
+Its ``bash`` and ``python`` blocks run in order, in one empty folder, offline. An HTML comment above
+a block may change that:
 
 - ``<!-- not run: needs your own data -->``: not run, for that reason; it must be in ``NOT_RUN``.
 - ``<!-- test adds: train.rounds=1 -->``: added here to every ``fedvlm run`` and ``fedvlm compare``.
 
-Lines that call ``make`` are not run, their targets must exist. A ``yaml`` block that begins with a
-comment such as ``# my.yaml`` is a configuration file, saved under that name for later blocks.
+Lines that call ``make`` are not run, but their targets must exist. A ``yaml`` block that begins
+with a comment such as ``# my.yaml`` is a configuration file. Later blocks find it by that name.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class Block:
 
     Attributes:
         language: the word after the fence.
-        text: what it holds, without the fences.
+        text: the contents, without the fences.
         line: number of the line that opens it.
         not_run: the reason, where the comment above says that it is not run.
         adds: overrides that the comment above adds.
@@ -123,7 +123,7 @@ def named_commands(markdown: str) -> set[tuple[str, str]]:
 
 
 def script(block: Block) -> str:
-    """What is run of a shell block: no ``make``, and the overrides that the README adds."""
+    """The commands of a shell block that run: without ``make``, with the overrides for tests."""
     lines = []
     for command in commands(block):
         if re.match(r"make\b", command):

@@ -1,4 +1,4 @@
-"""A site's worker process, and the one that keeps it running."""
+"""A site's worker process, and the supervisor that keeps it running."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The bundled tiny model: how it is built, trained and shipped, and what it can do."""
+"""The bundled tiny model: building, training, saving, and the answers of the shipped model."""
 
 from __future__ import annotations
 

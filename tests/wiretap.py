@@ -1,4 +1,4 @@
-"""Records what passes between sites and server, as it is on the wire and with TLS taken off."""
+"""Records the bytes between sites and server, on the wire and with TLS taken off."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from fedvlm.store import files
 
 @dataclass
 class Flow:
-    """The bytes of one connection: ``up`` to the server, and ``down``."""
+    """The bytes of one connection: ``up`` to the server, ``down`` to the site."""
 
     up: bytearray = field(default_factory=bytearray)
     down: bytearray = field(default_factory=bytearray)
 
 
 class Wiretap:
-    """Listens where sites look for the server, and passes all on; two records are kept.
+    """Listens in the place of the server, passes everything on, and keeps two records.
 
-    ``sealed`` is what anybody on the network sees. Behind that TLS ends, with the server's own
-    certificate, and begins anew with that of the site which is at the other end: ``opened`` is what
-    has passed there. Nobody can do the latter without the private keys of all of them.
+    ``sealed`` has the bytes that anybody on the network sees. Behind it, the wiretap ends TLS with
+    the server's certificate, and begins it again with the certificate of the site at the other end.
+    ``opened`` has the bytes in between. That takes the private keys of the server and of all sites.
 
     Args:
         port: of the server.
@@ -105,7 +105,7 @@ def _context(kind: int, root: Path, pair: tuple[Path, Path]) -> ssl.SSLContext:
 
 
 def are_records(stream: bytes) -> bool:
-    """Whether bytes are TLS records from the first to the last, which may be cut off."""
+    """Whether bytes are a sequence of TLS records. The last record may be cut off."""
     at = 0
     while at + 5 <= len(stream):
         kind, version = stream[at], stream[at + 1 : at + 3]

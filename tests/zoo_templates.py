@@ -1,8 +1,8 @@
 """Chat templates with the structure of the families' checkpoints, traps included.
 
-Some begin with a token that the tokenizer puts there as well (idefics3, gemma3), and what opens an
-answer is not always the generation prompt (llava_onevision writes "assistant \\n" in a dialogue and
-"assistant\\n" as the prompt; llava and idefics put a space before the answer).
+Some templates begin with a token that the tokenizer adds as well (idefics3, gemma3). The text
+before an answer is not always the generation prompt: llava_onevision writes "assistant \\n" in a
+dialogue and "assistant\\n" as the prompt; llava and idefics put a space before the answer.
 """
 
 from __future__ import annotations
