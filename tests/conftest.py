@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import shutil
 
@@ -42,13 +43,18 @@ def no_pictures():
         yield drawing
 
 
-@pytest.fixture(scope="module")
+@pytest.fixture(scope="session")
 def pictures(no_pictures):
-    """Runs draw their pictures in modules that use this fixture."""
-    with pytest.MonkeyPatch.context() as patch:
-        for draws in no_pictures:
-            patch.setattr(*draws)
-        yield
+    """A context in which runs draw their pictures."""
+
+    @contextlib.contextmanager
+    def drawn():
+        with pytest.MonkeyPatch.context() as patch:
+            for draws in no_pictures:
+                patch.setattr(*draws)
+            yield
+
+    return drawn
 
 
 @pytest.fixture
@@ -60,7 +66,7 @@ def small(tmp_path):
         "partition": {"min_rows": 4},
         "algorithm": {"name": "plora"},
         "train": {"rounds": 2, "local_steps": 2, "batch_size": 4},
-        "eval": {"every": 1, "max_rows": 4, "max_new_tokens": 6},
+        "eval": {"every": 1, "max_rows": 3, "max_new_tokens": 3},
         "lora": {"rank": 2, "alpha": 4},
     }
 
@@ -94,7 +100,7 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """One more worker than cores, because the worker of deployed runs mostly waits."""
+    """One worker more than cores, since one worker mostly waits for deployed runs."""
     return cores() + 1
 
 
@@ -123,7 +129,7 @@ def pytest_sessionfinish(session):
 
 
 def families_table() -> str:
-    """The table of the outcomes so far: one row a family, one column a capability."""
+    """The outcomes so far: one row for each family, one column for each capability."""
     from datetime import date
     from importlib.metadata import version
 
@@ -159,7 +165,7 @@ def commands(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def finished_run(tmp_path_factory):
-    """The folder of a finished pLoRA run of three sites; tests that write to it copy it first."""
+    """The folder of a finished pLoRA run of three sites. A test that writes uses ``own_run``."""
     from fedvlm.rounds import federate
 
     folder = tmp_path_factory.mktemp("finished") / "run"
@@ -185,7 +191,7 @@ def own_run(finished_run, tmp_path):
 
 @pytest.fixture(scope="session")
 def new_rows(tmp_path_factory):
-    """A folder with a parquet of one site's new rows, and one of their pictures."""
+    """A folder with rows of one site that no run has seen, and with one of their pictures."""
     import fedvlm
     from fedvlm.data.images import open_image
 

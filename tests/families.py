@@ -1,8 +1,8 @@
 """A zoo of tiny vision-language models: one of every family, from its real classes, offline.
 
-``build(family, folder)`` writes what ``save_pretrained`` of a model and of its processor write. The
-weights are random, but large enough that the logits follow image and text. Tokenizers, templates,
-and ends of answers are shaped as in the families' checkpoints on the hub.
+``build(family, folder)`` writes the files that ``save_pretrained`` of a model and its processor
+write. The weights are random, but large enough that image and text change the logits. Tokenizers,
+templates and ends of answers have the structure of the families' checkpoints on the hub.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ FAMILIES: dict[str, Callable[[Path], None]] = {}
 
 @functools.cache
 def folder(family: str) -> str:
-    """The folder of a family's model, built once a test session."""
+    """A family's folder. It is built once in a session of tests."""
     path = tempfile.mkdtemp(prefix=f"{family}-")
     atexit.register(shutil.rmtree, path, ignore_errors=True)
     build(family, Path(path))

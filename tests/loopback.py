@@ -1,4 +1,4 @@
-"""A server and sites on this machine, as real processes with mutual TLS."""
+"""Helpers of tests that start a server and sites on this machine: real processes, mutual TLS."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 @contextlib.contextmanager
 def processes(folder: Path) -> Iterator[Started]:
-    """Starts commands of this checkout, one thread each, and ends them at the end."""
+    """Yields a starter of commands of this checkout, with one thread each. Ends them on leaving."""
     from fedvlm.deploy.nvflare.demo import Started
 
     with pytest.MonkeyPatch.context() as patch, Started(folder) as started:
@@ -42,14 +42,14 @@ def begin(started: Started, name: str, kit: Path, rows: Path, state: Path) -> No
 
 
 def until(what: Callable[[], object], seconds: float) -> None:
-    """Waits until ``what()`` is true, at most ``seconds``."""
+    """Waits until ``what`` returns something true, at most for some seconds."""
     end = time.monotonic() + seconds
     while not what() and time.monotonic() < end:
         time.sleep(0.2)
 
 
 def said(folder: Path, name: str) -> str:
-    """The output of a command so far."""
+    """The text that a command has printed."""
     return (folder / f"{name}.log").read_text()
 
 

@@ -1,4 +1,4 @@
-"""The sites of a federation in this process: their workers, and a run over them."""
+"""The sites of a federation as objects in this process, and a run over them."""
 
 import json
 import threading
@@ -13,7 +13,7 @@ from fedvlm.store import run as store
 
 SITES = ("site-0", "site-1", "site-2")
 SETTINGS = {
-    "model": {"dtype": "float64"},  # in single precision, AdamW turns rounding into steps
+    "model": {"dtype": "float64"},  # in single precision AdamW amplifies rounding errors
     "partition": {"kind": "column", "column": "site", "splits": "alone", "min_rows": 2},
     "algorithm": {"name": "plora"},
     "train": {"rounds": 2, "local_steps": 2, "batch_size": 4},
@@ -28,15 +28,15 @@ def config(data, *overrides):
 
 
 class Here:
-    """The workers of the sites in this process; the sites in ``down`` do not answer."""
+    """The workers of all sites, in this process. The sites in ``down`` do not answer."""
 
     def __init__(self, data, state, policy=None, sites=SITES):
         self.own = {s: {"name": s, "data": str(data / f"{s}.parquet")} for s in sites}
         self.own = {s: o | {"state": str(state / s), "policy": policy} for s, o in self.own.items()}
         self.workers = {s: Worker(own) for s, own in self.own.items()}
         self.down, self.slow, self.broken, self.asked = set(), {}, None, []
-        self.wire = []  # all messages from the sites
-        self.configs = []  # all settings that the sites got
+        self.wire = []  # all bytes that the sites have sent
+        self.configs = []  # all configurations that the sites were sent
 
     def __call__(self, site, header, blob, limit):
         self.asked.append((site, header["do"], header.get("round")))
@@ -49,14 +49,14 @@ class Here:
             raise Unanswered("it is away")
         header = json.loads(json.dumps(header))
         self.configs += [header["config"]] if "config" in header else []
-        with LOCK:  # the sites share torch's global random state
+        with LOCK:  # all workers share torch's global random state
             answer = self.workers[site].perform(header, blob)
         self.wire.append(json.dumps(answer[0]).encode() + answer[1])
         return answer
 
 
 class Keeping(Here):
-    """Sites that keep the tensors of an answer until they are fetched, as over a network."""
+    """Sites that keep the tensors of an answer until the server fetches them, as over a network."""
 
     def __init__(self, *args):
         super().__init__(*args)
@@ -78,7 +78,7 @@ LOCK = threading.Lock()
 
 
 def deployed(call, settings, folder, *, resume=None, events=None, **limits):
-    """A run over sites, driven by the one round loop."""
+    """A run over sites by the ordinary round loop."""
     tell = (events if events is not None else []).append
     engine = Remote(call, SITES, Limits(**{"at_once": 2} | limits), tell)
     engine.open("run-1", settings)

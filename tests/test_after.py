@@ -1,4 +1,4 @@
-"""The refusals of the commands after training, and their messages."""
+"""The commands after training: what they refuse, with which message."""
 
 import pytest
 

@@ -1,4 +1,4 @@
-"""Rows encoded ahead: the same features, encoded once, within a budget of disk."""
+"""Rows are encoded ahead: with the same features, once, within a budget of disk space."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Calls between server and site that take longer than a message may."""
+"""Calls between server and site that take longer than one message may take."""
 
 import gc
 import threading
@@ -26,7 +26,7 @@ class Site:
 
 @pytest.fixture(scope="module", autouse=True)
 def _settled():
-    """The state of a deployed process, where :func:`calls.release` sees new objects only."""
+    """As in a deployed process: :func:`calls.release` then looks at new objects only."""
     calls.settle()
     yield
     gc.unfreeze()
@@ -57,7 +57,7 @@ def test_a_long_call_is_asked_again_until_it_is_answered(site):
     assert not nothing
     assert [what for what, *_ in messages[:4]] == ["train", "wait", "wait", "wait"]
     assert {size for _, size, _ in messages[1:]} == {0}, "tensors are sent once"
-    for _ in range(2):  # a second time, as after a lost answer
+    for _ in range(2):  # the server may ask again when an answer was lost
         fetched = call("a", {"do": "fetch", "number": kept["kept"]}, b"", 30)
         assert fetched == ({"did": "train"}, b"cba")
     assert call("a", {"do": "fetch", "number": "0"}, b"", 30)[0]["error"] == "failed"

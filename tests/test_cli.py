@@ -33,7 +33,7 @@ SMALL = (
 
 
 def call(capsys, monkeypatch, *words):
-    """Runs the command in this process; returns exit code, output, errors."""
+    """Runs the command in this process. Returns its exit code, its output and its errors."""
     monkeypatch.setattr(sys, "argv", ["fedvlm", *words])
     code = 0
     try:

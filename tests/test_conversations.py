@@ -1,4 +1,4 @@
-"""Conversations become rows: one for each answer, with the turns before it."""
+"""Conversations become rows: one for every answer, with the turns before it as the question."""
 
 import io
 import json

@@ -1,4 +1,4 @@
-"""A deployed run with real processes, mutual TLS on, and the commands around it."""
+"""A deployed run of real processes with mutual TLS, and the commands around it."""
 
 import json
 import os
@@ -24,7 +24,7 @@ needed = pytest.mark.skipif(
 )
 SITES = ("north", "south", "west")
 SMALL = ("train.rounds=2", "train.local_steps=2", "eval.max_rows=4", "eval.max_new_tokens=4")
-EXACT = "model.dtype=float64"  # so that AdamW does not amplify rounding
+EXACT = "model.dtype=float64"  # in single precision AdamW amplifies rounding errors
 
 
 @pytest.fixture(scope="module")

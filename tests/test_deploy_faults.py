@@ -1,4 +1,4 @@
-"""A slow site, a full disk and a site that lies, in one run of real processes on loopback."""
+"""A slow site, a full disk and a lying site, in one run of real processes on this machine."""
 
 import json
 import os
@@ -28,11 +28,11 @@ FAULTY = Path(__file__).parent / "faulty"
 SITES = ("north", "slow", "full", "liar")
 HONEST = sorted(SITES[:-1])
 ROUNDS, STOPPED, FULL = 7, 2, 3
-"""Number of rounds; the round in which a worker stops; the round with a full disk."""
+"""The number of rounds, the round in which a worker stops, the round in which a disk is full."""
 DEADLINE = 30
-"""Seconds for training. Twice this time suffices to open a run, even on a busy machine."""
+"""Seconds to train. Two deadlines are enough to open a run, even on a busy machine."""
 DISK, MOST, LARGEST = 24, 2**20, 2**23
-"""Size of the disk that fills up, in MiB; largest upload and largest message, in bytes."""
+"""Size of the disk in MiB, of the largest upload in bytes, of the largest message in bytes."""
 LIES = {
     1: ("rejected", "not finite"),
     2: ("missing", "no safetensors file"),
@@ -42,7 +42,7 @@ LIES = {
     6: ("missing", "its loss is nan"),
     7: ("missing", "broken off"),
 }
-"""Round -> fate of the liar's upload, and the reason; ``faulty/sitecustomize.py`` has the lies."""
+"""Round -> fate of the liar's upload, and the reason. ``faulty/sitecustomize.py`` has the lies."""
 SETTINGS = {
     "algorithm": {"name": "plora"},
     "train": {"rounds": ROUNDS, "local_steps": 2, "batch_size": 4, "lr": 5e-3},
@@ -53,7 +53,7 @@ SETTINGS = {
 
 @pytest.fixture(scope="module")
 def disk(tmp_path_factory):
-    """A separate disk that a test can fill."""
+    """A separate disk, so that it can be filled."""
     folder = tmp_path_factory.mktemp("disk")
     options = ["-t", "tmpfs", "-o", f"size={DISK}m", "tmpfs", str(folder)]
     mount = shutil.which("mount")
@@ -64,7 +64,7 @@ def disk(tmp_path_factory):
 
 
 class Watch:
-    """Records events, and the state of the site with the full disk at the moment of its failure."""
+    """Collects the events, and looks at the site's state while its disk is full."""
 
     def __init__(self, state):
         self.events, self.state, self.found = [], state, None
@@ -77,7 +77,7 @@ class Watch:
             (self.state / "filler").unlink()
 
     def rounds(self, site, kind):
-        """Round -> event of this kind at the site."""
+        """Round -> the event of this kind at a site."""
         return {e["round"]: e for e in self.events if (e.get("site"), e["event"]) == (site, kind)}
 
 
@@ -113,7 +113,7 @@ def run(tmp_path_factory, disk):
 
 @pytest.fixture(scope="module")
 def alone(run, tmp_path_factory):
-    """The same run without the liar in this process; the same sites miss the same rounds."""
+    """The same run in this process without the liar. A site misses the same rounds as there."""
     folder, _ = run
     to, settings = tmp_path_factory.mktemp("alone"), configs.load(folder / "run" / "config.yaml")
     away = {(site, line["round"]) for line in lines(folder) for site in line.get("missing", ())}

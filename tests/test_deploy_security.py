@@ -1,4 +1,4 @@
-"""Intruders at a deployed run, and the view of the network: real processes on loopback."""
+"""Intruders at a deployed run, and a wiretap on its network: real processes on this machine."""
 
 import contextlib
 import datetime
@@ -34,7 +34,7 @@ PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0
 
 
 def altered(kit, to, **files):
-    """A copy of a kit with some files replaced."""
+    """Writes a kit with some of its files replaced."""
     with zipfile.ZipFile(kit) as old, zipfile.ZipFile(to, "w") as new:
         for name in old.namelist():
             new.writestr(name, files.get(Path(name).name.replace(".", "_"), old.read(name)))
@@ -42,7 +42,7 @@ def altered(kit, to, **files):
 
 
 def expired(folder, kit):
-    """A certificate of the authority, valid until yesterday, for the key in a kit."""
+    """A certificate of the authority for the key in a kit. It expired yesterday."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
 
@@ -65,7 +65,7 @@ def expired(folder, kit):
 
 
 def pairs(kits, folder):
-    """Certificate and key of each kit, as files."""
+    """Kit -> the paths of its certificate and of its key."""
     found = {}
     for name, kit in kits.items():
         found[name] = tuple(folder / f"{name}.{end}" for end in ("crt", "key"))
@@ -75,7 +75,7 @@ def pairs(kits, folder):
 
 
 def knock(port, root, pair=None):
-    """The server's reaction to a client with a certificate: ``let in``, or the error."""
+    """Connects to the server with a certificate: ``let in``, or the reason of the refusal."""
     context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
     context.load_verify_locations(root)
     context.set_alpn_protocols(["h2"])
@@ -95,7 +95,7 @@ def knock(port, root, pair=None):
 
 
 def raw(port, message):
-    """The server's answer to a client that sends these bytes."""
+    """Sends bytes to the server. Returns the bytes of its answer."""
     found = b""
     with (
         socket.create_connection(("localhost", port), 10) as plain,
@@ -170,11 +170,11 @@ REFUSED = {
     "a site's connection, sent again": "BAD_DECRYPT",
     "another": "authenticated as 'north' but claimed endpoint 'south' requires identity 'south'",
 }
-"""Intruder -> reason of the refusal, in NVFlare's words at the server."""
+"""Intruder -> the reason in the log of NVFlare's server."""
 
 
 def refusals(folder):
-    """The intruders whose refusal is in the server's log."""
+    """The intruders that the server's log names."""
     log = (folder / "federation" / "server" / "nvflare.log").read_text()
     return {who for who, why in REFUSED.items() if why in log}
 
@@ -262,7 +262,7 @@ def found(pieces, streams):
 
 
 def searched(folder):
-    """Pieces of personal tensors, of shared tensors and of rows, from both sites."""
+    """Pieces of the personal factors, of the shared factors, and of the rows, of both sites."""
     personal, shared, rows = [], [], []
     for site in SITES:
         rows += pieces_of_rows(folder / "data" / f"{site}.parquet")
@@ -273,6 +273,6 @@ def searched(folder):
 
 
 def line_bytes(folder):
-    """The bytes that each site has sent in each round, according to the run."""
+    """The bytes of every upload, from the run's metrics."""
     lines = store.Store(folder / "run").lines()[1:]
     return [size for line in lines for size in line["bytes_up"].values()]

@@ -25,7 +25,7 @@ TOPICS = {
 
 
 def talk(n=120, seed=0):
-    """Answers in free words about one of three topics, no two alike."""
+    """Topics, and free-text answers about them. No two answers are equal."""
     rng = np.random.default_rng(seed)
     topics = rng.choice(list(TOPICS), n)
     return topics, [f"{rng.choice(TOPICS[t])} Number {i}." for i, t in enumerate(topics)]

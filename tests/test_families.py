@@ -89,7 +89,7 @@ def decoder_only(batch):
 
 @torch.no_grad()
 def test_load(family):
-    """The prompt holds question and image, the labels are the answer and its end."""
+    """The prompt has the question and the image. The labels are the answer and its end."""
     model, batches = loaded(family).model.eval(), collator(family)
     prompter, tokenizer = batches.prompter, batches.tokenizer
     for index, row in enumerate(ROWS):
@@ -112,7 +112,7 @@ def test_load(family):
 
 @torch.no_grad()
 def test_loss(family):
-    """The loss is the model's causal cross-entropy on the answer only, whatever the padding."""
+    """The loss is the model's own cross-entropy on the answer. Padding does not change it."""
     model, batches = loaded(family).model.train(), Collator(ROWS, loaded(family))
     batch = batches.training([0, 1])
     noisy, ours = sft_terms(model, batch), sft_terms(model.eval(), batch)
@@ -140,7 +140,7 @@ def test_loss(family):
 
 @torch.no_grad()
 def test_generate(family):
-    """A batch decodes like its single rows, and begins with the likeliest token of training."""
+    """A batch decodes as its single rows do. The first token has the largest training logit."""
     model, batches = loaded(family).model.eval(), Collator(ROWS, loaded(family))
     tokenizer = batches.tokenizer
     together = greedy(model, batches.prompts([0, 1]), tokenizer, 8)
@@ -158,7 +158,7 @@ def test_generate(family):
 
 @pytest.mark.parametrize("preset", lora.PRESETS)
 def test_lora(family, preset):
-    """A preset adapts the linear layers of its parts; idle layers are left out, by name."""
+    """A preset adapts the linear layers of its parts, without the layers that get no gradient."""
     model, batches = copy.deepcopy(loaded(family).model), collator(family)
     batch = Collator(ROWS, loaded(family)).training([0])
     config = LoraConfig(rank=2, target=preset)
@@ -201,7 +201,7 @@ def test_sft_round(family):
 
 
 def test_dpo_round(family):
-    """One round on chosen and rejected answers; the untuned model is its own reference."""
+    """One round on chosen and rejected answers. The untuned model is its own reference."""
     results = ran(family, "dpo")
     assert results.metric == "reward_accuracy"
     assert set(results.scores("untuned", "reward_margin").values()) == {0.0}
@@ -226,7 +226,7 @@ def test_reload(family):
 
 
 def test_export(family):
-    """The merged model loads with transformers alone, and answers like the run."""
+    """Transformers alone loads the merged model, and it answers as the run did."""
     results = ran(family)
     adapter = fedvlm.export(results.folder, client="site-1")
     assert {p.name for p in adapter.iterdir()} == {

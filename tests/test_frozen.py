@@ -1,4 +1,4 @@
-"""Image features that LoRA does not change: computed once a picture, kept, and reused by runs."""
+"""Image features that LoRA does not change: computed once a picture, kept for later runs."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ def test_a_disk_that_is_full_costs_time_and_nothing_else(tmp_path, monkeypatch):
 
 
 def language(small, tmp_path, *overrides):
-    """An engine of a run that trains the language model only, with its partition."""
+    """An engine that trains the language model only, and six rows of a client."""
     small["lora"] |= {"target": "language"}
     config = fedvlm.load_config(small, f"output={tmp_path / 'run'}", *overrides)
     engine, partition, _ = prepare(config)
@@ -78,7 +78,7 @@ def language(small, tmp_path, *overrides):
 
 @pytest.fixture
 def looks(monkeypatch):
-    """A list that grows with each computation of a picture's features."""
+    """A list that grows by one whenever the features of a picture are computed."""
     look, seen = ImageFeatures._look, []
     monkeypatch.setattr(ImageFeatures, "_look", lambda *a: seen.append(a) or look(*a))
     return seen

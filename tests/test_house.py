@@ -135,3 +135,10 @@ def test_the_map_has_one_line_for_every_file():
     empty = {f for f in house.files(ROOT) if (package / f).stat().st_size == 0}
     assert all(Path(file).name == "__init__.py" for file in empty)
     assert sorted(named) == sorted(house.files(ROOT).keys() - empty)
+
+
+def test_nothing_imports_upwards_and_no_files_form_a_circle():
+    found = house.imports(ROOT)
+    assert len(found) > 300
+    assert not house.upward(found, house.read_layers(ROOT / "pyproject.toml"))
+    assert not house.circles(found)

@@ -1,4 +1,4 @@
-"""Every family loads through load_model, and what cannot be loaded is refused with a reason."""
+"""Every family loads. A model that cannot be loaded is refused with the reason."""
 
 import collections
 import importlib.util
@@ -53,7 +53,7 @@ def logits(model, inputs):
 
 @pytest.fixture
 def copied(tmp_path):
-    """A copy of the tiny LLaVA's folder that a test may damage."""
+    """A copy of the tiny LLaVA's folder, for tests that damage it."""
     return Path(shutil.copytree(folder("llava"), tmp_path / "llava"))
 
 
@@ -82,7 +82,9 @@ def test_a_processor_saved_again_has_its_class_and_gives_the_same_inputs(family,
     processor.save_pretrained(tmp_path)
     files = [json.loads((Path(p) / "processor_config.json").read_text("utf-8"))
              for p in (folder(family), tmp_path)]  # fmt: skip
-    if importlib.util.find_spec("torchvision"):  # then the processor has a video part, and saves it
+    if importlib.util.find_spec(
+        "torchvision"
+    ):  # then the processor has a video part, which is saved in full
         for file in files:
             file["video_processor"] = file.get("video_processor", {}).get("video_processor_type")
     assert files[0] == files[1]
@@ -224,7 +226,7 @@ def test_gradient_checkpointing_changes_neither_loss_nor_gradients(family):
     for checkpointing in (False, True):
         exact = {"dtype": "float64"}  # their sums may differ in order
         loaded = read(folder(family), gradient_checkpointing=checkpointing, **exact)
-        torch.manual_seed(0)  # of the adapter and the dropout
+        torch.manual_seed(0)  # for the adapter and the dropout
         lora = peft.LoraConfig(r=2, target_modules="all-linear", init_lora_weights=False)
         model = peft.get_peft_model(loaded.model, lora).train()
         runs = collections.Counter()

@@ -1,4 +1,4 @@
-"""The frozen model: loading, places of LoRA, losses on the answer only, decoding."""
+"""The frozen model: loading, layers with LoRA, losses on the answer alone, decoding."""
 
 import copy
 

@@ -1,7 +1,6 @@
-"""A site that joins after training: trained factors, compared models, unchanged files."""
+"""A site joins after training: what is trained, what is compared, what stays unchanged."""
 
 import json
-import subprocess
 import sys
 
 import pandas as pd
@@ -22,12 +21,13 @@ from fedvlm.store.files import load_tree
 from fedvlm.store.run import Store
 from fedvlm.tree import digest, factor
 from test_cli import call
+from test_export import code_on_card
 from test_federate import bytes_of
 
 
 @pytest.fixture(scope="module")
 def joined(finished_run, new_rows, tmp_path_factory):
-    """A copy of the run, the new site that joined it, and the hashes of its former files."""
+    """A copy of the run that a new site has joined, the site, and the copy's digests before."""
     import shutil
 
     folder = tmp_path_factory.mktemp("joined") / "run"
@@ -146,7 +146,7 @@ def test_peft_loads_its_folder(joined):
 
 @pytest.mark.parametrize("name", [n for n in TABLE if n != "share"])
 def test_what_is_personal_is_what_the_algorithm_keeps(name):
-    """All factors, if the algorithm keeps none; local tuning at the end keeps all factors."""
+    """An algorithm without a personal part, or with local tuning at the end, keeps all factors."""
     expected = {"plora": "A", "fedalora": "A", "fedsa": "B", "iat": "B"}
     ranks = 8 + spare_ranks(name, LoraConfig(rank=8))
     shapes = {"A": (ranks, 5), "B": (4, ranks)}
@@ -203,30 +203,27 @@ def test_a_site_that_diverges_leaves_nothing(own_run, new_rows):
 
 
 @pytest.mark.slow
-def test_on_sentences_that_people_wrote(shared_data, tmp_path):
-    """From a run to an export that plain PEFT loads in another process, and to a new site."""
+def test_on_sentences_that_people_wrote(shared_data, tmp_path, monkeypatch, capsys):
+    """From a run to an export that answers by the code on its card, and to a new site."""
     from fedvlm.data.images import open_image
 
     frame = pd.read_parquet(shared_data / "statements.parquet")
-    frame.iloc[:200].to_parquet(tmp_path / "run.parquet", index=False)
+    frame.iloc[:90].to_parquet(tmp_path / "run.parquet", index=False)
     frame.iloc[600:640].to_parquet(tmp_path / "new.parquet", index=False)
     run = tmp_path / "run"
     words = ("partition.clients=3", "train.rounds=2", "train.local_steps=4", "lora.rank=4")
-    scored = ("eval.every=0", "eval.max_rows=20", "eval.max_new_tokens=4", "engine.threads=1")
+    words += ("algorithm.ft_steps=4",)
+    scored = ("eval.every=0", "eval.max_rows=8", "eval.max_new_tokens=4", "engine.threads=1")
     fedvlm.run(None, f"data.path={tmp_path / 'run.parquet'}", f"output={run}", *words, *scored)
     adapter = fedvlm.export(run, client="client-1")
     image = tmp_path / "one.png"
     open_image(frame["image"].iloc[700]).save(image)
     question = frame["question"].iloc[700]
-    code = (adapter / "README.md").read_text().split("```python\n")[1].split("```")[0]
-    code += "assert not [m for m in sys.modules if m.startswith('fedvlm')]\n"
-    done = subprocess.run(
-        [sys.executable, "-c", code, str(adapter), str(image), question],
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.strip() == fedvlm.predict(run, image, question, client="client-1")
+    monkeypatch.setattr(sys, "argv", ["-c", str(adapter), str(image), question])
+    capsys.readouterr()
+    exec(code_on_card(adapter), {"__name__": "__main__"})
+    answer = capsys.readouterr().out.strip()
+    assert answer == fedvlm.predict(run, image, question, client="client-1")
     site = fedvlm.onboard(run, tmp_path / "new.parquet", steps=8)
     assert site.scores["personal"]["loss"] < site.scores["untuned"]["loss"]
     found = fedvlm.evaluate(run, tmp_path / "new.parquet", clients=["new"])

@@ -29,7 +29,7 @@ def packs(store):
 
 
 def values(store, clients=CLIENTS):
-    """The kept state of each client, as one number."""
+    """The number that each client's state is made of."""
     trees = store.personal(clients)
     for found in trees:
         assert not found or torch.equal(found["b"], -found["a"][0, 0].expand(4))
@@ -37,7 +37,7 @@ def values(store, clients=CLIENTS):
 
 
 def rounds(store, numbers, passes=2, width=4):
-    """Rounds on seeded random cohorts: the state of a client is ``round + position / 100``."""
+    """Does rounds on seeded random cohorts. A client's state is ``round + position / 100``."""
     expected = {}
     for number in numbers:
         cohort = random.Random(number).sample(CLIENTS, passes * width)
@@ -254,7 +254,7 @@ def write(folder):
                 store.keep(r, start, kept)
             store.commit(r, {"x": torch.full((9,), float(r))}, {"round": r}, {"round": r})
 
-for line in sys.stdin:  # one writer a line: a fork, which has torch already
+for line in sys.stdin:  # a line starts one writer: a fork, with torch imported already
     if writer := os.fork():
         os.waitpid(writer, 0)
         print("ended", flush=True)
@@ -265,7 +265,7 @@ for line in sys.stdin:  # one writer a line: a fork, which has torch already
 
 @pytest.fixture
 def writers():
-    """A process that starts writers: it reads a folder, and prints a process id and ``ended``."""
+    """A process that starts writers. It reads a folder, and prints a process id and ``ended``."""
     command = [sys.executable, "-c", WRITERS]
     with subprocess.Popen(
         command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, bufsize=1

@@ -1,4 +1,4 @@
-"""The personalization benchmark: its plan, its measurements of a run, and its resumption."""
+"""The personalization benchmark: its plan, its measurements of a run, and resuming it."""
 
 from __future__ import annotations
 
@@ -90,12 +90,12 @@ def test_the_estimate_counts_a_run_that_has_to_be_trained_for_clients_to_join_it
     assert personalization._time([joins], [], 1).startswith("about 0 minutes")
 
 
-# Fake runs: they write the files of a run without training.
+# Fake runs: they write the files of a run, and cost nothing.
 
 
 @pytest.fixture
 def fake(monkeypatch):
-    """Replaces runs by fakes whose scores rise with the learning rate; gives the runs' names."""
+    """Makes runs end at once, with scores that rise with the learning rate. Lists their names."""
     ran: list[str] = []
 
     def run_one(name, config, tell):

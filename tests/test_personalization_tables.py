@@ -1,4 +1,4 @@
-"""The personalization benchmark: ranks and tables."""
+"""The personalization benchmark: ranks of the algorithms, and the tables with them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""``fedvlm run --dry-run``: the plan equals the run, and needs neither weights nor files."""
+"""``fedvlm run --dry-run``: the plan matches the run, without loading weights or writing files."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ HUB = ("data.path=some-org/some-data", "model.name=some-org/some-model")
 
 @pytest.fixture
 def no_weights(monkeypatch):
-    """Lets the loading of weights fail."""
+    """Makes every loading of weights fail."""
 
     def refuse(*args, **kwargs):
         raise AssertionError("weights were asked for")
@@ -39,7 +39,7 @@ def no_weights(monkeypatch):
 
 
 def told(folder, way):
-    """The bytes in a run's log: each client and round, in order."""
+    """The bytes of each message in a run's metrics, by round and client, in order."""
     lines = [json.loads(line) for line in (Path(folder) / "metrics.jsonl").read_text().splitlines()]
     return [size for line in lines[1:] for size in line[way].values()]
 

@@ -1,4 +1,4 @@
-"""The limits that a site's policy sets for a run."""
+"""A site's policy: the requests of a run that the site allows."""
 
 import hashlib
 import shutil

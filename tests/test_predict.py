@@ -1,4 +1,4 @@
-"""Answers and scores after training: images, folders and files; several models side by side."""
+"""Answers and scores after training, for images, folders and files, of one model or several."""
 
 import csv
 import io

@@ -1,4 +1,4 @@
-"""The model's input: templates, begin and end tokens, and refused texts."""
+"""Prompts: chat templates, begin and end tokens, and questions that are too long."""
 
 from __future__ import annotations
 

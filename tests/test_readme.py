@@ -1,14 +1,13 @@
 """The README's commands run as written.
 
 Its ``bash`` and ``python`` blocks run in order, in one empty folder, offline. An HTML comment above
-a block may be:
+a block may change that:
 
 - ``<!-- not run: needs your own data -->``: not run; the reason must be in ``NOT_RUN``.
 - ``<!-- test adds: train.rounds=1 -->``: added to each ``fedvlm run`` and ``compare``.
 
 Lines that call ``make`` are not run, but their targets must exist. A ``yaml`` block that begins
-with a comment such as ``# my.yaml`` is a configuration file, saved under that name for later
-blocks.
+with a comment such as ``# my.yaml`` is a configuration file. Later blocks find it by that name.
 """
 
 from __future__ import annotations
@@ -45,10 +44,10 @@ class Block:
 
     Attributes:
         language: the word after the fence.
-        text: the content, without the fences.
-        line: number of the opening line.
-        not_run: the reason in the comment above, for a block that is not run.
-        adds: overrides from the comment above.
+        text: the contents, without the fences.
+        line: number of the line that opens it.
+        not_run: the reason, where the comment above says that it is not run.
+        adds: overrides that the comment above adds.
     """
 
     language: str
@@ -124,7 +123,7 @@ def named_commands(markdown: str) -> set[tuple[str, str]]:
 
 
 def script(block: Block) -> str:
-    """The commands of a shell block without ``make``, with the overrides of the README."""
+    """The commands of a shell block that run: without ``make``, with the overrides for tests."""
     lines = []
     for command in commands(block):
         if re.match(r"make\b", command):

@@ -1,4 +1,4 @@
-"""Runs with more clients than scored clients: the scored clients, and the held memory."""
+"""Runs with many clients: which clients are scored, and what is held in memory."""
 
 import json
 import weakref
@@ -22,14 +22,14 @@ SITES = ["site-0", "site-1", "site-2"]
 
 @pytest.fixture(scope="module", params=["plora", "auto"])
 def both(request, tmp_path_factory):
-    """The same run with all clients scored, and with one client scored."""
+    """The same run twice: with all clients scored, and with one client scored."""
     folder = tmp_path_factory.mktemp("scale")
     settings = {
         "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
         "partition": {"min_rows": 4},
         "algorithm": taken(request.param, {"ft_steps": 2}),
         "train": {"rounds": 2, "clients_per_round": 2, "local_steps": 2, "batch_size": 4},
-        "eval": {"every": 1, "max_rows": 4, "max_new_tokens": 6},
+        "eval": {"every": 1, "max_rows": 3, "max_new_tokens": 3},
         "lora": {"rank": 2, "alpha": 4},
     }
     whole = federate.run({**settings, "output": str(folder / "whole")})

@@ -1,4 +1,4 @@
-"""The bundled data set: equal seeds give equal bytes, and sites differ by their style."""
+"""The bundled data set: equal seeds give equal bytes, and sites differ as their style says."""
 
 from __future__ import annotations
 

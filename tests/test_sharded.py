@@ -1,4 +1,4 @@
-"""One run in two real processes, by torchrun and gloo: the results of one process."""
+"""One run in two real processes, by torchrun and gloo, has the results of one process."""
 
 import json
 import os
@@ -16,6 +16,7 @@ from fedvlm.models import load as loading
 from fedvlm.rounds import federate
 from fedvlm.store import files
 from fedvlm.store import run as store
+from test_cli import call
 
 SETTINGS = (
     "data.scenes.sites=4",
@@ -33,11 +34,11 @@ SETTINGS = (
 SAME_PASSES = (*SETTINGS, "algorithm.name=lora+ft", "algorithm.ft_steps=1", "engine.clients=1")
 RUNS = {
     "plora": (*SETTINGS, "algorithm.name=plora", "train.optimizer=sgd"),
-    # A turn of two clients and a turn of one, in which process 0 has no client.
+    # Passes of two clients and of one client: then process 0 has nothing to do.
     "odd": (*SAME_PASSES, "train.rounds=1", "train.clients_per_round=3"),
 }
 
-# Process 1 dies in round 2, after it has written the states of its clients.
+# Process 1 dies in round 2, after it has written its clients' personal states.
 KILLED = """
 import os, signal, sys
 from fedvlm.cli.app import main
@@ -55,7 +56,7 @@ Shell.train = dying
 main()
 """
 
-# Resumes the run above, does two more runs, and then a run in which process 1 fails.
+# Resumes the run above, does two more runs, and then one in which process 1 finds a mistake.
 SEVERAL = """
 import json, os, sys
 import fedvlm
@@ -77,7 +78,7 @@ main()
 
 
 def launch(*command):
-    """Runs a command in two processes; returns exit code, output, errors."""
+    """Runs a command in two processes. Returns the exit code, the output and the errors."""
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -136,7 +137,7 @@ def assert_close(found, expected, atol):
 
 
 def assert_told_the_same(found, expected):
-    """Asserts equal files, up to the last digits of numbers."""
+    """Files must be equal in order and text. Numbers may differ in their last digits."""
 
     def numbers(tree):
         if isinstance(tree, dict):
@@ -202,18 +203,21 @@ def test_a_mistake_in_one_process_is_one_message_and_ends_all(folder, two):
     assert store.Store(folder / "two" / "failing").finished() == 0
 
 
-@pytest.mark.parametrize(
-    ("words", "said"),
-    [
-        (["run", "train.round=3"], "error: the configuration has a problem"),
-        (["compare", "plora,lora"], "error: 'fedvlm compare' works in one process"),
-    ],
-)
-def test_a_mistake_that_all_processes_find_is_printed_once(words, said):
-    code, output, errors = launch("-m", "fedvlm", *words)
+def test_a_mistake_that_all_processes_find_is_printed_once():
+    code, output, errors = launch("-m", "fedvlm", "run", "train.round=3")
+    said = "error: the configuration has a problem"
     assert code != 0
     assert (errors.count("error: "), errors.count(said), output) == (1, 1, "")
     assert "exitcode  : 2" in errors
+
+
+def test_a_command_for_one_process_is_refused_in_several(capsys, monkeypatch):
+    started = {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "here", "MASTER_PORT": "1"}
+    for name, value in started.items():
+        monkeypatch.setenv(name, value)
+    code, output, errors = call(capsys, monkeypatch, "compare", "plora,lora")
+    assert (code, output) == (2, "")
+    assert errors.startswith("error: 'fedvlm compare' works in one process, and 2 were started")
 
 
 def test_a_message_arrives_as_it_was_and_no_tensor_travels_twice():

@@ -26,7 +26,7 @@ from sites import SITES, Here, Keeping, config, deployed
 
 @pytest.fixture(scope="module")
 def data(tmp_path_factory):
-    """A parquet with the rows of each site, and one with all rows."""
+    """A folder with a parquet file of each site's rows, and one of all rows."""
     folder = tmp_path_factory.mktemp("data")
     table = fedvlm.scenes(style="concept", sites=3, rows=16).to_pandas()
     table.to_parquet(folder / "all.parquet", index=False)
@@ -37,7 +37,7 @@ def data(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def both(data, tmp_path_factory):
-    """The same run in one process, and over three sites."""
+    """The same run twice: in one process, and over three sites."""
     folder = tmp_path_factory.mktemp("runs")
     settings = config(data, f"output={folder / 'here'}")
     here = federate.run(settings)
@@ -86,7 +86,7 @@ def test_sites_get_the_same_from_the_default_algorithm(data, tmp_path):
 def test_tensors_are_fetched_by_few_and_give_the_same_run(both, data, tmp_path):
     _, there, *_ = both
     call, begun = Keeping(data, tmp_path / "state"), []
-    call.slow["site-0"] = 0.2  # the other sites answer first, and wait to be fetched
+    call.slow["site-0"] = 0.2  # the others finish first, and wait for their turn
     plain, now = call.__call__, set()
 
     def watched(site, header, blob, limit):
@@ -128,7 +128,7 @@ def torch_names(blob):
 
 
 def last_download(call, site="site-0", round_=2):
-    """The server's download in a round: the state after the previous round."""
+    """The state that the server sent to a site last."""
     site = call.workers[site].site
     known = site.store.version(round_ - 1)
     assert known
@@ -140,7 +140,7 @@ LAST = {}
 
 @pytest.fixture(autouse=True, scope="module")
 def _remember():
-    """Keeps the last download of each site."""
+    """Keeps the state that each site was sent last."""
     plain = Site.train
 
     def train(self, round_, down, sampled=1.0):
@@ -180,7 +180,7 @@ def test_a_repeated_round_gives_the_saved_reply(both):
     site = call.workers["site-1"].site
     saved = site.store.version(2)
     down = torch_names(LAST["site-1"])
-    site.engine.train = None  # it must not be needed
+    site.engine.train = None  # training again would fail
     try:
         again = site.train(2, down)
     finally:
@@ -280,7 +280,7 @@ MALFORMED = {
 
 @pytest.mark.parametrize(("do", "said"), MALFORMED)
 def test_a_site_that_answers_malformed_is_left_out_by_name(do, said, both, data, monkeypatch):
-    *_, call = both  # its sites repeat their replies of round 1
+    *_, call = both  # its sites answer round 1 again, with the saved reply
     plain, events = call.workers["site-2"].perform, []
 
     def perform(header, blob):

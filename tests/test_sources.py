@@ -1,4 +1,4 @@
-"""Rows come in under canonical names, checked, from every kind of source."""
+"""Rows of every kind of source are checked, and get canonical column names."""
 
 import io
 import json
@@ -179,7 +179,7 @@ def test_scenes_are_the_default_source():
     assert open_image(rows[0]["image"]).mode == "RGB"
 
 
-# Errors say what was wrong, the value, and what to do.
+# Errors have the mistake, the value and the remedy.
 
 
 @pytest.mark.parametrize(
@@ -366,7 +366,7 @@ def test_twelve_thousand_photos_are_checked_in_seconds():
     start = time.perf_counter()
     rows = load(SHARED / "photos.parquet")
     assert len(rows) == 12_000
-    assert time.perf_counter() - start < 20  # 2 s on an idle core; tests share theirs
+    assert time.perf_counter() - start < 20  # 2 s on an idle core; tests share a core
     start = time.perf_counter()
     load(SHARED / "photos.parquet")
     assert time.perf_counter() - start < 1  # the verdict is cached

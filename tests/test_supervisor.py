@@ -1,4 +1,4 @@
-"""A site's worker process, and its supervisor."""
+"""A site's worker process, and the supervisor that keeps it running."""
 
 import os
 import signal

@@ -1,4 +1,4 @@
-"""The bundled tiny model: construction, training, files and abilities."""
+"""The bundled tiny model: building, training, saving, and the answers of the shipped model."""
 
 from __future__ import annotations
 

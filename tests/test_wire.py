@@ -1,4 +1,4 @@
-"""Messages between server and clients: checks and compression."""
+"""Messages between server and clients: their checks, and their compression."""
 
 from __future__ import annotations
 
@@ -42,13 +42,13 @@ def wire(compress, **settings):
 
 
 def feed(tree, seed=0):
-    """The tree with noise added, like after training."""
+    """A tree with noise added, like one after training."""
     g = torch.Generator().manual_seed(seed)
     return {n: t + 0.1 * torch.randn(t.shape, generator=g) for n, t in tree.items()}
 
 
 def message_of(algorithm, whole, visit=SITE, stages=()):
-    """A client's download, its message, and the upload that the server reads from it."""
+    """A client's download, its message, and its upload as the server decodes it."""
     down = algorithm.send(algorithm.init(whole), visit)
     clients_ = {visit.client: (visit.weight, lambda n, now: 0.1 * now)}
     like = simulate(algorithm, clients_, whole, stages=stages)
@@ -87,7 +87,7 @@ def test_what_an_algorithm_sends_is_taken_at_both_ends(name, kind):
 
 
 def spoiled(message, change):
-    """The message with ``change`` applied to one tensor."""
+    """A message with its first tensor changed."""
     name = next(iter(message))
     return {**message, name: change(message[name])}
 
@@ -234,7 +234,7 @@ def wavy(name, now):
     "algorithm", [FEDAVG, PLORA, alternating()], ids=["lora", "plora", "rolora"]
 )
 def test_what_was_not_sent_is_sent_later(algorithm, kind):
-    """The sum at the server lacks only the rest that the client still keeps."""
+    """Sum of the received uploads, plus the unsent rest, is the sum of the intended uploads."""
     whole = adapter(ranks=2, out=9, into=11)
     stages = compression(wire(kind, **({"topk": 0.05} if kind == "topk" else {})))
     run = simulate(algorithm, {"c": (1.0, wavy)}, whole, stages=stages)
@@ -265,7 +265,7 @@ def test_clients_whose_uploads_are_compressed_learn_the_same(kind):
 
 @pytest.mark.parametrize("name", ["scaffold", "ditto", "apfl", "fedprox", "feddpa", "plora"])
 def test_the_algorithm_does_not_see_what_was_not_sent(name):
-    """With every element sent, the rest is zero, and the results equal those without the stage."""
+    """When every element is sent, the rest is zero and no algorithm changes."""
     whole, algorithm = adapter(ranks=4), build(TABLE[name].settings(name=name), LoraConfig(rank=4))
     ways = (), compression(wire("topk", topk=1.0))
     runs = [simulate(algorithm, clients_of(whole), whole, 3, stages=stages) for stages in ways]
@@ -279,7 +279,7 @@ def test_the_algorithm_does_not_see_what_was_not_sent(name):
 @pytest.mark.parametrize("kind", ["int8", "topk"])
 @pytest.mark.parametrize("name", [n for n in TABLE if n != "share" and not TABLE[n].partial])
 def test_no_algorithm_sees_the_memory_of_a_stage(name, kind):
-    """No tree that the algorithm gets, trains or scores has a name of a stage."""
+    """No name of the wire is in the trees that an algorithm receives or asks to be scored."""
     whole, algorithm = adapter(ranks=4), build(TABLE[name].settings(name=name), LoraConfig(rank=4))
     if TABLE[name].spare:
         whole = adapter(ranks=20)

@@ -1,4 +1,4 @@
-"""Records the traffic between sites and server, as on the wire and without TLS."""
+"""Records the bytes between sites and server, on the wire and with TLS taken off."""
 
 from __future__ import annotations
 
@@ -18,18 +18,18 @@ from fedvlm.store import files
 
 @dataclass
 class Flow:
-    """The bytes of one connection: ``up`` to the server, and ``down``."""
+    """The bytes of one connection: ``up`` to the server, ``down`` to the site."""
 
     up: bytearray = field(default_factory=bytearray)
     down: bytearray = field(default_factory=bytearray)
 
 
 class Wiretap:
-    """Listens in place of the server, forwards all traffic, and keeps two records.
+    """Listens in the place of the server, passes everything on, and keeps two records.
 
-    ``sealed`` has the bytes that anybody on the network sees. The wiretap ends TLS with the
-    server's certificate, and begins TLS again with the certificate of the site: ``opened`` has the
-    bytes in between. This is impossible without the private keys of the server and of all sites.
+    ``sealed`` has the bytes that anybody on the network sees. Behind it, the wiretap ends TLS with
+    the server's certificate, and begins it again with the certificate of the site at the other end.
+    ``opened`` has the bytes in between. That takes the private keys of the server and of all sites.
 
     Args:
         port: the server's port.
@@ -105,7 +105,7 @@ def _context(kind: int, root: Path, pair: tuple[Path, Path]) -> ssl.SSLContext:
 
 
 def are_records(stream: bytes) -> bool:
-    """Whether the bytes consist of TLS records only; the last one may be incomplete."""
+    """Whether bytes are a sequence of TLS records. The last record may be cut off."""
     at = 0
     while at + 5 <= len(stream):
         kind, version = stream[at], stream[at + 1 : at + 3]

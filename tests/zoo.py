@@ -1,4 +1,4 @@
-"""Parts of the families of :mod:`families`: tokenizers, towers, weights, folders."""
+"""Parts of the models in :mod:`families`: tokenizers, towers, weights, folders."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ def make_tokenizer(
     named: dict[str, str] | None = None, begin: str | None = None, end: str | None = None,
     side: str = "left",
 ) -> Any:  # fmt: skip
-    """The bundled merges under a family's special tokens.
+    """A tokenizer with the bundled merges and a family's special tokens.
 
     Args:
         more: further special tokens.
@@ -69,7 +69,7 @@ def qwen_tokenizer(*more: str, **named: str) -> Any:
 
 
 def scale(model: nn.Module) -> None:
-    """Scales weights to a deviation of 1 / sqrt(inputs), and more for queries and keys."""
+    """Draws all weights with deviation 1 / sqrt(inputs); attention's queries and keys get more."""
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             kernel = parameter.dim() > 3  # of a convolution
@@ -82,7 +82,7 @@ def scale(model: nn.Module) -> None:
 
 
 def save(config: Any, processor: Any, folder: Path, *, eos: list[str], **generation: Any) -> None:
-    """A seeded model of the configuration, its processor, and how it ends an answer."""
+    """Saves a seeded model of the configuration, its processor, and its generation settings."""
     torch.manual_seed(0)
     model = hf.AutoModelForImageTextToText.from_config(config)
     scale(model)
@@ -134,7 +134,7 @@ def vision(kind: str, **more: Any) -> dict[str, Any]:
 
 
 def pictures_only(processor_class: Any, video: str) -> Any:
-    """Builds a processor without its video part, which only its saved settings name."""
+    """Builds a processor without its video part. Only the saved settings name that part."""
 
     def make(*parts: Any, **settings: Any) -> Any:
         with num2words_or_none(processor_class):

@@ -2,7 +2,7 @@
 
 Some templates begin with a token that the tokenizer adds as well (idefics3, gemma3). The text
 before an answer is not always the generation prompt: llava_onevision writes "assistant \\n" in a
-dialogue and "assistant\\n" as the prompt, and llava and idefics put a space before the answer.
+dialogue and "assistant\\n" as the prompt; llava and idefics put a space before the answer.
 """
 
 from __future__ import annotations

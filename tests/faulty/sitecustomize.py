@@ -1,7 +1,7 @@
-"""What goes wrong at a site whose processes have this folder on their path, by the site's name.
+"""Faults of a site whose processes have this folder on their path. The site's name selects one.
 
-Python imports this file when it starts. It changes what a site's worker process is asked and
-answers, at the socket to its supervisor, as somebody who owns the machine can.
+Python imports this file when it starts. It changes the requests and answers of a site's worker
+process, at the socket to its supervisor. The owner of the machine could do the same.
 """
 
 import json
@@ -10,11 +10,11 @@ import signal
 import sys
 
 SITE = json.loads(os.environ.get("FEDVLM_SITE", "{}"))
-STOPPED, FULL = 2, 3  # the rounds in which that happens
+STOPPED, FULL = 2, 3  # the rounds in which a worker stops, and in which a disk is full
 
 
 def stop():
-    """Stops this process when it is to begin a round; the one that follows it goes on."""
+    """Stops this process when it begins a round. The process after it does not stop."""
     mark = os.path.join(SITE["state"], "stopped")
     if not os.path.exists(mark):
         open(mark, "w").close()
@@ -22,7 +22,7 @@ def stop():
 
 
 def fill():
-    """Leaves no room on the disk of the site's state."""
+    """Fills the disk of the site's state."""
     with open(os.path.join(SITE["state"], "filler"), "ab", buffering=0) as file:
         for size in (2**20, 2**12, 1):
             try:
@@ -33,7 +33,7 @@ def fill():
 
 
 def changed(change):
-    """A safetensors file with other tensors."""
+    """Returns a lie that changes every name and tensor of a safetensors file."""
 
     def lie(header, blob):
         from safetensors.torch import load, save
@@ -52,7 +52,7 @@ LIES = {
     6: lambda header, blob: (header | {"loss": float("nan")}, blob),
     7: lambda header, blob: (header, blob + bytes(2**24)),
 }
-"""Round -> what the liar makes of its worker's answer."""
+"""Round -> the function by which the liar changes its worker's answer."""
 
 
 def install():

@@ -59,21 +59,25 @@ class ReferenceEngine(Shell):
         settings = self.config.train
         scale = settings.rate_scale(round_)
         groups = [
-            {"params": [p], "lr": settings.rates[factor(name)] * scale}
-            for name, p in trained.items()
+            {"params": [p for n, p in trained.items() if factor(n) == f], "lr": rate * scale}
+            for f, rate in settings.rates.items()
         ]
-        kind = {"adamw": torch.optim.AdamW, "sgd": torch.optim.SGD}[settings.optimizer]
-        return kind(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+        groups = [group for group in groups if group["params"]]
+        if settings.optimizer == "sgd":
+            return torch.optim.SGD(groups, lr=settings.lr, weight_decay=settings.weight_decay)
+        fused = self.collator.device.type in ("cpu", "cuda")
+        decay = settings.weight_decay
+        return torch.optim.AdamW(groups, lr=settings.lr, weight_decay=decay, fused=fused)
 
     def _backward(self, rows: np.ndarray) -> torch.Tensor:
         """Computes gradients of a batch's mean loss by micro-batches; returns this loss."""
         weight = sum(self.objective.weight(self.collator.features(int(i))) for i in rows)
-        whole = torch.tensor(0.0)
+        losses = []
         for part in pieces(rows, self.config.engine.micro_batch):
             loss = self._terms(part).loss.sum() / weight
             loss.backward()
-            whole = whole + loss.detach().cpu()
-        return whole
+            losses.append(loss.detach())
+        return torch.stack(losses).sum()
 
     def _terms(self, rows: np.ndarray) -> Any:
         """The objective of the present model: one loss and one weight a row."""
