@@ -202,7 +202,7 @@ TABLE: dict[str, Entry] = {
         lambda c, lora: optimized(flexlora(), c.server),
         ProductConfig,
         ranks=True,
-        partial="factorizes anew every round, so that a rest has no ranks to be added to",
+        partial="makes new factors every round, to which a rest of old factors cannot be added",
     ),
     "hetlora": Entry(
         "A and B",

@@ -271,7 +271,7 @@ class Site:
         self.policy.check_bytes(saved_bytes(down), "down")
 
     def _visit(self, round_: int, sampled: float = 1.0) -> Visit:
-        """This client in a round. The site's own settings tell which round is the final one.
+        """This client in a round. The site's settings determine the final round.
 
         Raises:
             Refused: the round or the share is impossible.

@@ -187,7 +187,7 @@ def _settings(tree: dict[str, Any], label: str, is_object: bool) -> dict[str, An
         return own | {"algorithm": {"name": f"{OWN}:{label}"}}
     try:
         entry = find(label)
-    except (KeyError, FedVLMError):  # the check of the settings says so
+    except (KeyError, FedVLMError):  # the check of the settings reports this
         return own | {"algorithm": {"name": label}}
     if given is None or isinstance(given, dict):
         own["algorithm"] = taken(label, given or {})
