@@ -234,12 +234,18 @@ def test_its_docstring_is_a_runnable_algorithm():
     ("work", "said"),
     [
         (lambda local: (yield "train"), "must yield Train or Score, got 'train'"),
+        (lambda local: Sent({}), "must be a generator function"),
         (lambda local: (yield from ()), r"must return Sent\(...\), got None"),
     ],
 )
 def test_a_program_that_breaks_the_protocol_is_named(work, said):
     with pytest.raises(TypeError, match=said):
         step(work(None))
+
+
+def test_a_stretch_has_no_negative_steps():
+    with pytest.raises(ValueError, match="0 steps or more, got -1"):
+        base.Train({}, steps=-1)
 
 
 def test_the_names_of_the_field_are_understood():

@@ -6,11 +6,12 @@ import pytest
 import torch
 
 from fedvlm import simulate
-from fedvlm.algorithms.base import Upload, Visit
+from fedvlm.algorithms.base import Local, Upload, Visit
 from fedvlm.algorithms.exact import exact
 from fedvlm.algorithms.flex import flexlora, hetlora, ranked
 from fedvlm.algorithms.similarity import clustered, similar
 from fedvlm.algorithms.table import TABLE, build
+from fedvlm.errors import FedVLMError
 from fedvlm.settings.method import LoraConfig
 from fedvlm.tree import cut, factorized, pad, products, rank
 from toy import (
@@ -140,6 +141,17 @@ def test_a_client_of_a_lower_rank_has_and_sends_no_more(name):
     small = {n: t for n, t in run.uploads["c0"].items() if n in (A, B)}
     assert not small or rank(small) == 1
     assert not run.kept["c0"] or rank(run.kept["c0"]) == 1
+
+
+@pytest.mark.parametrize("told", [0, -1, 2, 10**12])
+def test_a_client_refuses_a_rank_that_its_download_does_not_have(told):
+    algorithm = ranked(FEDAVG, {"c0": 1}, 2)
+    visit = Visit("c0", 1.0, round=1)
+    down = algorithm.send(algorithm.init(INITIAL), visit) | {"rank": torch.tensor(told)}
+    with pytest.raises(FedVLMError, match=f"states rank {told}"):
+        algorithm.model(INITIAL, down, {})
+    with pytest.raises(FedVLMError, match=f"states rank {told}"):
+        next(algorithm.work(Local(visit, INITIAL, down, {}, 1)))
 
 
 def test_equal_ranks_change_nothing():

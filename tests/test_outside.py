@@ -16,11 +16,13 @@ import torch
 import fedvlm
 from fedvlm.algorithms import table
 from fedvlm.algorithms.sharing import sharing
-from fedvlm.config import load, own
+from fedvlm.cli.algorithms import print_algorithms
+from fedvlm.config import dump, load, own
 from fedvlm.errors import ConfigError, FedVLMError
-from fedvlm.rounds.comparison import planned
+from fedvlm.rounds.contenders import planned
 from fedvlm.store import files
 from test_federate import Stop, bytes_of
+from toy import FEDAVG
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "fedrep"
 SHORT = (
@@ -169,8 +171,11 @@ def test_an_object_runs_resumes_and_is_compared(small, tmp_path, no_pictures):
     found = fedvlm.compare(["plora", ("mine", plora)], small, f"output={tmp_path / 'compared'}")
     scores = {row["algorithm"]: row["personal"] for row in found.rows}
     assert scores["mine"] == scores["plora"]
-    again = fedvlm.compare(["plora", ("mine", plora)], small, f"output={tmp_path / 'compared'}")
-    assert again.rows == found.rows, "finished runs are skipped"
+    with pytest.raises(FedVLMError, match=r"mine-seed-0' holds a run of an object"):
+        fedvlm.compare(["plora", ("mine", sharing({}))], small, f"output={tmp_path / 'compared'}")
+    assert fedvlm.open_run(whole.folder, algorithm=plora).algorithm is plora
+    with pytest.raises(FedVLMError, match=r"given as an object; give it again in Python"):
+        _ = fedvlm.open_run(whole.folder).algorithm
 
 
 def test_an_object_and_settings_for_another_algorithm_exclude_each_other(small):
@@ -178,7 +183,13 @@ def test_an_object_and_settings_for_another_algorithm_exclude_each_other(small):
         fedvlm.run({**small, "algorithm": {"name": "lora"}}, algorithm=sharing({}))
     with pytest.raises(ConfigError, match=r"leave out algorithm\.server_lr"):
         fedvlm.run({**small, "algorithm": {"server_lr": 0.5}}, algorithm=sharing({}))
+    with pytest.raises(ConfigError, match=r"leave out algorithm\.ft_steps"):
+        own(load({**small, "algorithm": {}}), "algorithm.ft_steps=3")
+    with pytest.raises(ConfigError, match=r"leave out algorithm\.name"):
+        own({"algorithm": "lora"})
     assert own(load({**small, "algorithm": {}})).algorithm.name == table.OWN
+    with pytest.raises(FedVLMError, match=r"must be a fedvlm\.Algorithm, got 'lora'"):
+        fedvlm.run(small, algorithm="lora")
 
 
 @pytest.mark.parametrize(
@@ -187,6 +198,9 @@ def test_an_object_and_settings_for_another_algorithm_exclude_each_other(small):
         ([("mine", sharing({}))], 2, "cannot go to another process; set jobs=1"),
         ([("a/b", sharing({}))], 1, "'a/b' is no label"),
         ([("lora", sharing({}))], 1, "'lora' is no label"),
+        ([("x", sharing({})), ("x", FEDAVG)], 1, "'x' stands for two algorithms"),
+        ([sharing({})], 1, r"a name, or \(label, fedvlm\.Algorithm\)"),
+        ([("x", "lora")], 1, r"a name, or \(label, fedvlm\.Algorithm\)"),
         (["lorra"], 1, "did you mean 'lora'"),
     ],
 )
@@ -207,15 +221,42 @@ def test_a_setting_that_none_of_the_compared_takes_is_refused(small):
     assert "mix_a" not in json.dumps(runs["lora seed 0"].model_dump())
 
 
-def test_an_entry_point_that_cannot_be_loaded_is_named(monkeypatch):
+@pytest.mark.parametrize("name", ["auto", "lora", "ditto"])
+def test_a_whole_configuration_is_compared_like_a_short_one(small, tmp_path, name):
+    """`--print-config` writes every setting with its default; none of these is meant."""
+    whole = load({**small, "algorithm": {"name": name}})
+    (tmp_path / "c.yaml").write_text(dump(whole))
+    for source in (whole, tmp_path / "c.yaml"):
+        runs = planned(["plora", "ditto", "lora+ft"], source)
+        assert runs["ditto seed 0"].algorithm.prox_mu == 0.1
+        assert len(runs) == 3
+
+
+NO_SECTION = fedvlm.Entry("", "", "", lambda c, lora: sharing({}), settings=dict)
+
+
+def test_an_entry_point_that_cannot_be_loaded_is_named(monkeypatch, capsys):
     from importlib.metadata import EntryPoint
 
     points = {
         "broken": EntryPoint("broken", "no_such_module:X", table.GROUP),
         "other": EntryPoint("other", "json:dumps", table.GROUP),
     }
-    monkeypatch.setattr(table, "entry_points", lambda group, name: [points[name]])
+    points["dict"] = EntryPoint("dict", "test_outside:NO_SECTION", table.GROUP)
+    points["lora"] = points["own:x"] = points["other"]
+    monkeypatch.setattr(
+        table, "entry_points", lambda group, name=None: [points[name]] if name else points.values()
+    )
+    assert set(table.names()) == {*table.TABLE, "broken", "other", "dict"}
     with pytest.raises(ConfigError, match=r"'broken' .* cannot be loaded from 'no_such_module:X'"):
         load(None, "algorithm.name=broken")
     with pytest.raises(ConfigError, match=r"'json:dumps' must be a fedvlm\.Entry, got function"):
         load(None, "algorithm.name=other")
+    with pytest.raises(
+        ConfigError, match=r"subclass of fedvlm\.AlgorithmConfig, got <class 'dict'>"
+    ):
+        load(None, "algorithm.name=dict")
+    print_algorithms()
+    said = " ".join(capsys.readouterr().out.split())
+    assert "error: algorithm 'broken'" in said.replace(" │ ", " ")
+    assert "plora" in said

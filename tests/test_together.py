@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import weakref
+
 import pytest
 import torch
 
 import fedvlm
-from fedvlm.algorithms.base import Algorithm, Averaged, Local, Score, Sent, Train, Visit
-from fedvlm.engines import together
+from fedvlm.algorithms.base import Algorithm, Averaged, Local, Score, Sent, Term, Train, Visit
+from fedvlm.engines import cohort, stacked, together
 from fedvlm.engines.cohort import CohortEngine
 from fedvlm.engines.wire import Forms, Task
 from fedvlm.tree import factor
@@ -144,6 +146,82 @@ def test_a_request_that_trains_nothing_is_refused(pair):
         given(engine, nothing, folder)
         with pytest.raises(fedvlm.FedVLMError, match="training of no factor"):
             list(engine.train([Task(Visit(partition.clients[0], 1.0, round=1), {})]))
+
+
+def by_client(letter):
+    """Programs that add terms on different factors, or none, and idle in a resumed stretch."""
+
+    def work(local: Local):
+        number = int(local.visit.client[-1])
+        names = [n for n in local.begin if number == 0 or (number == 1 and factor(n) == letter)]
+        term = Term({n: 0.1 + 0 * local.begin[n] for n in names}, rate=0.7)
+        now, _ = yield Train(local.begin, steps=2, terms=(term,))
+        now, _ = yield Train(dict(reversed(now.items())), steps=2 if number else 0, resume=True)
+        end, _ = yield Train(now, steps=2, resume=True)
+        return Sent({}, end)
+
+    return work
+
+
+def test_terms_and_idle_stretches_are_each_clients_own(pair):
+    settings, sides, folder = pair
+    ends = []
+    for engine, partition in sides:
+        switched(engine, partition, settings, EXACT, folder=folder)
+        given(engine, by_client("B"), folder)
+        list(engine.train([Task(Visit(c, 1.0, round=1), {}) for c in partition.clients]))
+        ends.append(dict(engine.store.states))
+    for client, tree in ends[0].items():
+        assert all((ends[1][client][n] - t).abs().max() < TOLERANCE for n, t in tree.items())
+
+
+def test_an_optimizer_is_freed_when_the_next_stretch_is_fresh_and_before_replies_are_scored(pair):
+    settings, sides, folder = pair
+    engine, partition = switched(*sides[1], settings, EXACT, folder=folder)
+    made, alive, make = [], [], stacked.make_optimizer
+
+    def watched(*args):
+        alive.append(sum(ref() is not None for ref in made))
+        made.append(weakref.ref(found := make(*args)))
+        return found
+
+    def twice(local: Local):
+        now, _ = yield Train(local.begin, steps=1)
+        end, _ = yield Train(now, steps=1)
+        return Sent({}, end)
+
+    given(engine, twice, folder)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(cohort, "make_optimizer", watched)
+        for _ in engine.train([Task(Visit(c, 1.0, round=1), {}) for c in partition.clients]):
+            assert not any(ref() is not None for ref in made)
+    assert alive == [0, 0]
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda tree: dict(list(tree.items())[1:]), "other factors than the model's, 1 of them"),
+        (lambda tree: {n: t[:1] for n, t in tree.items()}, r"asks for '.*' as \[1, "),
+    ],
+)
+def test_a_request_takes_a_whole_adapter(pair, change, said):
+    settings, sides, folder = pair
+
+    def trains(local: Local):
+        end, _ = yield Train(change(local.begin))
+        return Sent({}, end)
+
+    def scores(local: Local):
+        yield Score([change(local.begin)])
+        return Sent({})
+
+    for engine, partition in sides:
+        for work in (trains, scores):
+            switched(engine, partition, settings, EXACT, folder=folder)
+            given(engine, work, folder)
+            with pytest.raises(fedvlm.FedVLMError, match=f"site-0.*{said}"):
+                list(engine.train([Task(Visit(partition.clients[0], 1.0, round=1), {})]))
 
 
 def test_a_stretch_cannot_resume_one_of_other_factors(pair):

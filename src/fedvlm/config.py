@@ -50,12 +50,16 @@ def own(source: Source = None, *overrides: str, label: str = "") -> Config:
         ConfigError: as :func:`load`; or the section ``algorithm`` holds settings, which an object
             cannot take.
     """
-    tree, problems = read(source, *overrides)
-    given = tree.get("algorithm") or {}
+    tree = _read(source)
     if isinstance(source, Config):  # its defaults were filled in
-        given = {k: v for k, v in given.items() if k in source.algorithm.model_fields_set}
-        given = {} if given == {"name": AlgorithmConfig().name} else given
-    name = given.pop("name", table.OWN) if isinstance(given, dict) else ""
+        section = source.algorithm
+        given = {key: tree["algorithm"][key] for key in section.model_fields_set}
+        tree["algorithm"] = {} if given == {"name": AlgorithmConfig().name} else given
+    tree, problems = read(tree, *overrides)
+    given = tree.get("algorithm") or {}
+    if not isinstance(given, dict):
+        given = {"name": given}
+    name = given.pop("name", table.OWN)
     if given or str(name).partition(":")[0] != table.OWN:
         problems.append(
             "algorithm: the algorithm of this run is given as an object; leave out "
@@ -63,6 +67,21 @@ def own(source: Source = None, *overrides: str, label: str = "") -> Config:
         )
     tree["algorithm"] = {"name": f"{table.OWN}:{label}" if label else name}
     return checked(tree, problems)
+
+
+def chosen(given: Any) -> Any:
+    """The section ``algorithm`` without settings that have their default.
+
+    A whole configuration, such as ``fedvlm run --print-config`` writes, names them all.
+    """
+    if not isinstance(given, dict):
+        return given
+    name = given.get("name", AlgorithmConfig().name)
+    try:
+        defaults = table.find(name).settings(name=name).model_dump() if name else {}
+    except (KeyError, FedVLMError, ValidationError, TypeError):  # the check of the section says so
+        return given
+    return {k: v for k, v in given.items() if k == "name" or k not in defaults or v != defaults[k]}
 
 
 def read(source: Source = None, *overrides: str) -> tuple[dict[str, Any], list[str]]:

@@ -54,6 +54,7 @@ def onboard(
     name: str | None = None,
     steps: int | None = None,
     lr: float | None = None,
+    algorithm: Algorithm | None = None,
 ) -> Onboarded:
     """Gives a new site its own model, from the shared factors of a finished run and its own rows.
 
@@ -71,11 +72,12 @@ def onboard(
         steps: optimizer steps; None: as many as a client with this number of rows took in all
             rounds, at most 100.
         lr: learning rate of all factors; None: the learning rates of the run.
+        algorithm: the object that the run was made with, if it was one.
 
     Raises:
         FedVLMError: there is no finished run, the name is taken, or the rows cannot be used.
     """
-    run = open_run(folder, *overrides)
+    run = open_run(folder, *overrides, algorithm=algorithm)
     site = name if name is not None else Path(data).stem
     target = _target(run, site)
     config = _settings(run.config, data, lr)
@@ -121,7 +123,13 @@ def onboard(
 def _settings(config: Config, data: str | Path, lr: float | None) -> Config:
     """The run's settings for the rows of one site, with the run's section ``eval``."""
     settings = on_new_data(config, data).model_copy(update={"eval": config.eval})
-    least: dict[str, Any] = {"kind": "iid", "column": None, "clients": 1, "min_rows": 2}
+    least: dict[str, Any] = {
+        "kind": "iid",
+        "column": None,
+        "clusters": None,
+        "clients": 1,
+        "min_rows": 2,
+    }
     tree = settings.model_dump()
     tree["partition"] |= least
     if lr is not None:

@@ -39,13 +39,15 @@ SETTABLE = ("model", "data", "train", "eval", "engine")
 ALONE = sharing({})
 
 
-def open_run(folder: str | Path, *overrides: str) -> Opened:
+def open_run(folder: str | Path, *overrides: str, algorithm: Algorithm | None = None) -> Opened:
     """Opens a finished run; its base model is loaded at the first use.
 
     Args:
         folder: the run's folder, its setting ``output``.
         *overrides: changed settings, such as ``"model.device=cpu"``, in the sections model, data,
             train, eval and engine.
+        algorithm: the object that the run was made with, if it was one; it is needed for clients
+            that were not scored, and to onboard a site.
 
     Raises:
         FedVLMError: the folder holds no run, or an unfinished run.
@@ -68,7 +70,8 @@ def open_run(folder: str | Path, *overrides: str) -> Opened:
                 for o in fixed
             ]
         )
-    return Opened(path, configs.load(path / stores.CONFIG, *overrides))
+    read = configs.load if algorithm is None else configs.own
+    return Opened(path, read(path / stores.CONFIG, *overrides), algorithm)
 
 
 class Opened:
@@ -82,7 +85,8 @@ class Opened:
             smaller. :attr:`partition` has the other clients.
     """
 
-    def __init__(self, folder: Path, config: Config):
+    def __init__(self, folder: Path, config: Config, algorithm: Algorithm | None = None):
+        self._algorithm = algorithm
         self.folder = folder
         self.config = config
         self.results = Results.read(folder)
@@ -107,9 +111,9 @@ class Opened:
         """The run's algorithm.
 
         Raises:
-            FedVLMError: the algorithm was given as an object.
+            FedVLMError: the algorithm was an object, and :func:`open_run` did not get it.
         """
-        return build(self.config.algorithm, self.config.lora)
+        return self._algorithm or build(self.config.algorithm, self.config.lora)
 
     # -- models by name
 

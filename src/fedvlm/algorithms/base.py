@@ -35,6 +35,7 @@ from collections.abc import Callable, Generator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
+from fedvlm.errors import FedVLMError
 from fedvlm.tree import Select, Tree
 
 if TYPE_CHECKING:
@@ -120,6 +121,10 @@ class Train:
     mask: Callable[[str, Tensor], Tensor] | None = None
     resume: bool = False
 
+    def __post_init__(self) -> None:
+        if self.steps is not None and self.steps < 0:
+            raise ValueError(f"a stretch has 0 steps or more, got {self.steps}")
+
 
 class Trained(NamedTuple):
     """The result of a stretch of training.
@@ -185,7 +190,11 @@ of :class:`Validation` for each :class:`Score`."""
 
 
 class Init(Protocol):
-    """Server, once: the state from the common initial adapter."""
+    """Server, once: the state from the common initial adapter.
+
+    ``init``, ``send``, ``model`` and ``work`` also run on tensors without values, for the plan of a
+    run and the form of its messages (:mod:`fedvlm.algorithms.dry`): no ``.item()`` of a factor.
+    """
 
     def __call__(self, initial: Tree) -> State: ...
 
@@ -280,6 +289,10 @@ def step(program: Program, answer: Trained | tuple[Validation, ...] | None = Non
     Raises:
         TypeError: the program yields or returns anything else.
     """
+    if not isinstance(program, Generator):
+        raise TypeError(
+            f"an algorithm's work must be a generator function, one with yield; got {program!r:.80}"
+        )
     try:
         found: object = program.send(answer)
     except StopIteration as end:
@@ -299,3 +312,17 @@ def changed(program: Program, change: Callable[[Ask], Ask]) -> Program:
     while not isinstance(ask, Sent):
         ask = step(program, (yield change(ask)))
     return ask
+
+
+def expected(algorithm: object) -> Algorithm:
+    """The algorithm, which somebody handed over as an object.
+
+    Raises:
+        FedVLMError: it is anything else.
+    """
+    if not isinstance(algorithm, Algorithm):
+        raise FedVLMError(
+            f"algorithm must be a fedvlm.Algorithm, got {algorithm!r:.80}; set algorithm.name to "
+            "choose one by name"
+        )
+    return algorithm

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from fedvlm.algorithms.server import ServerConfig
 from fedvlm.layers import matcher
 from fedvlm.settings.sections import Config
 
@@ -72,7 +73,7 @@ def general(config: Config, entry: Any) -> list[str]:
     ]
     server = getattr(config.algorithm, "server", None)
     step = getattr(config.algorithm, "server_lr", 1.0)
-    if server is not None and server.name != "none" and step != 1.0:
+    if isinstance(server, ServerConfig) and server.name != "none" and step != 1.0:
         wrong.append(
             f"algorithm.server_lr={step:g} is the step of a plain mean; with "
             f"algorithm.server.name={server.name} set algorithm.server.lr"

@@ -35,6 +35,7 @@ from fedvlm.algorithms.base import (
 )
 from fedvlm.algorithms.server import ServerConfig
 from fedvlm.algorithms.sharing import sharing
+from fedvlm.errors import FedVLMError
 from fedvlm.settings.method import AlgorithmConfig
 from fedvlm.tree import Tree, cut, factorized, pad, pairs, products, rank, split
 
@@ -92,6 +93,12 @@ def ranked(algorithm: Algorithm, ranks: Mapping[str, int] | None, largest: int) 
         told.pop(RANK, None)
         return {**pad(own, 0, largest - rank(own)), **told} if own else told
 
+    def rank_of(down: Tree) -> int:
+        r, (own, _) = int(down[RANK]), _factors(down)
+        if not 1 <= r <= largest or (own and rank(own) != r):
+            raise FedVLMError(f"the download states rank {r}, and its factors have another rank")
+        return r
+
     def send(state: State, visit: Visit) -> Tree:
         import torch
 
@@ -100,10 +107,10 @@ def ranked(algorithm: Algorithm, ranks: Mapping[str, int] | None, largest: int) 
 
     def model(initial: Tree, down: Tree, mine: Tree) -> Tree:
         whole = algorithm.model(initial, full(down), full(mine))
-        return full(_only(whole, int(down[RANK])))
+        return full(_only(whole, rank_of(down)))
 
     def work(local: Local) -> Program:
-        r = int(local.down[RANK])
+        r = rank_of(local.down)
 
         def narrow(ask: Ask) -> Ask:
             if isinstance(ask, Train):

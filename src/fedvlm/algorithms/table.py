@@ -13,7 +13,7 @@ from typing import Any
 from fedvlm.algorithms import checks
 from fedvlm.algorithms.auto import AutoConfig, auto
 from fedvlm.algorithms.averaging import Averaging, ServerStep, averaging
-from fedvlm.algorithms.base import Algorithm
+from fedvlm.algorithms.base import Algorithm, expected
 from fedvlm.algorithms.client_terms import scaffold
 from fedvlm.algorithms.dual import fedalt, feddpa, pair
 from fedvlm.algorithms.entry import Entry
@@ -302,13 +302,19 @@ def _outside(name: str) -> Entry:
             f"algorithm '{name}': '{point.value}' must be a fedvlm.Entry, got "
             f"{type(found).__name__}"
         )
+    if not (isinstance(found.settings, type) and issubclass(found.settings, AlgorithmConfig)):
+        raise FedVLMError(
+            f"algorithm '{name}': the settings of '{point.value}' must be a subclass of "
+            f"fedvlm.AlgorithmConfig, got {found.settings!r:.80}"
+        )
     return found
 
 
 def names() -> list[str]:
     """All names: the table's, then those of installed packages."""
     outside = {point.name for point in entry_points(group=GROUP)}
-    return [*TABLE, *sorted(outside - set(TABLE))]
+    hidden = {*TABLE, *ALIASES, *(name for name in outside if name.partition(":")[0] == OWN)}
+    return [*TABLE, *sorted(outside - hidden)]
 
 
 def build(config: AlgorithmConfig, lora: LoraConfig | None = None) -> Algorithm:
@@ -324,7 +330,7 @@ def build(config: AlgorithmConfig, lora: LoraConfig | None = None) -> Algorithm:
     """
     lora, entry = lora or LoraConfig(), find(config.name)
     settings = config if isinstance(config, entry.settings) else entry.settings(name=config.name)
-    return ranked(entry.build(settings, lora), lora.ranks, lora.rank)
+    return ranked(expected(entry.build(settings, lora)), lora.ranks, lora.rank)
 
 
 def taken(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
@@ -362,8 +368,8 @@ def _spare(lora: LoraConfig) -> int:
 def _missing(config: AlgorithmConfig, lora: LoraConfig) -> Algorithm:
     raise FedVLMError(
         f"algorithm.name={config.name}: the algorithm of this run was given as an object; give it "
-        "again, as in fedvlm.resume(folder, algorithm=...), or install it as an entry point of the "
-        f"group '{GROUP}'"
+        "again in Python (algorithm=... of fedvlm.resume, open_run and onboard), or install it as "
+        f"an entry point of the group '{GROUP}'"
     )
 
 

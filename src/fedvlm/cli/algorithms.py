@@ -11,7 +11,7 @@ from rich.table import Table
 
 from fedvlm.algorithms.table import ALIASES, TABLE, find, names
 from fedvlm.cli.tables import console_for_tables
-from fedvlm.errors import ConfigError
+from fedvlm.errors import ConfigError, FedVLMError
 
 
 def print_algorithms() -> None:
@@ -20,10 +20,13 @@ def print_algorithms() -> None:
     for head in ("algorithm", "a client sends", "and keeps", "source"):
         out.add_column(head)
     for name in names():
-        entry = find(name)
         if name not in TABLE and name == names()[len(TABLE)]:
             out.add_section()
-        out.add_row(name, entry.sends, entry.keeps, entry.source)
+        try:
+            entry = find(name)
+            out.add_row(name, entry.sends, entry.keeps, entry.source)
+        except FedVLMError as error:  # one broken package hides no other
+            out.add_row(name, "", "", f"error: {error}")
     console = console_for_tables()
     console.print(out)
     known = ", ".join(f"{alias} is {name}" for alias, name in ALIASES.items())

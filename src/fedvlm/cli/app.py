@@ -302,7 +302,7 @@ def _compare(names: list[str], tree: dict[str, Any], seeds: int, jobs: int, quie
     from fedvlm.cli.board import board
     from fedvlm.cli.tables import print_comparison
     from fedvlm.rounds.comparison import compare as run_comparison
-    from fedvlm.rounds.comparison import planned
+    from fedvlm.rounds.contenders import planned
 
     runs = planned(names, tree, seeds=seeds, jobs=jobs)
     again = "the same command"

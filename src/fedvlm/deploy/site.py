@@ -194,6 +194,8 @@ class Site:
             Refused: the message is too large, or the round is over.
             FedVLMError: training failed, or the state cannot be read or written.
         """
+        if round_ < 1:
+            raise Refused(f"training begins with round 1, got {round_}")
         self.store.before = None
         self._arrived(down)
         sent, rounds = digest(down), self.store.rounds()

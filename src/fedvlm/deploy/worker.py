@@ -65,16 +65,19 @@ class Worker:
         down = load(blob) if blob else {}
         if do == "train":
             began = time.perf_counter()
-            done = site.train(int(asked["round"]), down, float(asked["sampled"]))
+            done = site.train(_round(asked), down, _share(asked))
             about = {"loss": done.loss, "seconds": round(time.perf_counter() - began, 3)}
             logger.info("round %d: loss %.3f, %.1f s", done.round, done.loss, about["seconds"])
             return about, save(done.trees["upload"]) if done.trees["upload"] else b""
         if do == "score":
-            return {"scores": site.score(asked["kind"], int(asked["round"]), down)}, b""
+            kind = _kind(asked, "global", "personal", "end")
+            return {"scores": site.score(kind, _round(asked), down)}, b""
         if do == "answer":
-            site.answer(_plain(asked["name"]), asked["kind"], int(asked["round"]), down)
+            kind = _kind(asked, "global", "personal")
+            site.answer(_plain(asked["name"]), kind, _round(asked), down)
         elif do == "export":
-            site.export(_plain(asked["name"]), asked["kind"], int(asked["round"]), down)
+            kind = _kind(asked, "global", "personal")
+            site.export(_plain(asked["name"]), kind, _round(asked), down)
         else:
             raise FedVLMError(f"a site does not know the request '{do}'")
         return {}, b""
@@ -88,7 +91,7 @@ class Worker:
         run = _plain(asked["run"])
         if self.site is None:
             policy = read_policy(self.own.get("policy"))
-            config = configs.load(asked["config"])
+            config = configs.load(_settings(asked))
             policy.check(config)
             folder = Path(self.own["state"]) / "runs" / run
             self._lock = Store(folder).locked(LOCKED)  # an earlier worker may be ending
@@ -106,6 +109,31 @@ class Worker:
         if run != self.run:
             raise FedVLMError(f"this worker has opened run '{self.run}' and cannot open '{run}'")
         return self.site.described()
+
+
+def _settings(asked: dict[str, Any]) -> dict[str, Any]:
+    """The run's settings. A text would be the path of a file at this site."""
+    if not isinstance(asked.get("config"), dict):
+        raise FedVLMError("the settings of a run must be a mapping")
+    return asked["config"]
+
+
+def _round(asked: dict[str, Any]) -> int:
+    if type(asked.get("round")) is not int:
+        raise FedVLMError(f"a round is a whole number, got {asked.get('round')!r:.60}")
+    return asked["round"]
+
+
+def _share(asked: dict[str, Any]) -> float:
+    if type(asked.get("sampled")) not in (int, float):
+        raise FedVLMError(f"a cohort's share is a number, got {asked.get('sampled')!r:.60}")
+    return float(asked["sampled"])
+
+
+def _kind(asked: dict[str, Any], *kinds: Any) -> Any:
+    if not isinstance(asked.get("kind"), str) or asked["kind"] not in kinds:
+        raise FedVLMError(f"a model is one of {', '.join(kinds)}, got {asked.get('kind')!r:.60}")
+    return asked["kind"]
 
 
 def _plain(name: Any) -> str:

@@ -128,12 +128,31 @@ class Shell:
         wanted = group[0].wanted
         if not any(map(wanted.trains, wanted.begin)):
             raise FedVLMError("the algorithm asks for training of no factor of the adapter")
+        for member in group:
+            self._check_whole(member.task.client, member.wanted.begin)
         outcomes, session = self._train(group)
         for member, outcome in zip(group, outcomes, strict=True):
             self._check_finite(member.task, outcome)
         return outcomes, session
 
+    def _check_whole(self, client: str, tree: Tree) -> None:
+        """Refuses a request whose adapter lacks a factor or has one of another shape."""
+        if tree.keys() != self.adapter.keys():
+            odd = sorted(tree.keys() ^ self.adapter.keys())
+            raise FedVLMError(
+                f"client '{client}': the algorithm asks for an adapter with other factors than the "
+                f"model's, {len(odd)} of them, '{odd[0]}' first; a request takes a whole adapter"
+            )
+        for name, tensor in tree.items():
+            if tensor.shape != self.adapter[name].shape:
+                raise FedVLMError(
+                    f"client '{client}': the algorithm asks for '{name}' as {list(tensor.shape)}, "
+                    f"and the model has {list(self.adapter[name].shape)}"
+                )
+
     def _validated(self, client: str, trees: Sequence[Tree]) -> tuple[Validation, ...]:
+        for tree in trees:
+            self._check_whole(client, tree)
         rows = self.partition.splits[client].val
         self.model.eval()
         with torch.no_grad():

@@ -21,6 +21,7 @@ from fedvlm.algorithms.base import (
     step,
 )
 from fedvlm.engines.stages import Stage, opened, packed
+from fedvlm.errors import FedVLMError
 from fedvlm.tree import Mean, Tree
 
 if TYPE_CHECKING:
@@ -92,13 +93,16 @@ class Simulation:
 
     def run(self, rounds: int = 1, cohort: Iterable[str] | None = None) -> Simulation:
         """Runs more rounds with the clients of ``cohort``; None: with all clients."""
+        names = list(cohort or self.clients)
+        if rounds and self.over:
+            raise FedVLMError("the final round is over: no round follows it")
         for _ in range(rounds):
-            self._round(list(cohort or self.clients))
+            self._round(names)
         return self
 
     def finish(self) -> Simulation:
         """Runs the final round with all clients, if the algorithm has one."""
-        if self.algorithm.final:
+        if self.algorithm.final and not self.over:
             self.over = True
             self._round(list(self.clients))
         return self

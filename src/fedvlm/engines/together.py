@@ -81,6 +81,7 @@ def perform(members: Sequence[Member], train: TrainTogether, validate: Validate)
     Raises:
         FedVLMError: a stretch resumes the optimizer of a stretch that trained other factors.
     """
+    session: Any = None
     for member in members:
         member.ask = step(member.program)
     while True:
@@ -90,9 +91,15 @@ def perform(members: Sequence[Member], train: TrainTogether, validate: Validate)
                 member.ask = step(member.program, scores)
         waiting = [member for member in members if isinstance(member.ask, Train)]
         if not waiting:
+            for member in members:
+                member.session = None
             return
         first = _kind(min(waiting, key=lambda member: member.stretches))  # fewest stretches first
         group = [member for member in waiting if _kind(member) == first]
+        if not group[0].wanted.resume:
+            session = None  # the optimizers of before are freed before the next one is made
+            for member in group:
+                member.session = None
         outcomes, session = train(group)
         for place, (member, outcome) in enumerate(zip(group, outcomes, strict=True)):
             resumed = member.resumable if member.wanted.resume else 0
@@ -114,10 +121,13 @@ def _kind(member: Member) -> tuple[Any, ...]:
             f"trained other factors ({len(member.trained)} then, {len(trained)} now); a resumed "
             "stretch must train the same factors"
         )
-    resumed = (id(member.session), member.resumable) if ask.resume else None
-    return trained, tuple(term.rate for term in ask.terms), resumed
+    terms = tuple((term.rate, frozenset(term.constant)) for term in ask.terms)
+    if not ask.resume:
+        return trained, terms
+    idle = ask.steps == 0  # an idle client's moments must not move with the others'
+    return trained, terms, id(member.session), member.resumable, idle
 
 
 def _trained(member: Member) -> tuple[str, ...]:
     ask = member.wanted
-    return tuple(name for name in ask.begin if ask.trains(name))
+    return tuple(sorted(name for name in ask.begin if ask.trains(name)))

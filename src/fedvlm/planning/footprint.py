@@ -114,8 +114,14 @@ def _trained(adapter: Tree, stretches: Iterable[Train]) -> int:
     import torch
 
     masks: dict[str, torch.Tensor] = {}
+    whole: set[tuple[str, ...]] = set()  # factors of stretches without a mask: most are alike
     for stretch in stretches:
-        for name in filter(stretch.trains, adapter):
+        names = tuple(filter(stretch.trains, adapter))
+        if stretch.mask is None:
+            if names in whole:
+                continue
+            whole.add(names)
+        for name in names:
             like = torch.empty(adapter[name].shape)
             here = stretch.mask(name, like) if stretch.mask else torch.tensor(True)
             masks[name] = masks.get(name, torch.tensor(False)) | here

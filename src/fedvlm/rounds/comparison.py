@@ -6,7 +6,6 @@ import contextlib
 import csv
 import io
 import json
-import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -15,9 +14,10 @@ from typing import Any
 
 from fedvlm import config as configs
 from fedvlm.algorithms.base import Algorithm
-from fedvlm.algorithms.table import ALIASES, OWN, find, names, taken
-from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.algorithms.table import OWN
+from fedvlm.errors import FedVLMError
 from fedvlm.metrics import mean, standard_error
+from fedvlm.rounds.contenders import Compared, planned
 from fedvlm.rounds.progress import Progress
 from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
@@ -28,7 +28,6 @@ BASELINES = ("lora", "lora+ft")
 Event = tuple[str, dict[str, Any], float]
 Tell = Callable[[Event], None]
 Work = Callable[[str, Config, Tell], None]
-Compared = str | tuple[str, Algorithm]
 
 
 @dataclass(frozen=True)
@@ -87,24 +86,6 @@ def compare(
     return _conclude(folder, runs)
 
 
-def planned(
-    algorithms: Sequence[Compared],
-    config: configs.Source = None,
-    *overrides: str,
-    seeds: int = 1,
-    jobs: int = 1,
-) -> dict[str, Config]:
-    """The runs of a comparison: name -> settings; see :func:`compare`.
-
-    Raises:
-        ConfigError: lists the mistakes of all runs.
-    """
-    tree, problems = configs.read(config, *overrides)
-    objects = dict(a for a in algorithms if not isinstance(a, str))
-    labels = [ALIASES.get(a, a) if isinstance(a, str) else a[0] for a in algorithms]
-    return _runs(tree, list(dict.fromkeys(labels)), objects, seeds, jobs, problems)
-
-
 def each(work: Work, runs: Mapping[str, Config], jobs: int = 1, tell: Tell | None = None) -> None:
     """Calls ``work``, such as :func:`run_one`, for every run, ``jobs`` at a time.
 
@@ -130,87 +111,9 @@ def each(work: Work, runs: Mapping[str, Config], jobs: int = 1, tell: Tell | Non
         _in_processes(work, runs, jobs, tell)
 
 
-def _runs(
-    tree: dict[str, Any],
-    labels: Sequence[str],
-    objects: Mapping[str, Algorithm],
-    seeds: int,
-    jobs: int,
-    problems: list[str],
-) -> dict[str, Config]:
-    if seeds < 1 or jobs < 1:
-        problems.append(f"seeds and jobs must be at least 1, got {seeds} and {jobs}")
-    if not labels:
-        problems.append(f"no algorithm is named; choose from {', '.join(names())}")
-    if objects and jobs > 1:
-        problems.append(
-            f"jobs={jobs}: {', '.join(objects)} is an object, which cannot go to another process; "
-            "set jobs=1, or install it as an entry point of the group 'fedvlm.algorithms'"
-        )
-    for label in objects:
-        if not re.fullmatch(r"[\w.+-]+", label) or label in names():
-            problems.append(
-                f"'{label}' is no label for an object: use letters, digits and . + - _, and no "
-                "name of a known algorithm"
-            )
-    problems += _nobodys(tree, [x for x in labels if x not in objects])
-    first, runs = tree.get("seed") or 0, {}
-    for seed in range(first, first + seeds) if isinstance(first, int) else [first]:
-        for label in labels:
-            own = _settings(tree, label, label in objects)
-            own |= {"seed": seed, "output": _folder(tree, label, seed)}
-            if jobs > 1:
-                own["engine"] = {**(own.get("engine") or {}), "threads": 1}
-            try:
-                runs[f"{label} seed {seed}"] = configs.checked(own)
-            except ConfigError as error:
-                problems.extend(p for p in error.problems if p not in problems)
-    if problems:
-        raise ConfigError(list(dict.fromkeys(problems)))
-    return runs
-
-
 def _label(config: Config) -> str:
     """The name of a run's algorithm in a comparison."""
     return config.algorithm.name.removeprefix(f"{OWN}:")
-
-
-def _folder(tree: dict[str, Any], label: str, seed: Any) -> str:
-    return str(Path(tree.get("output") or Config().output) / f"{label}-seed-{seed}")
-
-
-def _settings(tree: dict[str, Any], label: str, is_object: bool) -> dict[str, Any]:
-    """The settings for one algorithm, without settings of other algorithms."""
-    own: dict[str, Any] = json.loads(json.dumps(tree))
-    given = own.get("algorithm")
-    if is_object:
-        return own | {"algorithm": {"name": f"{OWN}:{label}"}}
-    try:
-        entry = find(label)
-    except (KeyError, FedVLMError):  # the check of the settings reports this
-        return own | {"algorithm": {"name": label}}
-    if given is None or isinstance(given, dict):
-        own["algorithm"] = taken(label, given or {})
-    if isinstance(own.get("lora"), dict):
-        meant = {"ranks": entry.ranks, "spare": entry.spare}
-        own["lora"] = {k: v for k, v in own["lora"].items() if meant.get(k, True)}
-    return own
-
-
-def _nobodys(tree: Mapping[str, Any], labels: Sequence[str]) -> list[str]:
-    """Problems: settings that no compared algorithm has."""
-    known, entries = {"name"}, []
-    for label in labels:
-        with contextlib.suppress(KeyError, FedVLMError):
-            entries.append(find(label))
-    for entry in entries:
-        known |= entry.settings.model_fields.keys()
-    given, lora = (tree.get(key) for key in ("algorithm", "lora"))
-    idle = [f"algorithm.{k}" for k in given if k not in known] if isinstance(given, dict) else []
-    takers = {"ranks": any(e.ranks for e in entries), "spare": any(e.spare for e in entries)}
-    if isinstance(lora, dict):
-        idle += [f"lora.{k}" for k, taken_ in takers.items() if lora.get(k) and not taken_]
-    return [f"{key}: none of {', '.join(labels) or 'the objects'} has this setting" for key in idle]
 
 
 def done(config: Config) -> bool:
@@ -221,6 +124,12 @@ def done(config: Config) -> bool:
     """
     if not stores.is_run(config.output):
         return False
+    if config.algorithm.name.partition(":")[0] == OWN:
+        raise FedVLMError(
+            f"output: '{config.output}' holds a run of an object, and nothing shows that it is "
+            f"the one labelled '{_label(config)}' now; remove that folder, or choose another "
+            "with output=DIR"
+        )
     there = configs.load(Path(config.output) / stores.CONFIG)
     same = {"output": "", "engine": config.engine}
     if there.model_copy(update=same) != config.model_copy(update=same):

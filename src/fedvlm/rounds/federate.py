@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedvlm import config as configs
-from fedvlm.algorithms.base import Algorithm, State, Visit
+from fedvlm.algorithms.base import Algorithm, State, Visit, expected
 from fedvlm.engines.base import Engine, Models, Scores
 from fedvlm.engines.group import Group, joined
 from fedvlm.engines.wire import Forms, Task
@@ -62,7 +62,7 @@ def run(
         FedVLMError: the model, the device or the output folder cannot be used.
     """
 
-    settings = (configs.load if algorithm is None else configs.own)(config, *overrides)
+    settings = _configuration(algorithm)(config, *overrides)
     progress = progress or Quiet()
     if not resume:
         stores.check_fresh(settings.output)
@@ -99,12 +99,19 @@ def resume(
     if not stores.is_run(folder):
         raise FedVLMError(f"'{folder}' holds no run; start one with 'fedvlm run output={folder}'")
     stores.check_version(folder)
-    read = configs.load if algorithm is None else configs.own
-    settings = read(Path(folder) / stores.CONFIG)
+    settings = _configuration(algorithm)(Path(folder) / stores.CONFIG)
     settings = settings.model_copy(update={"output": str(folder)})
     if stores.is_done(folder):
         return Results.read(folder)
     return run(settings, algorithm=algorithm, resume=True, progress=progress)
+
+
+def _configuration(algorithm: Algorithm | None) -> Callable[..., Config]:
+    """Reads the configuration of a run, whose algorithm may be an object."""
+    if algorithm is None:
+        return configs.load
+    expected(algorithm)
+    return configs.own
 
 
 def _prepare_all(
