@@ -101,7 +101,7 @@ def test_a_kit_allows_one_class_and_no_code(demo):
 
 
 PROJECTS = {
-    "sites: [a]": "server: Field required",
+    "sites: [a]": "server: it is required",
     "server: {address: 10.0.0.1}\nsites: [a]": "a host name",
     "server: {address: h}\nsites: [a, a]": "named twice",
     "server: {address: h}\nsites: ['a b']": "is no name for a site",

@@ -217,7 +217,7 @@ def test_a_command_for_one_process_is_refused_in_several(capsys, monkeypatch):
         monkeypatch.setenv(name, value)
     code, output, errors = call(capsys, monkeypatch, "compare", "plora,lora")
     assert (code, output) == (2, "")
-    assert errors.startswith("error: 'fedvlm compare' works in one process, and 2 were started")
+    assert errors.startswith("error: 'fedvlm compare' works in one process, but 2 were started")
 
 
 def test_a_message_arrives_as_it_was_and_no_tensor_travels_twice():
