@@ -238,7 +238,7 @@ def test_an_error_in_a_process_of_compare_is_the_same_clear_error(tmp_path, caps
 def test_compare_refuses_unknown_names(words, tmp_path, capsys, monkeypatch):
     code, _, errors = call(capsys, monkeypatch, *words, f"output={tmp_path / 'x'}")
     assert code == 2
-    assert "choose from auto, plora, lora" in errors
+    assert "there are auto, plora, lora" in errors
 
 
 def test_the_public_names_are_these_and_all_load():

@@ -60,7 +60,7 @@ def _runs(
     if seeds < 1 or jobs < 1:
         problems.append(f"seeds and jobs must be at least 1, got {seeds} and {jobs}")
     if not labels:
-        problems.append(f"no algorithm is named; choose from {', '.join(names())}")
+        problems.append(f"no algorithm is named; there are {', '.join(names())}")
     if objects and jobs > 1:
         problems.append(
             f"jobs={jobs}: {', '.join(objects)} is an object, which cannot go to another process; "
