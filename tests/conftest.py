@@ -100,8 +100,8 @@ def pytest_addoption(parser):
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_auto_num_workers():
-    """One worker more than cores, since one worker mostly waits for deployed runs."""
-    return cores() + 1
+    """Two workers more than cores: some wait for deployed runs and other processes."""
+    return cores() + 2
 
 
 def pytest_collection_modifyitems(items):

@@ -163,8 +163,11 @@ def _of_algorithm(error: Any, settings: type[AlgorithmConfig], name: str) -> str
 def _unknown(name: str) -> str:
     known = [*table.names(), *table.ALIASES]
     close = difflib.get_close_matches(name, known, n=1)
-    hint = f": did you mean '{close[0]}'?" if close else ""
-    return f"algorithm.name '{name}' is unknown{hint}; there are {', '.join(table.names())}"
+    hint = f" (did you mean '{close[0]}'?)" if close else ""
+    return (
+        f"algorithm.name '{name}' is unknown{hint}; there are {', '.join(table.names())}; if a "
+        "package adds it, install that package here"
+    )
 
 
 def dump(config: Config) -> str:

@@ -122,6 +122,11 @@ class Train:
     resume: bool = False
 
     def __post_init__(self) -> None:
+        if not callable(self.trains):
+            raise TypeError(
+                f"Train.trains is a function of a factor's name, got {self.trains!r:.80}; see "
+                "fedvlm.tree.factor"
+            )
         if self.steps is not None and self.steps < 0:
             raise ValueError(f"a stretch has 0 steps or more, got {self.steps}")
 
@@ -173,6 +178,18 @@ class Sent:
 
     up: Tree
     keep: Tree = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        for field_, tree in (("up", self.up), ("keep", self.keep)):
+            if not isinstance(tree, dict):
+                raise TypeError(
+                    f"Sent.{field_} is a dict of names and tensors, got {type(tree).__name__}"
+                )
+            odd = [name for name, tensor in tree.items() if not hasattr(tensor, "dtype")]
+            if odd:
+                raise TypeError(
+                    f"Sent.{field_}['{odd[0]}'] is a tensor, got {type(tree[odd[0]]).__name__}"
+                )
 
 
 @dataclass(frozen=True)
@@ -281,6 +298,13 @@ class Algorithm:
     work: Work
     server: Averaged | Gathered
     final: bool = False
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.server, Averaged | Gathered):
+            raise TypeError(
+                "an algorithm's server is Averaged(update) or Gathered(update), got "
+                f"{self.server!r:.80}"
+            )
 
 
 def step(program: Program, answer: Trained | tuple[Validation, ...] | None = None) -> Ask | Sent:

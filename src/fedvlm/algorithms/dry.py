@@ -10,6 +10,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from fedvlm.algorithms.base import Algorithm, Local, Score, Sent, Train, Trained, Visit, step
+from fedvlm.errors import FedVLMError
 from fedvlm.tree import Tree
 
 PATH = {"A": 1.0, "B": 1.0}
@@ -40,7 +41,25 @@ def rehearse(
         visit: the client and the round.
         down: the client's download, with or without values.
         steps: the usual number of steps of a round.
+
+    Raises:
+        FedVLMError: the algorithm reads the value of a tensor.
     """
+    try:
+        return _rehearse(algorithm, initial, visit, down, steps)
+    except (RuntimeError, NotImplementedError) as error:
+        if "meta" not in str(error):
+            raise
+        raise FedVLMError(
+            "the algorithm reads the value of a tensor. Its functions also run on tensors without "
+            "values, for plans and for the forms of messages: names and shapes may depend on the "
+            f"round and on the download only ({str(error).splitlines()[0]:.120})"
+        ) from error
+
+
+def _rehearse(
+    algorithm: Algorithm, initial: Tree, visit: Visit, down: Tree, steps: int
+) -> Rehearsal:
     begin = algorithm.model(initial, down, {})
     program = algorithm.work(Local(visit, begin, down, {}, steps))
     stretches: list[Train] = []

@@ -13,7 +13,7 @@ from typing import Any
 from fedvlm.algorithms import checks
 from fedvlm.algorithms.auto import AutoConfig, auto
 from fedvlm.algorithms.averaging import Averaging, ServerStep, averaging
-from fedvlm.algorithms.base import Algorithm, expected
+from fedvlm.algorithms.base import Algorithm
 from fedvlm.algorithms.client_terms import scaffold
 from fedvlm.algorithms.dual import fedalt, feddpa, pair
 from fedvlm.algorithms.entry import Entry
@@ -330,7 +330,13 @@ def build(config: AlgorithmConfig, lora: LoraConfig | None = None) -> Algorithm:
     """
     lora, entry = lora or LoraConfig(), find(config.name)
     settings = config if isinstance(config, entry.settings) else entry.settings(name=config.name)
-    return ranked(expected(entry.build(settings, lora)), lora.ranks, lora.rank)
+    built = entry.build(settings, lora)
+    if not isinstance(built, Algorithm):
+        raise FedVLMError(
+            f"algorithm '{config.name}': build(settings, lora) of its entry returns a "
+            f"fedvlm.Algorithm, got {built!r:.80}"
+        )
+    return ranked(built, lora.ranks, lora.rank)
 
 
 def taken(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:

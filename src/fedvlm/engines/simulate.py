@@ -18,6 +18,7 @@ from fedvlm.algorithms.base import (
     Upload,
     Validation,
     Visit,
+    expected,
     step,
 )
 from fedvlm.engines.stages import Stage, opened, packed
@@ -55,7 +56,9 @@ def simulate(
             client without an entry has no validation rows.
         stages: the stages of the wire, such as compression.
     """
-    return Simulation(algorithm, clients, initial, steps, lr, validation or {}, stages).run(rounds)
+    return Simulation(
+        expected(algorithm), clients, initial, steps, lr, validation or {}, stages
+    ).run(rounds)
 
 
 class Simulation:
@@ -93,7 +96,7 @@ class Simulation:
 
     def run(self, rounds: int = 1, cohort: Iterable[str] | None = None) -> Simulation:
         """Runs more rounds with the clients of ``cohort``; None: with all clients."""
-        names = list(cohort or self.clients)
+        names = list(self.clients if cohort is None else cohort)
         if rounds and self.over:
             raise FedVLMError("the final round is over: no round follows it")
         for _ in range(rounds):

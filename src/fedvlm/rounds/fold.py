@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
 from fedvlm.algorithms.base import Averaged, Gathered, State, Upload, Visit
 from fedvlm.engines.wire import Forms, Reply
@@ -73,4 +74,25 @@ class Fold:
         else:
             mean = self._mean
             changes = self.server.update(state, mean.tree(), round_) if mean.total else {}
+        _check_changes(changes, state)
         return {**state, **changes}
+
+
+def _check_changes(changes: Any, state: State) -> None:
+    """Refuses what an algorithm's server returns, before it is the next state.
+
+    Raises:
+        FedVLMError: it is no tree, or a tensor of the state has another shape or type in it.
+    """
+    if not isinstance(changes, dict):
+        raise FedVLMError(
+            "the update of the algorithm's server returns a dict of the tensors that change, got "
+            f"{type(changes).__name__}"
+        )
+    for name, tensor in changes.items():
+        old = state.get(name)
+        if old is not None and (old.shape != tensor.shape or old.dtype != tensor.dtype):
+            raise FedVLMError(
+                f"the update of the algorithm's server returns '{name}' as {tensor.dtype} "
+                f"{list(tensor.shape)}, and the state has {old.dtype} {list(old.shape)}"
+            )
