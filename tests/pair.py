@@ -6,7 +6,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import pytest
-import torch
 
 from fedvlm.algorithms.table import build, find
 from fedvlm.config import load
@@ -65,6 +64,21 @@ def engines(settings, *overrides, folder):
         engine, partition, _ = prepare(config, store=Kept(folder))
         found.append((engine, partition))
     return found
+
+
+def prepared(folder):
+    """Settings of a small run, both engines for it, and a folder.
+
+    An algorithm changes neither the model nor its rows, so that tests of many share this.
+    """
+    settings = {
+        "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
+        "partition": {"min_rows": 4},
+        "train": {"rounds": 2, "local_steps": 2, "batch_size": 4, "lr": 0.001},
+        "eval": {"every": 0, "max_rows": 2, "max_new_tokens": 3},
+        "lora": {"rank": 2, "alpha": 4},
+    }
+    return settings, engines(settings, EXACT, folder=folder), folder
 
 
 def switched(engine, partition, settings, *overrides, folder):
@@ -146,11 +160,3 @@ def assert_same(reference, cohort, tolerance, *, factors=True):
                 assert answer["prediction"] == other["prediction"]
                 assert answer["loss"] == pytest.approx(other["loss"], abs=1e-3)
                 assert answer["weight"] == other["weight"]
-
-
-def random_like(tree, scale, seed=0):
-    """The adapter with noise added."""
-    g = torch.Generator().manual_seed(seed)
-    return {
-        n: t + scale * torch.randn(t.shape, generator=g, dtype=t.dtype) for n, t in tree.items()
-    }

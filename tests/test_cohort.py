@@ -30,7 +30,7 @@ from fedvlm.rounds.prepare import prepare
 from fedvlm.settings.sections import EngineConfig
 from fedvlm.store import files
 from fedvlm.tree import products
-from pair import EXACT, TOLERANCE, Kept, assert_same, engines, play, switched
+from pair import EXACT, TOLERANCE, Kept, assert_same, engines, play, prepared, switched
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -112,16 +112,8 @@ ALGORITHMS = [name for name in TABLE if name not in ("share", "scaffold", *OF_TH
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Both engines, prepared once: an algorithm changes neither the model nor its rows."""
-    settings = {
-        "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
-        "partition": {"min_rows": 4},
-        "train": {"rounds": 2, "local_steps": 2, "batch_size": 4, "lr": 0.001},
-        "eval": {"every": 0, "max_rows": 2, "max_new_tokens": 3},
-        "lora": {"rank": 2, "alpha": 4},
-    }
-    folder = tmp_path_factory.mktemp("pair")
-    return settings, engines(settings, EXACT, folder=folder), folder
+    """Both engines, prepared once."""
+    return prepared(tmp_path_factory.mktemp("pair"))
 
 
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, *SHARED_RULES])

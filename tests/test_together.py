@@ -13,21 +13,13 @@ from fedvlm.engines import cohort, stacked, together
 from fedvlm.engines.cohort import CohortEngine
 from fedvlm.engines.wire import Forms, Task
 from fedvlm.tree import factor
-from pair import EXACT, TOLERANCE, Kept, engines, switched
+from pair import EXACT, TOLERANCE, Kept, prepared, switched
 
 
 @pytest.fixture(scope="module")
 def pair(tmp_path_factory):
-    """Both engines, prepared once: an algorithm changes neither the model nor its rows."""
-    settings = {
-        "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
-        "partition": {"min_rows": 4},
-        "train": {"rounds": 2, "local_steps": 2, "batch_size": 4, "lr": 0.001},
-        "eval": {"every": 0, "max_rows": 2, "max_new_tokens": 3},
-        "lora": {"rank": 2, "alpha": 4},
-    }
-    folder = tmp_path_factory.mktemp("pair")
-    return settings, engines(settings, EXACT, folder=folder), folder
+    """Both engines, prepared once."""
+    return prepared(tmp_path_factory.mktemp("pair"))
 
 
 def given(engine, work, folder):
