@@ -21,12 +21,10 @@ class Rehearsal(NamedTuple):
 
     Attributes:
         stretches: the requests for training.
-        scored: the number of adapters to score on validation rows, if the client has any.
         sent: the result of the round; names and shapes are right, values mean nothing.
     """
 
     stretches: tuple[Train, ...]
-    scored: int
     sent: Sent
 
 
@@ -63,16 +61,14 @@ def _rehearse(
     begin = algorithm.model(initial, down, {})
     program = algorithm.work(Local(visit, begin, down, {}, steps))
     stretches: list[Train] = []
-    scored = 0
     ask = step(program)
     while not isinstance(ask, Sent):
         if isinstance(ask, Score):
-            scored += len(ask.trees)
             ask = step(program, ())
         else:
             stretches.append(ask)
             ask = step(program, Trained(ask.begin, PATH))
-    return Rehearsal(tuple(stretches), scored, ask)
+    return Rehearsal(tuple(stretches), ask)
 
 
 def bare(tree: Tree) -> Tree:

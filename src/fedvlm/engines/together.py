@@ -94,8 +94,10 @@ def perform(members: Sequence[Member], train: TrainTogether, validate: Validate)
             for member in members:
                 member.session = None
             return
-        first = _kind(min(waiting, key=lambda member: member.stretches))  # fewest stretches first
-        group = [member for member in waiting if _kind(member) == first]
+        kinds = [_kind(member) for member in waiting]
+        behind = min(range(len(waiting)), key=lambda k: waiting[k].stretches)  # nobody falls back
+        kind = kinds[behind]
+        group = [member for member, own in zip(waiting, kinds, strict=True) if own == kind]
         if not group[0].wanted.resume:
             session = None  # the optimizers of before are freed before the next one is made
             for member in group:
@@ -104,7 +106,7 @@ def perform(members: Sequence[Member], train: TrainTogether, validate: Validate)
         for place, (member, outcome) in enumerate(zip(group, outcomes, strict=True)):
             resumed = member.resumable if member.wanted.resume else 0
             member.session, member.place = session, place
-            member.trained = _trained(member)
+            member.trained = kind[0]
             member.resumable = resumed + len(outcome.losses)
             member.stretches += 1
             member.losses += outcome.losses
@@ -114,7 +116,8 @@ def perform(members: Sequence[Member], train: TrainTogether, validate: Validate)
 
 def _kind(member: Member) -> tuple[Any, ...]:
     """The kind of a request: clients of equal kinds can train together."""
-    ask, trained = member.wanted, _trained(member)
+    ask = member.wanted
+    trained = tuple(sorted(name for name in ask.begin if ask.trains(name)))
     if ask.resume and member.stretches and trained != member.trained:
         raise FedVLMError(
             f"client '{member.task.client}': the algorithm resumes the optimizer of a stretch that "
@@ -126,8 +129,3 @@ def _kind(member: Member) -> tuple[Any, ...]:
         return trained, terms
     idle = ask.steps == 0  # an idle client's moments must not move with the others'
     return trained, terms, id(member.session), member.resumable, idle
-
-
-def _trained(member: Member) -> tuple[str, ...]:
-    ask = member.wanted
-    return tuple(sorted(name for name in ask.begin if ask.trains(name)))
