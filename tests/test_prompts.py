@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-import logging
 
 import pytest
 from PIL import Image
@@ -85,11 +84,6 @@ def test_a_prompt_without_the_models_image_token_is_an_error(tiny):
         encoder.encode(IMAGE, "What?", ["red"])
 
 
-def test_an_image_token_in_a_question_is_an_error_and_not_a_second_image(tiny):
-    with pytest.raises(DataError, match="2 <image> tokens and 1 images"):
-        Prompter(tiny).encode(IMAGE, "What is in <image>?", ["red"])
-
-
 def test_a_prompt_is_never_cut_and_the_number_to_raise_is_told(tiny):
     whole = Prompter(tiny).encode(IMAGE, "What colour is it?", ["red"])
     needed = len(whole.prompt) + 1
@@ -102,21 +96,17 @@ def test_a_prompt_is_never_cut_and_the_number_to_raise_is_told(tiny):
 
 
 def test_a_prompt_beyond_the_models_positions_says_so(tiny):
-    with pytest.raises(DataError, match="'tiny' takes at most 1024: shorten the questions"):
+    with pytest.raises(DataError, match=r"'tiny' takes at most 1024 .* shorten the question"):
         Prompter(tiny).encode(IMAGE, "so long a question " * 300, ["red"])
 
 
-def test_a_long_answer_is_cut_at_its_end_and_told_once(tiny, caplog):
+def test_a_long_answer_is_cut_at_its_end_and_counted(tiny):
     whole = Prompter(tiny).encode(IMAGE, "What?", ["red and blue and green"])
-    limit = len(whole.prompt) + 3
-    encoder = Prompter(tiny, max_length=limit)
-    with caplog.at_level(logging.WARNING, logger="fedvlm"):
-        for _ in range(2):
-            found = encoder.encode(IMAGE, "What?", ["red and blue and green", "red"])
+    encoder = Prompter(tiny, max_length=len(whole.prompt) + 3)
+    found = encoder.encode(IMAGE, "What?", ["red and blue and green", "red"])
     assert found.answers[0].tolist() == whole.answers[0][:3].tolist()
     assert int(found.answers[1][-1]) in encoder.ends
-    assert len(caplog.records) == 1
-    assert "data.max_length allows more" in caplog.text
+    assert found.cut == len(whole.answers[0]) - 3
 
 
 def test_a_run_names_the_row_whose_prompt_does_not_fit(small):

@@ -71,7 +71,7 @@ def evaluate(
         run.adapter_folder(name)
     check_out(out)
     config = on_new_data(run.config, data, max_rows)
-    rows = load_rows(config.data, config.seed, pairs=run.pairs)
+    rows = run.usable(load_rows(config.data, config.seed, pairs=run.pairs))
     models = run.chosen(names, global_=global_ or every, untuned=untuned, every=False)
     found = Evaluation(str(data), len(rows), score(run, rows, config, models))
     if out is not None:

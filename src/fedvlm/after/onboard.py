@@ -142,7 +142,7 @@ def _rows(run: Opened, config: Config, site: str) -> tuple[Any, Any]:
     from fedvlm.data.partition import make_partition
     from fedvlm.data.sources import load_rows
 
-    rows = load_rows(config.data, config.seed, pairs=run.pairs)
+    rows = run.usable(load_rows(config.data, config.seed, pairs=run.pairs))
     (split,) = make_partition(rows, config).splits.values()
     if not len(getattr(split, config.eval.split)):
         raise DataError(

@@ -263,10 +263,31 @@ class Opened:
         return ReferenceEngine(model, self._collator(rows), partition, config, store, trains)
 
     def _collator(self, rows: Any) -> Any:
+        """Batches of rows that the model can take.
+
+        Raises:
+            DataError: the model cannot take some rows; :meth:`usable` leaves such rows out.
+        """
         from fedvlm.batches.collate import Collator
 
-        limit, pairs = self.config.data.max_length, self.pairs and "rejected" in rows.column_names
-        return Collator(rows, self.base, max_length=limit, pairs=pairs)
+        return Collator(
+            rows,
+            self.base,
+            max_length=self.config.data.max_length,
+            new_tokens=self.config.eval.max_new_tokens,
+            pairs=self.pairs and "rejected" in rows.column_names,
+        )
+
+    def usable(self, rows: datasets.Dataset) -> datasets.Dataset:
+        """The rows that the model can take.
+
+        Raises:
+            DataError: the model cannot take some rows, and ``data.on_error`` is not ``skip``.
+        """
+        from fedvlm.data.sources import leave_out
+
+        bad = self._collator(rows).check(0, _unseen, _unseen)
+        return leave_out(rows, bad, self.config.data)
 
     @property
     def pairs(self) -> bool:
@@ -314,6 +335,10 @@ class Opened:
         models = self.chosen([] if client is None else [client], **_only(client))
         (texts,) = self.answers(from_images([image], question), models).values()
         return texts[0]
+
+
+def _unseen(done: int, rows: int) -> None:
+    """Progress that nobody sees."""
 
 
 def label(client: str) -> str:

@@ -89,7 +89,7 @@ def predict_many(
     inputs.check_out(out)
     # The run's limit on rows was for its own data.
     data = run.config.data.model_copy(update={"max_rows": _own(overrides, "data.max_rows")})
-    rows = inputs.rows_to_ask(data, source, question)
+    rows = run.usable(inputs.rows_to_ask(data, source, question))
     models = run.chosen(clients, global_=global_, untuned=untuned, every=every)
     texts = run.answers(rows, models)
     which = {"image": "name"} if "name" in rows.column_names else {"row": "row"}

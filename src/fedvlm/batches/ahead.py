@@ -1,8 +1,9 @@
 """Rows encoded once, ahead of training, and kept on disk for later runs.
 
 ``datasets.Dataset.map`` writes tokens and pixels into one Arrow file, each row's features as
-safetensors bytes. The file is read back memory-mapped. Its name is a hash of everything that
-determines its content: the rows, the pictures' files, the processor and the versions.
+safetensors bytes, or the reason why it has none. The file is read back memory-mapped. Its name is a
+hash of everything that determines its content: the rows, the pictures' files, the processor and the
+versions.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from torch import Tensor
 from fedvlm.batches.prompts import Features, Prompter
 from fedvlm.data.scenes import cache_folder
 from fedvlm.data.sources import quiet
+from fedvlm.errors import DataError
 from fedvlm.version import __version__
 
 BUFFER = 1 << 26  # bytes per write
@@ -36,6 +38,16 @@ class Encoded:
         from safetensors.torch import load
 
         return unpacked(load(self._table[int(index)]["features"]))
+
+    @property
+    def problems(self) -> list[str]:
+        """The reason why a row cannot be encoded, by position; empty for a row that is encoded."""
+        return self._table["problem"][:]
+
+    @property
+    def cuts(self) -> list[int]:
+        """The number of tokens that were cut off a row's answers, by position."""
+        return self._table["cut"][:]
 
 
 def encode_ahead(
@@ -60,32 +72,45 @@ def encode_ahead(
         The encoded rows; None if they do not fit or the disk refuses them. Training then encodes
         the rows itself.
 
-    Raises:
-        DataError: a row cannot be encoded.
     """
     from safetensors.torch import save
 
     path = cache_folder() / f"encoded-{key}.arrow"
-    size = len(save(packed(encode(0))))
+
+    def one(index: int) -> dict[str, Any]:
+        try:
+            row = encode(index)
+        except DataError as error:
+            return {"features": b"", "problem": str(error), "cut": 0}
+        return {"features": save(packed(row)), "problem": "", "cut": row.cut}
+
+    sizes = (len(one(index)["features"]) for index in range(len(rows)))
+    size = next(filter(None, sizes), 0)  # of the first row that can be encoded
     if size * len(rows) > budget:
         return None
 
-    def one(row: Any, index: int) -> dict[str, bytes]:
+    def told_one(row: Any, index: int) -> dict[str, Any]:
         told(index + 1, len(rows))
-        return {"features": save(packed(encode(index)))}
+        return one(index)
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _make_room(path, budget - size * len(rows))
         with quiet():
             table = rows.select_columns(["row"]).map(
-                one,
+                told_one,
                 with_indices=True,
                 remove_columns=["row"],
-                features=datasets.Features({"features": datasets.Value("large_binary")}),
+                features=datasets.Features(
+                    {
+                        "features": datasets.Value("large_binary"),
+                        "problem": datasets.Value("string"),
+                        "cut": datasets.Value("int64"),
+                    }
+                ),
                 cache_file_name=str(path),
                 new_fingerprint=key,
-                writer_batch_size=max(1, BUFFER // size),
+                writer_batch_size=max(1, BUFFER // max(1, size)),
             )
         os.utime(path)  # marks the file as used now
     except OSError:
@@ -103,6 +128,7 @@ def fingerprint(rows: datasets.Dataset, prompter: Prompter, roles: Sequence[str]
         "template": getattr(processor, "chat_template", None),
         "tokenizer": backend.to_str() if backend else str(sorted(tokenizer.get_vocab().items())),
         "model": [prompter.family, sorted(prompter.ends), prompter.limit, prompter.max_length],
+        "form": [2, prompter.new_tokens],
         "roles": list(roles),
         "versions": [__version__, *map(version, ("transformers", "tokenizers", "pillow"))],
     }

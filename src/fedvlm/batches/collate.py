@@ -5,12 +5,15 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from fedvlm.batches.ahead import Encoded, encode_ahead, fingerprint
+from fedvlm.batches.check import Checker, check_rows, warn_of_cuts
 from fedvlm.batches.objectives import IGNORE
 from fedvlm.batches.prompts import Features, Prompter
 from fedvlm.data.images import open_image
@@ -25,20 +28,27 @@ class Collator:
 
     Decoder-only models get ``prompt + answer`` in one sequence, with labels masked to the answer.
     Encoder-decoder models get the prompt as input and the answer as labels. Rows are encoded once
-    and cached in memory, up to 256 MiB. :meth:`encode_ahead` keeps all of them on disk.
+    and cached in memory, up to 256 MiB. :meth:`check` may keep all of them on disk.
 
     Args:
         rows: from :func:`fedvlm.data.sources.load_rows`.
         loaded: the model and its processor.
         max_length: most tokens of prompt and answer together; None means the model's own limit.
+        new_tokens: tokens of the longest generated answer.
         pairs: whether training batches also hold the rejected answers.
     """
 
     def __init__(
-        self, rows: Any, loaded: Loaded, *, max_length: int | None = None, pairs: bool = False
+        self,
+        rows: Any,
+        loaded: Loaded,
+        *,
+        max_length: int | None = None,
+        new_tokens: int = 1,
+        pairs: bool = False,
     ):
         self.rows = rows
-        self.prompter = Prompter(loaded, max_length)
+        self.prompter = Prompter(loaded, max_length, new_tokens)
         self.tokenizer = self.prompter.tokenizer
         self.seq2seq = self.prompter.seq2seq
         self.device = loaded.device
@@ -53,18 +63,41 @@ class Collator:
         self._thread = ThreadPoolExecutor(1, "collate")
         self._next: tuple[list[int], Future[dict[str, Tensor]]] | None = None
 
-    def encode_ahead(self, budget: int, told: Callable[[int, int], None]) -> None:
-        """Encodes all rows now, or reads the rows that an earlier run encoded.
+    def check(
+        self, budget: int, encoded: Callable[[int, int], None], checked: Callable[[int, int], None]
+    ) -> dict[int, str]:
+        """Checks all rows, and warns of answers that are cut.
 
         Args:
-            budget: most bytes on disk. If the rows do not fit, each is encoded when it is needed.
-            told: called with the number of encoded rows and of all rows.
+            budget: most bytes on disk for encoded rows. Within the budget, all rows are encoded
+                now, or read from the file of an earlier run. Otherwise each row is checked now, and
+                encoded when it is needed.
+            encoded: called with the number of encoded rows and of all rows.
+            checked: the same, where rows are checked and not encoded.
 
-        Raises:
-            DataError: a row cannot be encoded; the message names the first one.
+        Returns:
+            Position of a row that cannot be encoded -> the reason.
         """
-        key = fingerprint(self.rows, self.prompter, self.roles)
-        self._ahead = encode_ahead(self.rows, self._encode, key=key, budget=budget, told=told)
+        if budget:
+            key = fingerprint(self.rows, self.prompter, self.roles)
+            self._ahead = encode_ahead(
+                self.rows, self._encode, key=key, budget=budget, told=encoded
+            )
+        if self._ahead is None:
+            problems, cuts = check_rows(self.rows, self._measure, checked)
+        else:
+            problems = {at: why for at, why in enumerate(self._ahead.problems) if why}
+            cuts = {at: cut for at, cut in enumerate(self._ahead.cuts) if cut}
+        warn_of_cuts(cuts, self.rows)
+        return problems
+
+    @cached_property
+    def _checker(self) -> Checker:
+        return Checker(self.prompter)
+
+    def _measure(self, index: int) -> int:
+        image, question, answers = self._row(index)
+        return self._checker.cut(image.size, question, answers)
 
     def features(self, index: int) -> Features:
         """Row ``index``, encoded.
@@ -75,7 +108,7 @@ class Collator:
         with self._encoding:
             if index in self._kept:
                 return self._kept[index]
-            encoded = self._encode(index) if self._ahead is None else self._ahead[index]
+            encoded = self._named(index) if self._ahead is None else self._ahead[index]
             if encoded.nbytes() <= self._room:
                 self._kept[index] = encoded
                 self._room -= encoded.nbytes()
@@ -88,15 +121,20 @@ class Collator:
             self._lengths[index] = len(row.prompt) + max(map(len, row.answers))
         return self._lengths[index]
 
-    def _encode(self, index: int) -> Features:
-        row = self.rows[int(index)]
-        # Rows for prediction need no answer.
-        answers = [row[role] for role in self.roles if row.get(role) is not None]
+    def _named(self, index: int) -> Features:
         try:
-            image = open_image(row["image"])
-            return self.prompter.encode(image, row["question"], answers)
+            return self._encode(index)
         except DataError as error:
-            raise DataError(f"row {row.get('row', index)}: {error}") from error
+            raise DataError(f"row {self.rows[int(index)].get('row', index)}: {error}") from error
+
+    def _encode(self, index: int) -> Features:
+        return self.prompter.encode(*self._row(index))
+
+    def _row(self, index: int) -> tuple[Image, str, list[str]]:
+        """A row's picture, its question, and its answers; rows for prediction need none."""
+        row = self.rows[int(index)]
+        answers = [row[role] for role in self.roles if row.get(role) is not None]
+        return open_image(row["image"]), row["question"], answers
 
     def training(self, indices: Iterable[int]) -> dict[str, Tensor]:
         """Inputs and ``labels`` ``[batch, tokens]``, right-padded.

@@ -2,23 +2,23 @@
 
 The prompt follows the processor's chat template if it has one, else the form that the family was
 trained with (``PLAIN``). An answer is tokenized the way the template continues the prompt, up to
-and including the token that ends a turn. Training and decoding thus see the same tokens.
+and including the token that ends a turn. Training and decoding thus see the same tokens. Questions
+and answers are text: a control token in them is spelled out (:mod:`fedvlm.batches.control`).
 """
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, replace
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fedvlm.errors import DataError
+from fedvlm.batches.control import Control
+from fedvlm.errors import DataError, FedVLMError
 from fedvlm.models.load import Loaded
-
-logger = logging.getLogger("fedvlm")
 
 PLAIN = {
     "blip-2": ("Question: {} Answer:", " {}"),  # Li et al., arXiv 2301.12597
@@ -41,16 +41,26 @@ class Features:
             eos.
         aligned: inputs with one value per prompt token ``[prompt tokens]``.
         extras: the other inputs, such as pixels ``[1 or patches, ...]``.
+        cut: number of tokens that were cut off the answers, to fit.
     """
 
     prompt: Tensor
     answers: tuple[Tensor, ...]
     aligned: dict[str, Tensor]
     extras: dict[str, Tensor]
+    cut: int = 0
 
     def nbytes(self) -> int:
         tensors = (self.prompt, *self.answers, *self.aligned.values(), *self.extras.values())
         return sum(t.numel() * t.element_size() for t in tensors)
+
+
+class Prompt(NamedTuple):
+    """A picture and a question as inputs of the model; see :class:`Features`."""
+
+    ids: Tensor
+    aligned: dict[str, Tensor]
+    extras: dict[str, Tensor]
 
 
 @dataclass
@@ -60,11 +70,12 @@ class Prompter:
     Args:
         loaded: the model and its processor.
         max_length: most tokens of prompt and answer; None means the model's own limit.
+        new_tokens: tokens of the longest generated answer, which must fit behind every prompt.
     """
 
     loaded: Loaded
     max_length: int | None = None
-    _cut: bool = field(default=False, init=False)
+    new_tokens: int = 1
 
     def __post_init__(self) -> None:
         config = self.loaded.model.config
@@ -76,6 +87,21 @@ class Prompter:
         self.has_template = bool(getattr(self.processor, "chat_template", None))
         self.ends, self.end = _ends(self.loaded.model, self.tokenizer)
         self.limit = _limit(config, self.tokenizer)
+        if self.seq2seq and self.limit is not None and self.new_tokens > self.limit:
+            raise FedVLMError(
+                f"eval.max_new_tokens={self.new_tokens}: '{self.loaded.name}' generates at most "
+                f"{self.limit} tokens"
+            )
+
+    @cached_property
+    def control(self) -> Control:
+        """The control tokens, which questions and answers may name but not use."""
+        return Control(self.processor, self.loaded.model.config)
+
+    @cached_property
+    def _guarded(self) -> Prompter:
+        """The prompter of texts that hide control tokens."""
+        return Prompter(replace(self.loaded, processor=self.control.processor))
 
     def encode(self, image: Any, question: str, answers: Sequence[str]) -> Features:
         """Encodes one row: its picture, question and answers.
@@ -83,6 +109,24 @@ class Prompter:
         Raises:
             DataError: the prompt is too long or has no image token, or the processor refuses it.
         """
+        prompt = self.prompt(image, question)
+        images = self._images(prompt.ids)
+        ids, cut = self.fitted(len(prompt.ids), question, answers, images)
+        return Features(prompt.ids, ids, prompt.aligned, prompt.extras, cut)
+
+    def prompt(self, image: Any, question: str) -> Prompt:
+        """Encodes a picture and a question.
+
+        Raises:
+            DataError: the processor refuses them.
+        """
+        if not self.control.occurs_in(question):
+            return self._prompt(image, question)
+        ids, aligned, extras = self._guarded._prompt(image, self.control.hidden(question))
+        ids, *values = self.control.shown(ids, *aligned.values())
+        return Prompt(ids, dict(zip(aligned, values, strict=True)), extras)
+
+    def _prompt(self, image: Any, question: str) -> Prompt:
         text = self.prompt_text(question)
         # A template that writes the begin token itself must not get a second one.
         begin = self.tokenizer.bos_token
@@ -90,9 +134,12 @@ class Prompter:
         options = {"add_special_tokens": False} if bare else {}
         try:
             inputs = self.processor(text=[text], images=[[image]], return_tensors="pt", **options)
-        except ValueError as error:  # too many or too few image tokens
+        except MemoryError:
+            raise
+        except Exception as error:  # each processor has its own limits on pictures and texts
             raise DataError(
-                f"the processor of '{self.loaded.name}' refuses {text!r:.200}: {error}"
+                f"the processor of '{self.loaded.name}' refuses {text!r:.200} with a picture of "
+                f"{image.width} x {image.height} pixels: {str(error) or type(error).__name__:.300}"
             ) from error
         inputs.pop("attention_mask", None)
         inputs.pop("labels", None)
@@ -103,9 +150,45 @@ class Prompter:
             while len(ids) > 1 and int(ids[-1]) in closing:  # GIT's prompt is closed by [SEP]
                 ids = ids[:-1]
         aligned = {k: v[: len(ids)] for k, v in aligned.items()}
-        self._check(ids)
-        found = tuple(self._fit(len(ids), self.answer_ids(question, a)) for a in answers)
-        return Features(ids, found, aligned, dict(inputs))
+        return Prompt(ids, aligned, dict(inputs))
+
+    def answer_ids(self, question: str, answer: str) -> Tensor:
+        """The answer's tokens, including the end token ``[answer tokens]``."""
+        return self._ended(question, answer)[0]
+
+    def _ended(self, question: str, answer: str) -> tuple[Tensor, int]:
+        """The answer's tokens up to an end token, and how many tokens of it come later."""
+        if not self.control.occurs_in(question, answer):
+            ids = self._answer(question, answer)
+        else:
+            hidden = map(self.control.hidden, (question, answer))
+            (shown,) = self.control.shown(torch.tensor(self._guarded._answer(*hidden)))
+            ids = shown.tolist()
+        ending = next((i for i, token in enumerate(ids) if token in self.ends), None)
+        if ending is None:
+            return torch.tensor([*ids, self.end]), 0
+        # What follows the end is white space of a template, or the answer itself (BLIP-2's end is
+        # a line break).
+        lost = 0 if self.has_template else len(ids) - ending - 1
+        return torch.tensor(ids[: ending + 1]), lost
+
+    def _answer(self, question: str, answer: str) -> list[int]:
+        if self.seq2seq:  # a separate text, which begins as every text of this tokenizer
+            return self.tokenizer(answer).input_ids
+        if self.has_template:
+            return self._continuation(
+                self._render(question), self._render(question, answer), answer
+            )
+        _, form = PLAIN.get(self.family, ("", "{}"))
+        return self._ids(form.replace("{}", answer))
+
+    def text_length(self, question: str) -> int:
+        """Number of tokens of a prompt without the picture's own."""
+        if not self.control.occurs_in(question):
+            return len(self._ids(self.prompt_text(question)))
+        guarded = self._guarded
+        ids = guarded._ids(guarded.prompt_text(self.control.hidden(question)))
+        return len(self.control.shown(torch.tensor(ids))[0])
 
     def prompt_text(self, question: str) -> str:
         """The text of the prompt, with the place of the image."""
@@ -114,19 +197,6 @@ class Prompter:
         image = str(getattr(self.processor, "image_token", None) or "")
         prompt, _ = PLAIN.get(self.family, ("{image}{}\n", "{}"))
         return prompt.replace("{image}", image).replace("{}", question)
-
-    def answer_ids(self, question: str, answer: str) -> Tensor:
-        """The answer's tokens, including the end token ``[answer tokens]``."""
-        if self.seq2seq:  # a separate text, which begins as every text of this tokenizer
-            ids = self.tokenizer(answer).input_ids
-        elif self.has_template:
-            ids = self._continuation(self._render(question), self._render(question, answer), answer)
-        else:
-            _, form = PLAIN.get(self.family, ("", "{}"))
-            ids = self._ids(form.replace("{}", answer))
-        ending = next((i for i, token in enumerate(ids) if token in self.ends), None)
-        ids = [*ids, self.end] if ending is None else ids[: ending + 1]
-        return torch.tensor(ids)
 
     def answer_type(self, name: str) -> int:
         """The value of an aligned input at the tokens of an answer."""
@@ -157,7 +227,8 @@ class Prompter:
     def _ids(self, text: str) -> list[int]:
         return self.tokenizer(text, add_special_tokens=False).input_ids
 
-    def _check(self, prompt: Tensor) -> None:
+    def _images(self, prompt: Tensor) -> int | None:
+        """Number of image tokens in a prompt; None if the model has no such token."""
         images = int((prompt == self.image_id).sum()) if self.image_id is not None else None
         if images == 0:
             raise DataError(
@@ -165,38 +236,49 @@ class Prompter:
                 "see the image: its processor's chat template must put an image token where a turn "
                 'has {"type": "image"}'
             )
-        least = len(prompt) + (0 if self.seq2seq else 1)
-        limit = self.max_length or self.limit
-        if limit is None or least <= limit:
-            return
-        of_image = f", {images} of them for the image" if images else ""
-        if self.limit is not None and least > self.limit:
-            cure = (
-                f"'{self.loaded.name}' takes at most {self.limit}: shorten the questions, set the "
-                "processor to smaller images, or use another model"
-            )
-        else:
-            cure = f"raise data.max_length to at least {least}, more for the answers"
-        raise DataError(
-            f"the prompt needs {len(prompt)} tokens{of_image}, but at most {limit} are allowed "
-            f"(prompts are never cut): {cure}"
-        )
+        return images
 
-    def _fit(self, prompt: int, answer: Tensor) -> Tensor:
-        """Cuts the end off an answer that is too long."""
-        limit = self.max_length or self.limit
-        room = len(answer) if limit is None else limit - (0 if self.seq2seq else prompt)
-        if len(answer) > room and not self._cut:
-            self._cut = True
-            logger.warning(
-                "an answer of %d tokens was cut to %d to fit into %d tokens with its prompt; "
-                "others may follow%s",
-                len(answer),
-                room,
-                limit,
-                "" if limit == self.limit else ": data.max_length allows more",
+    def fitted(
+        self, tokens: int, question: str, answers: Sequence[str], images: int | None = None
+    ) -> tuple[tuple[Tensor, ...], int]:
+        """The answers that fit behind a prompt, and the number of tokens that were cut off.
+
+        Args:
+            tokens: number of tokens of the prompt.
+            question: the question of the prompt.
+            answers: the answers.
+            images: number of the prompt's tokens for the image, for the message.
+
+        Raises:
+            DataError: the prompt is too long; the message has the numbers.
+        """
+        self._check_length(tokens, f", {images} of them for the image" if images else "")
+        limit = min(filter(None, (self.max_length, self.limit)), default=None)
+        fitting, cut = [], 0
+        for answer in answers:
+            ids, lost = self._ended(question, answer)
+            room = len(ids) if limit is None else limit - (0 if self.seq2seq else tokens)
+            fitting.append(ids[:room])
+            cut += lost + max(0, len(ids) - room)
+        return tuple(fitting), cut
+
+    def _check_length(self, tokens: int, of_image: str) -> None:
+        own = 0 if self.seq2seq else self.new_tokens
+        if self.limit is not None and tokens + own > self.limit:
+            more = f" and an answer up to {own} (eval.max_new_tokens)" if own > 1 else ""
+            raise DataError(
+                f"the prompt needs {tokens} tokens{of_image}{more}, but '{self.loaded.name}' takes "
+                f"at most {self.limit} (prompts are never cut): shorten the question, set the "
+                "processor or data.max_pixels to smaller images, or use another model"
+                + (", or lower eval.max_new_tokens" if more else "")
             )
-        return answer[:room]
+        least = tokens + (0 if self.seq2seq else 1)
+        if self.max_length is not None and least > self.max_length:
+            raise DataError(
+                f"the prompt needs {tokens} tokens{of_image}, but at most {self.max_length} are "
+                f"allowed (prompts are never cut): raise data.max_length to at least {least}, "
+                "more for the answers"
+            )
 
 
 def _ends(model: Any, tokenizer: Any) -> tuple[set[int], int]:

@@ -37,6 +37,10 @@ class Plain(Progress):
         if done == 1:
             self._say(f"encoding {rows:,} rows; later runs reuse them")
 
+    def checked(self, done: int, rows: int) -> None:
+        if done == 1:
+            self._say(f"checking {rows:,} rows")
+
     def round(self, line: dict[str, Any], seconds: float) -> None:
         self._say(describe(line, self.config) + (f"  {seconds:.1f} s" if seconds else ""))
 
@@ -82,6 +86,9 @@ class Live(Progress):
         self.bars.update(
             self.task, note=f"encoding row {done:,} of {rows:,} for this and later runs"
         )
+
+    def checked(self, done: int, rows: int) -> None:
+        self.bars.update(self.task, note=f"checking row {done:,} of {rows:,}")
 
     def trained(self, client: str, loss: float) -> None:
         self.bars.update(self.task, note=f"{client} loss {loss:.3f}")

@@ -365,10 +365,25 @@ def _without_bad_rows(
         bad.update(dict.fromkeys(_empty(rows, role), f"the {_shown(role)} is empty"))
     bad.update({at: f"corrupt image, {why}" for at, why in broken_images(rows).items()})
     bad.update({at: problems[n] for at, n in enumerate(numbers) if n in problems})
+    return leave_out(rows, bad, data)
+
+
+def leave_out(rows: datasets.Dataset, bad: Mapping[int, str], data: DataConfig) -> datasets.Dataset:
+    """Removes unusable rows, with a warning, if ``data.on_error`` is ``skip``.
+
+    Args:
+        rows: the rows, with a column ``row`` (numbers) or ``name``.
+        bad: position of an unusable row -> the reason.
+        data: the ``data`` section of the configuration.
+
+    Raises:
+        DataError: there are unusable rows, and ``data.on_error`` is not ``skip`` or no row is left.
+    """
     if not bad:
         return rows
-    where = sorted(bad)
-    listed = "; ".join(f"row {numbers[at]}: {bad[at]}" for at in where[:5])
+    where, key = sorted(bad), "row" if "row" in rows.column_names else "name"
+    named = {at: rows[at][key] for at in where[:5]}
+    listed = "; ".join(f"{key} {named[at]}: {bad[at]:.300}" for at in where[:5])
     listed += f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
     if data.on_error == "fail":
         raise DataError(

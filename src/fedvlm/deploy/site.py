@@ -15,7 +15,7 @@ import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from fedvlm.algorithms.base import NOBODY, Visit
 from fedvlm.deploy.policy import Policy, Refused
@@ -30,6 +30,9 @@ from fedvlm.store import files
 from fedvlm.store import run as stores
 from fedvlm.store.files import sync
 from fedvlm.tree import Tree, digest, saved_bytes
+
+if TYPE_CHECKING:
+    from fedvlm.data.partition import Partition
 
 KEPT = 2  # versions of the personal state: the last two rounds
 PARTS = ("upload", "mine", "end")
@@ -170,12 +173,16 @@ class Site:
         self.name, self.policy, self.folder = name, policy, folder
         self.config = policy.localized(config, data, folder)
         self.store = SiteStore(folder)
-        rows, whole = preparing.divide(self.config)
-        (split,), (skew,) = whole.splits.values(), whole.skew.values()
-        own = replace(whole, clients=(name,), splits={name: split}, skew={name: skew})
-        self.engine, _, _ = preparing.prepare(self.config, None, (rows, own), self.store)
+        self.engine, own, _ = preparing.prepare(self.config, None, self._divided, self.store)
         self.rows = own.counts()[name]
         self.algorithm = self.engine.algorithm
+
+    def _divided(self, config: Config, rows: Any) -> Partition:
+        """The partition of the site's rows, which has one client."""
+        whole = preparing.partitioned(config, rows)
+        (split,), (skew,) = whole.splits.values(), whole.skew.values()
+        name = self.name
+        return replace(whole, clients=(name,), splits={name: split}, skew={name: skew})
 
     def described(self) -> dict[str, Any]:
         """The facts about this site that the server needs."""

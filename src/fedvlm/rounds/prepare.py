@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fedvlm.algorithms.base import Algorithm
@@ -17,8 +18,13 @@ from fedvlm.tree import nbytes
 from fedvlm.version import __version__
 
 if TYPE_CHECKING:
+    from fedvlm.batches.collate import Collator
     from fedvlm.data.partition import Partition
     from fedvlm.engines.shell import Shell
+    from fedvlm.models.load import Loaded
+
+Divider = Callable[[Config, Any], "Partition"]
+"""Makes the partition of rows."""
 
 
 def environment() -> dict[str, Any]:
@@ -42,7 +48,7 @@ def environment() -> dict[str, Any]:
 def prepare(
     config: Config,
     progress: Progress | None = None,
-    divided: tuple[Any, Partition] | None = None,
+    divider: Divider | None = None,
     store: stores.Store | None = None,
     algorithm: Algorithm | None = None,
 ) -> tuple[Shell, Partition, stores.Store]:
@@ -51,7 +57,7 @@ def prepare(
     Args:
         config: the settings of the run.
         progress: gets the run's events.
-        divided: the rows and their partition, if loaded before.
+        divider: makes the partition of the rows; None: :func:`partitioned`.
         store: keeps the personal states; None: the store in ``config.output``.
         algorithm: the algorithm as an object; None: the configured algorithm.
 
@@ -59,7 +65,6 @@ def prepare(
         FedVLMError: the run is impossible; see :func:`fedvlm.run`.
     """
     from fedvlm.batches import objectives
-    from fedvlm.batches.collate import Collator
     from fedvlm.data import pool
     from fedvlm.engines.choice import engine_class
     from fedvlm.engines.compress import compression
@@ -68,18 +73,14 @@ def prepare(
 
     algorithm = algorithm or build(config.algorithm, config.lora)
     objective = objectives.build(config.objective)
-    rows, partition = divided or divide(config)
+    rows, partition = divide(config, divider)
     store = store or stores.Store(config.output)
     loaded = load_model(config.model)
     set_threads(loaded.model, config.engine.threads)
     entry, adapter = find(config.algorithm.name), adapter_of(config)
-    rows = pool.named(rows, partition) if entry.names else rows
+    progress = progress or Quiet()
+    collator, partition = usable(config, rows, partition, loaded, divider, progress)
     model = attach(loaded.model, adapter, config.seed)
-    limit = config.data.max_length
-    collator = Collator(rows, loaded, max_length=limit, pairs=objective.pairs)
-    if config.data.cache and visits(config, partition) >= len(rows):
-        told = (progress or Quiet()).encoded
-        collator.encode_ahead(config.data.cache * 2**20, told)
     probe = collator.training(partition.splits[partition.clients[0]].train[:1])
     model = drop_dead(model, adapter, config.seed, lambda m: objective.terms(m, probe).mean())
     trained, settings = partition, config
@@ -124,15 +125,25 @@ def _most_kept(config: Config, partition: Partition, algorithm: Algorithm) -> in
     return states + len(scored(config, partition.clients)) + 7
 
 
-def divide(config: Config) -> tuple[Any, Partition]:
+def divide(config: Config, divider: Divider | None = None) -> tuple[Any, Partition]:
     """The rows and their partition into clients."""
     from fedvlm.batches import objectives
     from fedvlm.data.clusters import check_installed
-    from fedvlm.data.partition import make_partition
     from fedvlm.data.sources import load_rows
 
     check_installed(config.partition)
     rows = load_rows(config.data, config.seed, pairs=objectives.build(config.objective).pairs)
+    return rows, (divider or partitioned)(config, rows)
+
+
+def partitioned(config: Config, rows: Any) -> Partition:
+    """The partition of rows into clients.
+
+    Raises:
+        DataError: the rows do not allow it, or a scored client has no row to score.
+    """
+    from fedvlm.data.partition import make_partition
+
     partition = make_partition(rows, config)
     split, clients = config.eval.split, scored(config, partition.clients)
     empty = [c for c in clients if not len(getattr(partition.splits[c], split))]
@@ -141,7 +152,52 @@ def divide(config: Config) -> tuple[Any, Partition]:
             f"eval.split: {len(empty)} clients, such as '{empty[0]}', have no row in '{split}'; "
             f"raise data.{split}_fraction or partition.min_rows"
         )
-    return rows, partition
+    return partition
+
+
+def usable(
+    config: Config,
+    rows: Any,
+    partition: Partition,
+    loaded: Loaded,
+    divider: Divider | None,
+    progress: Progress,
+) -> tuple[Collator, Partition]:
+    """Batches of the rows that the model can take, and the partition of these rows.
+
+    Args:
+        config: the settings of the run.
+        rows: the rows.
+        partition: their partition.
+        loaded: the model and its processor.
+        divider: makes the partition again if rows are left out.
+        progress: gets the number of checked rows.
+
+    Raises:
+        DataError: the model cannot take some rows, and ``data.on_error`` is not ``skip``.
+    """
+    from fedvlm.batches import objectives
+    from fedvlm.batches.collate import Collator
+    from fedvlm.data import pool
+    from fedvlm.data.sources import leave_out
+
+    pairs, names = objectives.build(config.objective).pairs, find(config.algorithm.name).names
+    while True:
+        asked = pool.named(rows, partition) if names else rows
+        collator = Collator(
+            asked,
+            loaded,
+            max_length=config.data.max_length,
+            new_tokens=config.eval.max_new_tokens,
+            pairs=pairs,
+        )
+        ahead = visits(config, partition) >= len(rows)
+        budget = config.data.cache * 2**20 if ahead else 0
+        bad = collator.check(budget, progress.encoded, progress.checked)
+        if not bad:
+            return collator, partition
+        rows = leave_out(rows, bad, config.data)
+        partition = (divider or partitioned)(config, rows)
 
 
 def weights_of(config: Config, partition: Partition) -> dict[str, float]:

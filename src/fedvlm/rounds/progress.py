@@ -26,6 +26,9 @@ class Progress:
     def encoded(self, done: int, rows: int) -> None:
         """``done`` of ``rows`` rows are encoded; not called where an earlier run encoded them."""
 
+    def checked(self, done: int, rows: int) -> None:
+        """``done`` of ``rows`` rows are checked, where they are not encoded ahead."""
+
     def trained(self, client: str, loss: float) -> None:
         """A client finished its part of the round."""
 

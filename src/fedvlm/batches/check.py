@@ -1,0 +1,102 @@
+"""Finds the rows that a model cannot take, before anything is trained or written.
+
+Rows that are encoded ahead are checked by that. Other rows are checked here. A processor's verdict
+on a picture, and the picture's number of tokens, depend on its size only, so that one blank picture
+of each size is enough. The texts of all rows are tokenized.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from PIL import Image
+
+from fedvlm.batches.prompts import Prompter
+from fedvlm.errors import DataError
+
+logger = logging.getLogger("fedvlm")
+
+PROBE = "?"  # a question
+
+
+class Checker:
+    """Checks rows without encoding their pictures.
+
+    Args:
+        prompter: the prompter of the model.
+    """
+
+    def __init__(self, prompter: Prompter):
+        self.prompter = prompter
+        self._known: dict[tuple[int, int], int | DataError] = {}
+
+    def cut(self, size: tuple[int, int], question: str, answers: Sequence[str]) -> int:
+        """Number of tokens that would be cut off the answers of a row.
+
+        Args:
+            size: width and height of the picture, in pixels.
+            question: the question.
+            answers: the answers.
+
+        Raises:
+            DataError: the row cannot be encoded.
+        """
+        if size not in self._known:
+            self._known[size] = self._tokens(size)
+        of_picture = self._known[size]
+        if isinstance(of_picture, DataError):
+            raise of_picture
+        tokens = of_picture + self.prompter.text_length(question)
+        return self.prompter.fitted(tokens, question, answers)[1]
+
+    def _tokens(self, size: tuple[int, int]) -> int | DataError:
+        """The tokens that a picture adds to a prompt; an error if the processor refuses it."""
+        try:
+            prompt = self.prompter.encode(Image.new("RGB", size), PROBE, []).prompt
+        except DataError as error:
+            return error
+        return len(prompt) - self.prompter.text_length(PROBE)
+
+
+def check_rows(
+    rows: Any,
+    measure: Callable[[int], int],
+    told: Callable[[int, int], None],
+) -> tuple[dict[int, str], dict[int, int]]:
+    """Checks all rows.
+
+    Args:
+        rows: the rows.
+        measure: position of a row -> tokens that are cut off its answers; raises DataError.
+        told: called with the number of checked rows and of all rows.
+
+    Returns:
+        Position -> reason, for rows that cannot be encoded; position -> number of cut tokens.
+    """
+    problems: dict[int, str] = {}
+    cuts: dict[int, int] = {}
+    for index in range(len(rows)):
+        try:
+            if cut := measure(index):
+                cuts[index] = cut
+        except DataError as error:
+            problems[index] = str(error)
+        told(index + 1, len(rows))
+    return problems, cuts
+
+
+def warn_of_cuts(cuts: Mapping[int, int], rows: Any) -> None:
+    """Logs the number of rows whose answers were cut, with the first row numbers."""
+    if cuts:
+        numbers = [str(rows[index].get("row", index)) for index in sorted(cuts)[:10]]
+        logger.warning(
+            "the answers of %d of %d rows are cut to fit behind their prompts (%d tokens in all; "
+            "row %s%s): data.max_length and the model limit them",
+            len(cuts),
+            len(rows),
+            sum(cuts.values()),
+            ", ".join(numbers),
+            ", ..." if len(cuts) > 10 else "",
+        )
