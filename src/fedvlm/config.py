@@ -12,16 +12,19 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
-import yaml
 from pydantic import BaseModel, ValidationError
 
+from fedvlm import documents
 from fedvlm.algorithms import checks, table
-from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.errors import ConfigError, FedVLMError, shown
 from fedvlm.settings.method import AlgorithmConfig
 from fedvlm.settings.sections import Config
 
 S = TypeVar("S", bound=BaseModel)
 Source = str | Path | dict[str, Any] | Config | None
+SHOWN = 30  # most problems of one section that are described
+PARTS = 16  # most parts of a dotted key
+LARGEST = 2**28  # bytes of a configuration, which may hold the row numbers of partition.lists
 
 
 def load(source: Source = None, *overrides: str) -> Config:
@@ -91,20 +94,31 @@ def read(source: Source = None, *overrides: str) -> tuple[dict[str, Any], list[s
         ConfigError: the file cannot be read, or holds no mapping.
     """
     problems: list[str] = []
-    tree = _read(source)
+    tree = documents.plain(_read(source), "", problems)
     for text in overrides:
-        key, eq, value = text.partition("=")
+        key, eq, value = text.partition("=") if isinstance(text, str) else (text, "", "")
         if not eq or not key.strip():
-            problems.append(f"'{text}' is not of the form key=value, such as train.rounds=20")
+            problems.append(f"{shown(text)} is not of the form key=value, such as train.rounds=20")
             continue
-        try:
-            parsed = yaml.safe_load(value)
-        except yaml.YAMLError:
-            parsed = value
-        if isinstance(parsed, str) and (number := _number(parsed)) is not None:
-            parsed = number
-        problems.extend(_assign(tree, key.strip(), parsed))
+        key = key.strip()
+        problems.extend(_assign(tree, key, documents.plain(value_of(value), key, problems)))
     return tree, problems
+
+
+def value_of(text: str) -> Any:
+    """The value in the text of an override.
+
+    A mapping, a list and a text in quotes are YAML. Any other text is a plain scalar as a whole:
+    ``#``, ``:`` and ``*`` have no meaning in it. So is a text that only looks like YAML, such as
+    the pattern ``[a-z]+_proj``.
+    """
+    text = text.strip()
+    if text[:1] in tuple("{[\"'"):
+        try:
+            return documents.read_yaml(text, "the value", LARGEST)
+        except ValueError:
+            return text
+    return documents.scalar(text)
 
 
 def checked(tree: dict[str, Any], problems: Sequence[str] = ()) -> Config:
@@ -122,8 +136,7 @@ def checked(tree: dict[str, Any], problems: Sequence[str] = ()) -> Config:
     try:
         config = Config.model_validate({**tree, "algorithm": algorithm})
     except ValidationError as error:
-        problems.extend(_describe(e, Config) for e in error.errors())
-        raise ConfigError(problems) from None
+        raise ConfigError([*problems, *_described(error, Config)]) from None
     if problems:
         raise ConfigError(problems)
     if wrong := checks.general(config, table.find(config.algorithm.name)):
@@ -135,9 +148,10 @@ def _algorithm(given: Any) -> tuple[AlgorithmConfig, list[str]]:
     """The section ``algorithm`` in the class of its algorithm, and its problems."""
     given = {} if given is None else given
     if not isinstance(given, dict):
-        return AlgorithmConfig(), [f"algorithm: it must hold settings, got {given!r}"]
+        return AlgorithmConfig(), [f"algorithm: it must hold settings, got {shown(given)}"]
     default = "share" if given.get("share") is not None else AlgorithmConfig().name
     name = given.get("name", default)
+    name = str(name) if type(name) is int else name
     try:
         settings = table.find(name).settings if isinstance(name, str) else AlgorithmConfig
     except KeyError:
@@ -148,7 +162,7 @@ def _algorithm(given: Any) -> tuple[AlgorithmConfig, list[str]]:
         name = table.ALIASES.get(name, name) if isinstance(name, str) else name
         return settings.model_validate({**given, "name": name}), []
     except ValidationError as error:
-        return AlgorithmConfig(), [_of_algorithm(e, settings, name) for e in error.errors()]
+        return AlgorithmConfig(), [_of_algorithm(e, settings, str(name)) for e in _errors(error)]
 
 
 def _of_algorithm(error: Any, settings: type[AlgorithmConfig], name: str) -> str:
@@ -156,23 +170,28 @@ def _of_algorithm(error: Any, settings: type[AlgorithmConfig], name: str) -> str
     where = ".".join(str(p) for p in error["loc"])
     elsewhere = (entry.settings.model_fields for entry in table.TABLE.values())
     if error["type"] == "extra_forbidden" and any(where in fields for fields in elsewhere):
-        return f"algorithm.{where} has no meaning for algorithm.name={name}; leave it out"
-    return _describe(error, settings, "algorithm.", f"algorithm.name={name} takes")
+        return (
+            f"algorithm.{where} has no meaning for algorithm.name={shown(name, quotes=False)}; "
+            "leave it out"
+        )
+    return _describe(
+        error, settings, "algorithm.", f"algorithm.name={shown(name, quotes=False)} takes"
+    )
 
 
 def _unknown(name: str) -> str:
     known = [*table.names(), *table.ALIASES]
-    close = difflib.get_close_matches(name, known, n=1)
+    close = difflib.get_close_matches(name[:200], known, n=1)
     hint = f" (did you mean '{close[0]}'?)" if close else ""
     return (
-        f"algorithm.name '{name}' is unknown{hint}; there are {', '.join(table.names())}; if a "
-        "package adds it, install that package here"
+        f"algorithm.name {shown(name)} is unknown{hint}; there are {', '.join(table.names())}; if "
+        "a package adds it, install that package here"
     )
 
 
 def dump(config: Config) -> str:
     """The configuration as YAML, defaults included; :func:`load` reads it back unchanged."""
-    return yaml.safe_dump(config.model_dump(), sort_keys=False, allow_unicode=True)
+    return documents.write_yaml(config.model_dump())
 
 
 def _read(source: Source) -> dict[str, Any]:
@@ -181,19 +200,32 @@ def _read(source: Source) -> dict[str, Any]:
     if isinstance(source, Config):
         return source.model_dump()
     if isinstance(source, dict):
-        return yaml.safe_load(yaml.safe_dump(source)) or {}
-    path = Path(source)
-    try:
-        tree = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError([f"cannot read the configuration file '{path}': {error}"]) from None
-    except yaml.YAMLError as error:
-        raise ConfigError([f"'{path}' is not valid YAML: {error}"]) from None
+        return source
+    if not isinstance(source, str | Path):
+        raise ConfigError(
+            [
+                "a configuration is the path of a YAML file, a dict or a fedvlm.Config, got an "
+                f"object of type {type(source).__module__}.{type(source).__qualname__}"
+            ]
+        )
+    tree = _document(source, "configuration file")
     if tree is None:
         return {}
     if not isinstance(tree, dict):
-        raise ConfigError([f"'{path}' must hold a mapping of sections, got {type(tree).__name__}"])
-    return _numbers(tree)
+        raise ConfigError(
+            [f"{shown(str(source), 200)} must hold a mapping of sections, got {shown(tree)}"]
+        )
+    return tree
+
+
+def _document(path: str | Path, what: str) -> Any:
+    try:
+        return documents.read_yaml(documents.read_text(path, LARGEST), f"'{path}'", LARGEST)
+    except OSError as error:
+        problem = f"{error.strerror or error}"
+    except ValueError as error:
+        problem = str(error)
+    raise ConfigError([f"the {what} {shown(str(path), 200)} cannot be read: {problem}"])
 
 
 def read_file(path: str | Path, kind: type[S], what: str) -> S:
@@ -207,43 +239,39 @@ def read_file(path: str | Path, kind: type[S], what: str) -> S:
     Raises:
         ConfigError: lists all mistakes in the file.
     """
+    tree = _document(path, what)
+    problems: list[str] = []
+    tree = documents.plain({} if tree is None else tree, "", problems)
     try:
-        tree = yaml.safe_load(Path(path).read_text("utf-8")) or {}
-    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
-        raise ConfigError([f"the {what} '{path}' cannot be read: {error}"]) from None
-    try:
-        return kind.model_validate(tree)
+        if not problems:
+            return kind.model_validate(tree)
     except ValidationError as error:
-        found = [_describe(one, kind) for one in error.errors()]
-        raise ConfigError([f"{what} '{path}': {text}" for text in found]) from None
-
-
-def _number(text: str) -> float | None:
-    """The number in a text such as 3e-4, which YAML 1.1 reads as a string; else None."""
-    try:
-        return float(text) if "e" in text.lower() and text[:1] in "+-.0123456789" else None
-    except ValueError:
-        return None
-
-
-def _numbers(tree: Any) -> Any:
-    if isinstance(tree, dict):
-        return {k: _numbers(v) for k, v in tree.items()}
-    if isinstance(tree, str) and (number := _number(tree)) is not None:
-        return number
-    return tree
+        problems = _described(error, kind)
+    raise ConfigError([f"{what} '{path}': {text}" for text in problems])
 
 
 def _assign(tree: dict[str, Any], key: str, value: Any) -> list[str]:
     node = tree
-    *parents, leaf = key.split(".")
+    *parents, leaf = key.split(".", PARTS)
+    if len(parents) == PARTS or not all((*parents, leaf)):
+        return [f"{shown(key)} is no key; keys are such as train.rounds"]
     for part in parents:
         child = node.setdefault(part, {})
         if not isinstance(child, dict):
-            return [f"'{key}': '{part}' has the value {child!r} and so no keys"]
+            return [f"{shown(key)}: {shown(part)} has the value {shown(child)} and so no keys"]
         node = child
     node[leaf] = value
     return []
+
+
+def _errors(error: ValidationError) -> list[Any]:
+    return list(error.errors(include_url=False, include_context=False))
+
+
+def _described(error: ValidationError, kind: type[BaseModel]) -> list[str]:
+    found = _errors(error)
+    more = [f"{len(found) - SHOWN} more settings are wrong"] if len(found) > SHOWN else []
+    return [*(_describe(one, kind) for one in found[:SHOWN]), *more]
 
 
 def _describe(error: Any, kind: type[BaseModel], prefix: str = "", about: str = "there are") -> str:
@@ -256,15 +284,28 @@ def _describe(error: Any, kind: type[BaseModel], prefix: str = "", about: str = 
         about: words before the list of keys.
     """
     where = prefix + ".".join(str(p) for p in error["loc"])
-    where = where.removesuffix(".")
+    where = shown(where.removesuffix("."), 200, quotes=False)
     if error["type"] == "extra_forbidden":
         return f"unknown key '{where}'" + _nearest(where, kind, prefix, about)
     if error["type"] == "missing":
         return f"{where}: it is required"
-    message = error["msg"].removeprefix("Value error, ")
-    if not where or isinstance(error["input"], BaseModel | dict):
+    message, given = error["msg"].removeprefix("Value error, "), error["input"]
+    if not where or isinstance(given, BaseModel | dict):
         return f"{where}: {message}" if where else message
-    return f"{where}: {message} (got {error['input']!r})"
+    return f"{where}: {message} (got {shown(given)}{_hint(error, where)})"
+
+
+def _hint(error: Any, where: str) -> str:
+    """The way to write a value that was read as another type."""
+    given = error["input"]
+    if error["type"] == "string_type" and isinstance(given, bool | float | list):
+        return f"; a text that looks like another type stands in quotes: {where}='\"TEXT\"'"
+    if isinstance(given, str) and given[:1] in ("{", "[") and "type" in error["type"]:
+        try:
+            documents.read_yaml(given, "the value")
+        except ValueError as problem:
+            return f"; {problem}"
+    return ""
 
 
 def _nearest(where: str, kind: type[BaseModel], prefix: str = "", about: str = "there are") -> str:

@@ -1,4 +1,64 @@
-"""The errors for users. A message names the mistake, the value it got, and the remedy."""
+"""The errors for users. A message names the mistake, the value it got, and the remedy.
+
+No message is longer than :data:`MOST` characters, and none can move the cursor of a terminal.
+"""
+
+from __future__ import annotations
+
+import logging
+import reprlib
+from typing import Any
+
+MOST = 2000  # characters of the longest message
+PROBLEM = 600  # characters of one problem of several
+
+
+def visible(text: str, newlines: bool = False) -> str:
+    """A text without control characters: each is shown by its escape, such as ``\\x1b``.
+
+    Args:
+        text: the text.
+        newlines: whether line ends stay.
+    """
+    if text.isprintable():
+        return text
+    kept = "\n" if newlines else ""
+    return "".join(c if c.isprintable() or c == kept else repr(c)[1:-1] for c in text)
+
+
+def cut(text: str, most: int = MOST) -> str:
+    """A text of at most ``most`` characters: the head and the tail of a longer one."""
+    if len(text) <= most:
+        return text
+    room = most - len(f" […{len(text)} characters left out…] ")
+    tail = room // 4
+    left = len(text) - room
+    return f"{text[: room - tail]} […{left} characters left out…] {text[len(text) - tail :]}"
+
+
+def shown(value: Any, most: int = 80, quotes: bool = True) -> str:
+    """A value as a message shows it: short, on one line.
+
+    Args:
+        value: the value.
+        most: the most characters.
+        quotes: whether a text stands in quotes.
+    """
+    if isinstance(value, str):
+        text = cut(visible(cut(value, 8 * most)), most)
+        return f"'{text}'" if quotes else text
+    brief = reprlib.Repr()
+    brief.maxstring = brief.maxother = brief.maxlong = most
+    try:
+        return cut(visible(brief.repr(value)), most)
+    except ValueError:  # a number of very many digits
+        return f"a value of type {type(value).__name__}"
+
+
+def one_record(record: logging.LogRecord) -> bool:
+    """A filter for a logger: cuts and escapes each message like the message of an error."""
+    record.msg, record.args = cut(visible(record.getMessage(), newlines=True)), ()
+    return True
 
 
 class FedVLMError(Exception):
@@ -7,18 +67,33 @@ class FedVLMError(Exception):
     The command line prints the message without a traceback and exits with code 2.
     """
 
+    def __init__(self, message: object = ""):
+        # Cut before and after: an escape is longer than its character.
+        super().__init__(cut(visible(cut(str(message), 4 * MOST), newlines=True)))
+
 
 class ConfigError(FedVLMError):
-    """One or more mistakes in the configuration. The message lists all of them."""
+    """One or more mistakes in the configuration. The message lists all of them.
+
+    Attributes:
+        problems: the mistakes, each on one line.
+    """
 
     def __init__(self, problems: list[str]):
-        self.problems = problems
+        self.problems = [cut(visible(cut(p, 4 * PROBLEM)), PROBLEM) for p in problems]
         head = (
             "the configuration has a problem:"
             if len(problems) == 1
-            else (f"the configuration has {len(problems)} problems:")
+            else f"the configuration has {len(problems)} problems:"
         )
-        super().__init__("\n".join([head, *(f"  - {p}" for p in problems)]))
+        lines = [head, *(f"  - {p}" for p in self.problems)]
+        whole, room = 0, MOST - 40  # characters for the last line
+        for line in lines:
+            room -= len(line) + 1
+            whole += room >= 0
+        if whole < len(lines):
+            lines = [*lines[:whole], f"  - and {len(lines) - whole} more problems"]
+        super().__init__("\n".join(lines))
 
     def __reduce__(self):  # makes the error picklable, for other processes
         return type(self), (self.problems,)

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from pathlib import Path
 from typing import Any
 
-import yaml
 from pydantic import Field, field_validator
 
 from fedvlm import config as configs
@@ -115,8 +115,9 @@ class Policy(Section):
         tree["partition"] = {"kind": "iid", "clients": 1, "min_rows": 2, "splits": "alone"}
         tree["engine"] = {"name": tree["engine"]["name"], "clients": 1}
         tree["train"]["clients_per_round"] = None
-        assignments = [f"{key}={yaml.safe_dump(value)}" for key, value in self.set.items()]
-        return configs.load(tree, *assignments)
+        return configs.load(
+            tree, *(f"{key}={json.dumps(value)}" for key, value in self.set.items())
+        )
 
     def _path(self, model: str) -> str:
         allowed = self.models[model]

@@ -3,19 +3,71 @@
 from __future__ import annotations
 
 import re
-from typing import Annotated, Literal
+from functools import cache
+from typing import Annotated, Any, Literal, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-Positive = Annotated[int, Field(ge=1)]
+from fedvlm import documents
+
+LARGEST = 2**53  # of whole numbers: larger ones are no exact floats, and no length of anything
+Positive = Annotated[int, Field(ge=1, le=LARGEST)]
+Whole = Annotated[int, Field(ge=0, le=LARGEST)]
+Filled = Annotated[str, Field(min_length=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Factors = Literal["A", "B", "AB", "none"]
 
 
 class Section(BaseModel):
-    """Base of every section: frozen, no unknown keys, no NaN or infinity."""
+    """Base of every section: frozen, no unknown keys, no NaN or infinity.
+
+    A value has the type that was written: ``true`` is no number, and ``"1_000"`` is none either. A
+    whole number is taken where a text is asked for, so that a column may be called 2024.
+    """
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _as_written(cls, given: Any, info: Any) -> Any:
+        kinds = _kinds(cls, info.field_name)
+        if type(given) is int and str in get_args(cls.model_fields[info.field_name].annotation):
+            return str(given)
+        return given if Any in kinds else _typed(given, kinds)
+
+
+@cache
+def _kinds(section: type[Section], name: str) -> frozenset[Any]:
+    """The types and the literal values that a setting and what is inside it may have."""
+
+    def flat(kind: Any) -> set[Any]:
+        inside = get_args(kind)
+        if get_origin(kind) is Annotated:
+            inside = inside[:1]
+        if get_origin(kind) is dict:
+            inside = inside[1:]
+        return set().union(*map(flat, inside)) if inside else {kind}
+
+    return frozenset(flat(section.model_fields[name].annotation))
+
+
+def _typed(given: Any, kinds: frozenset[Any]) -> Any:
+    """Refuses a truth value or a text where only a number is meant, which pydantic would take."""
+    numeric = kinds & {int, float}
+    if not numeric:
+        return given
+    if isinstance(given, dict):
+        return {k: _typed(v, kinds) for k, v in given.items()}
+    if isinstance(given, list):
+        return [_typed(v, kinds) for v in given]
+    if isinstance(given, bool) and bool not in kinds:
+        raise ValueError("it must be a number, not a truth value")
+    if isinstance(given, str) and not kinds & {str, bool, given}:
+        found = documents.number(given)
+        if found is None:
+            raise ValueError("it must be a number such as 8 or 1e-3, without leading zeros or '_'")
+        return found
+    return given
 
 
 class LoraConfig(Section):

@@ -12,8 +12,9 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
+from fedvlm.errors import shown
 from fedvlm.settings.method import AlgorithmConfig as AlgorithmConfig
-from fedvlm.settings.method import Fraction, Positive, Section
+from fedvlm.settings.method import Filled, Fraction, Positive, Section, Whole
 from fedvlm.settings.method import LoraConfig as LoraConfig
 
 _FORM = "a mapping of clients to row numbers, such as {north: [0, 1, 2], south: [3, 4, 5]}"
@@ -26,14 +27,16 @@ def checked(given: Any) -> dict[str, list[int]]:
         ValueError: the lists are wrong; the message names the mistake.
     """
     if not isinstance(given, Mapping) or not given:
-        raise ValueError(f"lists is {_FORM}; got {given!r:.60}")
+        raise ValueError(f"lists is {_FORM}; got {shown(given)}")
     lists: dict[str, list[int]] = {}
     for client, rows in given.items():
         if not isinstance(rows, list | tuple) or not rows:
-            raise ValueError(f"client '{client}' has {rows!r:.60}; lists is {_FORM}")
-        wrong = [row for row in rows if type(row) is not int or row < 0]
+            raise ValueError(f"client {shown(client)} has {shown(rows)}; lists is {_FORM}")
+        wrong = [row for row in rows if type(row) is not int or not 0 <= row < 2**53]
         if wrong:
-            raise ValueError(f"client '{client}' lists {wrong[0]!r:.60}; row numbers are 0, 1, 2 …")
+            raise ValueError(
+                f"client {shown(client)} lists {shown(wrong[0])}; row numbers are 0, 1, 2 …"
+            )
         lists[str(client)] = list(rows)
     counts = Counter(row for rows in lists.values() for row in rows)
     twice = [row for row, count in counts.items() if count > 1]
@@ -49,10 +52,10 @@ def checked(given: Any) -> dict[str, list[int]]:
 class Columns(Section):
     """The names of the data's columns. The defaults are those of RLAIF-V."""
 
-    image: str = "image"
-    question: str = "question"
-    answer: str = "chosen"
-    rejected: str = Field("rejected", description="the worse answer, for objective.name=dpo")
+    image: Filled = "image"
+    question: Filled = "question"
+    answer: Filled = "chosen"
+    rejected: Filled = Field("rejected", description="the worse answer, for objective.name=dpo")
 
 
 class ScenesConfig(Section):
@@ -69,7 +72,7 @@ class ScenesConfig(Section):
 class DataConfig(Section):
     """The source of the rows, and the split of each client's rows."""
 
-    path: str | None = Field(
+    path: Filled | None = Field(
         None, description="parquet, JSONL, image folder or hub data set; empty: scenes"
     )
     split: str = Field("train", description="the split to read, of a source with several splits")
@@ -80,7 +83,7 @@ class DataConfig(Section):
     max_length: Positive | None = Field(
         None, description="most tokens of prompt and answer together; empty: the model's limit"
     )
-    cache: Annotated[int, Field(ge=0)] = Field(
+    cache: Whole = Field(
         4096,
         description="MiB on disk for encoded rows, shared with later runs; 0: no cache",
     )
@@ -154,7 +157,7 @@ class PartitionConfig(Section):
 class ModelConfig(Section):
     """The frozen vision-language model."""
 
-    name: str = Field("tiny", description="bundled 'tiny', a hub name, or a local folder")
+    name: Filled = Field("tiny", description="bundled 'tiny', a hub name, or a local folder")
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="type of the frozen weights; float64: for exact comparisons"
     )
@@ -226,7 +229,7 @@ class TrainConfig(Section):
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="schedule of the learning rate over the rounds"
     )
-    warmup_rounds: Annotated[int, Field(ge=0)] = 0
+    warmup_rounds: Whole = 0
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:
@@ -289,9 +292,7 @@ class WireConfig(Section):
 class EvalConfig(Section):
     """When and how clients are scored."""
 
-    every: Annotated[int, Field(ge=0)] = Field(
-        10, description="rounds between evaluations; 0: only at the end"
-    )
+    every: Whole = Field(10, description="rounds between evaluations; 0: only at the end")
     clients: Positive | None = Field(
         None, description="most clients to score, the same clients every time; empty: all"
     )
@@ -322,12 +323,10 @@ class EngineConfig(Section):
     micro_batch: Positive | None = Field(
         None, description="rows of a client computed at a time; empty: the whole batch"
     )
-    cache: Annotated[int, Field(ge=0)] = Field(
+    cache: Whole = Field(
         1024, description="MiB for image features that LoRA does not change; 0: no cache"
     )
-    cache_disk: Annotated[int, Field(ge=0)] = Field(
-        8192, description="MiB on disk for image features that exceed cache"
-    )
+    cache_disk: Whole = Field(8192, description="MiB on disk for image features that exceed cache")
     threads: Positive | None = Field(
         None,
         description="torch threads; empty: 1 for models under 10 M parameters, else all cores",
@@ -337,8 +336,8 @@ class EngineConfig(Section):
 class Config(Section):
     """The whole configuration of a run; ``fedvlm run --print-config`` prints it with defaults."""
 
-    output: str = Field("runs/run", description="folder of this run")
-    seed: Annotated[int, Field(ge=0)] = 0
+    output: Filled = Field("runs/run", description="folder of this run")
+    seed: Whole = 0
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
