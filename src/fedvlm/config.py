@@ -8,7 +8,8 @@ unknown key. The sections are in :mod:`fedvlm.settings.sections`. The class of t
 from __future__ import annotations
 
 import difflib
-from collections.abc import Iterator, Sequence
+import re
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -18,27 +19,64 @@ from fedvlm import documents
 from fedvlm.algorithms import checks, table
 from fedvlm.errors import ConfigError, FedVLMError, shown
 from fedvlm.settings.method import AlgorithmConfig
+from fedvlm.settings.plain import plain
 from fedvlm.settings.sections import Config
 
 S = TypeVar("S", bound=BaseModel)
 Source = str | Path | dict[str, Any] | Config | None
 SHOWN = 30  # most problems of one section that are described
+FILES = (".parquet", ".jsonl", ".json", ".csv", ".yaml", ".yml", ".zip")
 PARTS = 16  # most parts of a dotted key
 LARGEST = 2**28  # bytes of a configuration, which may hold the row numbers of partition.lists
 
 
-def load(source: Source = None, *overrides: str) -> Config:
+def load(source: Source = None, *overrides: str, inputs: bool = False) -> Config:
     """Builds the configuration from a YAML file or a dict, and ``key=value`` overrides.
 
     Args:
         source: path of a YAML file, a nested dict, a :class:`Config`, or None for the defaults.
-        *overrides: dotted assignments such as ``train.rounds=20``; values are YAML.
+        *overrides: dotted assignments such as ``train.rounds=20``; for values see
+            :func:`value_of`.
+        inputs: whether the files that the configuration names must exist.
 
     Raises:
         ConfigError: lists every unknown key, wrong type and impossible value at once.
     """
     tree, problems = read(source, *overrides)
-    return checked(tree, problems)
+    return checked(tree, [*problems, *absent(tree)] if inputs else problems)
+
+
+def absent(tree: Mapping[str, Any]) -> list[str]:
+    """A problem for each file or folder that a tree of settings names and that does not exist.
+
+    Names on the Hugging Face hub are not looked up. The model and the rows are opened later.
+    """
+    found = []
+    for section, key, name in (
+        ("data", "path", r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"),
+        ("model", "name", r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"),
+        ("partition", "lists", ""),
+    ):
+        part = tree.get(section)
+        path = part.get(key) if isinstance(part, dict) else None
+        if not isinstance(path, str) or not path or _exists(path):
+            continue
+        if not name:
+            found.append(f"{section}.{key}: {shown(path, 200)} does not exist")
+        elif not re.fullmatch(name, path) or Path(path).suffix.lower() in FILES:
+            found.append(
+                f"{section}.{key} {shown(path, 200)} does not exist (looked in "
+                f"{shown(str(Path.cwd()), 200, quotes=False)}), and is not a name on the Hugging "
+                "Face hub either (such a name looks like org/name)"
+            )
+    return found
+
+
+def _exists(path: str) -> bool:
+    try:
+        return Path(path).expanduser().exists()
+    except (OSError, ValueError, RuntimeError):  # too long, or the home of an unknown user
+        return False
 
 
 def own(source: Source = None, *overrides: str, label: str = "") -> Config:
@@ -94,14 +132,16 @@ def read(source: Source = None, *overrides: str) -> tuple[dict[str, Any], list[s
         ConfigError: the file cannot be read, or holds no mapping.
     """
     problems: list[str] = []
-    tree = documents.plain(_read(source), "", problems)
+    tree = plain(_read(source), problems)
     for text in overrides:
         key, eq, value = text.partition("=") if isinstance(text, str) else (text, "", "")
         if not eq or not key.strip():
             problems.append(f"{shown(text)} is not of the form key=value, such as train.rounds=20")
             continue
         key = key.strip()
-        problems.extend(_assign(tree, key, documents.plain(value_of(value), key, problems)))
+        known, value = len(problems), plain(value_of(value), problems, key)
+        if len(problems) == known:
+            problems.extend(_assign(tree, key, value))
     return tree, problems
 
 
@@ -241,7 +281,7 @@ def read_file(path: str | Path, kind: type[S], what: str) -> S:
     """
     tree = _document(path, what)
     problems: list[str] = []
-    tree = documents.plain({} if tree is None else tree, "", problems)
+    tree = plain({} if tree is None else tree, problems)
     try:
         if not problems:
             return kind.model_validate(tree)

@@ -138,12 +138,8 @@ def read_yaml(text: str, what: str, most: int = SIZE) -> Any:
     loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
     try:
         return _Builder(what).build(loader)
-    except yaml.MarkedYAMLError as error:
-        reason = ", ".join(filter(None, (error.context, error.problem)))
-        mark = error.problem_mark or error.context_mark
-        raise ValueError(f"{_place(what, mark)}: this is no YAML: {shown(reason, 200)}") from None
     except yaml.YAMLError as error:
-        raise ValueError(f"{what}: this is no YAML: {shown(str(error), 200)}") from None
+        raise ValueError(_unread(error, what)) from None
     finally:
         loader.dispose()
 
@@ -296,6 +292,15 @@ class _Builder:
         return ValueError(f"{_place(self.what, event.start_mark)}: {text}")
 
 
+def _unread(error: yaml.YAMLError, what: str) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError):
+        where, reason = what, str(error).splitlines()[0]
+    else:
+        where = _place(what, error.problem_mark or error.context_mark)
+        reason = ", ".join(filter(None, (error.context, error.problem)))
+    return f"{where}: this is no YAML: {shown(reason, 200, quotes=False)}"
+
+
 def _place(what: str, mark: Any) -> str:
     return f"{what}, line {mark.line + 1}, column {mark.column + 1}" if mark else what
 
@@ -338,75 +343,11 @@ def _children(node: Any, what: str, halves: bool) -> Iterator[Any]:
     inside = node.values() if isinstance(node, dict) else node
     if halves:
         for text in (*node, *inside):
-            if isinstance(text, str) and not _whole(text):
+            if isinstance(text, str) and not whole(text):
                 raise ValueError(f"{what}: the text {shown(text)} holds half a character")
     yield from (v for v in inside if isinstance(v, dict | list))
 
 
-def _whole(text: str) -> bool:
+def whole(text: str) -> bool:
+    """Whether a text has no half characters, so that it can be written to a file."""
     return not any("\ud800" <= c <= "\udfff" for c in text)
-
-
-def plain(value: Any, where: str, problems: list[str], above: tuple[int, ...] = ()) -> Any:
-    """A copy of settings from Python as plain data; the caller's objects stay as they are.
-
-    Paths become texts, tuples become lists, and numbers of numpy become numbers.
-
-    Args:
-        value: the settings.
-        where: their dotted key in messages.
-        problems: gets a text for each value that is no setting.
-        above: identities of the mappings and lists around ``value``.
-    """
-    if value is None or type(value) in (bool, int, float):
-        return value
-    if isinstance(value, str | Path):
-        text = str.__str__(value) if isinstance(value, str) else str(value)
-        if "\0" in text or not (text.isascii() or _whole(text)):
-            problems.append(f"{where}: the text {shown(text)} holds a character that no text has")
-            return None
-        return text
-    if isinstance(value, Mapping | list | tuple):
-        if id(value) in above or len(above) >= DEPTH:
-            problems.append(
-                f"{where}: the value holds itself, or has more than {DEPTH} mappings and lists "
-                "inside one another"
-            )
-            return None
-        above = (*above, id(value))
-        if isinstance(value, Mapping):
-            return _plain_mapping(value, where, problems, above)
-        return [plain(v, where, problems, above) for v in value]
-    if type(value).__module__ == "numpy" and getattr(value, "ndim", None) == 0:
-        value = value.item()
-    if isinstance(value, int | float):  # subclasses too, such as an enumeration
-        return (
-            value
-            if isinstance(value, bool)
-            else int(value)
-            if isinstance(value, int)
-            else float(value)
-        )
-    kind = type(value)
-    hint = "; write the data set to a file and give its path" if hasattr(value, "features") else ""
-    problems.append(
-        f"{where or 'the configuration'}: a setting is a text, a number, True, False, None, a list "
-        f"or a mapping of these (got an object of type {kind.__module__}.{kind.__qualname__}){hint}"
-    )
-    return None
-
-
-def _plain_mapping(
-    value: Mapping[Any, Any], where: str, problems: list[str], above: tuple[int, ...]
-) -> dict[str, Any]:
-    tree: dict[str, Any] = {}
-    for key, inside in value.items():
-        name = str(key) if type(key) is int else key
-        inner = f"{where}.{name}" if where else f"{name}"
-        if not isinstance(name, str) or plain(name, inner, problems) is None:
-            problems.append(f"{where or 'the configuration'}: the key {shown(key)} is no text")
-            continue
-        if name in tree:
-            problems.append(f"{where or 'the configuration'}: the key {shown(name)} stands twice")
-        tree[str.__str__(name)] = plain(inside, inner, problems, above)
-    return tree

@@ -26,14 +26,29 @@ def visible(text: str, newlines: bool = False) -> str:
     return "".join(c if c.isprintable() or c == kept else repr(c)[1:-1] for c in text)
 
 
-def cut(text: str, most: int = MOST) -> str:
-    """A text of at most ``most`` characters: the head and the tail of a longer one."""
+def cut(text: str, most: int = MOST, newlines: bool = True) -> str:
+    """A visible text of at most ``most`` characters: the head and the tail of a longer one."""
     if len(text) <= most:
-        return text
+        whole = visible(text, newlines)
+        if len(whole) <= most:
+            return whole
     room = most - len(f" […{len(text)} characters left out…] ")
-    tail = room // 4
-    left = len(text) - room
-    return f"{text[: room - tail]} […{left} characters left out…] {text[len(text) - tail :]}"
+    head = _head(text[:room], room - room // 4, newlines)
+    tail = _head(text[-room:][::-1], room // 4, newlines)[::-1]
+    left = len(text) - len(head) - len(tail)
+    note = f" […{left} characters left out…] "
+    return "".join(
+        [*(visible(c, newlines) for c in head), note, *(visible(c, newlines) for c in tail)]
+    )
+
+
+def _head(text: str, room: int, newlines: bool) -> str:
+    """The longest head of a text that is at most ``room`` characters long once it is visible."""
+    for count, character in enumerate(text):
+        room -= len(visible(character, newlines))
+        if room < 0:
+            return text[:count]
+    return text
 
 
 def shown(value: Any, most: int = 80, quotes: bool = True) -> str:
@@ -45,19 +60,19 @@ def shown(value: Any, most: int = 80, quotes: bool = True) -> str:
         quotes: whether a text stands in quotes.
     """
     if isinstance(value, str):
-        text = cut(visible(cut(value, 8 * most)), most)
+        text = cut(value, most, newlines=False)
         return f"'{text}'" if quotes else text
     brief = reprlib.Repr()
     brief.maxstring = brief.maxother = brief.maxlong = most
     try:
-        return cut(visible(brief.repr(value)), most)
+        return cut(brief.repr(value), most, newlines=False)
     except ValueError:  # a number of very many digits
         return f"a value of type {type(value).__name__}"
 
 
 def one_record(record: logging.LogRecord) -> bool:
     """A filter for a logger: cuts and escapes each message like the message of an error."""
-    record.msg, record.args = cut(visible(record.getMessage(), newlines=True)), ()
+    record.msg, record.args = cut(record.getMessage()), ()
     return True
 
 
@@ -68,8 +83,7 @@ class FedVLMError(Exception):
     """
 
     def __init__(self, message: object = ""):
-        # Cut before and after: an escape is longer than its character.
-        super().__init__(cut(visible(cut(str(message), 4 * MOST), newlines=True)))
+        super().__init__(cut(str(message)))
 
 
 class ConfigError(FedVLMError):
@@ -80,7 +94,7 @@ class ConfigError(FedVLMError):
     """
 
     def __init__(self, problems: list[str]):
-        self.problems = [cut(visible(cut(p, 4 * PROBLEM)), PROBLEM) for p in problems]
+        self.problems = [cut(p, PROBLEM, newlines=False) for p in problems]
         head = (
             "the configuration has a problem:"
             if len(problems) == 1

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import io
+import logging
 import os
 import sys
+import traceback
 from collections.abc import Iterator
 from typing import Annotated, Any
 
@@ -13,7 +16,7 @@ import typer
 from fedvlm import processes
 from fedvlm.cli import deploy as cli_deploy
 from fedvlm.cli.options import QuietOption, Words, parse
-from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.errors import ConfigError, FedVLMError, cut, one_record, shown
 
 app = typer.Typer(
     help="Federated fine-tuning of vision-language models: a personal LoRA adapter for every site.",
@@ -86,7 +89,7 @@ def run(
         if processes.rank() == 0:
             typer.echo(text, nl=False)
         return
-    settings = None if resume else configs.load(source, *overrides)
+    settings = None if resume else configs.load(source, *overrides, inputs=True)
     if dry_run and settings:
         if processes.rank() == 0:
             from fedvlm.cli.forecasts import print_forecast
@@ -290,12 +293,49 @@ def main() -> None:
     """The entry point. A mistake in the input prints one message and exits with code 2."""
     # Two busy thread pools on few cores make each other ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    log = logging.getLogger("fedvlm")
+    log.removeFilter(one_record)
+    log.addFilter(one_record)
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal without UTF-8 loses no message
+            stream.reconfigure(errors="backslashreplace")
+    sys.exit(_exit_code())
+
+
+def _exit_code() -> int:
+    """Runs the command; 0, or 2 after a mistake in the input, or 1 after a defect of fedvlm."""
     try:
-        app()
+        code = app(standalone_mode=False)
+        sys.stdout.flush()
+        return code if isinstance(code, int) else 0
+    except BrokenPipeError:  # the reader of the output has ended
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115
+        return 1
     except FedVLMError as error:
-        processes.let_first_speak()
-        typer.echo(f"error: {error}", err=True)
-        sys.exit(2)
+        return _stop(str(error))
+    except OSError as error:
+        where = f": {shown(error.filename, 200)}" if error.filename else ""
+        return _stop(f"{shown(error.strerror or str(error), 1000, quotes=False)}{where}")
+    except (MemoryError, RecursionError, UnicodeError) as error:
+        return _stop(FedVLMError(f"{type(error).__name__}: {error}".removesuffix(": ")))
+    except KeyboardInterrupt:
+        return 130
+    except Exception as error:
+        if isinstance(getattr(error, "message", None), str) and hasattr(error, "show"):
+            error.message = cut(error.message)  # type: ignore[attr-defined]
+            error.show()  # an error of typer: wrong options
+            return getattr(error, "exit_code", 2)
+        if type(error).__name__ == "OutOfMemoryError":  # of torch, which is not imported here
+            return _stop(FedVLMError(str(error)))
+        traceback.print_exc()
+        typer.echo("error: this is a defect of fedvlm; please report it with these lines", err=True)
+        return 1
+
+
+def _stop(message: object) -> int:
+    processes.let_first_speak()
+    typer.echo(f"error: {message}", err=True)
+    return 2
 
 
 def _compare(names: list[str], tree: dict[str, Any], seeds: int, jobs: int, quiet: bool) -> None:

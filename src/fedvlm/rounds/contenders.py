@@ -15,6 +15,7 @@ from fedvlm.algorithms.table import ALIASES, OWN, find, names, taken
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.settings.sections import Config
 
+MOST = 10_000  # seeds or jobs of a comparison
 Compared = str | tuple[str, Algorithm]
 
 
@@ -31,6 +32,7 @@ def planned(
         ConfigError: lists the mistakes of all runs.
     """
     tree, problems = configs.read(config, *overrides)
+    problems += configs.absent(tree)
     tree["algorithm"] = configs.chosen(tree.get("algorithm"))
     for one in algorithms:
         if not isinstance(one, str) and not _is_pair(one):
@@ -57,8 +59,9 @@ def _runs(
     jobs: int,
     problems: list[str],
 ) -> dict[str, Config]:
-    if seeds < 1 or jobs < 1:
-        problems.append(f"seeds and jobs must be at least 1, got {seeds} and {jobs}")
+    if not 1 <= seeds <= MOST or not 1 <= jobs <= MOST:
+        problems.append(f"seeds and jobs must be 1 to {MOST}, got {seeds} and {jobs}")
+        seeds = 1
     if not labels:
         problems.append(f"no algorithm is named; there are {', '.join(names())}")
     if objects and jobs > 1:
@@ -74,7 +77,7 @@ def _runs(
             )
     problems += _nobodys(tree, [x for x in labels if x not in objects])
     first, runs = tree.get("seed") or 0, {}
-    for seed in range(first, first + seeds) if isinstance(first, int) else [first]:
+    for seed in range(first, first + seeds) if type(first) is int else [first]:
         for label in labels:
             own = _settings(tree, label, label in objects)
             own |= {"seed": seed, "output": _folder(tree, label, seed)}
@@ -89,8 +92,11 @@ def _runs(
     return runs
 
 
-def _folder(tree: dict[str, Any], label: str, seed: Any) -> str:
-    return str(Path(tree.get("output") or Config().output) / f"{label}-seed-{seed}")
+def _folder(tree: dict[str, Any], label: str, seed: Any) -> Any:
+    output = tree.get("output") or Config().output
+    if type(output) not in (str, int):
+        return output  # the check of the settings reports this
+    return str(Path(str(output)) / f"{label}-seed-{seed}")
 
 
 def _settings(tree: dict[str, Any], label: str, is_object: bool) -> dict[str, Any]:
