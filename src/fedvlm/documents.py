@@ -22,7 +22,7 @@ from fedvlm.errors import shown
 
 SIZE = 2**24  # bytes of the largest document
 DEPTH = 64  # mappings and lists inside one another
-ALIASED = 2**20  # characters and values that all aliases of a document add
+ALIASED = 2**16  # characters and values that all aliases of a document add
 DIGITS = 300  # of a number
 
 _NUMBER = re.compile(
@@ -38,6 +38,13 @@ _SPECIAL = {
     **dict.fromkeys((".nan", ".NaN", ".NAN"), float("nan")),
 }
 _BEGINS = frozenset("0123456789+-.~nNtTfF")
+
+
+class _Merge(str):
+    """The key ``<<`` as syntax, not as the same text in quotes."""
+
+
+_MERGE = _Merge("<<")
 _TEXT = ("!", "tag:yaml.org,2002:str")
 
 
@@ -96,22 +103,11 @@ def read_json(text: str, what: str, most: int = SIZE) -> Any:
     """
     _check_size(text, what, most)
     try:
-        tree = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+        return _json(text, what)
     except json.JSONDecodeError as error:
         raise ValueError(
             f"{what}, line {error.lineno}, column {error.colno}: this is no JSON: {error.msg}"
         ) from None
-    except RecursionError:
-        raise ValueError(_too_deep(what)) from None
-    except ValueError as error:
-        raise ValueError(f"{what}: {error}") from None
-    level, depth = [tree], 0
-    halves = "\\ud" in text.lower()
-    while level := [v for node in level for v in _children(node, what, halves)]:
-        depth += 1
-        if depth > DEPTH:
-            raise ValueError(_too_deep(what))
-    return tree
 
 
 def read_yaml(text: str, what: str, most: int = SIZE) -> Any:
@@ -132,16 +128,18 @@ def read_yaml(text: str, what: str, most: int = SIZE) -> Any:
     _check_size(text, what, most)
     if text.lstrip()[:1] in ("{", "["):
         try:
-            return read_json(text, what, most)
-        except ValueError:  # flow style of YAML; or the error below has its line
+            return _json(text, what)
+        except json.JSONDecodeError:  # flow style of YAML; or the error below has its line
             pass
-    loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
+    loader = None
     try:
+        loader = getattr(yaml, "CSafeLoader", yaml.SafeLoader)(text)
         return _Builder(what).build(loader)
     except yaml.YAMLError as error:
         raise ValueError(_unread(error, what)) from None
     finally:
-        loader.dispose()
+        if loader is not None:
+            loader.dispose()
 
 
 def write_yaml(tree: Any) -> str:
@@ -229,7 +227,7 @@ class _Builder:
                 f"{event.start_mark.line + 1}; keep one",
             )
         node.lines[text] = event.start_mark.line + 1
-        node.key = text
+        node.key = _MERGE if plain and text == _MERGE else text
         if event.anchor is not None:
             self.named[event.anchor] = text, 1 + len(text), 0
 
@@ -279,7 +277,7 @@ class _Builder:
             node.height = height + 1
         if type(node.value) is list:
             node.value.append(value)
-        elif node.key == "<<":
+        elif node.key is _MERGE:
             node.key = None
             node.merged = value if isinstance(value, list) else [value]
             if not all(isinstance(one, dict) for one in node.merged):
@@ -323,6 +321,25 @@ def _too_deep(what: str) -> str:
     return f"{what}: more than {DEPTH} mappings and lists inside one another"
 
 
+def _json(text: str, what: str) -> Any:
+    try:
+        tree = json.loads(text, object_pairs_hook=_once, parse_constant=_no_constant)
+    except RecursionError:
+        raise ValueError(_too_deep(what)) from None
+    except json.JSONDecodeError:
+        raise
+    except ValueError as error:
+        raise ValueError(f"{what}: {shown(str(error), 300, quotes=False)}") from None
+    level: list[Any] = [[tree]]
+    depth = -1
+    halves = "\\ud" in text.lower()
+    while level := [v for node in level for v in _children(node, what, halves)]:
+        depth += 1
+        if depth > DEPTH:
+            raise ValueError(_too_deep(what))
+    return tree
+
+
 def _once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     tree = dict(pairs)
     if len(tree) < len(pairs):
@@ -338,8 +355,6 @@ def _no_constant(name: str) -> None:
 
 def _children(node: Any, what: str, halves: bool) -> Iterator[Any]:
     """The containers inside a value; refuses texts with half a character."""
-    if not isinstance(node, dict | list):
-        return
     inside = node.values() if isinstance(node, dict) else node
     if halves:
         for text in (*node, *inside):
