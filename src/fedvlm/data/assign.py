@@ -12,7 +12,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
-import pandas as pd
 
 from fedvlm.data.labels import codes_of
 from fedvlm.errors import DataError
@@ -26,18 +25,35 @@ _DRAWS = 20_000_000  # approximate limit on the random numbers of these draws
 
 def by_column(values: np.ndarray, column: str, least: int) -> dict[str, np.ndarray]:
     """Makes one client for each value, in the natural order of the values."""
-    missing = pd.isna(values) | (values == "")
+    missing = np.array([not value.strip() for value in values])
     if missing.any():
         raise DataError(
             f"{missing.sum()} rows have no value in partition.column '{column}' (the first is "
             f"row {missing.argmax()}): name the client of every row"
         )
     codes, names = codes_of(values)
+    _warn_of_twins(names, column)
     parts = by_owner(codes, len(names))
     found = sorted(zip(names, parts, strict=True), key=lambda pair: _natural(pair[0]))
     remedy = "merge these clients, or partition by another column"
     check_sizes(dict(found), least, f"partition.column '{column}'", remedy)
     return dict(found)
+
+
+def _warn_of_twins(names: list[str], column: str) -> None:
+    """Warns of clients whose names differ in white space only. They stay two clients."""
+    alike: dict[str, list[str]] = {}
+    for name in names:
+        alike.setdefault(" ".join(name.split()), []).append(name)
+    twins = [group for group in alike.values() if len(group) > 1]
+    if twins:
+        logger.warning(
+            "partition.column '%s': %d names occur in several spellings that differ in white space "
+            "only, such as %s; each spelling is a client. Repair the column if that is not meant",
+            column,
+            len(twins),
+            " and ".join(f"{name[:40]!r}" for name in twins[0][:2]),
+        )
 
 
 def check_sizes(parts: Mapping[str, np.ndarray], least: int, source: str, remedy: str) -> None:
@@ -52,7 +68,7 @@ def check_sizes(parts: Mapping[str, np.ndarray], least: int, source: str, remedy
     Raises:
         DataError: some clients have fewer rows; the message names the first five.
     """
-    small = [f"{name} ({len(part)})" for name, part in parts.items() if len(part) < least]
+    small = [f"{name[:60]} ({len(part)})" for name, part in parts.items() if len(part) < least]
     if small:
         more = f" and {len(small) - 5} more" if len(small) > 5 else ""
         raise DataError(

@@ -17,12 +17,14 @@ is left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
 
+from fedvlm.data.columns import is_scalar
+from fedvlm.data.embedded import is_numbers
 from fedvlm.settings.sections import Columns
 
 _COLUMNS = ("conversations", "messages")
@@ -30,6 +32,13 @@ _ROLES = {"human": "user", "user": "user", "gpt": "assistant", "assistant": "ass
 _ROLES |= {"model": "assistant", "system": "system"}
 _MARKER = "<image>"
 _BATCH = 64  # conversations at a time; they may hold images
+
+
+def holds_conversations(columns: Iterable[str], names: Columns) -> bool:
+    """Whether a source holds conversations: it has such a column, images, and no other texts."""
+    have = set(columns)
+    texts = {names.question, names.answer} & have
+    return bool(have & set(_COLUMNS) and have & {names.image, "image", "images"} and not texts)
 
 
 def flatten(
@@ -49,42 +58,50 @@ def flatten(
         a dict from the number of an unusable conversation to the reason. Such a conversation gives
         one empty row.
     """
+    if not holds_conversations(rows.column_names, columns):
+        return rows, np.arange(len(rows)), {}
     have = rows.column_names
-    column = next((name for name in _COLUMNS if name in have), None)
-    if column is None or columns.question in have or columns.answer in have:
-        return rows, np.arange(len(rows)), {}
-    image = next((name for name in (columns.image, "image", "images") if name in have), None)
-    if image is None:
-        return rows, np.arange(len(rows)), {}
+    column = next(name for name in _COLUMNS if name in have)
+    image = next(name for name in (columns.image, "image", "images") if name in have)
     rows = rows.with_format(None)
     kind = rows.features[image]
-    several = isinstance(kind, datasets.List)
+    several = isinstance(kind, datasets.List) and not is_numbers(kind)
     inner: Any = kind.feature if several else kind
     text = datasets.Value("string")
     if isinstance(inner, datasets.Image):
         inner = datasets.Image(decode=False)
         rows = rows.cast_column(image, datasets.List(inner) if several else inner)
-    elif isinstance(inner, datasets.Json):  # paths in some rows, lists of paths in others
-        inner = text
-    kept = {n: f for n, f in rows.features.items() if n not in (column, image)}
-    made = {columns.image: inner, columns.question: text, columns.answer: text}
-    made |= {"_record": datasets.Value("int64"), "_problem": text}
-    if kept.get("image_path", text) == text:
-        made["image_path"] = text
+    kept = {n: f for n, f in rows.features.items() if n not in (column, image) and is_scalar(f)}
+    made = {columns.image: inner, columns.question: text, columns.answer: text, "image_path": text}
+    record, problem = _free("record", have), _free("problem", have)
+    made |= {record: datasets.Value("int64"), problem: text}
+    rows = rows.select_columns([column, image, *kept])
     flat = rows.map(
         _rows_of,
         batched=True,
         with_indices=True,
         batch_size=_BATCH,
         writer_batch_size=_BATCH,
-        remove_columns=have,
+        remove_columns=rows.column_names,
         features=datasets.Features(kept | made),
-        fn_kwargs={"column": column, "image": image, "names": columns.model_dump()},
+        fn_kwargs={
+            "column": column,
+            "image": image,
+            "names": columns.model_dump() | {"record": record, "problem": problem},
+        },
     )
-    numbers = np.asarray(flat["_record"][:], dtype=np.int64)
-    said = zip(numbers.tolist(), flat["_problem"][:], strict=True)
-    problems = {number: problem for number, problem in said if problem}
-    return flat.remove_columns(["_record", "_problem"]), numbers, problems
+    numbers = np.asarray(flat[record][:], dtype=np.int64)
+    said = zip(numbers.tolist(), flat[problem][:], strict=True)
+    problems = {number: reason for number, reason in said if reason}
+    return flat.remove_columns([record, problem]), numbers, problems
+
+
+def _free(name: str, taken: Sequence[str]) -> str:
+    """A name for a column of our own."""
+    name = f"_{name}"
+    while name in taken:
+        name += "_"
+    return name
 
 
 def _rows_of(
@@ -109,20 +126,21 @@ def _rows_of(
         alone = shown if isinstance(shown, str) else f"conversation {number}"
         for question, answer in pairs:
             row = {name: batch[name][at] for name in kept}
-            row["image_path"] = alone if group is None or group == "" else group
+            row["image_path"] = alone if group is None or group == "" else str(group)
             row |= {names["image"]: shown, names["question"]: question, names["answer"]: answer}
-            out.append(row | {"_record": number, "_problem": problem})
+            out.append(row | {names["record"]: number, names["problem"]: problem})
     return {name: [row[name] for row in out] for name in out[0]}
 
 
 def _one_image(value: Any) -> Any:
-    images = value if isinstance(value, list) else [value]
+    several = isinstance(value, list) and not all(type(each) is int for each in value)
+    images = value if several else [value]
     images = [each for each in images if each]
     if not images:
         raise ValueError("the conversation has no image")
     if len(images) > 1:
         raise ValueError(f"the conversation has {len(images)} images, but only one can be used")
-    if not isinstance(images[0], str | bytes | Mapping):
+    if not isinstance(images[0], str | bytes | Mapping | list):
         raise ValueError(f"the conversation's image is {images[0]!r:.60}, not bytes or a path")
     return images[0]
 

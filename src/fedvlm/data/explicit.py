@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import yaml
@@ -23,9 +25,25 @@ def read(path: str | Path) -> dict[str, list[int]]:
         DataError: the file cannot be read, or does not hold such lists.
     """
     try:
-        return checked(yaml.safe_load(Path(path).expanduser().read_text(encoding="utf-8")))
-    except (OSError, yaml.YAMLError, ValueError) as error:
-        raise DataError(f"partition.lists '{path}' cannot be used: {error}") from None
+        file = Path(path).expanduser()
+        text = file.read_text(encoding="utf-8-sig")
+        is_json = file.suffix.lower() in (".json", ".jsonl")
+        return checked(json.loads(text) if is_json else yaml.load(text, _TextKeys))
+    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
+        raise DataError(f"partition.lists '{path}' cannot be used: {str(error)[:500]}") from None
+
+
+class _TextKeys(yaml.SafeLoader):
+    """Reads YAML whose keys stay the text that was written: ``no`` is a name, not False."""
+
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        made = {}
+        for key, value in node.value:
+            name = key.value if isinstance(key, yaml.ScalarNode) else self.construct_object(key)
+            if name in made:
+                raise ValueError(f"the client {name!r:.60} is listed twice")
+            made[name] = self.construct_object(value, deep=True)
+        return made
 
 
 def by_lists(

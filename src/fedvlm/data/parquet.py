@@ -3,52 +3,167 @@
 ``datasets`` reads a whole row group into memory, and some writers make a single row group of a file
 of a gigabyte. This module holds one page in memory. A page is about 1 MB in files of Hugging Face's
 writer, and 1024 rows in files of pandas or pyarrow.
+
+Files may differ in their columns and types: a column that a file lacks is missing there, and a
+column of several scalar types becomes text. The decoded rows have a limit, because a file of 1 kB
+can hold gigabytes.
 """
 
 from __future__ import annotations
 
+import logging
 import mmap
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
+from pathlib import Path
 
 import datasets
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
 
+from fedvlm.data.columns import cut, listed
+from fedvlm.data.labels import texts
+from fedvlm.data.records import Check, report_absent
+from fedvlm.data.tables import converted
+from fedvlm.errors import DataError
+
+logger = logging.getLogger("fedvlm")
+
 _BATCH = 64  # rows that are converted at a time
+_FREE = 256 * 2**20  # bytes that any files may decode to
 
 
-def load_dataset(split: str, name: str, **options: Any) -> datasets.Dataset:
+def read(files: Sequence[Path], check: Check, expansion: int) -> datasets.Dataset:
+    """Reads parquet files as one data set.
+
+    Args:
+        files: at least one file.
+        check: gets the columns, before any row is converted.
+        expansion: ``data.max_expansion``.
+
+    Raises:
+        DataError: files disagree about a column that is no scalar, a file has two columns of one
+            name, or the rows are larger than 256 MiB + ``expansion`` x the files.
+    """
+    limit = _FREE + expansion * sum(file.stat().st_size for file in files)
+    opened = [_open(file)[0] for file in files]
+    plain = [
+        _plain_schema(source.schema_arrow, file) for source, file in zip(opened, files, strict=True)
+    ]
+    counts = [source.metadata.num_rows for source in opened]
+    schema = _united(plain, files)
+    have = [set(own.names) for own in plain]
+    report_absent(files, counts, have, schema.names)
+    features = datasets.Features.from_arrow_schema(schema)
+    check(features)
+    if not sum(counts):
+        raise DataError(f"'{cut(files[0], 200)}' has no rows")
+    _refuse_if_larger(sum(map(_least_bytes, opened)), limit, files)
+    return converted(files, features, lambda: _all_tables(files, features, limit))
+
+
+def load_hub(split: str, name: str, expansion: int) -> datasets.Dataset:
     """As ``datasets.load_dataset``, but never holds a whole row group of a parquet file in memory.
 
     Args:
         split: the split to return.
-        name: a builder (``parquet``, ``json``) or a data set on the hub.
-        **options: options of ``datasets.load_dataset_builder``.
+        name: a data set on the hub.
+        expansion: ``data.max_expansion``.
     """
-    builder = datasets.load_dataset_builder(name, **options)
+    builder = datasets.load_dataset_builder(name)
     if isinstance(builder, Parquet):
-        builder._generate_tables = partial(_tables, builder)
+        builder._generate_tables = partial(_hub_tables, builder, expansion)
     builder.download_and_prepare()
     return builder.as_dataset(split)
 
 
-def _tables(
-    builder: Parquet, files: list[str], row_groups_list: object
+def _hub_tables(
+    builder: Parquet, expansion: int, files: list[str], row_groups_list: object
 ) -> Iterator[tuple[Key, pa.Table]]:
     """Replaces ``Parquet._generate_tables``."""
+    paths = [Path(file) for file in files]
+    limit = _FREE + expansion * sum(path.stat().st_size for path in paths)
+    for at, table in enumerate(_batches(paths, limit)):
+        yield Key(0, at), builder._cast_table(table)
+
+
+def _all_tables(
+    files: Sequence[Path], features: datasets.Features, limit: int
+) -> Iterator[pa.Table]:
+    schema = features.arrow_schema
+    for table in _batches(files, limit):
+        columns = [
+            _cast(table[field.name], field.type)
+            if field.name in table.column_names
+            else pa.nulls(len(table), field.type)
+            for field in schema
+        ]
+        yield pa.Table.from_arrays(columns, schema=schema)
+
+
+def _batches(files: Sequence[Path], limit: int) -> Iterator[pa.Table]:
+    """Yields the rows in tables of at most 64 rows."""
+    size = 0
     with _returning_memory():
-        for number, file in enumerate(files):
-            with open(file, "rb") as handle:
-                pages = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
-            source = pq.ParquetFile(pa.BufferReader(pa.py_buffer(pages)), pre_buffer=False)
-            for at, batch in enumerate(source.iter_batches(_BATCH)):
-                yield Key(number, at), builder._cast_table(pa.Table.from_batches([batch]))
+        for file in files:
+            source, pages = _open(file)
+            for batch in source.iter_batches(_rows_at_a_time(source, limit)):
+                size += batch.nbytes
+                _refuse_if_larger(size, limit, files)
+                yield pa.Table.from_batches([batch])
                 pages.madvise(mmap.MADV_DONTNEED)  # frees the pages that were read
+
+
+def _open(file: Path) -> tuple[pq.ParquetFile, mmap.mmap]:
+    with open(file, "rb") as handle:
+        pages = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
+    try:
+        return pq.ParquetFile(pa.BufferReader(pa.py_buffer(pages)), pre_buffer=False), pages
+    except (pa.ArrowException, OSError) as error:
+        raise DataError(f"cannot read '{file}' as parquet: {cut(error, 300)}") from None
+
+
+# Limits
+
+
+def _least_bytes(source: pq.ParquetFile) -> int:
+    """A lower bound of the size of the decoded rows, from the footer of the file."""
+    widths = sum(_width(field.type) for field in source.schema_arrow)
+    return max(source.metadata.num_rows * widths, max(_chunks(source), default=0))
+
+
+def _width(kind: pa.DataType) -> int:
+    try:
+        return kind.bit_width // 8
+    except ValueError:  # no fixed width
+        return 4
+
+
+def _chunks(source: pq.ParquetFile) -> Iterator[int]:
+    """Yields the size of every column in every row group, before it is decompressed to values."""
+    groups = map(source.metadata.row_group, range(source.metadata.num_row_groups))
+    for group in groups:
+        yield from (group.column(k).total_uncompressed_size for k in range(group.num_columns))
+
+
+def _rows_at_a_time(source: pq.ParquetFile, limit: int) -> int:
+    """Rows of a batch. A value is at most as large as its chunk, and any row may repeat it."""
+    return int(np.clip(2 * limit // max(1, *_chunks(source), 1), 1, _BATCH))
+
+
+def _refuse_if_larger(size: int, limit: int, files: Sequence[Path]) -> None:
+    if size > limit:
+        raise DataError(
+            f"the rows of '{files[0].name}'"
+            + (f" and {len(files) - 1} more files" if len(files) > 1 else "")
+            + f" take more than {limit / 2**20:.0f} MiB when they are decoded, though the files "
+            f"have {sum(file.stat().st_size for file in files) / 2**20:.3g} MiB. If the files come "
+            "from a source that you trust, raise data.max_expansion"
+        )
 
 
 @contextmanager
@@ -61,3 +176,109 @@ def _returning_memory() -> Iterator[None]:
         yield
     finally:
         pa.set_memory_pool(before)
+
+
+# Types
+
+
+def _plain_schema(schema: pa.Schema, file: Path) -> pa.Schema:
+    """The columns without views, dictionaries and other encodings of a type."""
+    twins = {name for name in schema.names if schema.names.count(name) > 1}
+    if twins:
+        raise DataError(f"'{file}' has several columns named {listed(twins)}: rename them")
+    fields = [pa.field(field.name, _plain(field.type)) for field in schema]
+    known = [field for field in fields if _is_known(field.type)]
+    return pa.schema(known, metadata=schema.metadata)
+
+
+def _plain(kind: pa.DataType) -> pa.DataType:
+    if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
+        return _plain(kind.value_type)
+    if isinstance(kind, pa.BaseExtensionType) and not isinstance(kind, pa.JsonType):
+        known = type(kind).__module__.startswith("datasets")
+        return kind if known else _plain(kind.storage_type)
+    views = {"string_view": pa.string(), "binary_view": pa.binary()}
+    if str(kind) in views:
+        return views[str(kind)]
+    if pa.types.is_fixed_size_binary(kind):
+        return pa.binary()
+    if pa.types.is_struct(kind):
+        return pa.struct([pa.field(f.name, _plain(f.type)) for f in kind])
+    if pa.types.is_large_list(kind):
+        return pa.large_list(_plain(kind.value_type))
+    if pa.types.is_fixed_size_list(kind):
+        return pa.list_(_plain(kind.value_type), kind.list_size)
+    if pa.types.is_list(kind) or "list_view" in str(kind):
+        return pa.list_(_plain(kind.value_type))
+    return kind
+
+
+def _is_known(kind: pa.DataType) -> bool:
+    """Whether ``datasets`` has this type. The others are no columns of rows: maps and unions."""
+    try:
+        datasets.Features.from_arrow_schema(pa.schema([("x", kind)]))
+    except (ValueError, NotImplementedError):
+        return False
+    return True
+
+
+def _united(schemas: Sequence[pa.Schema], files: Sequence[Path]) -> pa.Schema:
+    """One schema for all files. Different scalar types of a column become text."""
+    first = schemas[0]
+    if all(schema.equals(first, check_metadata=True) for schema in schemas):
+        return first
+    kinds: dict[str, pa.DataType] = {}
+    origin: dict[str, Path] = {}
+    for schema, file in zip(schemas, files, strict=True):
+        for field in schema:
+            known = kinds.get(field.name)
+            if known is None or pa.types.is_null(known):
+                kinds[field.name], origin[field.name] = field.type, file
+            elif field.type != known and not pa.types.is_null(field.type):
+                places = (origin[field.name], file)
+                kinds[field.name] = _both(known, field.type, field.name, places)
+    notes = {(schema.metadata or {}).get(b"huggingface") for schema in schemas}
+    return pa.schema(list(kinds.items()), metadata=first.metadata if len(notes) == 1 else None)
+
+
+def _both(one: pa.DataType, two: pa.DataType, name: str, places: tuple[Path, Path]) -> pa.DataType:
+    """The type of a column that has two types in two files."""
+    kinds, types = (one, two), pa.types
+    whole = all(map(types.is_integer, kinds))
+    apart = any(types.is_nested(kind) or "binary" in str(kind) for kind in kinds)
+    if not whole and not apart:
+        return pa.string()
+    try:
+        schemas = [pa.schema([(name, kind)]) for kind in kinds]
+        return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
+    except pa.ArrowException:
+        raise DataError(
+            f"the column '{cut(name)}' holds {cut(one, 100)} in '{places[0]}', but {cut(two, 100)} "
+            f"in '{places[1]}': convert one of the files"
+        ) from None
+
+
+def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+    """Casts a column to its plain type."""
+    if column.type == kind:
+        return column
+    if pa.types.is_string(kind) and not _is_stringlike(column.type):
+        return pa.chunked_array([pa.array(texts(column, missing=None), pa.string())])
+    return pa.chunked_array([_cast_array(chunk, kind) for chunk in column.chunks], kind)
+
+
+def _is_stringlike(kind: pa.DataType) -> bool:
+    return "string" in str(kind)
+
+
+def _cast_array(array: pa.Array, kind: pa.DataType) -> pa.Array:
+    if array.type == kind:
+        return array
+    if isinstance(array, pa.ExtensionArray):
+        return _cast_array(array.storage, kind)
+    if isinstance(array, pa.DictionaryArray):
+        return _cast_array(array.dictionary_decode(), kind)
+    try:
+        return array.cast(kind)
+    except pa.ArrowNotImplementedError:  # a type inside a structure, or an encoding
+        return pa.array(array.to_pylist(), kind)

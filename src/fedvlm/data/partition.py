@@ -15,18 +15,19 @@ from typing import Any
 
 import datasets
 import numpy as np
-import pandas as pd
 
 from fedvlm.data import assign, explicit
 from fedvlm.data.clusters import check_installed, cluster_codes
+from fedvlm.data.columns import TEXT, cut, is_scalar, kind_of, listed
 from fedvlm.data.labels import binned_codes, codes_of, values_of
 from fedvlm.data.skew import Skew, frequent, measure
 from fedvlm.errors import DataError
-from fedvlm.settings.sections import Config
+from fedvlm.settings.sections import Config, PartitionConfig
 
 logger = logging.getLogger("fedvlm")
 
 SPLITS = ("train", "val", "test")
+_LIKELY = 200  # most different values of a column that may name clients
 
 
 @dataclass(frozen=True, eq=False, slots=True)
@@ -164,15 +165,17 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
     * ``column``: one client for each value of a column.
     * ``quantity``: sizes by a power law.
     * ``explicit``: the row numbers in ``partition.lists``.
-    * ``auto``: by the column ``site`` for the bundled scenes, ``iid`` for other data.
+    * ``auto``: by ``partition.column`` if it is set, by the column ``site`` for the bundled scenes,
+      and ``iid`` for other data, with a warning.
 
     Labels are the answers, or ``partition.column`` (many different numbers are put into ten bins of
     equal counts), or ``partition.clusters`` of the answers.
 
     A client needs ``partition.min_rows`` rows, and at least two: one to train and one to test. Rows
-    that share an image (``image_path``) stay together inside a client. Images have the same random
-    rank in all clients, so that most images land in the same split everywhere. If
-    ``partition.splits`` is ``alone``, a client's split depends on its own rows only.
+    that share an image stay together inside a client: rows with the same ``image_path``, the same
+    file, or the same bytes. Images have the same random rank in all clients, so that most images
+    land in the same split everywhere. If ``partition.splits`` is ``alone``, a client's split
+    depends on its own rows only.
 
     The result depends only on the rows, the sections ``data`` and ``partition``, and ``seed``.
 
@@ -182,24 +185,24 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
     """
     settings = config.partition
     check_installed(settings)
-    by_site = settings.kind == "auto" and config.data.path is None and "site" in rows.column_names
-    kind = ("column" if by_site else "iid") if settings.kind == "auto" else settings.kind
-    column = "site" if by_site else settings.column
+    kind, column = _kind(rows, config)
     least = max(2, settings.min_rows)
     label = _resolve(rows, column, config) if column and kind != "column" else "answer"
+    values = values_of(rows, label)
+    as_text = label in ("answer", "question", "rejected")
     if settings.clusters:
         label = "answer cluster"
         seed = int(_rng(config.seed, "clusters").integers(2**31))
-        codes, names = cluster_codes(values_of(rows, "answer").tolist(), settings.clusters, seed)
+        codes, names = cluster_codes(values.tolist(), settings.clusters, seed)
     else:
-        codes, names = binned_codes(values_of(rows, label))
+        codes, names = binned_codes(values, as_text=as_text)
     if kind == "column":
         name = _resolve(rows, column or "", config)
         parts = assign.by_column(values_of(rows, name), name, least)
     elif kind == "explicit":
         parts = _listed(rows, config, least)
     elif kind == "shards" and not settings.clusters:  # sorts numbers by value, not by bin
-        parts = _assigned(codes_of(values_of(rows, label))[0], kind, config, least)
+        parts = _assigned(codes_of(values, as_text=as_text)[0], kind, config, least)
     else:
         parts = _assigned(codes, kind, config, least)
     groups = _groups(rows)
@@ -226,16 +229,55 @@ def _short(text: str, width: int = 24) -> str:
     return text if len(text) <= width else text[: width - 1] + "…"
 
 
+def _kind(rows: datasets.Dataset, config: Config) -> tuple[str, str | None]:
+    """The kind and the column of a partition, where ``partition.kind=auto`` is resolved."""
+    settings = config.partition
+    if settings.kind != "auto":
+        return settings.kind, settings.column
+    if settings.column:
+        logger.info(
+            "partition.column=%s: one client for each value (partition.kind=column)",
+            cut(settings.column),
+        )
+        return "column", settings.column
+    if config.data.path is None:
+        return ("column", "site") if "site" in rows.column_names else ("iid", None)
+    if settings.clients == PartitionConfig().clients:
+        named = [f"{cut(name, 40)} ({count} values)" for name, count in _likely(rows).items()]
+        logger.warning(
+            "no partition is set: the rows are dealt at random to %d clients that are alike. For "
+            "one client for each value of a column, set partition.column=NAME%s. To keep random "
+            "clients, set partition.kind=iid",
+            settings.clients,
+            f"; columns that may name clients: {', '.join(named[:8])}" if named else "",
+        )
+    return "iid", None
+
+
+def _likely(rows: datasets.Dataset) -> dict[str, int]:
+    """The columns of text that may name clients, and their numbers of different values."""
+    ours = ("question", "answer", "rejected", "image_path", "image_hash")
+    texts = [
+        name
+        for name, feature in rows.features.items()
+        if name not in ours and getattr(feature, "dtype", "") in TEXT
+    ]
+    counts = {name: len(set(values_of(rows, name).tolist()) - {""}) for name in texts}
+    return {name: count for name, count in counts.items() if 2 <= count <= _LIKELY}
+
+
 def _resolve(rows: datasets.Dataset, column: str, config: Config) -> str:
     """The canonical name of a column: in loaded rows, ``chosen`` is ``answer``."""
     if column not in rows.column_names:
         source = config.data.columns
         column = {source.answer: "answer", source.question: "question"}.get(column, column)
-    usable = [n for n, f in rows.features.items() if isinstance(f, datasets.Value)]
+    feature = rows.features.get(column)
+    usable = [name for name, kind in rows.features.items() if is_scalar(kind)]
     if column not in usable:
+        holds = f" (it holds {kind_of(feature)})" if feature is not None else ""
         raise DataError(
-            f"partition.column '{column}' is not a column to partition by; "
-            f"the data has the columns {', '.join(usable)}"
+            f"partition.column '{cut(column)}'{holds} is not a column to partition by; "
+            f"the data has the columns {listed(usable)}"
         )
     return column
 
@@ -244,7 +286,7 @@ def _listed(rows: datasets.Dataset, config: Config, least: int) -> dict[str, np.
     lists = config.partition.lists
     lists = explicit.read(lists) if isinstance(lists, str) else lists or {}
     known = "row" in rows.column_names
-    numbers = values_of(rows, "row") if known else np.arange(len(rows))
+    numbers = np.asarray(rows["row"][:]) if known else np.arange(len(rows))
     some_left_out = config.data.max_rows is not None or config.data.on_error == "skip"
     parts = explicit.by_lists(numbers, lists, some_left_out)
     assign.check_sizes(parts, least, "partition.lists", "or list more rows for these clients")
@@ -277,14 +319,50 @@ def _assigned(codes: np.ndarray, kind: str, config: Config, least: int) -> dict[
 
 
 def _groups(rows: datasets.Dataset) -> np.ndarray:
-    """Numbers the rows; rows that share an image have the same number."""
-    alone = np.arange(len(rows))
-    if "image_path" not in rows.column_names:
-        return alone
-    paths = values_of(rows, "image_path")
-    missing = pd.isna(paths) | (paths == "")
-    codes = codes_of(paths)[0]
-    return np.where(missing, codes.max() + 1 + alone, codes)
+    """Numbers the rows; rows that share an image have the same number.
+
+    Rows share an image if they have the same ``image_path``, the same image file, or the same
+    ``image_hash``, directly or through other rows.
+    """
+    groups = np.arange(len(rows))
+    if "image_path" in rows.column_names:
+        as_text = rows.features["image_path"].dtype in TEXT
+        groups = _alone_where_missing(values_of(rows, "image_path"), as_text)
+    if "image_hash" in rows.column_names:
+        groups = _united(groups, _alone_where_missing(values_of(rows, "image_hash")))
+    elif "image" in rows.column_names:
+        groups = _united(groups, _alone_where_missing(_image_files(rows)))
+    return groups
+
+
+def _alone_where_missing(values: np.ndarray, as_text: bool = True) -> np.ndarray:
+    codes = codes_of(values, as_text=as_text)[0]
+    return np.where(values == "", codes.max() + 1 + np.arange(len(values)), codes)
+
+
+def _image_files(rows: datasets.Dataset) -> np.ndarray:
+    """The path of each image that is a file; the empty text for embedded images."""
+    paths: list[str] = []
+    for batch in rows.select_columns(["image"]).with_format("arrow").iter(1000):
+        images = batch["image"].combine_chunks()
+        embedded = images.field("bytes").is_valid().to_pylist()
+        found = zip(images.field("path").to_pylist(), embedded, strict=True)
+        paths += ["" if inside or path is None else path for path, inside in found]
+    return np.array(paths, dtype=object)
+
+
+def _united(groups: np.ndarray, others: np.ndarray) -> np.ndarray:
+    """Joins the groups that share a number of ``others``; a joined group has its lowest number."""
+    others = np.unique(others, return_inverse=True)[1]
+    joined = groups
+    while True:
+        least = np.full(others.max() + 1, joined.max())
+        np.minimum.at(least, others, joined)
+        renamed = np.arange(joined.max() + 1)
+        np.minimum.at(renamed, joined, least[others])
+        if np.array_equal(renamed[joined], joined):
+            return joined
+        joined = renamed[joined]
 
 
 def _split(
@@ -304,8 +382,9 @@ def _split(
     starts = np.flatnonzero(np.diff(groups[places])) + 1
     if not len(starts):
         raise DataError(
-            f"client '{client}' has {len(part)} rows of a single image (column image_path), so it "
-            "cannot test on another image than it trains on: give it more images, or use another "
+            f"client '{cut(client)}' has {len(part)} rows of a single image (the same image_path, "
+            "file or bytes), so it cannot test on another image than it trains on: give it more "
+            "images, or use another "
             "partition.kind or a larger partition.min_rows"
         )
     held = min(len(part) - 1, max(1, round(len(part) * config.data.test_fraction)))
@@ -344,7 +423,7 @@ def _warn_of_shared_images(splits: Mapping[str, Split], groups: np.ndarray) -> N
     shared = int(np.isin(tested, trained).sum())
     if shared:
         logger.warning(
-            "%d of %d test rows show an image that another client trains on (image_path)",
+            "%d of %d test rows show an image that another client trains on",
             shared,
             len(tested),
         )

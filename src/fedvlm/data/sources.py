@@ -13,18 +13,31 @@ import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import datasets
 import huggingface_hub
 import numpy as np
-import pandas as pd
 import pyarrow.compute as pc
 
-from fedvlm.data.conversations import flatten
+from fedvlm.data import parquet, records
+from fedvlm.data.columns import (
+    OURS,
+    check_columns,
+    cut,
+    free_name,
+    is_scalar,
+    name_of,
+    roles_of,
+    shown,
+)
+from fedvlm.data.conversations import flatten, holds_conversations
+from fedvlm.data.embedded import with_bytes
+from fedvlm.data.files import SUFFIXES, data_files, report_left_out
 from fedvlm.data.images import broken_images, open_image
-from fedvlm.data.parquet import load_dataset
+from fedvlm.data.records import Check
 from fedvlm.errors import DataError
 from fedvlm.settings.sections import DataConfig
 
@@ -33,8 +46,7 @@ __all__ = ["load_rows", "open_image"]
 logger = logging.getLogger("fedvlm")
 
 ROLES = ("image", "question", "answer")
-_TEXT = ("string", "large_string", "string_view")
-_SUFFIXES = (".parquet", ".jsonl", ".json", ".csv")
+_ORDER = (*ROLES, "rejected").index
 _SPLITS = ("train", "test", "validation", "val", "valid", "dev")
 
 
@@ -45,6 +57,7 @@ def load_rows(
     pairs: bool = False,
     answers: bool = True,
     question: str | None = None,
+    by: str | None = None,
 ) -> datasets.Dataset:
     """Reads the rows of a source and checks every one of them.
 
@@ -54,6 +67,7 @@ def load_rows(
         pairs: every row needs a rejected answer too, for training on preferences (DPO).
         answers: every row needs an answer. If False, answers may be empty or their column missing.
         question: text that replaces the question of every row.
+        by: the column of the partition, which is checked with the others.
 
     Returns:
         A data set, memory-mapped if the source is. Its columns are ``image`` (encoded:
@@ -61,32 +75,29 @@ def load_rows(
         number in the source), and every other scalar column of the source under its own name. With
         ``pairs`` it has ``rejected`` too. A conversation gives one row for every answer, see
         :mod:`fedvlm.data.conversations`; these rows share its number. A source column with a
-        canonical name and another meaning becomes ``source_<name>``.
+        canonical name and another meaning becomes ``source_<name>``, or the next free name.
 
     Raises:
         DataError: the source cannot be read or has no rows; a column is missing or has the wrong
             type; or, unless ``data.on_error`` is ``skip``, a row has a corrupt image or no text.
     """
+    needed = {*ROLES[:2], *["answer"] * answers, *["rejected"] * pairs}
+    asked = needed - ({"question"} if question is not None else set())
     with quiet():
-        rows, root = _read(data, seed)
+        rows, root = _read(data, seed, partial(_check_source, data, asked, by))
         if len(rows) == 0:
-            raise DataError(f"{_name(data)} has no rows")
+            raise DataError(f"{name_of(data)} has no rows")
         rows, numbers, problems = flatten(rows, data.columns)
         if question is not None:
             rows = _replace(rows, data.columns.question, [question] * len(rows))
-        needed = {*ROLES[:2], *["answer"] * answers, *["rejected"] * pairs}
         roles = tuple(
             role
             for role in (*ROLES, "rejected")
             if role in needed or (role == "answer" and data.columns.answer in rows.column_names)
         )
-        rows = _canonical(rows, data, root, roles, numbers)
+        rows = _canonical(rows, data, root, roles, numbers, by)
         rows = _sample(rows, data.max_rows, seed)
         return _without_bad_rows(rows, data, needed, problems)
-
-
-def _name(data: DataConfig) -> str:
-    return f"data.path '{data.path}'" if data.path else "the bundled scenes"
 
 
 @contextmanager
@@ -114,66 +125,68 @@ def quiet() -> Iterator[None]:
 # Reading: each reader returns the rows, and the base folder of relative image paths.
 
 
-def _read(data: DataConfig, seed: int) -> tuple[datasets.Dataset, Path]:
+def _read(data: DataConfig, seed: int, check: Check) -> tuple[datasets.Dataset, Path]:
     if data.path is None:
         from fedvlm.data.scenes import scenes
 
         return scenes(**data.scenes.model_dump(), seed=seed), Path()
-    path = Path(data.path).expanduser()
+    path = Path(data.path).expanduser().absolute()  # a link keeps its own name and folder
     try:
         if path.is_dir():
-            return _read_folder(path.resolve(), data)
+            return _read_folder(path, data, check)
         if path.is_file():
-            return _read_files([path.resolve()], data), path.resolve().parent
+            return _read_files([path], data, check), path.parent
         return _read_hub(data), Path()
     except DataError:
         raise
-    except Exception as error:  # datasets wraps the errors of pyarrow, pandas and the hub
+    except Exception as error:  # datasets wraps the errors of pyarrow and the hub
         cause = error.__cause__ or error
-        if "corresponds to no data" in str(cause):
-            raise DataError(f"{_name(data)} has no rows") from error
-        raise DataError(f"cannot read {_name(data)}: {type(cause).__name__}: {cause}") from error
-
-
-def _read_files(files: list[Path], data: DataConfig) -> datasets.Dataset:
-    suffix = files[0].suffix.lower()
-    if suffix not in _SUFFIXES:
         raise DataError(
-            f"data.path '{data.path}' ends in '{suffix}'; a file of rows ends in "
-            + ", ".join(_SUFFIXES)
+            f"cannot read {name_of(data)}: {type(cause).__name__}: {cut(cause, 500)}"
+        ) from error
+
+
+def _check_source(
+    data: DataConfig, roles: set[str], by: str | None, features: datasets.Features
+) -> None:
+    """Checks the columns before any row is converted, unless the rows hold conversations."""
+    if not holds_conversations(features, data.columns):
+        check_columns(features, roles_of(features, data, sorted(roles, key=_ORDER)), data, by)
+
+
+def _read_files(files: list[Path], data: DataConfig, check: Check) -> datasets.Dataset:
+    suffix = files[0].suffix.lower()
+    if suffix not in SUFFIXES:
+        raise DataError(
+            f"{name_of(data)} ends in '{cut(suffix)}'; a file of rows ends in "
+            + ", ".join(SUFFIXES)
         )
     empty = [file for file in files if file.stat().st_size == 0]
     if empty:
         raise DataError(f"'{empty[0]}' is an empty file")
-    if suffix == ".csv":
-        return datasets.concatenate_datasets([_read_csv(file, data) for file in files])
-    builder = "parquet" if suffix == ".parquet" else "json"
-    names = [str(file) for file in files]
-    return load_dataset("train", builder, data_files={"train": names})
+    if suffix == ".parquet":
+        return parquet.read(files, check, data.max_expansion)
+    return records.read(files, check, (*data.columns.model_dump().values(), "file_name"))
 
 
-def _read_csv(file: Path, data: DataConfig) -> datasets.Dataset:
-    """Reads CSV, which has no types. Questions, answers and paths stay text, even '3' and 'N/A'."""
-    text = dict.fromkeys((*data.columns.model_dump().values(), "file_name"), str)
-    frame = pd.read_csv(file, dtype=text, keep_default_na=False, na_values=[""])
-    return datasets.Dataset.from_pandas(frame, preserve_index=False)
-
-
-def _read_folder(folder: Path, data: DataConfig) -> tuple[datasets.Dataset, Path]:
+def _read_folder(folder: Path, data: DataConfig, check: Check) -> tuple[datasets.Dataset, Path]:
     if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
         return _read_saved(folder, data), folder
+    found = data_files(folder)
     for parent in (folder, folder / data.split):
         for name in ("metadata.jsonl", "metadata.csv"):
             if (parent / name).is_file():
-                return _read_files([parent / name], data), parent
-    seen = [p for p in sorted(folder.rglob("*")) if not p.name.startswith((".", "_"))]
-    for suffix in _SUFFIXES:
-        files = [p for p in seen if p.suffix.lower() == suffix and p.is_file()]
+                report_left_out([parent / name], found)
+                return _read_files([parent / name], data, check), parent
+    for suffix in SUFFIXES:
+        files = [path for path in found if path.suffix.lower() == suffix]
         if files:
-            return _read_files(_of_split(files, folder, data), data), folder
+            files = _of_split(files, folder, data)
+            report_left_out(files, found)
+            return _read_files(files, data, check), folder
     raise DataError(
-        f"the folder '{data.path}' holds no parquet, JSONL, JSON or CSV file; a folder of images "
-        "needs a metadata.jsonl with lines such as "
+        f"the folder '{cut(data.path, 200)}' holds no parquet, JSONL, JSON or CSV file; a folder "
+        "of images needs a metadata.jsonl with lines such as "
         '{"file_name": "1.jpg", "question": "...", "chosen": "..."}'
     )
 
@@ -211,7 +224,7 @@ def _of_split(files: list[Path], folder: Path, data: DataConfig) -> list[Path]:
 def _read_hub(data: DataConfig) -> datasets.Dataset:
     name = data.path or ""
     plausible = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
-    if not plausible or Path(name).suffix.lower() in _SUFFIXES:
+    if not plausible or Path(name).suffix.lower() in SUFFIXES:
         raise DataError(
             f"data.path '{name}' does not exist (looked in {Path.cwd()}), and is not a name on "
             "the Hugging Face hub either (such a name looks like org/name)"
@@ -221,7 +234,7 @@ def _read_hub(data: DataConfig) -> datasets.Dataset:
     try:
         # Asked first, because without a network datasets retries for half a minute.
         datasets.config.HF_HUB_OFFLINE = offline or not _hub_answers(name)
-        return load_dataset(data.split, name)
+        return parquet.load_hub(data.split, name, data.max_expansion)
     except Exception as error:
         raise DataError(
             f"data.path '{name}' is neither a local file or folder nor readable as a data set on "
@@ -251,76 +264,31 @@ def _canonical(
     root: Path,
     roles: tuple[str, ...],
     numbers: np.ndarray,
+    by: str | None,
 ) -> datasets.Dataset:
-    names = {role: getattr(data.columns, role) for role in roles}
     have = rows.column_names
-    if names["image"] not in have and "file_name" in have:
-        names["image"] = "file_name"
-    _check_columns(rows, names, data)
-    kept = [n for n in have if n in names.values() or _is_scalar(rows.features[n])]
+    names = roles_of(have, data, roles)
+    check_columns(rows.features, names, data, by)
+    kept = [n for n in have if n in names.values() or is_scalar(rows.features[n])]
     renamed = {source: role for role, source in names.items()}
-    renamed |= {n: f"source_{n}" for n in kept if n in (*roles, "row") and n not in names.values()}
+    for name in kept:
+        if name in (*roles, *OURS) and name not in names.values():
+            renamed[name] = free_name(name, [*have, *renamed.values()])
+            if name == by:
+                logger.warning(
+                    "partition.column=%s is the column that fedvlm makes; the column '%s' of the "
+                    "source is partition.column=%s",
+                    name, name, renamed[name],
+                )  # fmt: skip
     rows = rows.with_format(None).select_columns(kept)
     rows = rows.rename_columns({old: new for old, new in renamed.items() if old != new})
     for name, feature in list(rows.features.items()):
         if isinstance(feature, datasets.ClassLabel):
             rows = _replace(rows, name, [_label(feature, v) for v in rows[name]])
-    rows = _encoded(rows, root)
+    rows = _encoded(with_bytes(rows, root), root)
     rows = rows.add_column("row", numbers)
     first = [*roles, "row"]
     return rows.select_columns(first + [n for n in rows.column_names if n not in first])
-
-
-def _check_columns(rows: datasets.Dataset, names: dict[str, str], data: DataConfig) -> None:
-    have = ", ".join(rows.column_names)
-    for role, name in names.items():
-        if name not in rows.column_names:
-            raise DataError(
-                f"{_name(data)} has no column '{name}' for the {_shown(role)}; "
-                f"its columns are {have}. Set data.columns.{role}=<one of them>"
-            )
-    if len(set(names.values())) < len(names):
-        raise DataError(
-            f"data.columns has one column for two roles: {names}; name different columns"
-        )
-    image = rows.features[names["image"]]
-    if not _may_be_image(image):
-        raise DataError(
-            f"the column '{names['image']}' holds {_type(image)}, not images (encoded bytes, or "
-            f"paths); set data.columns.image to another of the columns {have}"
-        )
-    for role in list(names)[1:]:
-        feature = rows.features[names[role]]
-        if isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "") in _TEXT:
-            continue
-        raise DataError(
-            f"the column '{names[role]}' holds {_type(feature)}, but the {_shown(role)} must be "
-            f"text; set data.columns.{role} to another of the columns {have}, or convert it to text"
-        )
-
-
-def _shown(role: str) -> str:
-    return "rejected answer" if role == "rejected" else role
-
-
-def _may_be_image(feature: Any) -> bool:
-    if isinstance(feature, datasets.Image):
-        return True
-    if isinstance(feature, dict):
-        return bool({"bytes", "path"} & set(feature))
-    return getattr(feature, "dtype", "") in (*_TEXT, "binary", "large_binary")
-
-
-def _is_scalar(feature: Any) -> bool:
-    if isinstance(feature, datasets.ClassLabel):
-        return True
-    return isinstance(feature, datasets.Value) and "binary" not in feature.dtype
-
-
-def _type(feature: Any) -> str:
-    if isinstance(feature, datasets.Value | datasets.ClassLabel):
-        return feature.dtype
-    return "a structure" if isinstance(feature, dict) else type(feature).__name__.lower()
 
 
 def _label(feature: datasets.ClassLabel, value: int | None) -> str | None:
@@ -362,7 +330,7 @@ def _without_bad_rows(
     bad: dict[int, str] = {}
     numbers = rows["row"][:]
     for role in sorted(needed - {"image"}):
-        bad.update(dict.fromkeys(_empty(rows, role), f"the {_shown(role)} is empty"))
+        bad.update(dict.fromkeys(_empty(rows, role), f"the {shown(role)} is empty"))
     bad.update({at: f"corrupt image, {why}" for at, why in broken_images(rows).items()})
     bad.update({at: problems[n] for at, n in enumerate(numbers) if n in problems})
     return leave_out(rows, bad, data)
@@ -387,12 +355,12 @@ def leave_out(rows: datasets.Dataset, bad: Mapping[int, str], data: DataConfig) 
     listed += f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
     if data.on_error == "fail":
         raise DataError(
-            f"{_name(data)} has {len(bad)} of {len(rows)} rows that cannot be used: {listed}. "
+            f"{name_of(data)} has {len(bad)} of {len(rows)} rows that cannot be used: {listed}. "
             "Repair them, or leave them out with data.on_error=skip"
         )
     if len(bad) == len(rows):
-        raise DataError(f"{_name(data)} has no usable row: {listed}")
-    logger.warning("left out %d of %d rows of %s: %s", len(bad), len(rows), _name(data), listed)
+        raise DataError(f"{name_of(data)} has no usable row: {listed}")
+    logger.warning("left out %d of %d rows of %s: %s", len(bad), len(rows), name_of(data), listed)
     return rows.select(np.setdiff1d(np.arange(len(rows)), where))
 
 

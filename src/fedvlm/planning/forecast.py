@@ -161,7 +161,7 @@ def _stated(config: Config) -> tuple[str, ...] | None:
     from fedvlm.data import explicit
 
     settings = config.partition
-    if settings.kind == "column":
+    if settings.kind == "column" or (settings.kind == "auto" and settings.column):
         return None
     if settings.lists is not None:
         lists = settings.lists

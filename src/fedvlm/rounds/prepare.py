@@ -132,7 +132,8 @@ def divide(config: Config, divider: Divider | None = None) -> tuple[Any, Partiti
     from fedvlm.data.sources import load_rows
 
     check_installed(config.partition)
-    rows = load_rows(config.data, config.seed, pairs=objectives.build(config.objective).pairs)
+    pairs = objectives.build(config.objective).pairs
+    rows = load_rows(config.data, config.seed, pairs=pairs, by=config.partition.column)
     return rows, (divider or partitioned)(config, rows)
 
 

@@ -90,6 +90,9 @@ class DataConfig(Section):
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="fail: stop at a corrupt row; skip: leave the row out"
     )
+    max_expansion: Positive = Field(
+        50, description="limit on decoded parquet: 256 MiB and this many times the files' size"
+    )
     val_fraction: Fraction = Field(0.1, description="share of a client's rows for validation")
     test_fraction: Fraction = Field(0.25, description="share of a client's rows for the test")
     scenes: ScenesConfig = ScenesConfig()
@@ -99,7 +102,7 @@ class PartitionConfig(Section):
     """The partition of the rows into clients."""
 
     kind: Literal["auto", "iid", "dirichlet", "shards", "column", "quantity", "explicit"] = Field(
-        "auto", description="auto: by site for scenes, iid for other data"
+        "auto", description="auto: by column if it is set, by site for scenes, else iid"
     )
     clients: Positive = Field(
         8, description="number of clients (kind=column: one per value; explicit: one per list)"

@@ -1,0 +1,149 @@
+"""Pictures that are embedded as text or as numbers become bytes.
+
+These are base64 texts, ``data:image/…;base64,`` URIs, and lists of the numbers 0 to 255. A text
+counts as base64 if it decodes and begins like a picture; any other text is a path.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+
+_BATCH = 64  # rows at a time
+_URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
+_BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
+_HEAD = 176  # letters of the first 132 bytes, of which a DICOM file's mark are the last
+_PATH = 4096  # no path is longer
+_STARTS = (
+    b"\x89PNG\r\n", b"\xff\xd8\xff", b"GIF8", b"BM", b"II*\0", b"MM\0*", b"II+\0", b"MM\0+",
+    b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"P4", b"P5", b"P6", b"\0\0\x01\0",
+)  # fmt: skip
+_KIND = datasets.Image(decode=False)
+
+
+def with_bytes(rows: datasets.Dataset, root: Path) -> datasets.Dataset:
+    """Decodes the column ``image`` where it holds base64 texts or lists of numbers.
+
+    Args:
+        rows: with a column ``image``.
+        root: the folder of relative paths. A text that is the path of a file stays a path.
+
+    Returns:
+        The same rows; the column is ``{"bytes", "path"}`` if it held such pictures.
+    """
+    feature = rows.features["image"]
+    if not may_embed(feature) or (_is_text(feature) and not _any_base64(rows, root)):
+        return rows
+    features = datasets.Features({**rows.features, "image": _KIND})
+    return rows.map(
+        _decoded,
+        batched=True,
+        batch_size=_BATCH,
+        writer_batch_size=_BATCH,
+        features=features,
+        input_columns=["image"],
+        fn_kwargs={"root": str(root)},
+    )
+
+
+def may_embed(feature: Any) -> bool:
+    """Whether a column of this type may hold pictures as texts or as numbers."""
+    if isinstance(feature, dict):
+        inner = feature.get("bytes")
+        return inner is not None and (_is_text(inner) or is_numbers(inner))
+    return _is_text(feature) or is_numbers(feature)
+
+
+def is_numbers(feature: Any) -> bool:
+    """Whether a column of this type holds lists of whole numbers."""
+    if not isinstance(feature, datasets.List | datasets.LargeList):
+        return False
+    return "int" in getattr(feature.feature, "dtype", "")
+
+
+def _is_text(feature: Any) -> bool:
+    text = ("string", "large_string")
+    return isinstance(feature, datasets.Json) or getattr(feature, "dtype", "") in text
+
+
+def _any_base64(rows: datasets.Dataset, root: Path) -> bool:
+    if isinstance(rows.features["image"], datasets.Json):
+        return True
+    column = rows.select_columns(["image"]).with_format(None)
+    return any(
+        value and _picture(value, root) is not None
+        for batch in column.iter(_BATCH)
+        for value in batch["image"]
+    )
+
+
+def _decoded(images: Sequence[Any], root: str) -> dict[str, list[Any]]:
+    return {"image": [_image(value, Path(root)) for value in images]}
+
+
+def _image(value: Any, root: Path) -> dict[str, Any] | None:
+    path = None
+    if isinstance(value, Mapping):
+        path, value = value.get("path"), value.get("bytes")
+    if value is None:
+        return {"bytes": None, "path": str(root / path) if path else None}
+    if isinstance(value, bytes):
+        return {"bytes": value, "path": path}
+    if isinstance(value, str):
+        content = _picture(value, root) if value else None
+        if content is None:
+            return {"bytes": None, "path": str(root / value) if value else None}
+        return {"bytes": content, "path": path}
+    return {"bytes": _from_numbers(value), "path": path}
+
+
+def _from_numbers(value: Any) -> bytes:
+    """The bytes; empty, which is no picture, if these are not numbers from 0 to 255."""
+    try:
+        numbers = np.asarray(value)
+    except ValueError:
+        return b""
+    whole = numbers.ndim == 1 and numbers.dtype.kind in "iu" and numbers.size
+    if not whole or numbers.min() < 0 or numbers.max() > 255:
+        return b""
+    return numbers.astype(np.uint8).tobytes()
+
+
+def _picture(text: str, root: Path) -> bytes | None:
+    """Decodes base64; None if the text is no base64 of a picture."""
+    uri = _URI.match(text)
+    letters = text[uri.end() :] if uri else text
+    if not uri and not _starts_like_a_picture(letters[:_HEAD]):
+        return None
+    letters = "".join(letters.split())
+    if not uri and (not _BASE64.fullmatch(letters) or _is_file(root, text)):
+        return None
+    try:
+        return base64.b64decode(letters + "=" * (-len(letters) % 4), validate=True)
+    except (binascii.Error, ValueError):
+        return b"" if uri else None
+
+
+def _starts_like_a_picture(letters: str) -> bool:
+    letters = "".join(letters.split())
+    letters = letters[: len(letters) // 4 * 4]
+    try:
+        head = base64.b64decode(letters, validate=True)
+    except (binascii.Error, ValueError):
+        return False
+    inner = head[4:8] == b"ftyp" or head[8:12] == b"WEBP" or head[128:132] == b"DICM"
+    return len(head) > 16 and (head.startswith(_STARTS) or inner)
+
+
+def _is_file(root: Path, text: str) -> bool:
+    try:
+        return len(text) <= _PATH and (root / text).is_file()
+    except (OSError, ValueError):
+        return False
