@@ -80,6 +80,18 @@ def test_lists_come_from_json_and_yaml_files(tmp_path):
     assert inline.clients == ("north", "south")
 
 
+def test_a_json_file_may_have_tabs_and_names_stay_text(tmp_path):
+    rows = table(8)
+    lists = {"no": [0, 2, 4, 6], "on": [1, 3, 5, 7]}
+    (tmp_path / "a.json").write_text(json.dumps(lists, indent="\t"))
+    (tmp_path / "a.yaml").write_text("no: [0, 2, 4, 6]\non: [1, 3, 5, 7]\n")
+    (tmp_path / "b.yaml").write_text("007: [0, 2, 4, 6]\n1e2: [1, 3, 5, 7]\n")
+    for name, clients in (("a.json", ("no", "on")), ("a.yaml", ("no", "on")),
+                          ("b.yaml", ("007", "1e2"))):  # fmt: skip
+        asked = config(kind="explicit", lists=str(tmp_path / name), min_rows=2)
+        assert make_partition(rows, asked).clients == clients
+
+
 def test_inline_lists_survive_the_saved_configuration(tmp_path):
     asked = load(None, "partition={kind: explicit, lists: {1: [0, 1], b: [2, 3]}}")
     (tmp_path / "config.yaml").write_text(dump(asked))

@@ -205,6 +205,49 @@ def test_auto_is_by_site_for_scenes_and_iid_for_other_data():
     assert make_partition(table(40), config(data={"path": None}, clients=2)).kind == "iid"
 
 
+def test_a_column_without_a_kind_gives_one_client_for_each_value():
+    rows = table(40, ward=["a", "b"] * 20)
+    for data in ({}, {"path": None}):
+        partition = make_partition(rows, config(data=data, column="ward"))
+        assert (partition.kind, partition.clients) == ("column", ("a", "b"))
+
+
+def test_own_data_without_a_partition_warns_and_names_likely_columns(caplog):
+    rows = table(80, ward=["a", "b"] * 40, note=[f"note {i}" for i in range(80)])
+    with caplog.at_level(logging.WARNING, logger="fedvlm"):
+        make_partition(rows, config())
+    assert "dealt at random to 8 clients" in caplog.text
+    assert "set partition.column=NAME; columns that may name clients: ward (2 values)" in (
+        caplog.text
+    )
+    caplog.clear()
+    for asked in ({"kind": "iid"}, {"clients": 4}, {"column": "ward"}):
+        make_partition(rows, config(**asked))
+    assert not caplog.text
+
+
+def test_names_that_differ_in_white_space_stay_apart_with_a_warning(caplog):
+    rows = table(40, site=["a", "a "] * 20)
+    with caplog.at_level(logging.WARNING, logger="fedvlm"):
+        partition = make_partition(rows, config(kind="column", column="site"))
+    assert set(partition.clients) == {"a", "a "}
+    assert "such as 'a' and 'a '" in caplog.text
+
+
+@pytest.mark.parametrize("kind", ["dirichlet", "shards"])
+def test_numbers_as_text_are_labels_like_numbers(kind):
+    ages = np.random.default_rng(0).integers(0, 100, 400).tolist()
+    made = [
+        make_partition(table(400, age=of), config(kind=kind, column="age", clients=4))
+        for of in (ages, [str(age) for age in ages])
+    ]
+    assert made[0] == made[1]
+    odd = make_partition(
+        table(400, age=[f"{age:03}" for age in ages]), config(kind=kind, column="age", clients=4)
+    )
+    assert all(len(name) == 3 for name in odd.frequent)  # texts, not bins
+
+
 def test_a_numeric_label_with_many_values_is_binned():
     age = np.random.default_rng(0).normal(50, 20, 1000).tolist()
     rows = table(1000, age=age)
@@ -243,6 +286,50 @@ def test_rows_of_an_image_stay_in_one_split():
         assert not shown[0] & shown[1]
         assert not shown[0] & shown[2]
         assert not shown[1] & shown[2]
+
+
+def shown_twice(partition: Partition, shown: list) -> int:
+    """The number of test rows that show what their client trains on."""
+    return sum(
+        shown[row] in {shown[other] for other in [*split.train, *split.val]}
+        for split in partition.splits.values()
+        for row in split.test
+    )
+
+
+@pytest.mark.parametrize("form", ["files", "hashes"])
+def test_rows_of_one_file_or_of_the_same_bytes_stay_in_one_split(form):
+    shown = [f"{i // 4}.png" for i in range(48)]
+    files = [{"bytes": None, "path": path} for path in shown]
+    images = files if form == "files" else [{"bytes": bytes([i]), "path": "x"} for i in range(48)]
+    more = {"image_hash": shown} if form == "hashes" else {}
+    rows = table(48, image=images, **more)
+    assert shown_twice(make_partition(rows, config(kind="iid", clients=2)), shown) == 0
+
+
+def test_images_are_one_through_other_rows():
+    paths = ["a", "b", "b", "c", "d", "e", "f", "g"]
+    hashes = ["0", "0", "1", "1", "2", "3", "4", "5"]  # a = b by its bytes, b = c by its bytes
+    for seed in range(5):
+        partition = make_partition(
+            table(8, image_path=paths, image_hash=hashes),
+            config(seed, kind="iid", clients=1, min_rows=2),
+        )
+        (split,) = partition.splits.values()
+        parts = [{0, 1, 2, 3} & set(map(int, getattr(split, name))) for name in SPLITS]
+        assert sorted(map(len, parts)) == [0, 0, 4]
+
+
+def test_different_images_are_split_as_if_there_were_no_hashes():
+    paths = [f"{i // 2}.png" for i in range(60)]
+    rows = table(60, image_path=paths)
+    plain = make_partition(rows, config(kind="iid", clients=3))
+    hashed = make_partition(rows.add_column("image_hash", paths), config(kind="iid", clients=3))
+    assert hashed == plain
+    alone = table(60)
+    unlike = alone.add_column("image_hash", [f"{i * 7919 % 60}" for i in range(60)])
+    asked = config(kind="iid", clients=3)
+    assert make_partition(unlike, asked) == make_partition(alone, asked)
 
 
 def test_rows_without_an_image_path_are_split_one_by_one():
@@ -359,7 +446,7 @@ def test_a_small_client_by_column_is_named():
         make_partition(rows, config(kind="column", column="site"))
 
 
-@pytest.mark.parametrize("missing", [None, ""])
+@pytest.mark.parametrize("missing", [None, "", " "])
 def test_rows_without_a_client_are_refused(missing):
     rows = table(40, site=["a"] * 35 + [missing] * 5)
     with pytest.raises(DataError, match=r"5 rows have no value .* row 35"):

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -63,7 +63,8 @@ def read(files: Sequence[Path], check: Check, expansion: int) -> datasets.Datase
     if not sum(counts):
         raise DataError(f"'{cut(files[0], 200)}' has no rows")
     _refuse_if_larger(sum(map(_least_bytes, opened)), limit, files)
-    return converted(files, features, lambda: _all_tables(files, features, limit))
+    cast = partial(_as, features.arrow_schema)
+    return converted(files, features, lambda: _tables(files, limit, cast))
 
 
 def load_hub(split: str, name: str, expansion: int) -> datasets.Dataset:
@@ -87,34 +88,34 @@ def _hub_tables(
     """Replaces ``Parquet._generate_tables``."""
     paths = [Path(file) for file in files]
     limit = _FREE + expansion * sum(path.stat().st_size for path in paths)
-    for at, table in enumerate(_batches(paths, limit)):
-        yield Key(0, at), builder._cast_table(table)
+    for at, table in enumerate(_tables(paths, limit, builder._cast_table)):
+        yield Key(0, at), table
 
 
-def _all_tables(
-    files: Sequence[Path], features: datasets.Features, limit: int
+def _as(schema: pa.Schema, table: pa.Table) -> pa.Table:
+    """Casts a table of one file to the columns of all files."""
+    columns = [
+        _cast(table[field.name], field.type)
+        if field.name in table.column_names
+        else pa.nulls(len(table), field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _tables(
+    files: Sequence[Path], limit: int, cast: Callable[[pa.Table], pa.Table]
 ) -> Iterator[pa.Table]:
-    schema = features.arrow_schema
-    for table in _batches(files, limit):
-        columns = [
-            _cast(table[field.name], field.type)
-            if field.name in table.column_names
-            else pa.nulls(len(table), field.type)
-            for field in schema
-        ]
-        yield pa.Table.from_arrays(columns, schema=schema)
-
-
-def _batches(files: Sequence[Path], limit: int) -> Iterator[pa.Table]:
     """Yields the rows in tables of at most 64 rows."""
     size = 0
     with _returning_memory():
         for file in files:
             source, pages = _open(file)
             for batch in source.iter_batches(_rows_at_a_time(source, limit)):
-                size += batch.nbytes
+                table = cast(pa.Table.from_batches([batch]))
+                size += table.nbytes
                 _refuse_if_larger(size, limit, files)
-                yield pa.Table.from_batches([batch])
+                yield table
                 pages.madvise(mmap.MADV_DONTNEED)  # frees the pages that were read
 
 
@@ -262,13 +263,11 @@ def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
     """Casts a column to its plain type."""
     if column.type == kind:
         return column
-    if pa.types.is_string(kind) and not _is_stringlike(column.type):
+    if isinstance(column.type, pa.DictionaryType):
+        return _cast(column.cast(column.type.value_type), kind)
+    if pa.types.is_string(kind) and "string" not in str(column.type):
         return pa.chunked_array([pa.array(texts(column, missing=None), pa.string())])
     return pa.chunked_array([_cast_array(chunk, kind) for chunk in column.chunks], kind)
-
-
-def _is_stringlike(kind: pa.DataType) -> bool:
-    return "string" in str(kind)
 
 
 def _cast_array(array: pa.Array, kind: pa.DataType) -> pa.Array:
