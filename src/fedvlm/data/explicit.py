@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
-import yaml
 
+from fedvlm import documents
 from fedvlm.data.assign import by_owner
 from fedvlm.errors import DataError
 from fedvlm.settings.sections import checked
 
 logger = logging.getLogger("fedvlm")
+
+MOST = 2**28  # bytes of the largest file of lists
 
 
 def read(path: str | Path) -> dict[str, list[int]]:
@@ -24,26 +24,14 @@ def read(path: str | Path) -> dict[str, list[int]]:
     Raises:
         DataError: the file cannot be read, or does not hold such lists.
     """
+    what = f"partition.lists '{path}'"
     try:
-        file = Path(path).expanduser()
-        text = file.read_text(encoding="utf-8-sig")
-        is_json = file.suffix.lower() in (".json", ".jsonl")
-        return checked(json.loads(text) if is_json else yaml.load(text, _TextKeys))
-    except (OSError, yaml.YAMLError, ValueError, RecursionError) as error:
-        raise DataError(f"partition.lists '{path}' cannot be used: {str(error)[:500]}") from None
-
-
-class _TextKeys(yaml.SafeLoader):
-    """Reads YAML whose keys stay the text that was written: ``no`` is a name, not False."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        made = {}
-        for key, value in node.value:
-            name = key.value if isinstance(key, yaml.ScalarNode) else self.construct_object(key)
-            if name in made:
-                raise ValueError(f"the client {name!r:.60} is listed twice")
-            made[name] = self.construct_object(value, deep=True)
-        return made
+        text = documents.read_text(Path(path).expanduser(), MOST)
+        reads_json = Path(path).suffix.lower() == ".json"
+        read_one = documents.read_json if reads_json else documents.read_yaml
+        return checked(read_one(text, what, MOST))
+    except (OSError, ValueError) as error:
+        raise DataError(f"{what} cannot be used: {error}") from None
 
 
 def by_lists(
