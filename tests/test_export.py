@@ -230,7 +230,7 @@ def test_the_card_tells_the_runs_own_numbers(exports, finished_run):
         ("before training", untuned),
         ("**personal**", sum(others) / 2),
     ):
-        assert re.search(rf"^\| {re.escape(name)} \|.* {loss:.3f} \|$", text, re.M), name
+        assert re.search(rf"^\| {re.escape(name)} \|.* {loss:.3f}( \(.*\))? \|$", text, re.M), name
     for said in ("`plora`", "| rounds | 2 |", "rank 2, alpha 8", "all-linear", "Kept by the"):
         assert said in text
     split = open_run(finished_run).partition.splits["site-1"]
@@ -248,8 +248,10 @@ def test_the_card_holds_no_row_of_anyones_data(exports, finished_run):
 
 def test_the_card_of_the_global_model_has_the_mean_of_all(own_run):
     text = (fedvlm.export(own_run) / "README.md").read_text()
-    mean = fedvlm.Results.read(own_run).summary("global", "loss")["mean"]
-    assert re.search(rf"^\| the global model \|.* {mean:.3f} \|$", text, re.M)
+    summary = fedvlm.Results.read(own_run).summary("global", "loss")
+    for mean in (summary["mean"], summary["mean_rows"]):
+        assert re.search(rf"^\| the global model \|.* {mean:.3f} \(.*\) \|$", text, re.M)
+    assert "**few rows: 3 of 3 clients have fewer than 20 scored rows; these" in text
     assert "site-1" not in text
 
 

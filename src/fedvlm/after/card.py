@@ -9,13 +9,19 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedvlm.metrics import METRICS, number
+from fedvlm.intervals import few_rows, mean_interval, scored
+from fedvlm.metrics import METRICS
 from fedvlm.rounds.results import of_all
 from fedvlm.settings.sections import Config
 from fedvlm.tree import Tree, factor, module
 
 if TYPE_CHECKING:
     from fedvlm.after.opened import Opened
+
+Scored = dict[str, tuple[float | None, list[float] | None]]
+"""Metric -> score and interval."""
+
+Stages = Mapping[str, Scored]
 
 STAGES = {
     "untuned": "before training",
@@ -47,12 +53,13 @@ def front_matter(base: str, *, merged: bool) -> str:
 def text(
     title: str,
     facts: Mapping[str, str],
-    scores: Mapping[str, Mapping[str, Mapping[str, float]]],
+    scores: Mapping[str, Stages],
     privacy: Sequence[str],
     loading: str,
     head: str,
+    warnings: Sequence[str] = (),
 ) -> str:
-    """A card from its parts; ``scores`` maps table title -> stage -> metric -> number."""
+    """A card from its parts; ``scores`` maps table title -> stage -> its scores."""
     parts = [f"{head}\n# {title}\n"]
     parts.append(
         "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in facts.items())])
@@ -60,6 +67,8 @@ def text(
     parts.append("\n## Scores\n")
     for name, stages in scores.items():
         parts.append(f"{name}:\n\n{_scores(stages)}\n")
+    parts.append("In brackets: 95 % intervals, of means over clients by Student's t.\n")
+    parts.extend(f"**{warning}.**\n" for warning in warnings)
     parts.append("## What left the site\n\n" + "\n".join(f"- {line}" for line in privacy) + "\n")
     parts.append(f"## How to load it\n\n{loading}\n")
     parts.append(
@@ -84,20 +93,16 @@ def of_run(run: Opened, client: str | None, *, base: str, tree: Tree, loading: s
         "data": _source(config),
         "rows" if client else "rows, all clients": _rows(rows),
     }
-    split, models = table["split"], table["models"]
-    named = "all clients' mean" if client is None else "the mean of the other clients"
-    tables: dict[str, dict[str, dict[str, float]]] = {}
-    stages = ("untuned", "global") if client is None else tuple(s for s in STAGES if s in models)
-    if client in run.clients:
-        own = {stage: models[stage]["clients"][client] for stage in stages}
-        tables[f"On this client's own {split} rows"] = own
-    others = [c for c in run.clients if c != client]
-    if others:
-        means = {stage: _mean([models[stage]["clients"][c] for c in others]) for stage in stages}
-        tables[f"On their own {split} rows, {named}"] = means
+    scored_rows = {
+        c: s["examples"]
+        for c, s in table["models"]["personal"]["clients"].items()
+        if "examples" in s and client in (None, c)
+    }
+    tables = _of_all(table) if client is None else _of_client(run, client)
     title = f"LoRA by fedvlm: {whose}" if not merged else f"Fine-tuned by fedvlm: {whose}"
     head = front_matter(base, merged=merged)
-    return text(title, facts, tables, _privacy(run, client), loading, head)
+    warnings = [few] if (few := few_rows(scored_rows, named=False)) else []
+    return text(title, facts, tables, _privacy(run, client), loading, head, warnings)
 
 
 def of_site(
@@ -115,10 +120,13 @@ def of_site(
         "Nothing. The site downloaded the shared factors, and trained and scored on its own.",
         "This folder holds what was trained on the site's rows: publishing it publishes that.",
     ]
-    scores = {f"On the site's own {told['split']} rows": told["scores"]}
+    rows = int(told["scores"]["personal"]["examples"])
+    own = {m: _paired(s, told.get("intervals", {}).get(m, {})) for m, s in told["scores"].items()}
+    scores = {f"On the site's own {rows} {told['split']} rows": own}
+    few = few_rows({told["site"]: rows}, named=False)
     title = ("Fine-tuned" if merged else "LoRA") + f" by fedvlm: site `{told['site']}`"
     head = front_matter(base, merged=merged)
-    return text(title, facts, scores, privacy, loading, head)
+    return text(title, facts, scores, privacy, loading, head, [few] if few else [])
 
 
 # -- loading code
@@ -258,19 +266,64 @@ def _privacy(run: Opened, client: str | None) -> list[str]:
     return lines
 
 
-def _scores(stages: Mapping[str, Mapping[str, float]]) -> str:
+def _of_all(table: Mapping[str, Any]) -> dict[str, Stages]:
+    """The scores of the untuned and the global model: means over clients and over rows."""
+    heads = {"mean": "interval", "mean_rows": "interval_rows"}
+    kinds = {"mean": "mean over clients", "mean_rows": "mean over rows"}
+    models = {stage: table["models"][stage]["summary"] for stage in ("untuned", "global")}
+    return {
+        f"On their own {table['split']} rows, {kinds[mean]}": {
+            stage: {m: (s.get(mean), s.get(interval)) for m, s in summary.items()}
+            for stage, summary in models.items()
+        }
+        for mean, interval in heads.items()
+    }
+
+
+def _of_client(run: Opened, client: str) -> dict[str, Stages]:
+    """The scores on a client's own rows, and the means over the other clients on theirs."""
+    table = run.results.table
+    split = table["split"]
+    models = {stage: table["models"][stage] for stage in STAGES if stage in table["models"]}
+    found: dict[str, Stages] = {}
+    if client in run.clients:
+        rows = models["personal"]["clients"][client].get("examples", "")
+        found[f"On this client's own {rows} {split} rows"] = {
+            stage: _paired(m["clients"][client], m.get("intervals", {}).get(client, {}))
+            for stage, m in models.items()
+        }
+    if others := [c for c in run.clients if c != client]:
+        found[f"On their own {split} rows, the mean of the other clients"] = {
+            stage: _means([model["clients"][c] for c in others]) for stage, model in models.items()
+        }
+    return found
+
+
+def _paired(scores: Mapping[str, float], intervals: Mapping[str, list[float]]) -> Scored:
+    return {m: (score, intervals.get(m)) for m, score in scores.items() if m in METRICS}
+
+
+def _scores(stages: Stages) -> str:
     measured = next(iter(stages.values()))
     metrics = [m for m in METRICS if m in measured]
     shown = [METRICS[m].head for m in metrics]
     lines = [f"| model | {' | '.join(shown)} |", "| --- |" + " --- |" * len(metrics)]
     for stage, scores in stages.items():
-        numbers = " | ".join(number(m, scores[m]) for m in metrics)
+        numbers = " | ".join(scored(m, *scores[m]) for m in metrics)
         lines.append(f"| {STAGES.get(stage, stage)} | {numbers} |")
     return "\n".join(lines)
 
 
-def _mean(scores: Sequence[Mapping[str, float]]) -> dict[str, float]:
-    return {m: sum(s[m] for s in scores) / len(scores) for m in scores[0]}
+def _means(clients: Sequence[Mapping[str, float]]) -> Scored:
+    """Means over clients, with their intervals."""
+    return {
+        m: (
+            sum(s[m] for s in clients) / len(clients),
+            mean_interval((s[m] for s in clients), share=METRICS[m].share),
+        )
+        for m in clients[0]
+        if m in METRICS
+    }
 
 
 def factors(names: Sequence[str]) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -12,6 +12,8 @@ import numpy as np
 
 from fedvlm.after.inputs import check_out, write_table
 from fedvlm.after.opened import Opened, open_run
+from fedvlm.intervals import ends, intervals
+from fedvlm.metrics import average
 from fedvlm.settings.sections import Config
 
 
@@ -23,15 +25,20 @@ class Evaluation:
         data: the source of the rows.
         rows: number of rows.
         scores: model -> metric -> number.
+        intervals: model -> metric -> [low, high], at 95 %.
     """
 
     data: str
     rows: int
     scores: dict[str, dict[str, float]]
+    intervals: dict[str, dict[str, list[float]]] = field(default_factory=dict)
 
     def table(self) -> list[dict[str, Any]]:
         """One dict per model, for files."""
-        return [{"model": m, **s, "data": self.data} for m, s in self.scores.items()]
+        return [
+            {"model": m, **s, **ends(s, self.intervals.get(m, {})), "data": self.data}
+            for m, s in self.scores.items()
+        ]
 
 
 def evaluate(
@@ -73,7 +80,7 @@ def evaluate(
     config = on_new_data(run.config, data, max_rows)
     rows = run.usable(load_rows(config.data, config.seed, pairs=run.pairs))
     models = run.chosen(names, global_=global_ or every, untuned=untuned, every=False)
-    found = Evaluation(str(data), len(rows), score(run, rows, config, models))
+    found = Evaluation(str(data), len(rows), *score(run, rows, config, models))
     if out is not None:
         write_table(found.table(), out)
     return found
@@ -92,8 +99,8 @@ def on_new_data(config: Config, data: str | Path, max_rows: int | None = None) -
 
 def score(
     run: Opened, rows: Any, config: Config, models: dict[str, Any]
-) -> dict[str, dict[str, float]]:
-    """Scores each adapter on all rows."""
+) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, list[float]]]]:
+    """Scores of each adapter on all rows, and their intervals."""
     from fedvlm.data.partition import Split
 
     nothing, everything = np.empty(0, np.int64), np.arange(len(rows))
@@ -101,4 +108,5 @@ def score(
     settings = config.model_copy(update={"eval": config.eval.model_copy(update={"split": "test"})})
     with TemporaryDirectory() as scratch:
         engine = run.engine(rows, {"all": split}, settings, Path(scratch))
-        return {name: engine.evaluate([("all", tree)])["all"] for name, tree in models.items()}
+        found = {name: engine.answers([("all", tree)])["all"] for name, tree in models.items()}
+    return {m: average(a) for m, a in found.items()}, {m: intervals(a) for m, a in found.items()}

@@ -19,6 +19,8 @@ from fedvlm.algorithms.dry import rehearse
 from fedvlm.algorithms.tuning import averages, best, stretches
 from fedvlm.engines.wire import Task
 from fedvlm.errors import DataError, FedVLMError
+from fedvlm.intervals import intervals
+from fedvlm.metrics import average
 from fedvlm.rounds.schedule import standing
 from fedvlm.settings.sections import Config
 from fedvlm.store import files
@@ -104,7 +106,7 @@ def onboard(
         _, own = tuned(shared, personal)
         engine, alone = tuned(run.initial, everything)
         models = {"untuned": run.initial, "shared": shared, "alone": alone, "personal": own}
-        scores = {m: engine.evaluate([(site, tree)])[site] for m, tree in models.items()}
+        found = {m: engine.answers([(site, tree)])[site] for m, tree in models.items()}
     all_ = "" if kept else ", since the algorithm keeps nothing personal"
     table = {
         "site": site,
@@ -114,7 +116,8 @@ def onboard(
         "steps": count,
         "trained": f"{card.factors(sorted(personal))} ({len(personal)} tensors{all_})",
         "algorithm": config.algorithm.name,
-        "scores": scores,
+        "scores": {m: average(answers) for m, answers in found.items()},
+        "intervals": {m: intervals(answers) for m, answers in found.items()},
     }
     _write(run, target, table, own, {n: own[n] for n in personal})
     return Onboarded(target, table)

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from fedvlm.cli.tables import console_for_tables
-from fedvlm.metrics import METRICS, number
+from fedvlm.intervals import FEW_ROWS, plain, scored_parts
+from fedvlm.metrics import METRICS
 
 if TYPE_CHECKING:
     from fedvlm.after.evaluate import Evaluation
@@ -53,19 +55,23 @@ def print_answers(answers: Answers, out: str | Path | None) -> None:
 def print_evaluation(found: Evaluation, out: str | Path | None) -> None:
     """Prints one row per model and one column per metric."""
     console = console_for_tables()
-    console.print(_scores(f"{found.rows} rows of {found.data}", found.scores))
+    title = f"{found.rows} rows of {plain(found.data, 200)}"
+    console.print(_scores(title, found.scores, found.intervals))
+    _warn(console, found.rows)
     if out is not None:
-        console.print(f"written to {out}", highlight=False)
+        console.print(f"written to {out}", highlight=False, markup=False)
 
 
 def print_onboarded(site: Onboarded) -> None:
     """Prints one row per kind of model, the personal model last."""
     table = site.table
     count = site.scores["personal"]["examples"]
-    title = f"site {table['site']}, {count:g} {table['split']} rows"
+    title = f"site {plain(table['site'])}, {count:g} {table['split']} rows"
     named = {SITE_MODELS[m]: s for m, s in site.scores.items()}
     console = console_for_tables()
-    console.print(_scores(title, named))
+    bounds = {SITE_MODELS[m]: found for m, found in table["intervals"].items()}
+    console.print(_scores(title, named, bounds))
+    _warn(console, count)
     console.print(
         f"trained: {table['trained']}; up to {table['steps']} steps on "
         f"{table['rows']['train']} rows\n"
@@ -76,13 +82,29 @@ def print_onboarded(site: Onboarded) -> None:
     )
 
 
-def _scores(title: str, scores: Mapping[str, Mapping[str, float]]) -> Table:
+def _scores(
+    title: str,
+    scores: Mapping[str, Mapping[str, float]],
+    intervals: Mapping[str, Mapping[str, Sequence[float]]],
+) -> Table:
+    """A row per model and a column per metric, with each interval below its score."""
     measured = next(iter(scores.values()))
     metrics = [m for m in METRICS if m in measured]
-    shown = Table(title=title)
-    shown.add_column("model", style="bold")
+    shown = Table(title=escape(title), caption="below the scores: 95 % intervals over rows")
+    shown.add_column("model", style="bold", overflow="fold")
     for metric in metrics:
-        shown.add_column(METRICS[metric].head, justify="right")
+        shown.add_column(METRICS[metric].head, justify="right", overflow="fold")
     for name, numbers in scores.items():
-        shown.add_row(name, *(number(m, numbers[m]) for m in metrics))
+        bounds = intervals.get(name, {})
+        cells = ["\n".join(scored_parts(m, numbers[m], bounds.get(m))) for m in metrics]
+        shown.add_row(escape(plain(name)), *cells)
     return shown
+
+
+def _warn(console: Console, rows: float) -> None:
+    if rows < FEW_ROWS:
+        console.print(
+            f"[yellow]few rows: {rows:g}, fewer than {FEW_ROWS}. These scores say little: see "
+            "their intervals[/]",
+            highlight=False,
+        )

@@ -267,6 +267,8 @@ def _conclude(folder: Path, runs: dict[str, Config]) -> Comparison:
 
 def _row(name: str, found: Sequence[Results]) -> dict[str, Any]:
     personal = [r.summary("personal")["mean"] for r in found]
+    over_rows = [r.summary("personal").get("mean_rows") for r in found]
+    one = found[0].summary("personal").get("interval") if len(found) == 1 else None
     timing = [files.read_lines(r.folder / "timing.jsonl") for r in found]
     return {
         "algorithm": name,
@@ -274,6 +276,13 @@ def _row(name: str, found: Sequence[Results]) -> dict[str, Any]:
         "metric": found[0].metric,
         "personal": mean(personal),
         "standard_error": standard_error(personal) if len(found) > 1 else None,
+        "personal_low": one[0] if one else None,
+        "personal_high": one[1] if one else None,
+        "personal_rows": None
+        if None in over_rows
+        else mean([m for m in over_rows if m is not None]),
+        "clients": len(found[0].scores()),
+        "rows": found[0].table["models"]["personal"].get("rows"),
         "worst10": mean([r.summary("personal")["worst10"] for r in found]),
         "spread": mean([r.summary("personal")["std"] for r in found]),
         "personal_before": mean([r.summary("personal_before")["mean"] for r in found]),

@@ -14,6 +14,7 @@ import numpy as np
 
 from fedvlm.algorithms.base import State
 from fedvlm.engines.base import Answer, Engine, Models
+from fedvlm.intervals import FEW_ROWS, ends, from_means, intervals, mean_interval, over_rows
 from fedvlm.metrics import METRICS, average, summarize
 from fedvlm.rounds.schedule import Round, standing
 from fedvlm.seeds import derive
@@ -57,8 +58,13 @@ class Results:
         metric = metric or self.metric
         return {c: s[metric] for c, s in self.table["models"][model]["clients"].items()}
 
-    def summary(self, model: str = "personal", metric: str | None = None) -> dict[str, float]:
-        """``mean`` and ``std`` over the clients; also ``worst10`` for a metric with a direction."""
+    def summary(self, model: str = "personal", metric: str | None = None) -> dict[str, Any]:
+        """The summary of a metric.
+
+        ``mean`` and ``std`` over the clients; ``worst10`` for a metric with a direction;
+        ``interval`` of the mean (Student's t, from three clients); ``mean_rows``, the mean over all
+        clients' rows, and its ``interval_rows``. What is not known is None.
+        """
         return self.table["models"][model]["summary"][metric or self.metric]
 
     def answers(self, model: str = "personal") -> list[dict[str, Any]]:
@@ -81,7 +87,7 @@ def write_results(config: Config, names: Sequence[str], store: Store, engine: En
     for kind, models in (("global", global_models), ("personal", personal_models)):
         found = engine.answer(kind, models(engine, last, state, clients))
         answers[kind] = write_answers(store.folder, kind, found)
-    table = tabulate(config, lines, names) | {"groups": _groups(config, answers)}
+    table = tabulate(config, lines, names, answers) | {"groups": _groups(config, answers)}
     folder = store.folder / "adapters"
     engine.export(global_models(engine, last, state, [""]), {"": folder / "global"})
     folders = {client: folder / name for client, name in table["folders"].items()}
@@ -138,8 +144,13 @@ def write_answers(
     return lines
 
 
-def tabulate(config: Config, lines: list[dict[str, Any]], clients: Sequence[str]) -> dict[str, Any]:
-    """The final table, from the lines of metrics."""
+def tabulate(
+    config: Config,
+    lines: list[dict[str, Any]],
+    clients: Sequence[str],
+    answers: Mapping[str, list[dict[str, Any]]],
+) -> dict[str, Any]:
+    """The final table, from the lines of metrics, and the answers for its intervals."""
     last, folders = lines[-1]["evaluation"], slugs(clients)
     models = {"untuned": lines[0]["evaluation"]["personal"], **last}
     trained = [line for line in lines if line["round"] > 0]
@@ -154,8 +165,11 @@ def tabulate(config: Config, lines: list[dict[str, Any]], clients: Sequence[str]
         "seed": config.seed,
         "rounds": config.train.rounds,
         "split": config.eval.split,
-        "models": {
-            name: {"clients": models[name], "summary": _summary(models[name])} for name in MODELS
+        "models": {name: _model(models[name], answers.get(name) or []) for name in MODELS},
+        "few_rows": {
+            client: scores["examples"]
+            for client, scores in models["personal"].items()
+            if scores.get("examples", FEW_ROWS) < FEW_ROWS
         },
         "bytes": {
             way: {"per_client_round": sum(n) / len(n), "total": sum(n)} for way, n in sent.items()
@@ -168,7 +182,7 @@ def tabulate(config: Config, lines: list[dict[str, Any]], clients: Sequence[str]
 def as_csv(table: dict[str, Any]) -> str:
     """One row per client and model."""
     rows = [
-        {"client": client, "model": model, **scores}
+        {"client": client, "model": model, **scores, **ends(scores, scored["intervals"][client])}
         for model, scored in table["models"].items()
         for client, scores in scored["clients"].items()
     ]
@@ -177,9 +191,9 @@ def as_csv(table: dict[str, Any]) -> str:
 
 def groups_csv(table: dict[str, Any]) -> str:
     """One row per value of ``eval.group_by`` and model."""
-    column = table["groups"]["column"]
+    column, bounds = table["groups"]["column"], table["groups"]["intervals"]
     rows = [
-        {column: value, "model": model, **scores}
+        {column: value, "model": model, **scores, **ends(scores, bounds[model][value])}
         for model, scored in table["groups"]["models"].items()
         for value, scores in scored.items()
     ]
@@ -187,8 +201,10 @@ def groups_csv(table: dict[str, Any]) -> str:
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
-    names = [n for n in rows[0] if n not in METRICS and n != "examples"]
-    columns = [*names, *(m for m in METRICS if m in rows[0]), "examples"]
+    measured = [m for m in METRICS if m in rows[0]]
+    bounds = list(ends(measured, {}))
+    names = [n for n in rows[0] if n not in (*measured, *bounds, "examples")]
+    columns = [*names, *measured, "examples", *bounds]
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, lineterminator="\n")
     writer.writeheader()
@@ -201,17 +217,64 @@ def _groups(config: Config, answers: Mapping[str, list[dict[str, Any]]]) -> dict
     values = sorted({a["group"] for a in answers["personal"] if a["group"] is not None})
     if not values:
         return None
-    models = {
-        model: {value: average([a for a in found if a["group"] == value]) for value in values}
-        for model, found in answers.items()
-    }
-    return {"column": config.eval.group_by, "models": models}
-
-
-def _summary(clients: dict[str, dict[str, float]]) -> dict[str, dict[str, float]]:
-    measured = next(iter(clients.values()))
+    grouped = {model: by("group", found) for model, found in answers.items()}
     return {
-        name: summarize({c: s[name] for c, s in clients.items()}, metric.better)
+        "column": config.eval.group_by,
+        "models": {m: {v: average(found[v]) for v in values} for m, found in grouped.items()},
+        "intervals": {m: {v: intervals(found[v]) for v in values} for m, found in grouped.items()},
+    }
+
+
+def by(key: str, answers: Iterable[Answer]) -> dict[str, list[Answer]]:
+    """Answers by one of their values, such as ``client``."""
+    found: dict[str, list[Answer]] = {}
+    for answer in answers:
+        found.setdefault(answer[key], []).append(answer)
+    return found
+
+
+def _model(clients: dict[str, dict[str, float]], answers: list[Answer]) -> dict[str, Any]:
+    """A model's scores by client, their intervals over rows, and their summary.
+
+    Without answers, which stay at deployed sites, shares still have intervals.
+    """
+    own = by("client", answers)
+    rows = [scores.get("examples", 0) for scores in clients.values()]
+    return {
+        "clients": clients,
+        "intervals": {
+            c: intervals(own[c]) if c in own else from_means(scores)
+            for c, scores in clients.items()
+        },
+        "rows": sum(rows) if min(rows) > 0 else None,
+        "summary": _summary(clients, answers),
+    }
+
+
+def _summary(
+    clients: dict[str, dict[str, float]], answers: list[Answer]
+) -> dict[str, dict[str, Any]]:
+    """Mean and spread of every score over clients, and its mean over rows, with intervals."""
+    measured = next(iter(clients.values()))
+    pooled = {m: over_rows(m, clients.values()) for m in METRICS if m in measured}
+    known = {m: mean for m, mean in pooled.items() if mean is not None}
+    rows = sum(scores.get("examples", 0) for scores in clients.values())
+    bounds = intervals(_evenly(answers)) if answers else from_means(known | {"examples": rows})
+    return {
+        name: {
+            **summarize({c: s[name] for c, s in clients.items()}, metric.better),
+            "interval": mean_interval((s[name] for s in clients.values()), share=metric.share),
+            "mean_rows": pooled[name],
+            "interval_rows": bounds.get(name),
+        }
         for name, metric in METRICS.items()
         if name in measured
     }
+
+
+def _evenly(answers: list[Answer]) -> list[Answer]:
+    """Answers with weights that make a loss over all of them the clients' losses by their rows."""
+    totals = {
+        c: sum(a["weight"] for a in own) / len(own) for c, own in by("client", answers).items()
+    }
+    return [{**a, "weight": a["weight"] / totals[a["client"]]} for a in answers]
