@@ -51,7 +51,7 @@ def test_pairs_have_a_rejected_answer_beside_the_answer(tmp_path):
     rows = load(written(tmp_path))
     assert rows.column_names == [
         "image", "question", "answer", "rejected", "row",
-        "ds_name", "origin_dataset", "origin_split", "idx", "image_path",
+        "ds_name", "origin_dataset", "origin_split", "idx", "image_path", "image_hash",
     ]  # fmt: skip
     assert rows["rejected"][:] == ["A cat.", "A cow.", "A car.", "A cup."]
 

@@ -11,10 +11,12 @@ from PIL import Image
 
 import fedvlm
 from fedvlm.after import opened
+from fedvlm.after.inputs import from_images, rows_to_ask
 from fedvlm.after.opened import open_run
 from fedvlm.after.predict import predict_many
-from fedvlm.data.sources import load_rows
+from fedvlm.data.sources import load_rows, open_image
 from fedvlm.errors import DataError, FedVLMError
+from fedvlm.settings.sections import DataConfig
 from test_cli import call
 
 QUESTION = "What is in the picture?"
@@ -154,6 +156,50 @@ def test_what_cannot_be_asked_says_what_to_do(finished_run, pictures, new_rows, 
         DataError, match=r"1 of 3 images cannot be used: '.*b\.jpg': the image does not decode"
     ):
         predict_many(finished_run, pictures, QUESTION, global_=True)
+
+
+@pytest.mark.parametrize("suffix", [".avif", ".jfif", ".jp2", "", ".scan"])
+def test_what_pillow_opens_is_a_picture_whatever_its_suffix(suffix, tmp_path):
+    kind = {".avif": "AVIF", ".jp2": "JPEG2000", ".scan": "TIFF"}.get(suffix, "JPEG")
+    Image.new("RGB", (30, 20), (9, 9, 200)).save(tmp_path / f"a{suffix}", kind)
+    for source in (tmp_path, tmp_path / f"a{suffix}"):
+        rows = rows_to_ask(DataConfig(), source, QUESTION)
+        assert rows["name"][:] == [str(tmp_path / f"a{suffix}")]
+
+
+def test_a_folder_leaves_out_hidden_files_quietly_and_names_the_others(tmp_path, caplog):
+    picture = Image.new("RGB", (30, 20))
+    for name in ("a.png", "._a.png", "__MACOSX/a.png", ".ipynb_checkpoints/a.png", ".b.png"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        picture.save(tmp_path / name)
+    for n in range(7):
+        (tmp_path / f"note{n}").write_text("#define BM P6 not a picture")
+    caplog.set_level("INFO", "fedvlm")
+    assert rows_to_ask(DataConfig(), tmp_path, QUESTION)["name"][:] == [str(tmp_path / "a.png")]
+    assert "left out 4 hidden files" in caplog.text
+    (warning,) = [r.message for r in caplog.records if r.levelname == "WARNING"]
+    assert "left out 7 files" in warning
+    assert "note0, note1, note2, note3, note4, and 2 more" in warning
+
+
+def test_broken_pictures_are_skipped_on_request_and_all_of_them_are_an_error(tmp_path, caplog):
+    (tmp_path / "bad.png").write_bytes(b"broken")
+    skip = DataConfig(on_error="skip")
+    with pytest.raises(DataError, match=r"1 of 1 images cannot be used: '.*bad\.png'"):
+        rows_to_ask(skip, tmp_path, QUESTION)
+    Image.new("RGB", (30, 20)).save(tmp_path / "good.png")
+    assert rows_to_ask(skip, tmp_path, QUESTION)["name"][:] == [str(tmp_path / "good.png")]
+    assert "left out 1 of 2 images: '" in caplog.text
+    with pytest.raises(DataError, match="1 of 2 images cannot be used"):
+        rows_to_ask(DataConfig(), tmp_path, QUESTION)
+
+
+def test_a_picture_in_memory_may_have_any_mode():
+    for mode in ("F", "CMYK", "I;16", "RGBA"):
+        rows = from_images([Image.new(mode, (9, 9))], QUESTION)
+        assert open_image(rows[0]["image"]).size == (9, 9)
+    with pytest.raises(DataError, match="an image is a path, encoded bytes or a PIL image"):
+        from_images([3], QUESTION)
 
 
 def test_a_client_called_global_keeps_a_column_of_its_own():

@@ -63,7 +63,7 @@ def load(path, **fields):
 def test_parquet_rows_get_canonical_names_and_keep_their_scalar_columns(tmp_path):
     rows = load(parquet(tmp_path / "a.parquet", tags=[["x"]] * 4))
     assert rows.column_names == [
-        "image", "question", "answer", "row", "rejected", "origin_dataset", "idx",
+        "image", "question", "answer", "row", "rejected", "origin_dataset", "idx", "image_hash",
     ]  # fmt: skip
     assert rows["answer"][:] == ["Thing 0.", "Thing 1.", "Thing 2.", "Thing 3."]
     assert rows["row"][:] == [0, 1, 2, 3]

@@ -5,18 +5,23 @@ from __future__ import annotations
 import csv
 import io
 import json
+import logging
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import datasets
+from PIL import Image
 
-from fedvlm.data.sources import load_rows, open_image
+from fedvlm.data import folders
+from fedvlm.data.pictures import Pictures, cut
+from fedvlm.data.sources import load_rows
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.settings.sections import DataConfig
 from fedvlm.store.files import write_bytes
 
-IMAGES = (".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm")
+logger = logging.getLogger("fedvlm")
+
 FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 
 
@@ -24,7 +29,7 @@ def rows_to_ask(data: DataConfig, source: Any, question: str | None) -> datasets
     """The rows of an image, a folder or a file, with a question for each.
 
     Args:
-        data: how to read a file of rows; its ``path`` is replaced.
+        data: how to read pictures and a file of rows; its ``path`` is replaced.
         source: an image (path, bytes or PIL), a folder of images, or any data source.
         question: the question for all rows. A file of rows may have its own questions.
 
@@ -37,13 +42,16 @@ def rows_to_ask(data: DataConfig, source: Any, question: str | None) -> datasets
     """
     path = Path(source).expanduser() if isinstance(source, str | Path) else None
     if path is None:
-        return from_images([source], _needed(question, "the image"))
-    if path.is_file() and path.suffix.lower() in IMAGES:
-        return from_images([path], _needed(question, f"'{path}'"))
-    if path.is_dir():
-        images = [p for p in sorted(path.rglob("*")) if p.suffix.lower() in IMAGES]
-        if images and (question is not None or not _has_rows(path)):
-            return from_images(images, _needed(question, f"the {len(images)} images in '{path}'"))
+        return from_images([source], _needed(question, "the image"), data)
+    pictures = Pictures.of(data)
+    if path.is_file() and folders.is_picture(path, pictures):
+        return from_images([path], _needed(question, f"'{path}'"), data)
+    if path.is_dir() and (question is not None or not folders.has_rows(path)):
+        found = folders.look_into(path, pictures)
+        if found.pictures:
+            asked = _needed(question, f"the {len(found.pictures)} images in '{path}'")
+            found.report(path)
+            return from_images(found.pictures, asked, data)
     rows = load_rows(
         data.model_copy(update={"path": str(source)}), answers=False, question=question
     )
@@ -51,28 +59,41 @@ def rows_to_ask(data: DataConfig, source: Any, question: str | None) -> datasets
     return rows.select_columns(kept)
 
 
-def from_images(images: Sequence[Any], question: str) -> datasets.Dataset:
+def from_images(
+    images: Sequence[Any], question: str, data: DataConfig | None = None
+) -> datasets.Dataset:
     """Rows with the same question about every image.
 
+    Args:
+        images: paths, encoded bytes, or PIL images.
+        question: the question.
+        data: how to open pictures; None: the default settings.
+
     Raises:
-        DataError: an image does not decode; the message names it.
+        DataError: an image cannot be used; the message names it. With ``data.on_error=skip``,
+            such images are left out with a warning, and only a list without any other is an error.
     """
     if not question.strip():
         raise DataError("the question is empty; ask something, such as 'What is in the picture?'")
+    data = data or DataConfig()
+    pictures = Pictures.of(data)
     names = [str(i) if isinstance(i, str | Path) else f"image {k}" for k, i in enumerate(images)]
-    broken = [
-        f"'{name}': {why}" for name, why in zip(names, map(_broken, images), strict=True) if why
-    ]
+    broken: list[tuple[str, str]] = []
+    rows: dict[str, list[Any]] = {"image": [], "question": [], "name": []}
+    for name, image in zip(names, images, strict=True):
+        try:
+            encoded = _encoded(image, pictures)
+            if not isinstance(image, Image.Image):
+                pictures.open(encoded)
+        except DataError as error:
+            broken.append((name, str(error)))
+            continue
+        for column, value in zip(rows, (encoded, question, name), strict=True):
+            rows[column].append(value)
     if broken:
-        listed = "; ".join(broken[:5])
-        more = f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
-        raise DataError(f"{len(broken)} of {len(images)} images cannot be used: {listed}{more}")
+        _refuse_or_report(broken, len(names), data.on_error)
     return datasets.Dataset.from_dict(
-        {
-            "image": [_encoded(image) for image in images],
-            "question": [question] * len(images),
-            "name": names,
-        },
+        rows,
         features=datasets.Features(
             {
                 "image": datasets.Image(decode=False),
@@ -82,9 +103,12 @@ def from_images(images: Sequence[Any], question: str) -> datasets.Dataset:
     )
 
 
-def _has_rows(folder: Path) -> bool:
-    names = ("metadata.jsonl", "metadata.csv", "dataset_dict.json", "state.json")
-    return any((folder / name).exists() for name in names) or any(folder.rglob("*.parquet"))
+def _refuse_or_report(broken: Sequence[tuple[str, str]], count: int, on_error: str) -> None:
+    listed = "; ".join(f"'{cut(name, 150)}': {cut(why)}" for name, why in broken[:5])
+    listed += f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
+    if on_error == "fail" or len(broken) == count:
+        raise DataError(f"{len(broken)} of {count} images cannot be used: {listed}")
+    logger.warning("left out %d of %d images: %s", len(broken), count, listed)
 
 
 def _needed(question: str | None, what: str) -> str:
@@ -93,24 +117,15 @@ def _needed(question: str | None, what: str) -> str:
     return question
 
 
-def _broken(image: Any) -> str:
-    """The reason why an image does not decode; empty if it does."""
-    try:
-        open_image(image)
-    except DataError as error:
-        return str(error)
-    return ""
-
-
-def _encoded(image: Any) -> dict[str, Any]:
+def _encoded(image: Any, pictures: Pictures) -> dict[str, Any]:
     if isinstance(image, str | Path):
         return {"bytes": None, "path": str(Path(image).expanduser().absolute())}
-    if isinstance(image, bytes | bytearray):
+    if isinstance(image, bytes | bytearray | memoryview):
         return {"bytes": bytes(image), "path": None}
-    if not hasattr(image, "save"):
+    if not isinstance(image, Image.Image):
         raise DataError(f"an image is a path, encoded bytes or a PIL image; got {image!r:.60}")
     out = io.BytesIO()
-    image.save(out, format="PNG")
+    pictures.open(image).save(out, format="PNG")
     return {"bytes": out.getvalue(), "path": None}
 
 

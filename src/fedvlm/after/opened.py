@@ -269,6 +269,7 @@ class Opened:
             DataError: the model cannot take some rows; :meth:`usable` leaves such rows out.
         """
         from fedvlm.batches.collate import Collator
+        from fedvlm.data.pictures import Pictures
 
         return Collator(
             rows,
@@ -276,6 +277,7 @@ class Opened:
             max_length=self.config.data.max_length,
             new_tokens=self.config.eval.max_new_tokens,
             pairs=self.pairs and "rejected" in rows.column_names,
+            pictures=Pictures.of(self.config.data),
         )
 
     def usable(self, rows: datasets.Dataset) -> datasets.Dataset:
@@ -284,10 +286,10 @@ class Opened:
         Raises:
             DataError: the model cannot take some rows, and ``data.on_error`` is not ``skip``.
         """
-        from fedvlm.data.sources import leave_out
+        from fedvlm.data.unusable import without
 
         bad = self._collator(rows).check(0, _unseen, _unseen)
-        return leave_out(rows, bad, self.config.data)
+        return without(rows, bad, "the source", self.config.data.on_error)
 
     @property
     def pairs(self) -> bool:
@@ -333,7 +335,7 @@ class Opened:
         from fedvlm.after.inputs import from_images
 
         models = self.chosen([] if client is None else [client], **_only(client))
-        (texts,) = self.answers(from_images([image], question), models).values()
+        (texts,) = self.answers(from_images([image], question, self.config.data), models).values()
         return texts[0]
 
 

@@ -20,6 +20,7 @@ import datasets
 from torch import Tensor
 
 from fedvlm.batches.prompts import Features, Prompter
+from fedvlm.data.pictures import Pictures
 from fedvlm.data.scenes import cache_folder
 from fedvlm.data.sources import quiet
 from fedvlm.errors import DataError
@@ -118,12 +119,18 @@ def encode_ahead(
     return Encoded(table)
 
 
-def fingerprint(rows: datasets.Dataset, prompter: Prompter, roles: Sequence[str]) -> str:
+def fingerprint(
+    rows: datasets.Dataset,
+    prompter: Prompter,
+    roles: Sequence[str],
+    pictures: Pictures | None = None,
+) -> str:
     """A hash of everything that determines the rows' features."""
     processor, tokenizer = prompter.processor, prompter.tokenizer
     backend = getattr(tokenizer, "backend_tokenizer", None)
     parts = {
         "rows": [rows._fingerprint, len(rows), _files(rows)],
+        "pictures": (pictures or Pictures()).key(),
         "processor": processor.to_json_string(),
         "template": getattr(processor, "chat_template", None),
         "tokenizer": backend.to_str() if backend else str(sorted(tokenizer.get_vocab().items())),

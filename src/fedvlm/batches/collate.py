@@ -16,7 +16,7 @@ from fedvlm.batches.ahead import Encoded, encode_ahead, fingerprint
 from fedvlm.batches.check import Checker, check_rows, warn_of_cuts
 from fedvlm.batches.objectives import IGNORE
 from fedvlm.batches.prompts import Features, Prompter
-from fedvlm.data.images import open_image
+from fedvlm.data.pictures import Pictures
 from fedvlm.errors import DataError
 from fedvlm.models.load import Loaded
 
@@ -36,6 +36,7 @@ class Collator:
         max_length: most tokens of prompt and answer together; None means the model's own limit.
         new_tokens: tokens of the longest generated answer.
         pairs: whether training batches also hold the rejected answers.
+        pictures: how pictures are opened; None: as by the default settings.
     """
 
     def __init__(
@@ -46,8 +47,10 @@ class Collator:
         max_length: int | None = None,
         new_tokens: int = 1,
         pairs: bool = False,
+        pictures: Pictures | None = None,
     ):
         self.rows = rows
+        self.pictures = pictures or Pictures()
         self.prompter = Prompter(loaded, max_length, new_tokens)
         self.tokenizer = self.prompter.tokenizer
         self.seq2seq = self.prompter.seq2seq
@@ -79,7 +82,7 @@ class Collator:
             Position of a row that cannot be encoded -> the reason.
         """
         if budget:
-            key = fingerprint(self.rows, self.prompter, self.roles)
+            key = fingerprint(self.rows, self.prompter, self.roles, self.pictures)
             self._ahead = encode_ahead(
                 self.rows, self._encode, key=key, budget=budget, told=encoded
             )
@@ -134,7 +137,7 @@ class Collator:
         """A row's picture, its question, and its answers; rows for prediction need none."""
         row = self.rows[int(index)]
         answers = [row[role] for role in self.roles if row.get(role) is not None]
-        return open_image(row["image"]), row["question"], answers
+        return self.pictures.open(row["image"]), row["question"], answers
 
     def training(self, indices: Iterable[int]) -> dict[str, Tensor]:
         """Inputs and ``labels`` ``[batch, tokens]``, right-padded.

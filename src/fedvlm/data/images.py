@@ -1,15 +1,19 @@
-"""Encoded images: decodes one to RGB, and finds those of a data set that do not decode."""
+"""Checks the pictures of a data set: finds those that cannot be used, and hashes all of them."""
 
 from __future__ import annotations
 
-import io
+import hashlib
 import json
+import logging
 import os
 import pickle
 import tempfile
 import warnings
-from collections.abc import Iterator, Mapping
+from collections import Counter
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -17,114 +21,118 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-from PIL import Image, ImageOps
 
 from fedvlm import processes
+from fedvlm.data.pictures import SHRUNK, Pictures, Refused
 from fedvlm.errors import DataError
+from fedvlm.version import __version__
 
+__all__ = ["Checked", "check_pictures", "open_image", "with_hashes"]
+
+logger = logging.getLogger("fedvlm")
+
+HASH = 16  # bytes
 _CHUNK = 16  # rows that a thread checks at a time
 _PACKED = 8_000_000  # bytes; a larger pickle holds the images themselves
 _MAPPED = 512  # rows after which a memory-mapped file is mapped again, which frees its pages
 _OPENED = 32  # approximate limit on how often it is mapped
 
+open_image = Pictures().open
 
-def open_image(value: Any) -> Image.Image:
-    """Decodes one image to RGB, the right way up.
 
-    The EXIF orientation is applied. Transparency is composited on white. Pixels of more than 8 bits
-    are scaled to 8 bits, so that 16-bit X-rays stay visible. An animation gives its first frame.
+@dataclass
+class Checked:
+    """The result of a check, by position in the rows.
+
+    Attributes:
+        broken: position -> reason, for the pictures that cannot be used.
+        hashes: for every row the hash of its encoded picture in hexadecimal; empty where the
+            picture is missing or its file cannot be read.
+        notes: what was done to pictures -> number of pictures.
+    """
+
+    broken: dict[int, str] = field(default_factory=dict)
+    hashes: list[str] = field(default_factory=list)
+    notes: Counter[str] = field(default_factory=Counter)
+
+    def report(self, name: str) -> None:
+        """Logs once what was done to the pictures of the data set ``name``."""
+        deep = {note: n for note, n in self.notes.items() if note != SHRUNK}
+        if self.notes[SHRUNK]:
+            logger.info("%s: %d pictures are %s", name, self.notes[SHRUNK], SHRUNK)
+        if deep:
+            listed = ", ".join(f"{note}: {n}" for note, n in sorted(deep.items()))
+            logger.warning(
+                "%s has pictures of more than 8 bits or several frames; docs/data.md describes how "
+                "they become 8 bits, and data.window sets one range for all. Pictures: %s",
+                name,
+                listed,
+            )
+
+
+def check_pictures(
+    rows: datasets.Dataset, pictures: Pictures | None = None, *, keep: bool = True
+) -> Checked:
+    """Opens every picture as training does, and hashes its encoded bytes.
+
+    If all pictures are embedded, the result is kept in the data-set cache under the fingerprint of
+    ``rows``, the settings and the versions. It is not kept for files, which may change while the
+    fingerprint does not.
 
     Args:
-        value: ``{"bytes": ..., "path": ...}`` as in a row of :func:`load_rows`, encoded bytes, a
-            path, or a PIL image.
+        rows: rows with ``image`` (encoded).
+        pictures: the settings; None: the defaults.
+        keep: whether the result may be kept in the data-set cache.
 
     Raises:
-        DataError: the value is not an image or does not decode; the message is the reason.
+        FedVLMError: a picture needs a package that is not installed.
     """
-    try:
-        image = value if isinstance(value, Image.Image) else Image.open(_stream(value))
-        turned = ImageOps.exif_transpose(image)
-        return _rgb(image if turned is None else turned)
-    except DataError:
-        raise
-    except Exception as error:  # PIL raises about ten types, including SyntaxError
-        raise DataError(f"the image does not decode: {_reason(error)}") from error
-
-
-def broken_images(rows: datasets.Dataset) -> dict[int, str]:
-    """Finds the rows whose image does not decode.
-
-    Every image is opened and read to the end, at the lowest resolution that its format allows. If
-    all images are embedded, the result is kept in the data-set cache under the fingerprint of
-    ``rows``. It is not kept for image files, which may change while the fingerprint does not.
-
-    Returns:
-        Position in ``rows`` -> reason, for the images that do not decode.
-    """
-    store = _Verdicts(rows._fingerprint)
-    known = store.read()
+    pictures = pictures or Pictures()
+    store = _Verdicts([rows._fingerprint, __version__, pictures.key()])
+    known = store.read(len(rows)) if keep else None
     if known is not None:
         return known
-    broken: dict[int, str] = {}
-    embedded = True
+    found, embedded = Checked(), True
     with warnings.catch_warnings(), ThreadPoolExecutor(_threads()) as pool:
         warnings.simplefilter("ignore")
         chunks = _chunks(rows.select_columns(["image"]).with_format("arrow"))
         while window := list(islice(chunks, 2 * _threads())):  # bounds the memory
-            for start, verdicts, all_bytes in pool.map(_check_chunk, window):
-                broken.update({start + i: reason for i, reason in verdicts})
+            for part, all_bytes in pool.map(partial(_check_chunk, pictures), window):
+                found.broken |= {len(found.hashes) + at: why for at, why in part.broken.items()}
+                found.hashes += part.hashes
+                found.notes += part.notes
                 embedded &= all_bytes
-    if embedded:
-        store.write(broken)
-    return broken
+    if embedded and keep:
+        store.write(found)
+    return found
 
 
-def _stream(value: Any) -> Any:
-    if isinstance(value, Mapping):
-        content, path = value.get("bytes"), value.get("path")
-        if content is None and not path:
-            raise DataError("there is no image: neither bytes nor a path")
-        return io.BytesIO(content) if content is not None else path
-    if isinstance(value, bytes | bytearray | memoryview):
-        return io.BytesIO(value)
-    if isinstance(value, str | Path):
-        return value
-    raise DataError(f"an image is a dict with bytes or path, bytes or a path; got {value!r:.60}")
+def with_hashes(rows: datasets.Dataset, hashes: list[str]) -> datasets.Dataset:
+    """Adds the column ``image_hash``, without a copy of the pictures of a sample of rows.
 
-
-def _rgb(image: Image.Image) -> Image.Image:
-    if image.mode.startswith(("I", "F")):
-        image = _eight_bits(image)
-    if image.has_transparency_data:
-        image = image.convert("RGBA")
-        white = Image.new("RGBA", image.size, (255, 255, 255, 255))
-        return Image.alpha_composite(white, image).convert("RGB")
-    return image.convert("RGB")
-
-
-def _eight_bits(image: Image.Image) -> Image.Image:
-    """Scales greyscale of 16 bits, 32 bits or floats to 8 bits. PIL would clip it at 255."""
-    pixels = np.nan_to_num(np.asarray(image, dtype=np.float64))
-    if image.mode == "F":
-        full = 1.0 if pixels.max() <= 1.0 else 255.0
-    else:
-        full = 255.0 if image.mode == "I" and pixels.max() <= 255 else 65535.0
-    return Image.fromarray(np.clip(np.rint(pixels * (255.0 / full)), 0, 255).astype(np.uint8))
-
-
-def _reason(error: Exception) -> str:
-    if isinstance(error, FileNotFoundError):
-        return f"there is no file '{error.filename}'"
-    if "cannot identify image file" in str(error):
-        return "not an image in a known format"
-    return f"{type(error).__name__}: {error}"
+    A source column of this name becomes ``source_image_hash``.
+    """
+    name = "image_hash"
+    if name in rows.column_names:
+        rows = rows.rename_column(name, f"source_{name}")
+    names = [*rows.column_names, name]
+    mark = hashlib.blake2b("".join([rows._fingerprint, *hashes]).encode(), digest_size=8)
+    sample = rows._indices
+    if sample is not None:  # add_column would write the rows of the sample anew
+        rows = datasets.Dataset(rows._data, info=rows.info, split=rows.split)
+        everywhere = np.full(len(rows), "", dtype=object)
+        everywhere[sample.column(0).to_numpy()] = hashes
+        hashes = everywhere.tolist()
+    rows = rows.add_column(name, hashes, new_fingerprint=mark.hexdigest())
+    rows = rows.select_columns(names)  # add_column forgets their order
+    return rows if sample is None else rows.select(sample.column(0).to_numpy())
 
 
 def _threads() -> int:
     return min(8, processes.cores())
 
 
-def _chunks(images: datasets.Dataset) -> Iterator[tuple[int, pa.StructArray]]:
+def _chunks(images: datasets.Dataset) -> Iterator[pa.StructArray]:
     # The pickle of a memory-mapped table has the name of the file, not its contents.
     packed = pickle.dumps(images) if images.cache_files else b""
     mapped = 0 < len(packed) < _PACKED
@@ -133,63 +141,74 @@ def _chunks(images: datasets.Dataset) -> Iterator[tuple[int, pa.StructArray]]:
     for start in range(0, len(images), _CHUNK):
         if mapped and start % often == 0:
             images = pickle.loads(packed)
-        for chunk in images[start : start + _CHUNK]["image"].chunks:
-            yield start, chunk
-            start += len(chunk)
+        yield from images[start : start + _CHUNK]["image"].chunks
 
 
-def _check_chunk(
-    job: tuple[int, pa.StructArray],
-) -> tuple[int, list[tuple[int, str]], bool]:
-    start, images = job
-    broken, all_bytes = [], True
+def _check_chunk(pictures: Pictures, images: pa.StructArray) -> tuple[Checked, bool]:
+    """Checks some rows; the second value is whether all their pictures are embedded."""
+    found, all_bytes = Checked(), True
     contents, paths = images.field("bytes"), images.field("path")
-    for i in range(len(images)):
-        content = contents[i].as_buffer() if images[i].is_valid else None
+    for at in range(len(images)):
+        content = contents[at].as_buffer() if images[at].is_valid else None
+        path = paths[at].as_py() if images[at].is_valid else None
         all_bytes &= content is not None
-        path = paths[i].as_py() if content is None and images[i].is_valid else None
-        reason = _verdict(content, path)
-        if reason:
-            broken.append((i, reason))
-    return start, broken, all_bytes
+        value = {"bytes": None if content is None else memoryview(content), "path": path}
+        found.hashes.append(_hash(value))
+        try:
+            found.notes.update(pictures.look(value, draft=True).notes)
+        except Refused as error:
+            found.broken[at] = str(error)
+        except DataError as error:
+            found.broken[at] = f"corrupt image, {error}"
+    return found, all_bytes
 
 
-def _verdict(content: pa.Buffer | None, path: str | None) -> str:
-    """The reason why an image does not decode; empty if it decodes."""
-    if content is None and not path:
-        return "there is no image: neither bytes nor a path"
+def _hash(value: dict[str, Any]) -> str:
+    """The hash of a picture's encoded bytes; empty if they cannot be read."""
+    if value["bytes"] is not None:
+        return hashlib.blake2b(value["bytes"], digest_size=HASH).hexdigest()
     try:
-        source: Any = path if content is None else io.BytesIO(content)
-        with Image.open(source) as image:
-            image.draft("L", (1, 1))
-            image.load()
-    except Exception as error:
-        return _reason(error)
-    return ""
+        if not os.path.isfile(value["path"] or ""):
+            return ""
+        with open(value["path"], "rb") as handle:
+            digest = hashlib.file_digest(handle, lambda: hashlib.blake2b(digest_size=HASH))
+            return digest.hexdigest()
+    except (OSError, ValueError):
+        return ""
 
 
 class _Verdicts:
-    """The result of an earlier check of the same rows, a small file in the data-set cache."""
+    """The result of an earlier check of the same rows, a small file in the data-set cache.
 
-    def __init__(self, fingerprint: str):
+    Its first line is a hash of the rest, so a damaged file is noticed.
+    """
+
+    def __init__(self, key: list[Any]):
         folder = Path(datasets.config.HF_DATASETS_CACHE) / "fedvlm"
-        self.path = folder / f"images-{fingerprint}.json"
+        name = hashlib.blake2b(json.dumps(key).encode(), digest_size=HASH).hexdigest()
+        self.path = folder / f"images-{name}.json"
 
-    def read(self) -> dict[int, str] | None:
+    def read(self, rows: int) -> Checked | None:
         try:
-            found = json.loads(self.path.read_text(encoding="utf-8"))
-            return {int(row): str(reason) for row, reason in found.items()}
+            digest, _, text = self.path.read_bytes().partition(b"\n")
+            if digest.decode() != hashlib.blake2b(text, digest_size=HASH).hexdigest():
+                return None
+            broken, hashes, notes = json.loads(text)
+            found = Checked({int(at): why for at, why in broken.items()}, hashes, Counter(notes))
         except (OSError, ValueError, AttributeError):
             return None
+        return found if len(found.hashes) == rows else None
 
-    def write(self, broken: dict[int, str]) -> None:
+    def write(self, found: Checked) -> None:
         """Saves atomically. If the cache cannot be written, the next run checks again."""
+        text = json.dumps([found.broken, found.hashes, found.notes]).encode()
+        digest = hashlib.blake2b(text, digest_size=HASH).hexdigest().encode()
         try:
             self.path.parent.mkdir(parents=True, exist_ok=True)
             with tempfile.NamedTemporaryFile(
-                "w", dir=self.path.parent, suffix=".tmp", delete=False, encoding="utf-8"
+                dir=self.path.parent, suffix=".tmp", delete=False
             ) as handle:
-                json.dump(broken, handle)
+                handle.write(digest + b"\n" + text)
             os.replace(handle.name, self.path)
         except OSError:
             return

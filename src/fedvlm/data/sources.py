@@ -36,8 +36,10 @@ from fedvlm.data.columns import (
 from fedvlm.data.conversations import flatten, holds_conversations
 from fedvlm.data.embedded import with_bytes
 from fedvlm.data.files import SUFFIXES, data_files, report_left_out
-from fedvlm.data.images import broken_images, open_image
+from fedvlm.data.images import check_pictures, open_image, with_hashes
+from fedvlm.data.pictures import Pictures
 from fedvlm.data.records import Check
+from fedvlm.data.unusable import without
 from fedvlm.errors import DataError
 from fedvlm.settings.sections import DataConfig
 
@@ -326,42 +328,25 @@ def _sample(rows: datasets.Dataset, limit: int | None, seed: int) -> datasets.Da
 def _without_bad_rows(
     rows: datasets.Dataset, data: DataConfig, needed: set[str], problems: Mapping[int, str]
 ) -> datasets.Dataset:
-    """Removes or refuses unusable rows. ``problems``: row number -> a problem found before."""
+    """Removes or refuses unusable rows, and adds the column ``image_hash``.
+
+    Args:
+        rows: all rows.
+        data: the section of the configuration.
+        needed: columns that may not be empty.
+        problems: row number -> a problem found before.
+    """
     bad: dict[int, str] = {}
     numbers = rows["row"][:]
     for role in sorted(needed - {"image"}):
         bad.update(dict.fromkeys(_empty(rows, role), f"the {shown(role)} is empty"))
-    bad.update({at: f"corrupt image, {why}" for at, why in broken_images(rows).items()})
+    checked = check_pictures(rows, Pictures.of(data))
+    bad.update(checked.broken)
     bad.update({at: problems[n] for at, n in enumerate(numbers) if n in problems})
-    return leave_out(rows, bad, data)
-
-
-def leave_out(rows: datasets.Dataset, bad: Mapping[int, str], data: DataConfig) -> datasets.Dataset:
-    """Removes unusable rows, with a warning, if ``data.on_error`` is ``skip``.
-
-    Args:
-        rows: the rows, with a column ``row`` (numbers) or ``name``.
-        bad: position of an unusable row -> the reason.
-        data: the ``data`` section of the configuration.
-
-    Raises:
-        DataError: there are unusable rows, and ``data.on_error`` is not ``skip`` or no row is left.
-    """
-    if not bad:
-        return rows
-    where, key = sorted(bad), "row" if "row" in rows.column_names else "name"
-    named = {at: rows[at][key] for at in where[:5]}
-    listed = "; ".join(f"{key} {named[at]}: {bad[at]:.300}" for at in where[:5])
-    listed += f"; and {len(bad) - 5} more" if len(bad) > 5 else ""
-    if data.on_error == "fail":
-        raise DataError(
-            f"{name_of(data)} has {len(bad)} of {len(rows)} rows that cannot be used: {listed}. "
-            "Repair them, or leave them out with data.on_error=skip"
-        )
-    if len(bad) == len(rows):
-        raise DataError(f"{name_of(data)} has no usable row: {listed}")
-    logger.warning("left out %d of %d rows of %s: %s", len(bad), len(rows), name_of(data), listed)
-    return rows.select(np.setdiff1d(np.arange(len(rows)), where))
+    rows = with_hashes(rows, checked.hashes)
+    rows = without(rows, bad, name_of(data), data.on_error)
+    checked.report(name_of(data))
+    return rows
 
 
 def _empty(rows: datasets.Dataset, role: str) -> list[int]:

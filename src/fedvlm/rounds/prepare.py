@@ -180,7 +180,9 @@ def usable(
     from fedvlm.batches import objectives
     from fedvlm.batches.collate import Collator
     from fedvlm.data import pool
-    from fedvlm.data.sources import leave_out
+    from fedvlm.data.columns import name_of
+    from fedvlm.data.pictures import Pictures
+    from fedvlm.data.unusable import without
 
     pairs, names = objectives.build(config.objective).pairs, find(config.algorithm.name).names
     while True:
@@ -191,13 +193,14 @@ def usable(
             max_length=config.data.max_length,
             new_tokens=config.eval.max_new_tokens,
             pairs=pairs,
+            pictures=Pictures.of(config.data),
         )
         ahead = visits(config, partition) >= len(rows)
         budget = config.data.cache * 2**20 if ahead else 0
         bad = collator.check(budget, progress.encoded, progress.checked)
         if not bad:
             return collator, partition
-        rows = leave_out(rows, bad, config.data)
+        rows = without(rows, bad, name_of(config.data), config.data.on_error)
         partition = (divider or partitioned)(config, rows)
 
 

@@ -16,6 +16,7 @@ from fedvlm.errors import shown
 from fedvlm.settings.method import AlgorithmConfig as AlgorithmConfig
 from fedvlm.settings.method import Filled, Fraction, Positive, Section, Whole
 from fedvlm.settings.method import LoraConfig as LoraConfig
+from fedvlm.settings.pictures import Formats, Window
 
 _FORM = "a mapping of clients to row numbers, such as {north: [0, 1, 2], south: [3, 4, 5]}"
 
@@ -86,6 +87,20 @@ class DataConfig(Section):
     cache: Whole = Field(
         4096,
         description="MiB on disk for encoded rows, shared with later runs; 0: no cache",
+    )
+    max_decoded: Positive = Field(
+        256, description="most MiB of one decoded picture (3 bytes a pixel); more: unusable row"
+    )
+    max_pixels: Positive | None = Field(
+        None, description="larger pictures are shrunk to this many pixels; empty: no limit"
+    )
+    formats: Formats | None = Field(
+        None, description="formats that are opened, such as [PNG, JPEG, DICOM]; empty: all"
+    )
+    window: Window | None = Field(
+        None,
+        description="[low, high] of pictures of more than 8 bits, mapped to black and white; "
+        "empty: by content",
     )
     on_error: Literal["fail", "skip"] = Field(
         "fail", description="fail: stop at a corrupt row; skip: leave the row out"

@@ -1,0 +1,310 @@
+"""Decodes one encoded picture to RGB, within limits on format, pixels and memory.
+
+Training, prediction and the check of a data set all call :meth:`Pictures.open` or
+:meth:`Pictures.look`, so a picture that passes the check opens later.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+import stat
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+from PIL import Image, UnidentifiedImageError
+
+from fedvlm.data import depth, dicom
+from fedvlm.data.metadata import without_metadata
+from fedvlm.errors import DataError, FedVLMError
+from fedvlm.settings.pictures import FORMATS
+from fedvlm.settings.sections import DataConfig
+
+_RULES = 2  # number of this module's rules; a new one discards what was cached under older rules
+_REASON = 200  # most characters of a reason
+_STRIP = 1 << 22  # pixels that are composited at a time, which bounds the memory
+_ORIENTATION = 0x0112
+_TURNS = {
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+SHRUNK = "shrunk to data.max_pixels"
+
+
+class Refused(DataError):
+    """A limit or setting excludes the picture; it is not corrupt."""
+
+
+@dataclass(frozen=True)
+class Look:
+    """A decoded picture, and what was done to it, such as ``12 bits``."""
+
+    image: Image.Image
+    notes: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Pictures:
+    """The settings by which pictures are opened; see the section ``data`` of the configuration.
+
+    Attributes:
+        max_decoded: most MiB of one decoded picture, at 3 bytes a pixel or more.
+        max_pixels: most pixels of a picture; larger pictures are shrunk. None: no limit.
+        formats: names of the formats that are opened.
+        window: values that become black and white in pictures of more than 8 bits.
+    """
+
+    max_decoded: int = 256
+    max_pixels: int | None = None
+    formats: tuple[str, ...] = FORMATS
+    window: depth.Window | None = None
+
+    @classmethod
+    def of(cls, data: DataConfig) -> Pictures:
+        """The settings of a run's section ``data``."""
+        formats = tuple(sorted(set(data.formats))) if data.formats else FORMATS
+        return cls(data.max_decoded, data.max_pixels, formats, data.window)
+
+    def key(self) -> list[Any]:
+        """All that determines a picture's pixels, next to its bytes: settings and versions."""
+        versions = [_version("pillow"), _version("pydicom")]
+        return [_RULES, self.max_decoded, self.max_pixels, self.formats, self.window, versions]
+
+    def open(self, value: Any) -> Image.Image:
+        """Decodes one picture to RGB, the right way up.
+
+        The EXIF orientation is applied. Broken metadata are ignored. Transparency is composited on
+        white. Greyscale of more than 8 bits is mapped to 8 bits, see :mod:`fedvlm.data.depth`. An
+        animation gives its first frame. A picture above ``max_pixels`` is shrunk.
+
+        Args:
+            value: ``{"bytes": ..., "path": ...}`` as in a row of :func:`load_rows`, encoded bytes,
+                a path, or a PIL image.
+
+        Raises:
+            DataError: the value is not a picture, does not decode, or a limit excludes it.
+            FedVLMError: it is a DICOM file, and pydicom is not installed.
+        """
+        try:
+            return self.look(value).image
+        except Refused:
+            raise
+        except DataError as error:
+            raise DataError(f"the image does not decode: {error}") from error
+
+    def look(self, value: Any, *, draft: bool = False) -> Look:
+        """Does the work of :meth:`open`, and reports what was done to the picture.
+
+        Args:
+            value: as in :meth:`open`.
+            draft: decode a JPEG at its lowest resolution. All of its data are read nevertheless.
+
+        Raises:
+            Refused: a limit or setting excludes the picture; the message is the reason.
+            DataError: the picture is corrupt; the message is the reason.
+            FedVLMError: it is a DICOM file, and pydicom is not installed.
+        """
+        try:
+            if isinstance(value, Image.Image):
+                self._fits(value.size)
+                return self._prepared(value)
+            with _stream(value) as (stream, name):
+                return self._read(stream, name, draft)
+        except FedVLMError:
+            raise
+        except Exception as error:  # Pillow raises about ten types, including SyntaxError
+            raise DataError(_reason(error)) from error
+
+    def identified(self, stream: BinaryIO, *, magic: bool = False) -> Image.Image | None:
+        """Reads the header of a picture; None if no format matches.
+
+        Args:
+            stream: the file.
+            magic: leave out the formats without a magic number, which many files seem to fit.
+
+        Other than ``Image.open``, it does not compare the size with ``Image.MAX_IMAGE_PIXELS``,
+        which all threads share.
+
+        Raises:
+            UnidentifiedImageError: the header fits a format, and is broken.
+        """
+        stream.seek(0)
+        prefix, why = stream.read(16), ""
+        for factory, accept in _openers(self.formats):
+            if magic and accept is None:
+                break
+            try:
+                accepted = not accept or accept(prefix)
+                if isinstance(accepted, str):
+                    why = accepted
+                elif accepted:
+                    stream.seek(0)
+                    return factory(stream, "")
+            except Exception as error:  # the next format may fit
+                why = _reason(error) if accept else why  # a format with a magic number
+        if why:
+            raise UnidentifiedImageError(why)
+        return None
+
+    def _read(self, stream: BinaryIO, name: str, draft: bool) -> Look:
+        if dicom.is_dicom(stream.read(dicom.HEAD), name):
+            if "DICOM" not in self.formats:
+                raise Refused("DICOM is not one of data.formats")
+            stream.seek(0)
+            image, notes = dicom.open_dicom(stream, self.window, self._fits)
+            return self._shrunk(image.convert("RGB"), image.size, notes)
+        try:
+            return self._decoded(stream, draft)
+        except FedVLMError:
+            raise
+        except Exception:
+            stream.seek(0)
+            bare = without_metadata(stream.read())
+            if bare is None:
+                raise
+            return self._decoded(io.BytesIO(bare), draft)
+
+    def _decoded(self, stream: BinaryIO, draft: bool) -> Look:
+        image = self.identified(stream)
+        if image is None:
+            known = "a known format" if self.formats == FORMATS else "a format of data.formats"
+            raise DataError(f"not an image in {known}")
+        self._fits(image.size)
+        size = image.size
+        if draft:
+            image.draft("L", (1, 1))
+        elif self.max_pixels and size[0] * size[1] > self.max_pixels:
+            image.draft(None, _within(size, self.max_pixels))
+        image.load()
+        self._fits(image.size)  # some formats hold a picture of another size
+        return self._prepared(image, size)
+
+    def _fits(self, size: tuple[int, int], each: int = 3) -> None:
+        """Compares the size in the header with the limit."""
+        width, height = size
+        if width < 1 or height < 1:
+            raise DataError(f"it has {width} x {height} pixels")
+        if width * height * each > self.max_decoded << 20:
+            mib = -(-width * height * each >> 20)
+            raise Refused(
+                f"the image has {width} x {height} pixels, {mib} MiB when decoded, more than "
+                f"data.max_decoded={self.max_decoded}"
+            )
+
+    def _prepared(self, image: Image.Image, size: tuple[int, int] | None = None) -> Look:
+        notes: list[str] = []
+        image = _upright(image)
+        if image.mode.startswith(("I", "F")):
+            pixels, name = depth.eight_bits(np.asarray(image), self.window)
+            image = Image.fromarray(pixels)
+            notes.append(name)
+        return self._shrunk(_rgb(image), size or image.size, notes)
+
+    def _shrunk(self, image: Image.Image, size: tuple[int, int], notes: list[str]) -> Look:
+        limit = self.max_pixels
+        if limit is None or size[0] * size[1] <= limit:
+            return Look(image, notes)
+        if image.width * image.height > limit:
+            image = image.resize(_within(image.size, limit), Image.Resampling.LANCZOS)
+        return Look(image, [*notes, SHRUNK])
+
+
+def _within(size: tuple[int, int], limit: int) -> tuple[int, int]:
+    """The largest size of the same aspect with at most ``limit`` pixels."""
+    width, height = size
+    factor = (limit / (width * height)) ** 0.5
+    narrow = max(1, int(width * factor))
+    low = max(1, min(int(height * factor), limit // narrow))
+    return min(narrow, limit // low), low
+
+
+@contextmanager
+def _stream(value: Any) -> Iterator[tuple[BinaryIO, str]]:
+    """The encoded picture as an open file, and its name, if it has one."""
+    name = ""
+    if isinstance(value, Mapping):
+        content, name = value.get("bytes"), value.get("path") or ""
+        if content is None and not name:
+            raise DataError("there is no image: neither bytes nor a path")
+        value = content if content is not None else name
+    if isinstance(value, bytes | bytearray | memoryview):
+        yield io.BytesIO(value), str(name)
+    elif isinstance(value, str | Path):
+        # A pipe or a device would block, or never end.
+        if not stat.S_ISREG(os.stat(value).st_mode):
+            raise DataError(f"'{value}' is not a file")
+        with open(value, "rb") as handle:
+            yield handle, str(value)
+    else:
+        raise DataError(
+            f"an image is a dict with bytes or path, bytes or a path; got {value!r:.60}"
+        )
+
+
+def _upright(image: Image.Image) -> Image.Image:
+    """Applies the EXIF orientation, unless the metadata are broken."""
+    image.load()
+    try:
+        turn = _TURNS.get(image.getexif().get(_ORIENTATION, 1))
+    except Exception:
+        return image
+    return image if turn is None else image.transpose(turn)
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if not image.has_transparency_data:
+        return image.convert("RGB")
+    result = Image.new("RGB", image.size)
+    height = max(1, _STRIP // image.width)
+    for top in range(0, image.height, height):
+        box = (0, top, image.width, min(top + height, image.height))
+        strip = image.crop(box).convert("RGBA")
+        white = Image.new("RGBA", strip.size, (255, 255, 255, 255))
+        result.paste(Image.alpha_composite(white, strip).convert("RGB"), box)
+    return result
+
+
+def _reason(error: Exception) -> str:
+    if isinstance(error, FileNotFoundError):
+        return f"there is no file '{error.filename}'"
+    if isinstance(error, UnidentifiedImageError):
+        return cut(str(error))
+    return cut(f"{type(error).__name__}: {error}")
+
+
+def cut(text: str, most: int = _REASON) -> str:
+    """A text of one line and at most ``most`` characters."""
+    line = " ".join(text.split())
+    return line if len(line) <= most else line[: most - 1] + "…"
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return ""
+
+
+_initializing = threading.Lock()
+
+
+@cache
+def _openers(formats: tuple[str, ...]) -> list[tuple[Any, Any]]:
+    """Pillow's functions that open a format, and those that compare the first bytes, or None."""
+    with _initializing:  # Pillow registers its formats without a lock
+        Image.preinit()
+        Image.init()
+    known = [Image.OPEN[name] for name in Image.ID if name in formats]
+    return sorted(known, key=lambda pair: pair[1] is None)  # what accepts anything comes last
