@@ -91,6 +91,18 @@ def test_limits_hold_for_dicom_and_no_element_of_a_file_is_in_a_message(caplog):
     assert "DICOM is not one of data.formats" in reason(odd, formats=("PNG",))
 
 
+def test_a_compressed_file_is_read_or_named():
+    odd = dicom(np.zeros((4, 4), np.uint8))
+    for syntax in (
+        b"1.2.840.10008.1.2.4.80\0\0",
+        b"1.2.840.10008.1.2.1.99\0\0",
+    ):  # JPEG-LS, deflated
+        named = odd.replace(b"1.2.840.10008.1.2.1\0", syntax)
+        length = odd.index(b"1.2.840.10008.1.2.1\0") - 2
+        named = named[:length] + bytes([len(syntax) - 2, 0]) + named[length + 2 :]
+        assert "transfer syntax" in reason(named.replace(syntax, syntax[:-2]))
+
+
 def test_without_pydicom_the_message_has_the_command(monkeypatch):
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
     with pytest.raises(FedVLMError, match=r"pip install 'fedvlm\[dicom\]'"):

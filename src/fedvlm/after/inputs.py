@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import datasets
 from PIL import Image
 
 from fedvlm.data import folders
+from fedvlm.data.images import Checked
 from fedvlm.data.pictures import Pictures, cut
 from fedvlm.data.sources import load_rows
 from fedvlm.errors import DataError, FedVLMError
@@ -79,12 +81,12 @@ def from_images(
     pictures = Pictures.of(data)
     names = [str(i) if isinstance(i, str | Path) else f"image {k}" for k, i in enumerate(images)]
     broken: list[tuple[str, str]] = []
+    notes: Counter[str] = Counter()
     rows: dict[str, list[Any]] = {"image": [], "question": [], "name": []}
     for name, image in zip(names, images, strict=True):
         try:
             encoded = _encoded(image, pictures)
-            if not isinstance(image, Image.Image):
-                pictures.open(encoded)
+            notes.update(pictures.opened(encoded).notes)
         except DataError as error:
             broken.append((name, str(error)))
             continue
@@ -92,6 +94,7 @@ def from_images(
             rows[column].append(value)
     if broken:
         _refuse_or_report(broken, len(names), data.on_error)
+    Checked(notes=notes).report("the images")
     return datasets.Dataset.from_dict(
         rows,
         features=datasets.Features(

@@ -23,7 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from fedvlm import processes
-from fedvlm.data.pictures import SHRUNK, Pictures, Refused
+from fedvlm.data.pictures import AS_GIVEN, SHRUNK, Pictures, Refused
 from fedvlm.errors import DataError
 from fedvlm.version import __version__
 
@@ -57,16 +57,17 @@ class Checked:
 
     def report(self, name: str) -> None:
         """Logs once what was done to the pictures of the data set ``name``."""
-        deep = {note: n for note, n in self.notes.items() if note != SHRUNK}
         if self.notes[SHRUNK]:
-            logger.info("%s: %d pictures are %s", name, self.notes[SHRUNK], SHRUNK)
-        if deep:
-            listed = ", ".join(f"{note}: {n}" for note, n in sorted(deep.items()))
-            logger.warning(
-                "%s has pictures of more than 8 bits or several frames; docs/data.md describes how "
-                "they become 8 bits, and data.window sets one range for all. Pictures: %s",
+            logger.warning("%s: %d pictures are %s", name, self.notes[SHRUNK], SHRUNK)
+        done = {note: n for note, n in self.notes.items() if note != SHRUNK}
+        if done:
+            as_given = done.keys() <= set(AS_GIVEN)
+            logger.log(
+                logging.INFO if as_given else logging.WARNING,
+                "%s: pictures of more than 8 bits or several frames, by what was done to them "
+                "(docs/data.md; data.window sets one range for all): %s",
                 name,
-                listed,
+                ", ".join(f"{note}: {n}" for note, n in sorted(done.items())),
             )
 
 

@@ -7,6 +7,7 @@ Training, prediction and the check of a data set all call :meth:`Pictures.open` 
 from __future__ import annotations
 
 import io
+import logging
 import os
 import stat
 import threading
@@ -21,11 +22,13 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fedvlm.data import depth, dicom
+from fedvlm.data import depth, dicom, sixteen
 from fedvlm.data.metadata import without_metadata
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.settings.pictures import FORMATS
 from fedvlm.settings.sections import DataConfig
+
+logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors go to the terminal
 
 _RULES = 2  # number of this module's rules; a new one discards what was cached under older rules
 _REASON = 200  # most characters of a reason
@@ -41,6 +44,7 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 SHRUNK = "shrunk to data.max_pixels"
+AS_GIVEN = ("16 bits", "data.window", "the file's window", "the file's LUT")  # no guess
 
 
 class Refused(DataError):
@@ -97,8 +101,12 @@ class Pictures:
             DataError: the value is not a picture, does not decode, or a limit excludes it.
             FedVLMError: it is a DICOM file, and pydicom is not installed.
         """
+        return self.opened(value).image
+
+    def opened(self, value: Any) -> Look:
+        """As :meth:`open`, and with what was done to the picture."""
         try:
-            return self.look(value).image
+            return self.look(value)
         except Refused:
             raise
         except DataError as error:
@@ -170,8 +178,9 @@ class Pictures:
         except FedVLMError:
             raise
         except Exception:
+            size = stream.seek(0, io.SEEK_END)
             stream.seek(0)
-            bare = without_metadata(stream.read())
+            bare = without_metadata(stream.read()) if size <= self.max_decoded << 20 else None
             if bare is None:
                 raise
             return self._decoded(io.BytesIO(bare), draft)
@@ -182,13 +191,17 @@ class Pictures:
             known = "a known format" if self.formats == FORMATS else "a format of data.formats"
             raise DataError(f"not an image in {known}")
         self._fits(image.size)
-        size = image.size
+        size, raw = image.size, sixteen.raw_mode(image)
         if draft:
             image.draft("L", (1, 1))
         elif self.max_pixels and size[0] * size[1] > self.max_pixels:
             image.draft(None, _within(size, self.max_pixels))
         image.load()
         self._fits(image.size)  # some formats hold a picture of another size
+        if raw and sixteen.is_dark(image) and (again := self.identified(stream)):
+            sixteen.load_lower(again)
+            image, name = sixteen.by_content(_upright(image), _upright(again), raw)
+            return self._shrunk(_rgb(image), size, [name])
         return self._prepared(image, size)
 
     def _fits(self, size: tuple[int, int], each: int = 3) -> None:
