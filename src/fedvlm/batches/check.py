@@ -9,11 +9,14 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from PIL import Image
 
+from fedvlm import processes
 from fedvlm.batches.prompts import Prompter
+from fedvlm.data.pictures import Pictures
 from fedvlm.errors import DataError
 
 logger = logging.getLogger("fedvlm")
@@ -62,14 +65,18 @@ class Checker:
 
 def check_rows(
     rows: Any,
-    measure: Callable[[int], int],
+    prompter: Prompter,
+    pictures: Pictures,
+    roles: Sequence[str],
     told: Callable[[int, int], None],
 ) -> tuple[dict[int, str], dict[int, int]]:
     """Checks all rows.
 
     Args:
         rows: the rows.
-        measure: position of a row -> tokens that are cut off its answers; raises DataError.
+        prompter: the prompter of the model.
+        pictures: how pictures are opened.
+        roles: the columns with answers.
         told: called with the number of checked rows and of all rows.
 
     Returns:
@@ -77,14 +84,32 @@ def check_rows(
     """
     problems: dict[int, str] = {}
     cuts: dict[int, int] = {}
-    for index in range(len(rows)):
+    checker = Checker(prompter)
+
+    def size(index: int) -> tuple[int, int] | DataError:
         try:
-            if cut := measure(index):
-                cuts[index] = cut
+            return pictures.open(rows[index]["image"]).size
         except DataError as error:
-            problems[index] = str(error)
-        told(index + 1, len(rows))
+            return error
+
+    texts = rows.remove_columns("image")
+    with ThreadPoolExecutor(processes.cores()) as pool:
+        for index, found in enumerate(pool.map(size, range(len(rows)))):
+            try:
+                if isinstance(found, DataError):
+                    raise found
+                row = texts[index]
+                if cut := checker.cut(found, row["question"], answers_of(row, roles)):
+                    cuts[index] = cut
+            except DataError as error:
+                problems[index] = str(error)
+            told(index + 1, len(rows))
     return problems, cuts
+
+
+def answers_of(row: Mapping[str, Any], roles: Sequence[str]) -> list[str]:
+    """A row's answers; rows for prediction need none."""
+    return [row[role] for role in roles if row.get(role) is not None]
 
 
 def warn_of_cuts(cuts: Mapping[int, int], rows: Any) -> None:

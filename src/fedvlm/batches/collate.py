@@ -5,15 +5,13 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from functools import cached_property
 from typing import Any
 
 import torch
-from PIL.Image import Image
 from torch import Tensor
 
 from fedvlm.batches.ahead import Encoded, encode_ahead, fingerprint
-from fedvlm.batches.check import Checker, check_rows, warn_of_cuts
+from fedvlm.batches.check import answers_of, check_rows, warn_of_cuts
 from fedvlm.batches.objectives import IGNORE
 from fedvlm.batches.prompts import Features, Prompter
 from fedvlm.data.pictures import Pictures
@@ -87,20 +85,14 @@ class Collator:
                 self.rows, self._encode, key=key, budget=budget, told=encoded
             )
         if self._ahead is None:
-            problems, cuts = check_rows(self.rows, self._measure, checked)
+            problems, cuts = check_rows(
+                self.rows, self.prompter, self.pictures, self.roles, checked
+            )
         else:
             problems = {at: why for at, why in enumerate(self._ahead.problems) if why}
             cuts = {at: cut for at, cut in enumerate(self._ahead.cuts) if cut}
         warn_of_cuts(cuts, self.rows)
         return problems
-
-    @cached_property
-    def _checker(self) -> Checker:
-        return Checker(self.prompter)
-
-    def _measure(self, index: int) -> int:
-        image, question, answers = self._row(index)
-        return self._checker.cut(image.size, question, answers)
 
     def features(self, index: int) -> Features:
         """Row ``index``, encoded.
@@ -131,13 +123,9 @@ class Collator:
             raise DataError(f"row {self.rows[int(index)].get('row', index)}: {error}") from error
 
     def _encode(self, index: int) -> Features:
-        return self.prompter.encode(*self._row(index))
-
-    def _row(self, index: int) -> tuple[Image, str, list[str]]:
-        """A row's picture, its question, and its answers; rows for prediction need none."""
         row = self.rows[int(index)]
-        answers = [row[role] for role in self.roles if row.get(role) is not None]
-        return self.pictures.open(row["image"]), row["question"], answers
+        image = self.pictures.open(row["image"])
+        return self.prompter.encode(image, row["question"], answers_of(row, self.roles))
 
     def training(self, indices: Iterable[int]) -> dict[str, Tensor]:
         """Inputs and ``labels`` ``[batch, tokens]``, right-padded.
