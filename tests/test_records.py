@@ -276,6 +276,7 @@ def test_a_column_with_one_of_our_names_gets_a_free_one(tmp_path, name, kind):
     rows = load(write(tmp_path / f"a.{kind}", rows_of("ab", **more)))
     assert rows[f"source_{name}"][:] == ["other 0", "other 1"]
     assert rows[f"source_{name}_2"][:] == ["own 0", "own 1"]
+    load_rows(DataConfig(path=str(tmp_path / f"a.{kind}")), by=f"source_{name}_2")
 
 
 def test_a_column_that_cannot_name_clients_says_what_it_holds(tmp_path):
@@ -316,6 +317,17 @@ def test_files_of_other_kinds_in_the_folder_are_counted(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="fedvlm"):
         assert len(load(tmp_path)) == 2
     assert "read 1 files, such as 'a.parquet'; left out 1 .csv files" in warnings(caplog)
+
+
+def test_links_that_lead_nowhere_and_twins_of_a_file_are_no_rows(tmp_path, caplog):
+    write(tmp_path / "a.jsonl", rows_of("ab"))
+    (tmp_path / "again.jsonl").symlink_to("a.jsonl")
+    (tmp_path / "lost.jsonl").symlink_to("gone.jsonl")
+    (tmp_path / "round").symlink_to(tmp_path)
+    with caplog.at_level(logging.WARNING, logger="fedvlm"):
+        assert len(load(tmp_path)) == 2
+    assert "left out 1 links" in warnings(caplog)
+    assert "'lost.jsonl'" in warnings(caplog)
 
 
 # Embedded pictures

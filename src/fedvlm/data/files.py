@@ -25,7 +25,8 @@ def is_hidden(path: Path, root: Path) -> bool:
 def data_files(folder: Path) -> list[Path]:
     """Lists all files below a folder that are not hidden, sorted by path.
 
-    Links to folders are followed. A file that several links lead to is listed once.
+    Links to folders are followed. A file that several links lead to is listed once. A warning
+    counts links that lead nowhere.
     """
     found: list[Path] = []
     entered: set[str] = set()
@@ -42,14 +43,25 @@ def data_files(folder: Path) -> list[Path]:
     for path in sorted(found):
         if path.is_file():
             first.setdefault(os.path.realpath(path), path)
+    lost = [path for path in sorted(found) if not path.exists()]
+    if lost:
+        logger.warning(
+            "left out %d links below '%s' that lead nowhere, such as '%s'",
+            len(lost),
+            folder,
+            lost[0].name,
+        )
     return list(first.values())
 
 
 def report_left_out(chosen: Sequence[Path], files: Sequence[Path]) -> None:
     """Warns of files of rows that were left out, because files of another kind were read."""
-    others = set(files) - set(chosen)
+    same = chosen[0].suffix.lower()
+    splits = {path for path in files if path.suffix.lower() == same}  # of which one was chosen
+    if chosen[0].stem == "metadata":
+        splits = {path for path in splits if path.name == chosen[0].name}
+    others = [path for path in files if path not in {*chosen, *splits}]
     counts = Counter(p.suffix.lower() for p in others if p.suffix.lower() in SUFFIXES)
-    counts.pop(chosen[0].suffix.lower(), None)  # shards of other splits
     if counts:
         logger.warning(
             "read %d files, such as '%s'; left out %s in the same folder",
