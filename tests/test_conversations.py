@@ -1,5 +1,6 @@
 """Conversations become rows: one for every answer, with the turns before it as the question."""
 
+import base64
 import io
 import json
 import logging
@@ -176,3 +177,13 @@ def test_text_and_parts_and_paths_and_lists_may_be_mixed(tmp_path):
     records[0]["image"] = 3
     with pytest.raises(DataError, match=r"row 0: the conversation's image is 3, not bytes or a"):
         load(written(tmp_path, records, "other.json"))
+
+
+@pytest.mark.parametrize("form", ["base64", "numbers", "structure"])
+def test_embedded_pictures_of_json_conversations_are_read(tmp_path, form):
+    text = base64.b64encode(picture("blue")).decode()
+    shown = {"base64": text, "numbers": list(picture("blue")), "structure": {"bytes": text}}[form]
+    rows = load(written(tmp_path, [{"image": shown, "messages": CHAT, "_record": "own"}]))
+    assert open_image(rows[1]["image"]).getpixel((0, 0)) == (0, 0, 255)
+    assert rows["image_path"][:] == ["conversation 0"] * 2
+    assert rows["_record"][:] == ["own"] * 2

@@ -358,9 +358,10 @@ def test_pictures_as_text_or_as_numbers_become_bytes(tmp_path, form, kind):
 
 
 @pytest.mark.parametrize("kind", [pa.uint8(), pa.int64()])
-def test_pictures_as_typed_lists_become_bytes(tmp_path, kind):
+@pytest.mark.parametrize("many", [pa.list_, pa.large_list, pa.list_view])
+def test_pictures_as_typed_lists_become_bytes(tmp_path, kind, many):
     table = pa.Table.from_pylist(rows_of("ab"))
-    images = pa.array([list(picture("blue"))] * 2, pa.list_(kind))
+    images = pa.array([list(picture("blue"))] * 2, many(kind))
     write(tmp_path / "unused.csv", rows_of("a"))
     pq.write_table(table.set_column(0, "image", images), tmp_path / "a.parquet")
     assert load(tmp_path / "a.parquet")[1]["image"]["bytes"] == picture("blue")

@@ -24,7 +24,7 @@ import datasets
 import numpy as np
 
 from fedvlm.data.columns import is_scalar
-from fedvlm.data.embedded import is_numbers
+from fedvlm.data.embedded import is_embedded, is_numbers
 from fedvlm.settings.sections import Columns
 
 _COLUMNS = ("conversations", "messages")
@@ -123,7 +123,8 @@ def _rows_of(
         except ValueError as error:
             shown, pairs, problem = None, [("", "")], str(error)
         group = batch["image_path"][at] if "image_path" in batch else None
-        alone = shown if isinstance(shown, str) else f"conversation {number}"
+        is_path = isinstance(shown, str) and not is_embedded(shown)
+        alone = shown if is_path else f"conversation {number}"
         for question, answer in pairs:
             row = {name: batch[name][at] for name in kept}
             row["image_path"] = alone if group is None or group == "" else str(group)

@@ -61,6 +61,11 @@ def may_embed(feature: Any) -> bool:
     return _is_text(feature) or is_numbers(feature)
 
 
+def is_embedded(text: str) -> bool:
+    """Whether a text begins like a picture in base64 or a ``data:`` URI, and so is no path."""
+    return bool(_URI.match(text)) or _starts_like_a_picture(text[:_HEAD])
+
+
 def is_numbers(feature: Any) -> bool:
     """Whether a column of this type holds lists of whole numbers."""
     if not isinstance(feature, datasets.List | datasets.LargeList):

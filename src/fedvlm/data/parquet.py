@@ -123,7 +123,8 @@ def _open(file: Path) -> tuple[pq.ParquetFile, mmap.mmap]:
     with open(file, "rb") as handle:
         pages = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_READ)
     try:
-        return pq.ParquetFile(pa.BufferReader(pa.py_buffer(pages)), pre_buffer=False), pages
+        source = pa.BufferReader(pa.py_buffer(pages))
+        return pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True), pages
     except (pa.ArrowException, OSError) as error:
         raise DataError(f"cannot read '{file}' as parquet: {cut(error, 300)}") from None
 
@@ -278,6 +279,8 @@ def _cast_array(array: pa.Array, kind: pa.DataType) -> pa.Array:
     if isinstance(array, pa.DictionaryArray):
         return _cast_array(array.dictionary_decode(), kind)
     try:
-        return array.cast(kind)
+        if "list_view" not in str(array.type):  # whose cast by pyarrow is not valid
+            return array.cast(kind)
     except pa.ArrowNotImplementedError:  # a type inside a structure, or an encoding
-        return pa.array(array.to_pylist(), kind)
+        pass
+    return pa.array(array.to_pylist(), kind)
