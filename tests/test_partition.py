@@ -307,17 +307,20 @@ def test_rows_of_one_file_or_of_the_same_bytes_stay_in_one_split(form):
     assert shown_twice(make_partition(rows, config(kind="iid", clients=2)), shown) == 0
 
 
-def test_images_are_one_through_other_rows():
-    paths = ["a", "b", "b", "c", "d", "e", "f", "g"]
-    hashes = ["0", "0", "1", "1", "2", "3", "4", "5"]  # a = b by its bytes, b = c by its bytes
-    for seed in range(5):
-        partition = make_partition(
-            table(8, image_path=paths, image_hash=hashes),
-            config(seed, kind="iid", clients=1, min_rows=2),
-        )
-        (split,) = partition.splits.values()
-        parts = [{0, 1, 2, 3} & set(map(int, getattr(split, name))) for name in SPLITS]
-        assert sorted(map(len, parts)) == [0, 0, 4]
+def test_image_path_decides_and_equal_pictures_under_other_paths_are_counted(caplog):
+    paths = [f"{i}.png" for i in range(40)]
+    rows = table(40, image_path=paths)
+    equal = rows.add_column("image_hash", ["same"] * 40)
+    asked = config(kind="iid", clients=2)
+    assert make_partition(equal, asked) == make_partition(rows, asked)
+    assert "10 of 10 test rows show a picture that the same client trains on" in caplog.text
+
+
+def test_rows_without_a_path_are_grouped_by_their_bytes():
+    paths = [*[f"{i}.png" for i in range(20)], *[None] * 20]
+    shown = [*[f"h{i}" for i in range(20)], *[f"g{i // 4}" for i in range(20, 40)]]
+    rows = table(40, image_path=paths, image_hash=shown)
+    assert shown_twice(make_partition(rows, config(kind="iid", clients=2)), shown) == 0
 
 
 def test_different_images_are_split_as_if_there_were_no_hashes():

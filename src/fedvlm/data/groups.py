@@ -12,21 +12,25 @@ from fedvlm.data.labels import codes_of, values_of
 def image_groups(rows: datasets.Dataset) -> np.ndarray:
     """Numbers the rows; rows that share an image have the same number.
 
-    Rows share an image if they have the same ``image_path``, the same image file, or the same
-    ``image_hash``, directly or through other rows.
+    The column ``image_path`` is the source's own statement and decides where it has a value. Other
+    rows share an image if they have the same image file or the same bytes (``image_hash``).
     """
-    groups = np.arange(len(rows))
-    if "image_path" in rows.column_names:
-        as_text = rows.features["image_path"].dtype in TEXT
-        groups = _alone_where_missing(values_of(rows, "image_path"), as_text)
+    known = same_pictures(rows)
+    if "image_path" not in rows.column_names:
+        return _as_first(np.arange(len(rows)), known)
+    paths = values_of(rows, "image_path")
+    groups = _alone_where_missing(paths, rows.features["image_path"].dtype in TEXT)
+    return _as_first(groups, np.where(paths == "", known, ""))
+
+
+def same_pictures(rows: datasets.Dataset) -> np.ndarray:
+    """For each row, a text that equal pictures share; empty if it is not known."""
     if "image_hash" in rows.column_names:
-        groups = _united(groups, _alone_where_missing(values_of(rows, "image_hash")))
-    elif "image" in rows.column_names:
-        groups = _united(groups, _alone_where_missing(_image_files(rows)))
-    return groups
+        return values_of(rows, "image_hash")
+    return _image_files(rows) if "image" in rows.column_names else np.full(len(rows), "")
 
 
-def _alone_where_missing(values: np.ndarray, as_text: bool = True) -> np.ndarray:
+def _alone_where_missing(values: np.ndarray, as_text: bool) -> np.ndarray:
     codes = codes_of(values, as_text=as_text)[0]
     return np.where(values == "", codes.max() + 1 + np.arange(len(values)), codes)
 
@@ -42,15 +46,7 @@ def _image_files(rows: datasets.Dataset) -> np.ndarray:
     return np.array(paths, dtype=object)
 
 
-def _united(groups: np.ndarray, others: np.ndarray) -> np.ndarray:
-    """Joins the groups that share a number of ``others``; a joined group has its lowest number."""
-    others = np.unique(others, return_inverse=True)[1]
-    joined = groups
-    while True:
-        least = np.full(others.max() + 1, joined.max())
-        np.minimum.at(least, others, joined)
-        renamed = np.arange(joined.max() + 1)
-        np.minimum.at(renamed, joined, least[others])
-        if np.array_equal(renamed[joined], joined):
-            return joined
-        joined = renamed[joined]
+def _as_first(groups: np.ndarray, pictures: np.ndarray) -> np.ndarray:
+    """Gives the rows of one picture the group of the first of them; ``pictures`` may be empty."""
+    _, first, place = np.unique(pictures.astype(str), return_index=True, return_inverse=True)
+    return np.where(pictures == "", groups, groups[first][place])

@@ -19,7 +19,7 @@ import numpy as np
 from fedvlm.data import assign, explicit
 from fedvlm.data.clusters import check_installed, cluster_codes
 from fedvlm.data.columns import TEXT, cut, is_scalar, kind_of, listed
-from fedvlm.data.groups import image_groups
+from fedvlm.data.groups import image_groups, same_pictures
 from fedvlm.data.labels import binned_codes, codes_of, values_of
 from fedvlm.data.skew import Skew, frequent, measure
 from fedvlm.errors import DataError
@@ -173,10 +173,10 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
     equal counts), or ``partition.clusters`` of the answers.
 
     A client needs ``partition.min_rows`` rows, and at least two: one to train and one to test. Rows
-    that share an image stay together inside a client: rows with the same ``image_path``, the same
-    file, or the same bytes. Images have the same random rank in all clients, so that most images
-    land in the same split everywhere. If ``partition.splits`` is ``alone``, a client's split
-    depends on its own rows only.
+    that share an image stay together inside a client: rows with the same ``image_path``, or without
+    this column the same file or the same bytes. Images have the same random rank in all clients, so
+    that most images land in the same split everywhere. If ``partition.splits`` is ``alone``, a
+    client's split depends on its own rows only.
 
     The result depends only on the rows, the sections ``data`` and ``partition``, and ``seed``.
 
@@ -216,6 +216,8 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
             order = _rng(config.seed, "split").permutation(own.max() + 1)
         splits[name] = _split(name, part, order[own], own, config)
     _warn_of_shared_images(splits, groups)
+    if "image_path" in rows.column_names:
+        _warn_of_equal_pictures(splits, same_pictures(rows))
     often = frequent(codes, list(parts.values()), len(names))
     skew = dict(zip(parts, measure(codes, list(parts.values()), names, often), strict=True))
     return Partition(kind, label, tuple(parts), splits, skew, tuple(names[i] for i in often))
@@ -380,4 +382,18 @@ def _warn_of_shared_images(splits: Mapping[str, Split], groups: np.ndarray) -> N
             "%d of %d test rows show an image that another client trains on",
             shared,
             len(tested),
+        )
+
+
+def _warn_of_equal_pictures(splits: Mapping[str, Split], pictures: np.ndarray) -> None:
+    """Warns of pictures that ``image_path`` calls different."""
+    tested = [np.isin(pictures[s.test], pictures[s.train]) for s in splits.values()]
+    known = [pictures[s.test] != "" for s in splits.values()]
+    equal = int((np.concatenate(tested) & np.concatenate(known)).sum())
+    if equal:
+        logger.warning(
+            "%d of %d test rows show a picture that the same client trains on under another "
+            "image_path: give equal pictures one image_path",
+            equal,
+            sum(map(len, tested)),
         )
