@@ -8,6 +8,8 @@ import struct
 import time
 from typing import Any
 
+from fedvlm.documents import read_json
+
 HEADER = 2**24  # bytes of the largest header
 BLOB = 2**31  # bytes of the largest body
 _SIZES = struct.Struct(">IQ")
@@ -48,14 +50,19 @@ def receive(sock: socket.socket, limit: float | None = None) -> Message:
     """Waits for one message, at most ``limit`` seconds.
 
     Raises:
-        Closed: the other end is gone, or it sent no message.
+        Closed: the other end is gone, or it sent no message: too large, or no JSON mapping.
         TimeoutError: no whole message arrived in time.
     """
     until = None if limit is None else time.monotonic() + limit
     sizes = _SIZES.unpack(_exactly(sock, _SIZES.size, until))
     if sizes[0] > HEADER or sizes[1] > BLOB:
         raise Closed(f"announced sizes of {sizes[0]} and {sizes[1]} bytes: this is no message")
-    header = json.loads(_exactly(sock, sizes[0], until))
+    try:
+        header = read_json(_exactly(sock, sizes[0], until).decode(), "the header", HEADER)
+    except ValueError as error:
+        raise Closed(f"this is no message: {error}") from None
+    if not isinstance(header, dict):
+        raise Closed("this is no message: the header is no mapping")
     return header, _exactly(sock, sizes[1], until)
 
 

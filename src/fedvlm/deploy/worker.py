@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm.deploy.frames import Closed, Message, receive, send
-from fedvlm.errors import DataError, FedVLMError
+from fedvlm.errors import DataError, FedVLMError, shown
 
 logger = logging.getLogger("fedvlm")
 
@@ -138,7 +138,9 @@ def _kind(asked: dict[str, Any], *kinds: Any) -> Any:
 
 def _plain(name: Any) -> str:
     """Returns the name of a file, and refuses a path."""
-    if not isinstance(name, str) or not name or set(name) - _ALLOWED or name.startswith("."):
+    if not isinstance(name, str) or not 0 < len(name) <= 200:
+        raise FedVLMError(f"{shown(name)} is no file name of 1 to 200 characters")
+    if set(name) - _ALLOWED or name.startswith("."):
         raise FedVLMError(f"{name!r:.60} is no file name of letters, digits, '-', '_' and '.'")
     return name
 
