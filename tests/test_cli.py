@@ -278,3 +278,54 @@ def test_no_source_file_is_longer_than_400_lines():
         if (n := len(p.read_text().splitlines())) > 400
     }
     assert not long
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "said"),
+    [
+        (OSError(28, "No space left on device", "x" * 9000), 2, "error: No space left on device"),
+        (MemoryError(), 2, "error: MemoryError"),
+        (RecursionError("too deep"), 2, "error: RecursionError: too deep"),
+        (UnicodeEncodeError("ascii", "é", 0, 1, "no"), 2, "error: UnicodeEncodeError"),
+        (BrokenPipeError(), 1, ""),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_of_the_machine_are_one_line(error, code, said, capsys, monkeypatch):
+    def fail(*_):
+        raise error
+
+    monkeypatch.setattr("fedvlm.cli.app.parse", fail)
+    out = sys.stdout
+    found, _, errors = call(capsys, monkeypatch, "run")
+    monkeypatch.setattr(sys, "stdout", out)
+    assert found == code
+    assert errors.startswith(said)
+    assert errors.count("\n") == (1 if said else 0)
+    assert len(errors) < 2100
+
+
+def test_a_defect_keeps_its_traceback_and_is_called_one(capsys, monkeypatch):
+    monkeypatch.setattr("fedvlm.cli.app.parse", lambda words: 1 / 0)
+    code, _, errors = call(capsys, monkeypatch, "run")
+    assert code == 1
+    assert "ZeroDivisionError" in errors
+    assert errors.endswith("this is a defect of fedvlm; please report it with these lines\n")
+
+
+@pytest.mark.parametrize(
+    "words", [["run", "--no\x1b[2J" + "x" * 9000], ["x" * 9000], ["run", "x" * 9000], ["run", "\0"]]
+)
+def test_odd_words_give_one_short_message(words, capsys, monkeypatch):
+    code, _, errors = call(capsys, monkeypatch, *words)
+    assert code == 2
+    assert len(errors) < 2300
+    assert "\x1b" not in errors
+    assert "Traceback" not in errors
+
+
+def test_escape_sequences_of_data_do_not_reach_the_terminal(capsys, monkeypatch):
+    code, _, errors = call(capsys, monkeypatch, "run", "train.lr=\x1b[2J", "\udcff=1")
+    assert code == 2
+    assert "\\x1b[2J" in errors
+    assert "\x1b" not in errors

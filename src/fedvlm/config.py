@@ -139,6 +139,9 @@ def read(source: Source = None, *overrides: str) -> tuple[dict[str, Any], list[s
             problems.append(f"{shown(text)} is not of the form key=value, such as train.rounds=20")
             continue
         key = key.strip()
+        if not documents.whole(key):
+            problems.append(f"{shown(key)} is no key: it holds half a character")
+            continue
         known, value = len(problems), plain(value_of(value), problems, key)
         if len(problems) == known:
             problems.extend(_assign(tree, key, value))

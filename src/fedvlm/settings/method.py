@@ -41,12 +41,13 @@ def _kinds(section: type[Section], name: str) -> frozenset[Any]:
     """The types and the literal values that a setting and what is inside it may have."""
 
     def flat(kind: Any) -> set[Any]:
-        inside = get_args(kind)
-        if get_origin(kind) is Annotated:
-            inside = inside[:1]
-        if get_origin(kind) is dict:
-            inside = inside[1:]
-        return set().union(*map(flat, inside)) if inside else {kind}
+        inside, outer = get_args(kind), get_origin(kind)
+        if outer is Annotated:
+            return flat(inside[0])
+        if outer is dict:
+            return {dict} | flat(inside[1])
+        own = {list} if outer is list else set()
+        return own.union(*map(flat, inside)) if inside else {kind}
 
     return frozenset(flat(section.model_fields[name].annotation))
 
@@ -57,12 +58,12 @@ def _typed(given: Any, kinds: frozenset[Any]) -> Any:
     if not numeric:
         return given
     if isinstance(given, dict):
-        return {k: _typed(v, kinds) for k, v in given.items()}
+        return {k: _typed(v, kinds - {dict}) for k, v in given.items()}
     if isinstance(given, list):
-        return [_typed(v, kinds) for v in given]
+        return [_typed(v, kinds - {dict, list}) for v in given]
     if isinstance(given, bool) and bool not in kinds:
         raise ValueError("it must be a number, not a truth value")
-    if isinstance(given, str) and not kinds & {str, bool, given}:
+    if isinstance(given, str) and not kinds & {str, bool, dict, list, given}:
         found = documents.number(given)
         if found is None:
             raise ValueError("it must be a number such as 8 or 1e-3, without leading zeros or '_'")
