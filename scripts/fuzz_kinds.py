@@ -93,7 +93,7 @@ def _as_written(config: Any, key: str, value: str) -> None:
     if isinstance(found, str) and not quoted and key.strip() != "algorithm.name" and found != text:
         raise Wrong(f"{key}={value!r} became the text {found!r}")
     number = isinstance(found, int | float) and not isinstance(found, bool)
-    if number and not quoted and (type(meant) not in (int, float) or meant != found):
+    if number and not quoted and (type(meant) not in (int, float) or float(meant) != found):
         raise Wrong(f"{key}={value!r} became the number {found!r}")
 
 

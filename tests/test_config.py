@@ -207,6 +207,15 @@ def test_many_mistakes_and_long_values_give_a_short_message():
     assert "\x1b" not in text
 
 
+@pytest.mark.parametrize("pattern", ["(", "a{99999999999999999999}", "(" * 5000 + ")" * 5000])
+def test_a_pattern_that_cannot_be_read_is_refused_with_all_other_mistakes(pattern):
+    for tree in ({"lora": {"target": pattern}}, {"lora": {"ranks": {pattern: 2}}}):
+        found = problems("seed=-1", source=tree)
+        assert len(found) == 2
+        assert any("regular expression" in text for text in found)
+    assert "regular expression" in problems(source={"algorithm": {"share": {pattern: "A"}}})[0]
+
+
 # Settings from Python
 
 

@@ -67,7 +67,7 @@ def _condition(text: str) -> Callable[[str], bool]:
         return lambda name: int(first) <= _layer(name) <= top
     try:
         compiled = re.compile(text)
-    except re.error as error:
+    except (re.error, OverflowError, RecursionError) as error:
         raise ValueError(f"'{text}' is no regular expression: {error}") from None
     return lambda name: bool(compiled.search(name))
 

@@ -127,7 +127,7 @@ def targets(model: nn.Module, target: str) -> list[str]:
     else:
         try:
             pattern = re.compile(target)
-        except re.error as error:
+        except (re.error, OverflowError, RecursionError) as error:
             raise FedVLMError(
                 f"lora.target: '{target}' is neither one of {', '.join(PRESETS)} nor a regular "
                 f"expression: {error}"

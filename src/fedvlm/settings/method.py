@@ -9,6 +9,7 @@ from typing import Annotated, Any, Literal, get_args, get_origin
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedvlm import documents
+from fedvlm.errors import shown
 
 LARGEST = 2**53  # of whole numbers: larger ones are no exact floats, and no length of anything
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -71,6 +72,18 @@ def _typed(given: Any, kinds: frozenset[Any]) -> Any:
     return given
 
 
+def check_pattern(pattern: str) -> None:
+    """Refuses a text that is no regular expression.
+
+    Raises:
+        ValueError: with the reason.
+    """
+    try:
+        re.compile(pattern)
+    except (re.error, OverflowError, RecursionError) as error:
+        raise ValueError(f"{shown(pattern)} is no regular expression: {error}") from None
+
+
 class LoraConfig(Section):
     """LoRA on the frozen model (Hu et al., arXiv 2106.09685), attached by PEFT."""
 
@@ -92,13 +105,16 @@ class LoraConfig(Section):
         "or a regular expression over module names",
     )
 
+    @field_validator("target")
+    @classmethod
+    def _target_can_be_read(cls, target: str) -> str:
+        check_pattern(target)  # a preset is a regular expression too
+        return target
+
     @model_validator(mode="after")
     def _ranks_fit(self) -> LoraConfig:
         for pattern, rank in (self.ranks or {}).items():
-            try:
-                re.compile(pattern)
-            except re.error as error:
-                raise ValueError(f"'{pattern}' is no regular expression: {error}") from None
+            check_pattern(pattern)
             if rank > self.rank:
                 raise ValueError(
                     f"ranks: '{pattern}' has rank {rank}, more than lora.rank={self.rank}, the "
