@@ -178,6 +178,8 @@ model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=DTYPE).eval()
 
 _ASK = """\
 prompt = QUESTION
+if not processor.chat_template and "image" in str(processor.tokenizer.chat_template):
+    processor.chat_template = processor.tokenizer.chat_template
 if processor.chat_template:
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     turn = [{"role": "user", "content": content}]

@@ -17,13 +17,13 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedvlm import processes
 from fedvlm.errors import FedVLMError
+from fedvlm.models.folder import ADAPTER, check_folder, cut, refuse_adapter, refused
 from fedvlm.models.names import refuse_foreign_release, refuse_own_code
-from fedvlm.models.processors import load_processor
+from fedvlm.models.processors import load_processor, read_json
 from fedvlm.settings.sections import ModelConfig
 
 ASSETS = Path(__file__).parents[1] / "assets"
 BUNDLED = {"tiny": ASSETS / "tiny"}
-UNLOADABLE = (OSError, ValueError, ImportError, KeyError, RuntimeError)
 
 
 @dataclass(frozen=True)
@@ -44,22 +44,25 @@ def load_model(config: ModelConfig) -> Loaded:
             model needs custom code or lacks weights, or a setting is not available here.
     """
     device = pick_device(config.device)
-    source, local = _found(config)
+    source, local = _found(config, weights=True)
     quantized = quantization(config.quantization, device)
     from transformers import AutoModelForImageTextToText
 
     try:
+        architecture = _architecture(source, local)
         processor = load_processor(source, local)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source,
-            config=_architecture(source, local),
+            config=architecture,
             dtype=getattr(torch, config.dtype),
             local_files_only=local,
             trust_remote_code=False,
             output_loading_info=True,
             **quantized,
         )
-    except UNLOADABLE as error:
+    except FedVLMError:
+        raise
+    except Exception as error:  # damaged files end in errors of any kind
         raise FedVLMError(_why(config.name, local, error)) from error
     model, report = loaded
     _check_weights(config.name, model, report)
@@ -85,7 +88,7 @@ def load_shapes(config: ModelConfig) -> Any:
             ``OSError`` if the hub did not provide that file.
     """
     device = pick_device(config.device)
-    source, local = _found(config)
+    source, local = _found(config, weights=False)
     quantization(config.quantization, device)
     from transformers import AutoModelForImageTextToText
 
@@ -96,28 +99,38 @@ def load_shapes(config: ModelConfig) -> Any:
                 dtype=getattr(torch, config.dtype),
                 trust_remote_code=False,
             )
-    except UNLOADABLE as error:
+    except FedVLMError:
+        raise
+    except Exception as error:  # damaged files end in errors of any kind
         raise FedVLMError(_why(config.name, local, error)) from error
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return model.requires_grad_(False)
 
 
-def _found(config: ModelConfig) -> tuple[str, bool]:
-    """As :func:`locate`; refuses a local model with custom code, and quiets transformers."""
+def _found(config: ModelConfig, weights: bool) -> tuple[str, bool]:
+    """As :func:`locate`; refuses what the files alone show, and quiets transformers."""
     source, local = locate(config.name)
     if local:
+        check_folder(source, weights=weights)
         refuse_own_code(source)
     quiet_transformers()
     return source, local
 
 
 def _architecture(source: str, local: bool) -> Any:
-    from transformers import AutoConfig
+    from transformers import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING, AutoConfig
 
+    if not local:
+        refuse_adapter(source, read_json(source, ADAPTER, local))
     architecture = AutoConfig.from_pretrained(
         source, local_files_only=local, trust_remote_code=False
     )
+    if type(architecture) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
+        raise ValueError(
+            f"it holds a '{cut(architecture.model_type)}' model, which does not write texts about "
+            "images"
+        )
     without_dropout(architecture)
     return architecture
 
@@ -231,7 +244,7 @@ def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise FedVLMError(
-            f"model.name: '{name}' lacks {len(missing)} weights of {type(model).__name__} "
+            f"model.name: '{cut(name)}' lacks {len(missing)} weights of {type(model).__name__} "
             f"({', '.join(missing[:3])}{more}), which would be random; use a checkpoint with all "
             "weights in transformers' own format"
         )
@@ -239,7 +252,7 @@ def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
     if unexpected:
         logging.getLogger("fedvlm").warning(
             "%s: %d weights are not used by %s (%s, ...)",
-            name, len(unexpected), type(model).__name__, ", ".join(unexpected[:3]),
+            cut(name), len(unexpected), type(model).__name__, cut(", ".join(unexpected[:3])),
         )  # fmt: skip
 
 
@@ -247,11 +260,14 @@ def locate(name: str) -> tuple[str, bool]:
     """Locates a model's files: (folder or hub name, whether it is local)."""
     if name in BUNDLED:
         return str(BUNDLED[name]), True
-    if Path(name).is_dir():
+    if os.path.isdir(name):
         return name, True
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or Path(name).exists():
+    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name):
+        why = " (it is a file)" if os.path.isfile(name) else ""
+        why = " (write the path in full, without ~)" if name.startswith("~") else why
         raise FedVLMError(
-            f"model.name: there is no model folder '{name}'; give a folder with config.json and "
+            f"model.name: there is no model folder '{cut(name)}'{why}; give a folder with "
+            "config.json and "
             "weights, a hub name such as HuggingFaceTB/SmolVLM-256M-Instruct, or 'tiny'"
         )
     refuse_foreign_release(name)
@@ -307,14 +323,16 @@ def quiet_transformers() -> None:
 
 
 def _why(name: str, local: bool, error: Exception) -> str:
-    reason = str(error).strip().splitlines()[0][:300] if str(error).strip() else repr(error)
+    reason = cut(" ".join(str(error).split()) or repr(error))
+    if not isinstance(error, OSError | ValueError | RuntimeError | ImportError):
+        reason = cut(f"{type(error).__name__}: {reason}")  # a bare name, such as a missing key
+    if "ignore_mismatched_sizes" in str(error):
+        reason = "its weights have other shapes than its config.json asks for"
     if "trust_remote_code" in str(error):
         reason = "it needs custom code, which fedvlm does not run"
     if local:
-        return (
-            f"model.name: the folder '{name}' does not load as a vision-language model: {reason}; "
-            "it must hold the files that save_pretrained writes for the model and its processor"
-        )
+        return str(refused(name, reason))
+    name = cut(name)
     return (
         f"model.name: '{name}' is neither a local folder nor available from the Hugging Face hub: "
         f"{reason}\n    Without a connection, download it elsewhere (hf download {name} "

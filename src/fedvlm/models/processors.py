@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import logging
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -18,6 +19,9 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm.errors import FedVLMError
+from fedvlm.models.folder import cut
+
+logger = logging.getLogger("fedvlm")
 
 VIDEO = "video_processor"
 _FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config.json")
@@ -26,9 +30,69 @@ _FILES = ("processor_config.json", "preprocessor_config.json", "tokenizer_config
 def load_processor(source: str, local: bool) -> Any:
     """The processor of a folder or hub model, as ``AutoProcessor`` finds it.
 
+    A processor without a chat template gets the tokenizer's, if that names the image.
+
     Raises:
-        OSError, ValueError, ImportError, KeyError: as ``AutoProcessor`` does.
+        ValueError: there is no tokenizer or no image processor.
+        Exception: as ``AutoProcessor`` does.
     """
+    processor = _processor(source, local)
+    for part in ("tokenizer", "image_processor"):
+        if getattr(processor, part, None) is None:
+            raise ValueError(f"it has no {part.replace('_', ' ')}: its files are missing")
+    choose_template(processor, source)
+    return processor
+
+
+def choose_template(processor: Any, source: str) -> None:
+    """Gives a processor without a chat template the one of its tokenizer, if that fits.
+
+    A template fits if a turn with one image gives exactly one image token. A template that is not
+    used is named in a warning, so that nobody serves a model with prompts that it was not trained
+    on.
+    """
+    own = getattr(processor, "chat_template", None)
+    other = getattr(processor.tokenizer, "chat_template", None)
+    if not other or other == own or str(other).strip() == str(own).strip():
+        return
+    why = _unfit(processor, other)
+    if own and not why:
+        logger.warning(
+            "%s: the processor and the tokenizer have different chat templates; "
+            "the processor's is used",
+            cut(source),
+        )
+    elif not own and not why:
+        processor.chat_template = other
+    elif not own:
+        logger.warning(
+            "%s: the tokenizer's chat template is not used: %s. The prompt has the form for models "
+            "without a template; a chat template of the processor would be used",
+            cut(source),
+            why,
+        )
+
+
+def _unfit(processor: Any, template: Any) -> str:
+    """Why a template does not fit a processor; empty if it fits."""
+    content = [{"type": "image"}, {"type": "text", "text": "?"}]
+    try:
+        text = processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            chat_template=template["default"] if isinstance(template, dict) else template,
+            add_generation_prompt=True,
+            tokenize=False,
+        )
+    except Exception as error:  # a template is a program, and may fail in any way
+        return f"it does not take a turn with an image ({cut(error)})"
+    names = (getattr(processor, n, None) for n in ("image_token", "boi_token"))
+    tokens = {str(token) for token in names if token}
+    if any(text.count(token) == 1 for token in tokens):
+        return ""
+    return f"for a turn with an image, it does not give one image token ({cut(sorted(tokens))})"
+
+
+def _processor(source: str, local: bool) -> Any:
     from transformers import AutoProcessor
 
     base = processor_class(source, local)
@@ -80,7 +144,7 @@ def processor_class(source: str, local: bool) -> Any:
     """The processor class that a checkpoint names, else the one of its configuration class."""
     import transformers
 
-    names = [_read(source, file, local).get("processor_class") for file in _FILES]
+    names = [read_json(source, file, local).get("processor_class") for file in _FILES]
     for name in filter(None, names):
         return getattr(transformers, name, None)
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
@@ -131,12 +195,13 @@ def num2words_or_none(base: Any) -> Iterator[None]:
 
 def _video_config(source: str, local: bool) -> dict[str, Any] | None:
     """A checkpoint's video settings, from the files in which transformers looks for them."""
-    whole = _read(source, "processor_config.json", local).get(VIDEO)
+    whole = read_json(source, "processor_config.json", local).get(VIDEO)
     files = ("video_preprocessor_config.json", "preprocessor_config.json")
-    return whole or next(filter(None, (_read(source, f, local) for f in files)), None)
+    return whole or next(filter(None, (read_json(source, f, local) for f in files)), None)
 
 
-def _read(source: str, file: str, local: bool) -> dict[str, Any]:
+def read_json(source: str, file: str, local: bool) -> dict[str, Any]:
+    """A JSON object from a file of a folder or a hub model; empty without this file."""
     from transformers.utils import cached_file
 
     found = cached_file(
@@ -147,4 +212,7 @@ def _read(source: str, file: str, local: bool) -> dict[str, Any]:
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,
     )
-    return {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    document = {} if found is None else json.loads(Path(found).read_text(encoding="utf-8"))
+    if not isinstance(document, dict):
+        raise ValueError(f"its {file} must hold a JSON object")
+    return document

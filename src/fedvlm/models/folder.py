@@ -1,0 +1,161 @@
+"""Checks of a model's folder that need no weights in memory: its files, and what they name."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from fedvlm.errors import FedVLMError
+
+ADAPTER = "adapter_config.json"
+WEIGHTS = ("model.safetensors", "pytorch_model.bin")
+DOCUMENTS = (
+    "config.json",
+    "generation_config.json",
+    "processor_config.json",
+    "preprocessor_config.json",
+    "video_preprocessor_config.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "chat_template.json",
+    "tokenizer.json",
+)
+MOST_SHOWN = 200  # characters of a name or a reason in a message
+
+
+def check_folder(folder: str, *, weights: bool = True) -> None:
+    """Refuses a folder that cannot be a whole model, and says what is wrong with it.
+
+    It reads the JSON files and the heads of the weights. A changed byte within the weights shows
+    only in a digest, so it is not found.
+
+    Args:
+        folder: the path of the folder.
+        weights: the folder must have weights.
+
+    Raises:
+        FedVLMError: the folder cannot be read, holds an adapter, lacks a file, or holds a damaged
+            file.
+    """
+    try:
+        files = set(os.listdir(folder))
+    except OSError as error:
+        raise refused(folder, f"it cannot be read ({error.strerror})") from error
+    if ADAPTER in files:
+        raise _adapter(folder, alone="config.json" not in files)
+    if "config.json" not in files:
+        raise refused(folder, "it has no config.json")
+    for file in DOCUMENTS:
+        if file in files:
+            document = _document(folder, file)
+            if file == "config.json" and not isinstance(document.get("model_type"), str):
+                raise refused(folder, "its config.json names no model_type")
+    for file in _weights(folder, files) if weights else ():
+        _check_weights(folder, file)
+
+
+def refuse_adapter(name: str, config: dict[str, Any] | None) -> None:
+    """Refuses a hub model with an adapter beside it, which transformers would add to the model.
+
+    Args:
+        name: the hub name.
+        config: the content of its ``adapter_config.json``; empty or None without this file.
+    """
+    if config:
+        base = cut(config.get("base_model_name_or_path"))
+        raise FedVLMError(
+            f"model.name: '{cut(name)}' holds an adapter (of the base model '{base}'): use that "
+            "base model, or a whole model with the adapter merged into it"
+        )
+
+
+def refused(folder: str, why: str) -> FedVLMError:
+    """The error for a folder that does not load."""
+    return FedVLMError(
+        f"model.name: the folder '{cut(folder)}' does not load as a vision-language model: {why}; "
+        "it must hold the files that save_pretrained writes for the model and its processor"
+    )
+
+
+def cut(value: Any) -> str:
+    """A value in one line of a message, cut."""
+    text = "".join(c if c.isprintable() else "?" for c in str(value))
+    return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 1] + "…"
+
+
+def _adapter(folder: str, alone: bool) -> FedVLMError:
+    try:
+        base = cut(_document(folder, ADAPTER).get("base_model_name_or_path"))
+    except FedVLMError:
+        base = "unknown"
+    if alone:
+        return FedVLMError(
+            f"model.name: '{cut(folder)}' is an adapter and no whole model; its base model is "
+            f"'{base}': use that, or merge the adapter into it (fedvlm export --merge)"
+        )
+    return FedVLMError(
+        f"model.name: '{cut(folder)}' holds an adapter beside the model ({ADAPTER}, of the base "
+        f"model '{base}'), and transformers would add it to the model; merge it (fedvlm export "
+        "--merge) or remove its files"
+    )
+
+
+def _document(folder: str, file: str) -> dict[str, Any]:
+    """A JSON object from a file of the folder."""
+    try:
+        document = json.loads((Path(folder) / file).read_text(encoding="utf-8"))
+    except OSError as error:
+        raise refused(folder, f"its {file} cannot be read ({error.strerror})") from error
+    except (ValueError, RecursionError) as error:
+        raise refused(folder, f"its {file} is no JSON ({cut(error)})") from error
+    if not isinstance(document, dict):
+        kind = type(document).__name__
+        raise refused(folder, f"its {file} must hold a JSON object, but it holds a {kind}")
+    return document
+
+
+def _weights(folder: str, files: set[str]) -> list[str]:
+    """The names of the files with weights, relative to the folder."""
+    for whole in WEIGHTS:
+        if whole in files:
+            return [whole]
+        index = f"{whole}.index.json"
+        if index not in files:
+            continue
+        shards = _document(folder, index).get("weight_map")
+        if not isinstance(shards, dict) or not shards:
+            raise refused(folder, f"its {index} has no weight_map")
+        found = {str(shard): shard for shard in shards.values()}
+        for name, shard in found.items():
+            if not isinstance(shard, str) or not _inside(shard):
+                raise refused(folder, f"its {index} names '{cut(name)}', a file outside of it")
+            if not os.path.isfile(os.path.join(folder, shard)):
+                raise refused(folder, f"it has no '{cut(name)}', which its {index} names")
+        return sorted(found)
+    if any(f.endswith((".h5", ".msgpack", ".gguf")) for f in files):
+        raise refused(folder, "its weights are not in PyTorch's or safetensors' format")
+    raise refused(folder, f"it has no weights ({' or '.join(WEIGHTS)}, or an index of several)")
+
+
+def _inside(name: str) -> bool:
+    """Whether a relative path stays in its folder, and is a path at all."""
+    plain = os.path.normpath(name.replace("\\", "/"))
+    return "\0" not in name and not os.path.isabs(plain) and plain.split("/")[0] not in ("..", ".")
+
+
+def _check_weights(folder: str, file: str) -> None:
+    """Refuses a file of weights that is empty, or cut, as its head shows."""
+    from safetensors import SafetensorError, safe_open
+
+    path = os.path.join(folder, file)
+    try:
+        if not os.path.isfile(path) or os.path.getsize(path) == 0:
+            raise refused(folder, f"its {cut(file)} is empty or no file")
+        if file.endswith(".safetensors"):
+            with safe_open(path, framework="pt"):
+                pass
+    except (OSError, SafetensorError) as error:
+        raise refused(folder, f"its {cut(file)} is damaged or cut ({cut(error)})") from error
