@@ -8,7 +8,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedvlm.intervals import few_rows, plain, scored
+from fedvlm.intervals import few_rows, plain, scored, scored_parts
 from fedvlm.metrics import METRICS, _percent, number
 
 if TYPE_CHECKING:
@@ -135,17 +135,18 @@ def print_comparison(comparison: Comparison) -> None:
         f"{METRICS[metric].head} on every client's own test rows, {seeds} seed{'s' * (seeds > 1)}"
     )
     out = Table(title=title)
-    out.add_column("algorithm", style="bold")
+    out.add_column("algorithm", style="bold", no_wrap=True)
     heads = ["personal model", "mean over rows", "worst 10 %", "global model", "sent up", "time"]
     heads += ["over lora", "over lora+ft"]
     for head in heads:
-        out.add_column(head, justify="right")
+        out.add_column(head, justify="right", overflow="fold")
     for row in rows:
         error, low, high = (row[k] for k in ("standard_error", "personal_low", "personal_high"))
-        mean = scored(metric, row["personal"], None if low is None else (low, high))
+        bounds = None if low is None else (low, high)
+        mean = "\n".join(scored_parts(metric, row["personal"], bounds))
         mean += f" ± {100 * error:.1f}" if error is not None else ""
         out.add_row(
-            row["algorithm"],
+            escape(plain(row["algorithm"])),
             mean,
             number(metric, row["personal_rows"]),
             _percent(row["worst10"]),
@@ -160,7 +161,7 @@ def print_comparison(comparison: Comparison) -> None:
     console = console_for_tables()
     console.print(out)
     console.print(
-        "personal model: mean over clients · in brackets: 95 % interval over clients · "
+        "personal model: mean over clients, below it the 95 % interval over clients · "
         "± standard error over seeds · sent up: all clients, all rounds · "
         f"plot and tables: {comparison.folder}/comparison.png, .csv, .json",
         highlight=False,
