@@ -5,6 +5,7 @@ import zlib
 import datasets
 import numpy as np
 import pytest
+import yaml
 from PIL import Image
 
 from fedvlm import config as configs
@@ -56,6 +57,11 @@ def test_a_window_maps_its_range_and_leaves_eight_bits_alone():
     grey = noise(mode="L")
     assert np.array_equal(np.asarray(Pictures(window=(0.0, 9.0)).open(encode(grey)))[..., 0], grey)
     assert configs.load({}, "data.window=[-160,240]").data.window == (-160, 240)
+    kept = configs.dump(configs.load({}, "data.window=[-160,240]"))
+    assert configs.load(yaml.safe_load(kept)).data.window == (-160, 240)
+    for wrong in (5, [1], "a"):
+        with pytest.raises(ConfigError, match=r"window is \[low, high\]"):
+            configs.load({"data": {"window": wrong}})
     with pytest.raises(ConfigError, match="low below high"):
         configs.load({"data": {"window": [5, 5]}})
 

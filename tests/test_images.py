@@ -297,6 +297,16 @@ def test_rows_have_the_hash_of_their_pictures_bytes_in_every_form(tmp_path):
     assert "mine" in [rows[0][n] for n in rows.column_names if n.startswith("source_")]
 
 
+def test_paths_are_relative_to_the_file_beside_embedded_pictures_too(tmp_path):
+    (tmp_path / "a.png").write_bytes(encode(noise()))
+    pictures = [{"bytes": encode(noise((5, 5))), "path": "b.png"}, {"bytes": None, "path": "a.png"}]
+    table = {"image": pictures, "question": ["What?"] * 2, "chosen": ["It."] * 2}
+    datasets.Dataset.from_dict(table).to_parquet(tmp_path / "a.parquet")
+    rows = load_rows(DataConfig(path=str(tmp_path / "a.parquet")), 0)
+    assert [open_image(row["image"]).size for row in rows] == [(5, 5), (24, 18)]
+    assert rows[0]["image"]["path"] == "b.png"
+
+
 def test_a_sample_keeps_its_rows_hashes_and_does_not_copy_pictures(tmp_path):
     contents = [encode(Image.new("RGB", (9, 9), (i, 0, 0))) for i in range(30)]
     table = {"image": contents, "question": ["What?"] * 30, "chosen": ["It."] * 30}

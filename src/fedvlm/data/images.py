@@ -27,7 +27,7 @@ from fedvlm.data.pictures import AS_GIVEN, SHRUNK, Pictures, Refused
 from fedvlm.errors import DataError
 from fedvlm.version import __version__
 
-__all__ = ["Checked", "check_pictures", "open_image", "with_hashes"]
+__all__ = ["Checked", "check_pictures", "open_image", "with_absolute_paths", "with_hashes"]
 
 logger = logging.getLogger("fedvlm")
 
@@ -127,6 +127,17 @@ def with_hashes(rows: datasets.Dataset, hashes: list[str]) -> datasets.Dataset:
     rows = rows.add_column(name, hashes, new_fingerprint=mark.hexdigest())
     rows = rows.select_columns(names)  # add_column forgets their order
     return rows if sample is None else rows.select(sample.column(0).to_numpy())
+
+
+def with_absolute_paths(images: pa.StructArray, root: Path) -> pa.StructArray:
+    """Makes the paths of the pictures absolute that are not embedded; copies no picture."""
+    contents, paths = images.field("bytes"), images.field("path").to_pylist()
+    absolute = [
+        str(root / path) if path and not content.is_valid else path
+        for content, path in zip(contents, paths, strict=True)
+    ]
+    columns = [contents, pa.array(absolute, pa.string())]
+    return pa.StructArray.from_arrays(columns, ["bytes", "path"], mask=images.is_null())
 
 
 def _threads() -> int:

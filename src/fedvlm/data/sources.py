@@ -20,6 +20,7 @@ from typing import Any
 import datasets
 import huggingface_hub
 import numpy as np
+import pyarrow as pa
 import pyarrow.compute as pc
 
 from fedvlm.data import parquet, records
@@ -36,7 +37,7 @@ from fedvlm.data.columns import (
 from fedvlm.data.conversations import flatten, holds_conversations
 from fedvlm.data.embedded import with_bytes
 from fedvlm.data.files import SUFFIXES, data_files, report_left_out
-from fedvlm.data.images import check_pictures, open_image, with_hashes
+from fedvlm.data.images import check_pictures, open_image, with_absolute_paths, with_hashes
 from fedvlm.data.pictures import Pictures
 from fedvlm.data.records import Check
 from fedvlm.data.unusable import without
@@ -307,12 +308,15 @@ def _encoded(rows: datasets.Dataset, root: Path) -> datasets.Dataset:
     """Casts images to ``{"bytes", "path"}`` without decoding, and makes the paths absolute."""
     rows = rows.cast_column("image", datasets.Image(decode=False))
     images = rows.with_format("arrow")["image"][:]
-    if pc.all(pc.is_null(pc.struct_field(images, "bytes"))).as_py():
+    embedded = pc.is_valid(pc.struct_field(images, "bytes"))
+    if not pc.any(embedded).as_py():
         paths = pc.struct_field(images, "path").to_pylist()
         absolute = [str(root / path) if path else None for path in paths]
         rows = _replace(rows, "image", absolute)
-        rows = rows.cast_column("image", datasets.Image(decode=False))
-    return rows
+    elif pc.any(pc.and_not(pc.is_valid(pc.struct_field(images, "path")), embedded)).as_py():
+        chunks = [with_absolute_paths(chunk, root) for chunk in images.chunks]
+        rows = _replace(rows, "image", pa.chunked_array(chunks))
+    return rows.cast_column("image", datasets.Image(decode=False))
 
 
 # Rows: the sample, and the rows that cannot be used.

@@ -30,6 +30,13 @@ def _known(names: list[str]) -> list[str]:
     return upper
 
 
+def _pair(given: object) -> object:
+    pair = _listed(given)
+    if not isinstance(pair, list | tuple) or len(pair) != 2:
+        raise ValueError(f"window is [low, high], such as [-160, 240]; got {given!r:.60}")
+    return pair
+
+
 def _ordered(window: tuple[float, float]) -> tuple[float, float]:
     low, high = window
     if low >= high:
@@ -40,4 +47,4 @@ def _ordered(window: tuple[float, float]) -> tuple[float, float]:
 
 
 Formats = Annotated[list[str], BeforeValidator(_listed), AfterValidator(_known)]
-Window = Annotated[tuple[float, float], BeforeValidator(_listed), AfterValidator(_ordered)]
+Window = Annotated[tuple[float, float], BeforeValidator(_pair), AfterValidator(_ordered)]
