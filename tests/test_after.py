@@ -1,13 +1,19 @@
 """The commands after training: what they refuse, with which message."""
 
+import os
+
 import pytest
 
 import fedvlm
+from fedvlm.after import export
 from fedvlm.after.opened import open_run
+from fedvlm.config import load
 from fedvlm.errors import FedVLMError
+from fedvlm.rounds.located import located
+from fedvlm.store import sealed
 from fedvlm.store.files import load_tree
 from test_cli import call
-from test_federate import Stop
+from test_federate import Stop, bytes_of
 from test_florence import folder as florence  # noqa: F401 - a fixture
 
 COMMANDS = {
@@ -52,7 +58,7 @@ def test_what_was_trained_cannot_be_set_otherwise(finished_run):
 
 def test_an_adapter_that_is_gone_is_named(own_run):
     (own_run / "adapters" / "global" / "adapter_model.safetensors").unlink()
-    with pytest.raises(FedVLMError, match=r"file of the run is missing: .*global/adapter_model"):
+    with pytest.raises(FedVLMError, match=r"global/adapter_model\.safetensors' is missing"):
         fedvlm.export(own_run)
 
 
@@ -81,6 +87,9 @@ def test_layers_that_the_run_left_out_stay_without_lora(own_run):
     path = own_run / "adapters" / "global" / "adapter_model.safetensors"
     whole = load_tree(path)
     save_file({n: t for n, t in whole.items() if "vision" not in n}, path)
+    table = sealed.read(own_run / "table.json")
+    table["files"] |= sealed.digests(own_run, ["adapters/global/adapter_model.safetensors"])
+    sealed.write(own_run / "table.json", table)
     run = open_run(own_run)
     assert 0 < len(run.initial) < len(whole)
     assert not [n for n in run.initial if "vision" in n]
@@ -119,3 +128,130 @@ def test_the_commands_in_the_document_exist_with_their_options():
     for words in ours:
         options = {o for p in known[words[1]].params for o in p.opts}
         assert {w for w in words if w.startswith("--")} <= options, words
+
+
+# What a command reads, it does not overwrite
+
+
+@pytest.fixture
+def questions(tmp_path):
+    """A file of questions in a folder of its own."""
+    path = tmp_path / "asked" / "q.jsonl"
+    path.parent.mkdir()
+    path.write_text('{"image": "0.png", "question": "What?"}\n')
+    return path
+
+
+def links_to(path, folder):
+    """The same file under other names: relative, through links, and as a hard link."""
+    (folder / "soft.jsonl").symlink_to(path)
+    os.link(path, folder / "hard.jsonl")
+    (folder / "linked").symlink_to(path.parent)
+    return [
+        path,
+        path.parent / ".." / path.parent.name / path.name,
+        folder / "soft.jsonl",
+        folder / "hard.jsonl",
+        folder / "linked" / path.name,
+    ]
+
+
+def test_an_output_that_is_an_input_is_refused_before_any_work(
+    finished_run, questions, tmp_path, capsys, monkeypatch
+):
+    before = questions.read_bytes()
+    for out in links_to(questions, tmp_path):
+        for words in (
+            ("predict", str(finished_run), str(questions), "--global"),
+            ("evaluate", str(finished_run), "--data", str(questions)),
+        ):
+            code, _, errors = call(capsys, monkeypatch, *words, "--out", str(out))
+            assert (code, "is the file that is read" in errors) == (2, True), (words, out)
+    code, _, errors = call(
+        *(capsys, monkeypatch, "predict", str(finished_run), str(questions.parent), "What?"),
+        *("--global", "--out", str(tmp_path / "linked" / "new" / "a.jsonl")),
+    )
+    assert code == 2
+    assert "is in the folder that is read" in errors
+    assert questions.read_bytes() == before
+
+
+@pytest.mark.parametrize(
+    "name", ["table.json", "TABLE.json", "metrics.jsonl", "answers/new.jsonl", "adapters/a/b.csv"]
+)
+def test_an_output_that_belongs_to_a_run_is_refused(
+    name, own_run, questions, tmp_path, capsys, monkeypatch
+):
+    (tmp_path / "other").symlink_to(own_run)
+    before = bytes_of(own_run)
+    for folder in (own_run, tmp_path / "other"):
+        for words in (
+            ("predict", str(own_run), str(questions), "--global", "--out", str(folder / name)),
+            ("evaluate", str(own_run), "--data", str(questions), "--out", str(folder / name)),
+            ("export", str(own_run), "--global", "--to", str(folder / name)),
+        ):
+            code, _, errors = call(capsys, monkeypatch, *words)
+            assert code == 2
+            assert "of the run in" in errors
+    assert bytes_of(own_run) == before
+
+
+def test_an_own_file_in_the_runs_folder_may_be_written(own_run, new_rows):
+    for _ in range(2):  # the second time, the file exists
+        fedvlm.evaluate(
+            own_run, new_rows / "site.parquet", clients=["site-0"], untuned=False, max_rows=1,
+            out=own_run / "scores.json",
+        )  # fmt: skip
+    assert fedvlm.export(own_run, to=own_run / "export" / "mine") == own_run / "export" / "mine"
+
+
+def test_a_base_model_that_has_moved_is_asked_for(own_run, tmp_path):
+    run = open_run(own_run, f"model.name={tmp_path / 'gone'}")
+    with pytest.raises(FedVLMError, match=r"not at '.*gone' any more; .*model\.name=FOLDER"):
+        export.write_export(run, None, False, tmp_path / "new")
+    assert not (tmp_path / "new").exists()
+
+
+def test_the_paths_of_a_run_are_absolute_and_names_of_the_hub_stay(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "base").mkdir()
+    (tmp_path / "tiny").mkdir()
+    (tmp_path / "rows.jsonl").touch()
+    mine = located(load(None, "model.name=base", "data.path=rows.jsonl"))
+    assert (mine.model.name, mine.data.path) == (
+        str(tmp_path / "base"),
+        str(tmp_path / "rows.jsonl"),
+    )
+    assert located(mine) == mine
+    for name in ("tiny", "HuggingFaceTB/SmolVLM-256M-Instruct"):
+        hub = load(None, f"model.name={name}", "data.path=openbmb/RLAIF-V-Dataset")
+        assert located(hub) == hub
+
+
+def test_a_folder_with_other_files_is_no_output_of_a_comparison(small, tmp_path):
+    small["output"] = str(tmp_path)
+    (tmp_path / "comparison.csv").write_text("mine")
+    with pytest.raises(FedVLMError, match=r"comparison\.csv' exists and is of no comparison"):
+        fedvlm.compare(["lora"], small)
+    assert (tmp_path / "comparison.csv").read_text() == "mine"
+
+
+def test_pictures_are_drawn_again_from_the_files(own_run, capsys, monkeypatch, pictures):
+    for name in ("partition.png", "curves.png"):
+        (own_run / name).unlink(missing_ok=True)
+    with pictures():
+        code, text, errors = call(capsys, monkeypatch, "plot", str(own_run))
+    assert (code, errors) == (0, "")
+    assert text.split() == [str(own_run / name) for name in ("partition.png", "curves.png")]
+    assert all((own_run / name).stat().st_size for name in ("partition.png", "curves.png"))
+    comparison = own_run.parent / "comparison"
+    comparison.mkdir()
+    own_run.rename(comparison / "plora-seed-0")
+    (comparison / "comparison.json").write_text('[{"algorithm": "plora"}]')
+    code, text, errors = call(capsys, monkeypatch, "plot", str(comparison))
+    assert (code, errors) == (0, "")
+    assert text.split() == [str(comparison / "comparison.png")]
+    assert (comparison / "comparison.png").stat().st_size
+    code, _, errors = call(capsys, monkeypatch, "plot", str(own_run.parent))
+    assert code == 2
+    assert "holds no run and no comparison" in errors

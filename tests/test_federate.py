@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+import fedvlm
 from fedvlm.algorithms.base import Visit
 from fedvlm.algorithms.table import build, taken
 from fedvlm.batches.draw import Length, batches
@@ -49,10 +50,18 @@ def bytes_of(folder):
     """File -> digest, without the files that differ between equal runs."""
     skipped = {".lock", "timing.jsonl", "config.yaml"}
     return {
-        str(p.relative_to(folder)): sha256(p.read_bytes()).hexdigest()
+        str(p.relative_to(folder)): sha256(_content(p)).hexdigest()
         for p in sorted(Path(folder).rglob("*"))
         if p.is_file() and p.name not in skipped
     }
+
+
+def _content(path):
+    """The bytes of a file. The digest of config.yaml, which holds the run's folder, is left out."""
+    if path.name != "checkpoint.json":
+        return path.read_bytes()
+    content = json.loads(path.read_bytes())
+    return repr(content | {"seal": "", "files": content["files"] | {"config.yaml": ""}}).encode()
 
 
 def without_pictures(files):
@@ -316,13 +325,47 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(small, finishe
     assert bytes_of(folder) == bytes_of(finished["plora"].folder)
 
 
-def test_other_data_are_not_resumed(small):
+def _saved(folder, change=lambda frame: frame):
+    """A parquet file of scenes, changed."""
+    frame = fedvlm.scenes(style="mixed", sites=3, rows=16).to_pandas()
+    change(frame).to_parquet(folder / "rows.parquet", index=False)
+    return {"path": str(folder / "rows.parquet"), "columns": {"answer": "chosen"}}
+
+
+def _other_questions(frame):
+    return frame.assign(question=[f"{q} " + "Please." for q in frame["question"]])
+
+
+def _other_pictures(frame):
+    return frame.assign(image=[frame["image"][0]] * len(frame))
+
+
+CHANGES = {
+    "differ in question": _other_questions,
+    "differ in image": _other_pictures,
+    "there are 44 rows, and there were 48": lambda frame: frame.head(44),
+}
+
+
+def test_other_data_are_not_resumed(small, tmp_path, monkeypatch):
+    small["data"] = _saved(tmp_path)
+    small["partition"] |= {"kind": "iid", "clients": 3}
     with pytest.raises(KeyboardInterrupt):
         federate.run(small, progress=Stop(1))
-    path = Path(small["output"]) / "partition.json"
-    path.write_text(path.read_text().replace("0", "1", 1))
-    with pytest.raises(FedVLMError, match="the data have changed"):
-        federate.resume(small["output"])
+    for said, change in CHANGES.items():
+        _saved(tmp_path, change)
+        with pytest.raises(FedVLMError, match=f"not what they were when the run .*{said}"):
+            federate.resume(small["output"])
+    _saved(tmp_path)
+    with pytest.raises(KeyboardInterrupt):
+        federate.resume(small["output"], progress=Stop(0))
+
+
+def test_a_folder_inside_the_data_is_no_output(small, tmp_path):
+    small["data"] = {"path": str(tmp_path)}
+    with pytest.raises(FedVLMError, match=r"lies in data\.path"):
+        federate.run(small)
+    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_folder_without_a_run_cannot_be_resumed(tmp_path):

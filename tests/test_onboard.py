@@ -1,6 +1,5 @@
 """A site joins after training: what is trained, what is compared, what stays unchanged."""
 
-import json
 import sys
 
 import pandas as pd
@@ -17,6 +16,7 @@ from fedvlm.errors import FedVLMError
 from fedvlm.models import lora
 from fedvlm.models.load import load_model
 from fedvlm.settings.sections import LoraConfig
+from fedvlm.store import sealed
 from fedvlm.store.files import load_tree
 from fedvlm.store.run import Store
 from fedvlm.tree import digest, factor
@@ -60,7 +60,9 @@ def test_the_personal_model_is_compared_with_the_alternatives(joined, new_rows):
     losses = {m: s["loss"] for m, s in site.scores.items()}
     assert len(set(losses.values())) == 4
     assert losses["personal"] < losses["shared"], "tuning helps on this site"
-    assert json.loads((site.folder / "scores.json").read_text()) == site.table
+    told = sealed.read(site.folder / "scores.json")
+    assert set(told.pop("files")) >= {"adapter_model.safetensors", "adapter_config.json"}
+    assert told == site.table
     assert site.table["steps"] == 6, "as many as a client of the run: 2 rounds of 3"
     rows = pd.read_parquet(new_rows / "site.parquet")
     assert sum(site.table["rows"].values()) == len(rows)
@@ -189,6 +191,9 @@ def test_the_rows_need_no_column_that_the_run_was_partitioned_by(own_run, new_ro
     config = own_run / "config.yaml"
     text = config.read_text().replace("kind: auto", "kind: column")
     config.write_text(text.replace("column: null", "column: site"))
+    checkpoint = sealed.read(own_run / "checkpoint.json")
+    checkpoint["files"] |= sealed.digests(own_run, ["config.yaml"])
+    sealed.write(own_run / "checkpoint.json", checkpoint)
     frame = pd.read_parquet(new_rows / "site.parquet").drop(columns=["site"])
     frame.to_parquet(tmp_path / "bare.parquet", index=False)
     site = fedvlm.onboard(own_run, tmp_path / "bare.parquet", steps=1)

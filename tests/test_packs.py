@@ -237,12 +237,13 @@ def test_the_disk_holds_a_round_before_the_checkpoint_names_it(tmp_path, monkeyp
 
 WRITERS = """
 import os, random, sys, torch
-from fedvlm.store.run import Store
+from fedvlm.store.run import Store, is_run
 
 def write(folder):
     store = Store(folder)
     with store.locked():
-        store.create({"config.yaml": "{}"})
+        if not is_run(folder):
+            store.create({"config.yaml": "{}"})
         store.rewind()
         first = -1 if store.finished() is None else store.finished()
         print(os.getpid(), flush=True)

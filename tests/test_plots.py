@@ -5,12 +5,17 @@ from __future__ import annotations
 import math
 import subprocess
 import sys
+import warnings
 from itertools import pairwise
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from matplotlib.text import Text
 from PIL import Image
 
 from fedvlm.errors import FedVLMError
+from fedvlm.figures import style
 from fedvlm.figures.plots import figure_comparison, figure_run, plot_comparison, plot_run
 from fedvlm.figures.series import client_names, last_scores, worst_tenth
 from fedvlm.metrics import standard_error, summarize
@@ -187,3 +192,51 @@ def test_matplotlib_is_imported_only_to_draw():
     code = "import sys, fedvlm.figures.plots; print('matplotlib' in sys.modules)"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "False"
+
+
+ODD = [
+    "$5 and $6",
+    r"\frac{1",
+    "a_b^c $x^",
+    "_hidden",
+    "%d {0}",
+    "line\nline\x00\x1b[31m\tend",
+    "x" * 10_000,
+    "שלום مرحبا",
+    "一只狗",
+    "\ud800",
+    "",
+]
+
+
+@pytest.mark.parametrize("name", ODD)
+def test_any_text_can_name_a_client_an_algorithm_and_a_run(tmp_path, name):
+    lines = [metrics_line(k, {name: 0.1 * k, "b": 0.2}) for k in range(2)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        plot_run(lines, tmp_path / "run.png", name)
+        plot_comparison({name: [lines], "lora": [run(0.2)]}, tmp_path / "both.png", name)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["both.png", "run.png"]
+
+
+def test_names_are_shown_as_text_in_ticks_legends_and_titles():
+    figure = figure_run([metrics_line(0, {"$a_b^c$": 0.1})], "$x^2$ and \\frac")
+    assert figure.get_suptitle() == "$x^2$ and \\frac"
+    (tick,) = figure.axes[1].get_xticklabels()
+    assert tick.get_text() == "$a_b^c$"
+    texts = [text for text in figure.findobj(Text) if "$" in text.get_text()]
+    assert len(texts) >= 2
+    assert not any(text.get_parse_math() for text in texts)
+    curves, summary, heat, _ = figure_comparison({"_mine": [run(0.4)]}, "hidden?").axes
+    assert "_mine" in [text.get_text().strip() for text in curves.get_legend().get_texts()]
+    assert "_mine" in [tick.get_text() for tick in summary.get_yticklabels()]
+    assert "_mine" in [tick.get_text() for tick in heat.get_yticklabels()]
+
+
+@given(st.text(max_size=60))
+@settings(max_examples=20, deadline=None)
+def test_the_text_of_a_figure_is_short_and_printable(name):
+    shown = style.text(name * 3)
+    assert len(shown) <= 24
+    assert all(c.isprintable() or c == "\ufffd" for c in shown)
+    shown.encode()

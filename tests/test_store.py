@@ -3,9 +3,12 @@
 import json
 import threading
 import time
+import unicodedata
 
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fedvlm
 from fedvlm.errors import FedVLMError
@@ -93,6 +96,30 @@ def test_client_folders_are_distinct_and_safe():
     assert len(set(names.values())) == 7
     assert all("/" not in n and n not in ("", ".", "..") and len(n) < 100 for n in names.values())
     assert list(slugs(["a", "a-2", "a ", "a  "]).values()) == ["a", "a-2", "a-3", "a-4"]
+    assert list(slugs(["Site", "site", "SITE-2"]).values()) == ["Site", "site-2", "SITE-2-2"]
+    three = "只" * 80
+    assert slugs([three]) == {three: three}, "240 bytes fit"
+
+
+NAMES = st.text(st.characters(), max_size=120) | st.sampled_from("𠮷𠮟aAßé").map(lambda c: c * 90)
+
+
+@given(st.lists(NAMES, unique=True, max_size=12))
+@settings(max_examples=40, deadline=None)
+def test_any_names_give_distinct_folders_that_the_disk_takes(tmp_path_factory, names):
+    folder = tmp_path_factory.mktemp("names")
+    found = slugs(names)
+    assert list(found) == names
+    same = {unicodedata.normalize("NFC", name).casefold() for name in found.values()}
+    assert len(same) == len(names)
+    for name in found.values():
+        for whole in (
+            f"client-{name}",
+            f"{name}-merged",
+            f".client-{name}.tmp",
+            f".{name}-merged.tmp",
+        ):
+            (folder / whole).mkdir()
 
 
 def test_a_folder_that_holds_a_run_says_how_to_go_on(store):

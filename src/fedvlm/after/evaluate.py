@@ -71,12 +71,12 @@ def evaluate(
     """
     from fedvlm.data.sources import load_rows
 
+    check_out(out, data)
     run = open_run(folder, *overrides)
     every = clients is None and not global_
     names = tuple(clients or ((*run.clients, *run.onboarded) if every else ()))
     for name in names:
         run.adapter_folder(name)
-    check_out(out)
     config = on_new_data(run.config, data, max_rows)
     rows = run.usable(load_rows(config.data, config.seed, pairs=run.pairs))
     models = run.chosen(names, global_=global_ or every, untuned=untuned, every=False)

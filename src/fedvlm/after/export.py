@@ -10,9 +10,10 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm.after import card
+from fedvlm.after.inputs import refuse_run
 from fedvlm.after.opened import GLOBAL, WEIGHTS, Opened, label, open_run
 from fedvlm.errors import FedVLMError
-from fedvlm.store import files
+from fedvlm.store import files, sealed
 from fedvlm.tree import Tree
 
 # Largest change of a logit by merging, as a share of the largest logit. Measured on the bundled
@@ -50,6 +51,8 @@ def export(
         FedVLMError: the run is not finished, there is no such client, the folder is not empty, or
             the merged model's logits differ from the adapter's.
     """
+    if to is not None:
+        refuse_run("--to", Path(to))
     run = open_run(folder, *overrides)
     target = Path(to) if to is not None else default_target(run, client, merge)
     return write_export(run, client, merge, target)
@@ -65,6 +68,8 @@ def export_many(
     to: str | Path | None = None,
 ) -> list[Path]:
     """Exports several models, each into a folder within ``to``. See :func:`export`."""
+    if to is not None:
+        refuse_run("--to", Path(to))
     run = open_run(folder, *overrides)
     chosen: list[str | None] = list(dict.fromkeys(clients))
     if every:
@@ -85,8 +90,8 @@ def export_many(
 
 def default_target(run: Opened, client: str | None, merge: bool) -> Path:
     """``RUN/export/NAME``, with a name that is safe for a folder."""
-    names = [label(c) for c in (*run.partition.clients, *run.onboarded)]
-    slug = GLOBAL if client is None else files.slugs(names).get(label(client), "client")
+    names = [GLOBAL, *(label(c) for c in (*run.partition.clients, *run.onboarded))]
+    slug = files.slugs(names).get(GLOBAL if client is None else label(client), "client")
     return run.folder / "export" / (slug + "-merged" * merge)
 
 
@@ -107,7 +112,7 @@ def write_export(run: Opened, client: str | None, merge: bool, target: Path) -> 
         loading = card.filled(loading, run.config)
         parts: Any = {"base": base, "tree": tree, "loading": loading, "merged": merge}
         if client is not None and client in run.onboarded:
-            told = json.loads((source / "scores.json").read_text(encoding="utf-8"))
+            told = sealed.read(source / "scores.json")
             text = card.of_site(run, told, **parts)
         else:
             text = card.of_run(run, client, **parts)
@@ -116,10 +121,20 @@ def write_export(run: Opened, client: str | None, merge: bool, target: Path) -> 
 
 
 def base_name(name: str) -> str:
-    """The base model's name for readers: a hub name unchanged, else an absolute path."""
+    """The base model's name for readers: a hub name unchanged, else an absolute path.
+
+    Raises:
+        FedVLMError: the name is a path, and there is no such folder.
+    """
     from fedvlm.models.load import locate
 
-    where, local = locate(name)
+    try:
+        where, local = locate(name)
+    except FedVLMError as error:
+        raise FedVLMError(
+            f"the base model of the run is not at '{name}' any more; give its place with "
+            "--set model.name=FOLDER"
+        ) from error
     return str(Path(where).expanduser().resolve()) if local else where
 
 

@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import logging
+import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -21,6 +22,7 @@ from fedvlm.data.sources import load_rows
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.settings.sections import DataConfig
 from fedvlm.store.files import write_bytes
+from fedvlm.store.run import belongs
 
 logger = logging.getLogger("fedvlm")
 
@@ -135,19 +137,60 @@ def _encoded(image: Any, pictures: Pictures) -> dict[str, Any]:
 # -- files of answers and scores
 
 
-def check_out(out: str | Path | None) -> None:
-    """Refuses a file that cannot be written, before any work is done.
+def check_out(out: str | Path | None, *inputs: Any) -> None:
+    """Refuses a file that cannot be written or must not be, before any work is done.
+
+    Args:
+        out: the file to write; None: none.
+        inputs: files and folders that the command reads; other values are left out.
 
     Raises:
-        FedVLMError: the format is not known, or ``out`` is a folder.
+        FedVLMError: the format is not known; ``out`` is a folder, an input, in a folder of inputs,
+            or a file of a run.
     """
     if out is None:
         return
     path = Path(out)
+    refuse_inputs("--out", path, *inputs)
     if path.suffix.lower() not in FORMATS:
         raise FedVLMError(f"--out '{path}' must end in {', '.join(FORMATS)}")
     if path.is_dir():
         raise FedVLMError(f"--out '{path}' is a folder; give a file in it")
+
+
+def refuse_run(option: str, path: Path) -> None:
+    """Refuses an output that is a file of a run, or is in a folder of a run, except ``export``.
+
+    Raises:
+        FedVLMError: names the run.
+    """
+    if owner := belongs(path):
+        raise FedVLMError(
+            f"{option} '{path}' is a file or folder of the run in '{owner}'; choose another place"
+        )
+
+
+def refuse_inputs(option: str, path: Path, *inputs: Any) -> None:
+    """Refuses an output that is an input or in a folder of inputs, or that belongs to a run.
+
+    Links are followed. Case is ignored where the disk ignores it.
+
+    Raises:
+        FedVLMError: names the input or the run.
+    """
+    refuse_run(option, path)
+    parents = [Path(os.path.realpath(path)), *Path(os.path.realpath(path)).parents]
+    for given in inputs:
+        source = Path(given).expanduser() if isinstance(given, str | Path) else None
+        if source is None or not source.exists():
+            continue
+        if path.exists() and path.samefile(source):
+            raise FedVLMError(f"{option} '{path}' is the file that is read; choose another one")
+        if source.is_dir() and any(p.exists() and p.samefile(source) for p in parents):
+            raise FedVLMError(
+                f"{option} '{path}' is in the folder that is read, '{source}', and would be "
+                "read there later; choose another place"
+            )
 
 
 def write_table(rows: list[dict[str, Any]], out: str | Path) -> Path:
@@ -156,9 +199,8 @@ def write_table(rows: list[dict[str, Any]], out: str | Path) -> Path:
     The file is written atomically.
 
     Raises:
-        FedVLMError: as :func:`check_out`, or the file cannot be written.
+        FedVLMError: the file cannot be written.
     """
-    check_out(out)
     path = Path(out)
     suffix = path.suffix.lower()
     text = io.StringIO()

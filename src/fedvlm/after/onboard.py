@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ from typing import Any
 from fedvlm import config as configs
 from fedvlm.after import card, export
 from fedvlm.after.evaluate import on_new_data
-from fedvlm.after.opened import ONBOARDED, Opened, open_run
+from fedvlm.after.opened import ONBOARDED, SCORES, Opened, open_run
 from fedvlm.algorithms.base import Algorithm, Averaged, Local, Program, Sent, Visit
 from fedvlm.algorithms.dry import rehearse
 from fedvlm.algorithms.tuning import averages, best, stretches
@@ -23,7 +22,7 @@ from fedvlm.intervals import intervals
 from fedvlm.metrics import average
 from fedvlm.rounds.schedule import standing
 from fedvlm.settings.sections import Config
-from fedvlm.store import files
+from fedvlm.store import files, sealed
 from fedvlm.store import run as stores
 from fedvlm.tree import Tree
 
@@ -189,8 +188,8 @@ def _tuning(begin: Tree, trained: set[str], steps: int) -> Algorithm:
 
 
 def _target(run: Opened, site: str) -> Path:
-    if not re.search(r"\w", site):
-        raise FedVLMError(f"'{site}' is no name for a site; give one with --name NAME")
+    if not re.search(r"\w", site) or not site.isprintable():
+        raise FedVLMError(f"{site!r:.80} is no name for a site; give one with --name NAME")
     if site in run.partition.splits:
         raise FedVLMError(
             f"'{site}' is a client of the run in '{run.folder}'; give the new site another name "
@@ -221,7 +220,8 @@ def _write(
             path.unlink()
         plain.rmdir()
         files.save_tree(scratch / "personal.safetensors", personal)
-        files.write_text(scratch / "scores.json", json.dumps(table, indent=2) + "\n")
+        names = [path.name for path in scratch.iterdir()]
+        sealed.write(scratch / SCORES, {**table, "files": sealed.digests(scratch, names)})
         loading = card.filled(card.loading_adapter(base, name in BUNDLED), run.config)
         text = card.of_site(run, table, base=base, tree=adapter, loading=loading, merged=False)
         files.write_text(scratch / "README.md", text)

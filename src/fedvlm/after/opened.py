@@ -20,9 +20,9 @@ from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.rounds.results import Results
 from fedvlm.rounds.schedule import standing
 from fedvlm.settings.sections import Config
-from fedvlm.store import files
+from fedvlm.store import files, sealed
 from fedvlm.store import run as stores
-from fedvlm.tree import Tree, module
+from fedvlm.tree import Tree, module, plain
 
 if TYPE_CHECKING:
     import datasets
@@ -34,7 +34,8 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 GLOBAL, UNTUNED = "global", "untuned"
-ONBOARDED = "onboarded"
+ONBOARDED, SCORES = "onboarded", "scores.json"
+MADE = "made.json"  # the digests of an adapter that was made at a request
 SETTABLE = ("model", "data", "train", "eval", "engine")
 ALONE = sharing({})
 
@@ -54,13 +55,13 @@ def open_run(folder: str | Path, *overrides: str, algorithm: Algorithm | None = 
         ConfigError: an override is wrong.
     """
     path = Path(folder)
+    stores.check_whole(path)
     if not stores.is_run(path):
         raise FedVLMError(_no_run(path))
     if not stores.is_done(path):
         raise FedVLMError(
             f"'{path}' holds an unfinished run; finish it first: fedvlm run --resume {path}"
         )
-    stores.check_version(path)
     fixed = [o for o in overrides if o.partition("=")[0].split(".")[0].strip() not in SETTABLE]
     if fixed:
         raise ConfigError(
@@ -95,8 +96,8 @@ class Opened:
     @cached_property
     def onboarded(self) -> dict[str, Path]:
         """Site that joined after training -> its folder."""
-        found = sorted((self.folder / ONBOARDED).glob("[!.]*/scores.json"))  # .NAME.tmp: unfinished
-        return {json.loads(p.read_text(encoding="utf-8"))["site"]: p.parent for p in found}
+        found = sorted((self.folder / ONBOARDED).glob(f"[!.]*/{SCORES}"))  # .NAME.tmp: unfinished
+        return {sealed.read(p)["site"]: p.parent for p in found}
 
     @cached_property
     def partition(self) -> Partition:
@@ -123,38 +124,44 @@ class Opened:
         Raises:
             FedVLMError: there is no such client; the message suggests the nearest name.
         """
-        found = None
         if client is None or client in self.clients:
             found = self.results.adapter(client)
-        elif client in self.onboarded:
-            found = self.onboarded[client]
-        elif client in self.partition.splits:
-            found = self._made(client)
-        if found is not None:
-            if not (found / WEIGHTS).exists():
-                raise FedVLMError(f"a file of the run is missing: there is no '{found / WEIGHTS}'")
+            name = str(found.relative_to(self.folder))
+            known = {n: d for n, d in self.results.files.items() if n.startswith(f"{name}/")}
+            if known:
+                sealed.check(self.folder, known)
+                return found
+            return self._made(client, found)  # it could not be written at the end of the run
+        if client in self.onboarded:
+            sealed.check(found := self.onboarded[client], sealed.read(found / SCORES)["files"])
             return found
+        if client in self.partition.splits:
+            return self._made(client, self.folder / "adapters" / f"client-{self._slugs[client]}")
         names = [*self.clients, *self.onboarded]
         close = difflib.get_close_matches(str(client), names, n=1)
         hint = f"; did you mean '{close[0]}'?" if close else "."
         shown = ", ".join(names[:12]) + (f" and {len(names) - 12} more" if len(names) > 12 else "")
         raise FedVLMError(f"'{self.folder}' has no client '{client}'{hint} There are {shown}")
 
-    def _made(self, client: str) -> Path:
-        """The folder of a client that was not scored; it is written at the first request."""
+    def _made(self, client: str | None, folder: Path) -> Path:
+        """The folder of an adapter that the run did not write; it is made at the first request."""
         from fedvlm.models.lora import save_adapter
 
-        folder = self.folder / "adapters" / f"client-{self._slugs[client]}"
-        if not folder.exists():
-            algorithm, store = self.algorithm, stores.Store(self.folder)
-            visit = standing(self.config, algorithm).visit(client)
-            mine, _ = parted(store.personal([client])[0])
-            tree = algorithm.model(self.initial, algorithm.send(store.server(), visit), mine)
-            with files.writable(folder):
-                scratch = folder.with_name(f".{folder.name}.tmp")
-                shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
-                save_adapter(self.write(tree), tree, scratch)
-                scratch.rename(folder)
+        if (folder / MADE).exists():
+            sealed.check(folder, sealed.read(folder / MADE)["files"])
+            return folder
+        algorithm, store = self.algorithm, stores.Store(self.folder)
+        visit = standing(self.config, algorithm).visit(client or "")
+        mine = parted(store.personal([client])[0])[0] if client else {}
+        tree = algorithm.model(self.initial, algorithm.send(store.server(), visit), mine)
+        with files.writable(folder):
+            scratch = folder.with_name(f".{folder.name}.tmp")
+            for left in (scratch, folder):  # of a killed process, or half written
+                shutil.rmtree(left, ignore_errors=True)
+            save_adapter(self.write(tree), tree, scratch)
+            names = [path.name for path in scratch.glob("adapter_*")]
+            sealed.write(scratch / MADE, {"files": sealed.digests(scratch, names)})
+            scratch.rename(folder)
         return folder
 
     @cached_property
@@ -202,14 +209,22 @@ class Opened:
         """The model with LoRA on the layers of the run, and the initial adapter."""
         from fedvlm.models import lora
 
-        saved = files.load_tree(self.adapter_folder(None) / WEIGHTS)
-        modules = {module(name) for name in saved}
+        modules = {module(name) for name in self._factors()}
         self._check_fit(modules - {name for name, _ in self.base.model.named_modules()})
         # Exactly these layers: a run may have left out some layers of lora.target.
         exact = f"^({'|'.join(map(re.escape, sorted(modules)))})$"
         config = adapter_of(self.config).model_copy(update={"target": exact})
         model = lora.attach(self.base.model, config, self.config.seed)
         return model, lora.read(lora.handles(model))
+
+    def _factors(self) -> Iterable[str]:
+        """The names of the factors of the run."""
+        folder = self.results.adapter()
+        if f"adapters/{folder.name}/{WEIGHTS}" in self.results.files:
+            return files.load_tree(self.adapter_folder(None) / WEIGHTS)
+        store = stores.Store(self.folder)  # the run could not write its adapters
+        kept = store.personal(self.clients)
+        return set().union(plain(store.server()), *(plain(parted(tree)[0]) for tree in kept))
 
     def write(self, tree: Tree) -> Any:
         """Puts an adapter into the model; returns the PEFT model, ready to answer.

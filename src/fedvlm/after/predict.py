@@ -81,12 +81,12 @@ def predict_many(
         FedVLMError: the run is not finished, there is no such client, no model is chosen, or the
             rows cannot be used.
     """
+    inputs.check_out(out, source)
     run = open_run(folder, *overrides)
     if not (clients or global_ or untuned or every):
         raise none_chosen(run)
     for client in clients:
         run.adapter_folder(client)
-    inputs.check_out(out)
     # The run's limit on rows was for its own data.
     data = run.config.data.model_copy(update={"max_rows": _own(overrides, "data.max_rows")})
     rows = run.usable(inputs.rows_to_ask(data, source, question))

@@ -273,6 +273,19 @@ def onboard(
 
 
 @app.command()
+def plot(
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="the folder of a run or of a comparison")
+    ],
+) -> None:
+    """Draw the pictures of a run or a comparison again, from its files."""
+    from fedvlm.rounds.pictures import redraw
+
+    for path in redraw(folder):
+        typer.echo(path)
+
+
+@app.command()
 def algorithms(
     name: Annotated[str | None, typer.Argument(help="one algorithm, with its settings")] = None,
 ) -> None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedvlm.algorithms.base import NOBODY, Visit
+from fedvlm.data.fingerprint import content
 from fedvlm.deploy.policy import Policy, Refused
 from fedvlm.engines.base import Models, Scores
 from fedvlm.engines.wire import Task
@@ -26,7 +27,7 @@ from fedvlm.rounds import prepare as preparing
 from fedvlm.rounds.results import write_answers
 from fedvlm.rounds.schedule import standing
 from fedvlm.settings.sections import Config
-from fedvlm.store import files
+from fedvlm.store import files, sealed
 from fedvlm.store import run as stores
 from fedvlm.store.files import sync
 from fedvlm.tree import Tree, digest, saved_bytes
@@ -85,7 +86,7 @@ class SiteStore(stores.Store):
         if not folder.exists():
             return None
         try:
-            about = json.loads((folder / "reply.json").read_text())
+            about = sealed.read(folder / "reply.json")
             trees = {name: files.load_tree(folder / f"{name}.safetensors") for name in PARTS}
             whole = {name: digest(tree) for name, tree in trees.items()} == about["digests"]
         except Exception as error:
@@ -125,7 +126,7 @@ class SiteStore(stores.Store):
             "weight": version.weight,
             "digests": {name: digest(tree) for name, tree in version.trees.items()},
         }
-        files.write_text(scratch / "reply.json", json.dumps(about, indent=2) + "\n")
+        sealed.write(scratch / "reply.json", about)
         for path in scratch.iterdir():
             sync(path)
         if folder.exists():  # the round was done with another download
@@ -174,6 +175,7 @@ class Site:
         self.config = policy.localized(config, data, folder)
         self.store = SiteStore(folder)
         self.engine, own, _ = preparing.prepare(self.config, None, self._divided, self.store)
+        self._check_rows(self.engine.collator.rows)
         self.rows = own.counts()[name]
         self.algorithm = self.engine.algorithm
 
@@ -183,6 +185,18 @@ class Site:
         (split,), (skew,) = whole.splits.values(), whole.skew.values()
         name = self.name
         return replace(whole, clients=(name,), splits={name: split}, skew={name: skew})
+
+    def _check_rows(self, rows: Any) -> None:
+        """Refuses rows other than those of the site's first part in this run."""
+        known = {"columns": content(rows, (self.config.eval.group_by,))}
+        path = self.folder / "data.json"
+        if not path.exists():
+            sealed.write(path, known)
+        elif sealed.read(path) != known:
+            raise FedVLMError(
+                f"the rows of site '{self.name}' are not what they were when its part in this run "
+                f"began; restore them, or remove '{self.folder}' to begin with the new rows"
+            )
 
     def described(self) -> dict[str, Any]:
         """The facts about this site that the server needs."""

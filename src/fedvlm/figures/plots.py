@@ -48,6 +48,7 @@ def plot_comparison(
     return style.save(figure_comparison(results, title, **options), path)
 
 
+@style.plain_text()
 def figure_run(lines: Sequence[Line], title: str, metric: str = "exact_match") -> Figure:
     """One run: the mean over clients by round, and every client's score at the end.
 
@@ -74,6 +75,7 @@ def figure_run(lines: Sequence[Line], title: str, metric: str = "exact_match") -
     return figure
 
 
+@style.plain_text()
 def figure_comparison(
     results: Mapping[str, Sequence[Sequence[Line]]], title: str, metric: str = "exact_match"
 ) -> Figure:
@@ -167,7 +169,7 @@ def _draw_sorted(
         values = sorted(scores.values())
         at = [(i + 0.5) / len(values) for i in range(len(values))]
         colour = styles[label]["color"]
-        axes.plot(at, values, drawstyle="steps-mid", lw=1.8, color=colour, label=label)
+        axes.plot(at, values, drawstyle="steps-mid", lw=1.8, color=colour, label=style.label(label))
     count = len(client_names(ends.values()))
     axes.set_title(f"{capital(name)} at the end, {count} clients sorted from worst to best")
     axes.set_xlabel("share of clients at or below")
@@ -189,7 +191,7 @@ def _draw_comparison_curves(
         if not rounds:
             continue
         means = [mean(values) for values in seeds]
-        axes.plot(rounds, means, ms=5, lw=2, label=algorithm, **styles[algorithm])
+        axes.plot(rounds, means, ms=5, lw=2, label=style.label(algorithm), **styles[algorithm])
         top = max(top, *means)
         if min(map(len, seeds)) > 1:
             errors = [standard_error(values) for values in seeds]
@@ -215,7 +217,8 @@ def _draw_summary(
 ) -> None:
     """Draws a row an algorithm: mean and standard error over all clients, and the worst 10 %."""
     last = {a: max((last_round(r, metric) for r in runs), default=0) for a, runs in results.items()}
-    labels = [a if len(set(last.values())) == 1 else f"{a}\n(round {last[a]})" for a in ends]
+    one = len(set(last.values())) == 1
+    labels = [style.text(a) + ("" if one else f"\n(round {last[a]})") for a in ends]
     top = 0.0
     for row, (algorithm, seeds) in enumerate(ends.items()):
         seeds = [scores for scores in seeds if scores]
@@ -285,7 +288,7 @@ def _draw_heat_map(axes: Axes, per_client: Mapping[str, Scores], name: str) -> N
                 frame = Rectangle((column - 0.46, row - 0.43), 0.92, 0.86, fill=False, ec=colour)
                 axes.add_patch(frame)
     axes.set_title(f"{capital(name)} of every client at the end, in % (framed: the client's best)")
-    axes.set_yticks(range(len(rows)), rows)
+    axes.set_yticks(range(len(rows)), [style.text(row) for row in rows])
     style.bare(axes)
     style.name_ticks(axes, clients)
     axes.figure.colorbar(image, ax=axes, format=style.percent(), pad=0.01)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import os
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -23,16 +21,11 @@ MOST_WRITTEN = 30  # clients; a heat map of more clients has no numbers in its c
 
 
 def plot_partition(partition: Partition, path: str | Path) -> Path:
-    """Saves :func:`figure_partition` as a PNG, atomically, and returns its path."""
-    path = Path(path)
-    part = path.with_name(f".{path.name}.part")
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "Glyph .* missing from")  # labels may be of any script
-        style.save(figure_partition(partition), part)
-    os.replace(part, path)
-    return path
+    """Saves :func:`figure_partition` as a PNG and returns its path."""
+    return style.save(figure_partition(partition), path)
 
 
+@style.plain_text()
 def figure_partition(partition: Partition) -> Figure:
     """A row for each client: its rows by split, the shares of its labels, its divergence.
 
@@ -53,7 +46,9 @@ def figure_partition(partition: Partition) -> Figure:
     _draw_sizes(sizes, partition, clients)
     _draw_labels(labels, partition, clients, written=few)
     _draw_divergence(divergence, partition, clients)
-    sizes.set_yticks(range(len(clients)), [_plain(c) for c in clients], fontsize=9 if few else 6)
+    sizes.set_yticks(
+        range(len(clients)), [style.text(c) for c in clients], fontsize=9 if few else 6
+    )
     sizes.set_ylim(len(clients) - 0.4, -0.6)
     return figure
 
@@ -91,14 +86,16 @@ def _draw_labels(
     """Draws the shares of the labels within each client: [clients, labels and all others]."""
     from matplotlib.colors import PowerNorm
 
-    axes.set_title(f"{capital(_plain(partition.label))}: share within a client, in %", fontsize=11)
+    axes.set_title(
+        f"{capital(style.text(partition.label))}: share within a client, in %", fontsize=11
+    )
     style.bare(axes)
     if not partition.frequent:
         axes.set_xticks([])
         axes.text(
             0.5,
             0.5,
-            f"no {_plain(partition.label)} occurs twice",
+            f"no {style.text(partition.label)} occurs twice",
             transform=axes.transAxes,
             ha="center",
         )
@@ -106,7 +103,7 @@ def _draw_labels(
     totals = np.array([[len(partition.splits[client])] for client in clients])
     counts = np.array([partition.skew[client].counts for client in clients])
     shares = np.column_stack([counts, totals - counts.sum(axis=1, keepdims=True)]) / totals
-    names = [_plain(label) for label in partition.frequent] + ["all others"]
+    names = [style.text(label) for label in partition.frequent] + ["all others"]
     if not shares[:, -1].any():
         shares, names = shares[:, :-1], names[:-1]
     axes.imshow(shares, aspect="auto", cmap=style.HEAT, norm=PowerNorm(0.5, 0.0, 1.0))
@@ -139,8 +136,3 @@ def _bars_only(axes: Axes) -> None:
     style.light_grid(axes.xaxis)
     axes.tick_params(axis="y", length=0)
     axes.spines[["top", "right", "left"]].set_visible(False)
-
-
-def _plain(text: str) -> str:
-    """A text on one line, shortened in the middle, with every ``$`` escaped for matplotlib."""
-    return style.short(" ".join(text.split())).replace("$", r"\$")

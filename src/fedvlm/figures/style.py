@@ -6,8 +6,11 @@ no global state of pyplot, and they import matplotlib on their first call.
 
 from __future__ import annotations
 
+import contextlib
 import math
-from collections.abc import Sequence
+import os
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -25,7 +28,26 @@ COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#0
 MARKERS = ("o", "s", "^", "D", "v", "P", "X")
 LINES = ("-", "--", ":")
 HEAT = "cividis"  # colour map of heat maps
-LONGEST = 24  # characters of a name
+LONGEST, TITLE = 24, 100  # characters of a name, and of a title
+
+
+@contextlib.contextmanager
+def plain_text() -> Iterator[None]:
+    """Draws every text as it is: ``$``, ``_`` and ``\\`` have no meaning of their own.
+
+    The texts of a figure are created while it is built, and some of them while it is saved. So both
+    happen in this context, which also decorates functions.
+    """
+    import matplotlib
+
+    settings: Any = {
+        "text.parse_math": False,
+        "text.usetex": False,
+        "axes.formatter.use_mathtext": False,
+    }
+    with matplotlib.rc_context(settings), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "Glyph .* missing from")  # names may be of any script
+        yield
 
 
 def new_figure(title: str, size: tuple[float, float]) -> Figure:
@@ -38,15 +60,21 @@ def new_figure(title: str, size: tuple[float, float]) -> Figure:
     from matplotlib.figure import Figure
 
     figure = Figure(figsize=size, layout="constrained", dpi=DPI)
-    figure.suptitle(title, fontsize=13, weight="bold")
+    figure.suptitle(text(title, TITLE), fontsize=13, weight="bold")
     return figure
 
 
+@plain_text()
 def save(figure: Figure, path: str | Path) -> Path:
-    """Saves a figure as a PNG, in a folder that is created where needed; returns its path."""
+    """Saves a figure as a PNG, atomically, in a folder that is created where needed."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, format="png", dpi=DPI)
+    part = path.with_name(f".{path.name}.tmp")
+    try:
+        figure.savefig(part, format="png", dpi=DPI)
+        os.replace(part, path)
+    finally:
+        part.unlink(missing_ok=True)
     return path
 
 
@@ -66,9 +94,19 @@ def percent() -> Formatter:
     return PercentFormatter(1.0, decimals=0)
 
 
-def short(name: str) -> str:
-    """A name of at most 24 characters. A longer name loses its middle."""
-    return name if len(name) <= LONGEST else f"{name[:9]}…{name[-14:]}"
+def text(name: str, most: int = LONGEST) -> str:
+    """A name as one line of printable characters. A longer name than ``most`` loses its middle."""
+    line = " ".join(name[: 100 * most].split()) + name[100 * most :][-most:]
+    shown = "".join(c if c.isprintable() or c == " " else "\ufffd" for c in line)
+    return (
+        shown if len(shown) <= most else f"{shown[: 3 * most // 8]}…{shown[-(5 * most // 8 - 1) :]}"
+    )
+
+
+def label(name: str) -> str:
+    """A name for a legend. Legends leave out names that begin with ``_``, so a space precedes."""
+    shown = text(name)
+    return f" {shown}" if shown.startswith("_") else shown
 
 
 def score_axis(axis: Axis, top: float) -> None:
@@ -103,7 +141,7 @@ def round_axis(axes: Axes) -> None:
 
 def name_ticks(axes: Axes, names: Sequence[str]) -> None:
     """Writes names below the x axis, slanted where they would overlap."""
-    shown = [short(name) for name in names]
+    shown = [text(name) for name in names]
     crowded = max(map(len, shown), default=0) * len(shown) > 60
     axes.set_xticks(range(len(names)), shown, **(slanted() if crowded else {}))
 

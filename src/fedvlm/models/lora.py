@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 import re
+import shutil
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from fedvlm.errors import FedVLMError
 from fedvlm.layers import part
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import LoraConfig
+from fedvlm.store.files import save_stacked
 from fedvlm.tree import Tree, module, pad
 
 logger = logging.getLogger("fedvlm")
@@ -169,15 +171,17 @@ def write(params: Mapping[str, nn.Parameter], tree: Mapping[str, Tensor]) -> Non
 
 
 def save_adapter(model: Any, tree: Tree, folder: Path) -> None:
-    """Writes a folder that ``PeftModel.from_pretrained`` loads."""
-    from safetensors.torch import save_file
-
-    folder.mkdir(parents=True, exist_ok=True)
+    """Writes a folder that ``PeftModel.from_pretrained`` loads, whole or not at all."""
+    scratch = folder.with_name(f".{folder.name}.tmp")
+    shutil.rmtree(scratch, ignore_errors=True)  # left by a killed process
+    scratch.mkdir(parents=True)
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)  # a set's order differs by process
-    config.save_pretrained(str(folder))
-    save_file(tree, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    config.save_pretrained(str(scratch))
+    save_stacked(scratch / "adapter_model.safetensors", tree, {"format": "pt"})
+    shutil.rmtree(folder, ignore_errors=True)
+    scratch.rename(folder)
 
 
 def _linear_layers(model: Any) -> list[str]:

@@ -18,6 +18,8 @@ from fedvlm.algorithms.table import OWN
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import mean, standard_error
 from fedvlm.rounds.contenders import Compared, planned
+from fedvlm.rounds.located import check_apart, located
+from fedvlm.rounds.pictures import COMPARISON, draw_comparison
 from fedvlm.rounds.progress import Progress
 from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
@@ -75,6 +77,7 @@ def compare(
         raise FedVLMError(
             f"output: '{folder}' holds a single run; choose another folder with output=DIR"
         )
+    _check_ours(folder, runs)
     left = {name: c for name, c in runs.items() if not done(c)}
     work: Work = run_one
     if objects:
@@ -111,6 +114,19 @@ def each(work: Work, runs: Mapping[str, Config], jobs: int = 1, tell: Tell | Non
         _in_processes(work, runs, jobs, tell)
 
 
+def _check_ours(folder: Path, runs: Mapping[str, Config]) -> None:
+    """Refuses a folder with files of the comparison's names that no comparison wrote."""
+    there = [folder / f"comparison.{kind}" for kind in ("csv", "json", "png")]
+    taken = [path for path in there if path.exists()]
+    if taken and not any(stores.is_run(path.parent) for path in folder.glob("*/config.yaml")):
+        raise FedVLMError(
+            f"output: '{taken[0]}' exists and is of no comparison; choose another folder with "
+            "output=DIR"
+        )
+    for config in runs.values():
+        check_apart(config)
+
+
 def _label(config: Config) -> str:
     """The name of a run's algorithm in a comparison."""
     return config.algorithm.name.removeprefix(f"{OWN}:")
@@ -130,9 +146,10 @@ def done(config: Config) -> bool:
             f"the one labelled '{_label(config)}' now; remove that folder, or choose another "
             "with output=DIR"
         )
+    stores.check_whole(config.output)
     there = configs.load(Path(config.output) / stores.CONFIG)
     same = {"output": "", "engine": config.engine}
-    if there.model_copy(update=same) != config.model_copy(update=same):
+    if there.model_copy(update=same) != located(config).model_copy(update=same):
         raise FedVLMError(
             f"output: '{config.output}' holds a run with other settings; choose another folder "
             "with output=DIR, or remove this folder"
@@ -238,8 +255,6 @@ def _ends_with_its_parent() -> None:
 
 
 def _conclude(folder: Path, runs: dict[str, Config]) -> Comparison:
-    from fedvlm.figures.plots import plot_comparison
-
     results: dict[str, list[Results]] = {}
     for config in runs.values():
         results.setdefault(_label(config), []).append(Results.read(config.output))
@@ -251,17 +266,14 @@ def _conclude(folder: Path, runs: dict[str, Config]) -> Comparison:
         for baseline in BASELINES:
             reference = by_name.get(baseline)
             row[f"gain_over_{baseline}"] = row["personal"] / reference - 1 if reference else None
-    lines = {
-        name: [files.read_lines(r.folder / "metrics.jsonl") for r in found]
-        for name, found in results.items()
-    }
     out = io.StringIO()
     writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     files.write_text(folder / "comparison.csv", out.getvalue())
-    files.write_text(folder / "comparison.json", json.dumps(rows, indent=2) + "\n")
-    plot_comparison(lines, folder / "comparison.png", _title(runs), metric=rows[0]["metric"])
+    files.write_text(folder / COMPARISON, json.dumps(rows, indent=2) + "\n")
+    found_in = {row["algorithm"]: [r.folder for r in results[row["algorithm"]]] for row in rows}
+    draw_comparison(folder, found_in, list(runs.values()))
     return Comparison(folder, rows)
 
 
@@ -269,7 +281,7 @@ def _row(name: str, found: Sequence[Results]) -> dict[str, Any]:
     personal = [r.summary("personal")["mean"] for r in found]
     over_rows = [r.summary("personal").get("mean_rows") for r in found]
     one = found[0].summary("personal").get("interval") if len(found) == 1 else None
-    timing = [files.read_lines(r.folder / "timing.jsonl") for r in found]
+    timing = [stores.Store(r.folder).timing() for r in found]
     return {
         "algorithm": name,
         "seeds": len(found),
@@ -292,11 +304,3 @@ def _row(name: str, found: Sequence[Results]) -> dict[str, Any]:
         "bytes_down": mean([r.table["bytes"]["bytes_down"]["total"] for r in found]),
         "seconds": mean([sum(line.get("seconds", 0.0) for line in t) for t in timing]),
     }
-
-
-def _title(runs: dict[str, Config]) -> str:
-    from fedvlm.rounds.progress import source
-
-    config = next(iter(runs.values()))
-    seeds = len({c.seed for c in runs.values()})
-    return f"{source(config)}, {seeds} seed{'s' if seeds > 1 else ''}"

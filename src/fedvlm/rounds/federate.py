@@ -15,8 +15,10 @@ from fedvlm.engines.group import Group, joined
 from fedvlm.engines.wire import Forms, Task
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds.fold import Fold
+from fedvlm.rounds.located import check_apart, located
+from fedvlm.rounds.pictures import draw_curves, draw_partition
 from fedvlm.rounds.prepare import environment, prepare, weights_of
-from fedvlm.rounds.progress import Progress, Quiet
+from fedvlm.rounds.progress import Progress, Quiet, source
 from fedvlm.rounds.results import (
     Results,
     global_models,
@@ -32,6 +34,7 @@ from fedvlm.tree import Tree, digest, saved_bytes
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
+    from fedvlm.engines.shell import Shell
 
 
 def run(
@@ -66,15 +69,17 @@ def run(
     progress = progress or Quiet()
     if not resume:
         stores.check_fresh(settings.output)
+        check_apart(settings)
     with joined() as group:
+        given, settings = settings, located(settings)
         if group.rank:
             return _follow(settings, group, algorithm)
-        with progress.started(settings):
-            engine, partition, store = _prepare_all(settings, group, progress, algorithm)
+        with progress.started(given):
+            engine, partition, store, described = _prepare_all(settings, group, progress, algorithm)
             progress.partitioned(partition)
             with store.locked():
-                begin(settings, store, {"partition.json": json.dumps(partition.to_dict())}, resume)
-                _draw(partition, store.folder)
+                begin(settings, store, described, resume)
+                draw_partition(partition, store.folder)
                 weights = weights_of(settings, partition)
                 results = drive(settings, engine, weights, store, progress)
     return results
@@ -96,9 +101,9 @@ def resume(
     Raises:
         FedVLMError: the folder holds no run, or the data have changed.
     """
+    stores.check_whole(folder)
     if not stores.is_run(folder):
         raise FedVLMError(f"'{folder}' holds no run; start one with 'fedvlm run output={folder}'")
-    stores.check_version(folder)
     settings = _configuration(algorithm)(Path(folder) / stores.CONFIG)
     settings = settings.model_copy(update={"output": str(folder)})
     if stores.is_done(folder):
@@ -114,33 +119,56 @@ def _configuration(algorithm: Algorithm | None) -> Callable[..., Config]:
     return configs.own
 
 
+Prepared = tuple["Shell", "Partition", stores.Store]
+
+
 def _prepare_all(
     config: Config, group: Group, progress: Progress, algorithm: Algorithm | None
-) -> tuple[Engine, Partition, stores.Store]:
-    """Prepares the run in all processes; see :func:`prepare`."""
+) -> tuple[Engine, Partition, stores.Store, dict[str, str]]:
+    """Prepares the run in all processes; see :func:`prepare` and :func:`described`."""
+
+    def prepared() -> tuple[Prepared, dict[str, str]]:
+        found = prepare(config, progress, algorithm=algorithm)
+        return found, described(config, found[0].collator.rows, found[1])
+
     if group.size == 1:
-        return prepare(config, progress, algorithm=algorithm)
+        found, texts = prepared()
+        return *found, texts
     from fedvlm.engines.sharded import Sharded, together
 
-    engine, partition, store = together(
-        group, lambda: prepare(config, progress, algorithm=algorithm), _described
-    )
-    return Sharded(engine, group), partition, store
+    (engine, partition, store), texts = together(group, prepared, _same)
+    return Sharded(engine, group), partition, store, texts
 
 
 def _follow(config: Config, group: Group, algorithm: Algorithm | None) -> Results:
     """A run in a process other than the first, which does the parts that process 0 sends."""
     from fedvlm.engines.sharded import serve, together
 
-    engine, _, _ = together(group, lambda: prepare(config, algorithm=algorithm), _described)
+    def prepared() -> tuple[Prepared, dict[str, str]]:
+        found = prepare(config, algorithm=algorithm)
+        return found, described(config, found[0].collator.rows, found[1])
+
+    (engine, _, _), _ = together(group, prepared, _same)
     serve(group, engine)
     return Results.read(config.output)
 
 
-def _described(prepared: tuple[Engine, Partition, stores.Store]) -> str:
-    """The part that must be equal in all processes: the initial adapter and the partition."""
-    engine, partition, _ = prepared
-    return digest(engine.adapter) + json.dumps(partition.to_dict())
+def _same(prepared: tuple[Prepared, dict[str, str]]) -> str:
+    """The part that must be equal in all processes: the initial adapter, the rows, the clients."""
+    (engine, _, _), texts = prepared
+    return digest(engine.adapter) + "".join(texts.values())
+
+
+def described(config: Config, rows: Any, partition: Partition) -> dict[str, str]:
+    """The files that describe the data of a run: name -> text. A resumed run must repeat them."""
+    from fedvlm.data.fingerprint import content
+
+    columns = content(rows, (config.partition.column, config.eval.group_by))
+    data = {"source": source(config), "rows": len(rows), "columns": columns}
+    return {
+        "data.json": json.dumps(data, indent=2) + "\n",
+        "partition.json": json.dumps(partition.to_dict()),
+    }
 
 
 def begin(config: Config, store: stores.Store, described: Mapping[str, str], resume: bool) -> None:
@@ -156,11 +184,9 @@ def begin(config: Config, store: stores.Store, described: Mapping[str, str], res
         FedVLMError: the folder is in use, or the clients have changed.
     """
     if resume:
-        if any((store.folder / name).read_text() != text for name, text in described.items()):
-            raise FedVLMError(
-                f"the data have changed since the run in '{store.folder}' began: they give another "
-                "partition; restore the data, or start a new run with output=DIR"
-            )
+        for name, text in described.items():
+            if (store.folder / name).read_bytes() != text.encode():
+                raise FedVLMError(_changed(store.folder, name, text))
         store.rewind()
     else:
         stores.check_fresh(store.folder)
@@ -171,12 +197,20 @@ def begin(config: Config, store: stores.Store, described: Mapping[str, str], res
         store.create({**described, **about})
 
 
-def _draw(partition: Partition, folder: Path) -> None:
-    picture = folder / "partition.png"
-    if not picture.exists():
-        from fedvlm.figures.skewplot import plot_partition
-
-        plot_partition(partition, picture)
+def _changed(folder: Path, name: str, text: str) -> str:
+    """The message for data that differ from those that a run began with."""
+    differ = "they give another partition"
+    if name == "data.json":
+        then, now = json.loads((folder / name).read_bytes()), json.loads(text)
+        differ = f"there are {now['rows']} rows, and there were {then['rows']}"
+        if then["rows"] == now["rows"]:
+            columns = {**then["columns"], **now["columns"]}
+            other = [c for c in columns if then["columns"].get(c) != now["columns"].get(c)]
+            differ = f"the rows differ in {', '.join(other)}" if other else "they have another name"
+    return (
+        f"the data are not what they were when the run in '{folder}' began: {differ}; restore the "
+        "data, or start a new run with output=DIR"
+    )
 
 
 def drive(
@@ -202,7 +236,8 @@ def drive(
         state = algorithm.init(engine.adapter)
         untuned = _score_all(engine, Round(0), state, clients)
         answers = engine.answer("untuned", personal_models(engine, Round(0), state, clients))
-        write_answers(store.folder, "untuned", answers)
+        if write_answers(store.folder, "untuned", answers):
+            store.seal("answers/untuned.jsonl")
         line = {"round": 0, "evaluation": {"personal": untuned[0], "global": untuned[1]}}
         store.commit(0, state, line, {"round": 0})
         progress.round(line, 0.0)
@@ -215,6 +250,7 @@ def drive(
             seconds = time.perf_counter() - began
             store.commit(round_.number, state, line, {"round": round_.number, "seconds": seconds})
             progress.round(line, seconds)
+    draw_curves(store.folder, config, store.lines(), names)
     results = write_results(config, names, store, engine)
     progress.finished(results)
     return results

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import io
 import json
-from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+import logging
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +16,20 @@ import numpy as np
 
 from fedvlm.algorithms.base import State
 from fedvlm.engines.base import Answer, Engine, Models
+from fedvlm.errors import FedVLMError
 from fedvlm.intervals import FEW_ROWS, ends, from_means, intervals, mean_interval, over_rows
 from fedvlm.metrics import METRICS, average, summarize
 from fedvlm.rounds.schedule import Round, standing
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config
+from fedvlm.store import sealed
 from fedvlm.store.files import read_lines, slugs, write_text
 from fedvlm.store.run import DONE, Store
 
+FILES = "files"  # key of the digests in table.json
 MODELS = ("untuned", "global_before", "global", "personal_before", "personal")
+
+logger = logging.getLogger("fedvlm")
 
 
 @dataclass(frozen=True)
@@ -32,15 +39,22 @@ class Results:
     Attributes:
         folder: the folder of the run.
         table: the content of ``table.json``.
+        files: name -> digest of the answers and adapters that were written at the end.
     """
 
     folder: Path
     table: dict[str, Any]
+    files: dict[str, str] = field(default_factory=dict, compare=False, repr=False)
 
     @classmethod
     def read(cls, folder: str | Path) -> Results:
-        """Reads the results of a finished run."""
-        return cls(Path(folder), json.loads((Path(folder) / DONE).read_text(encoding="utf-8")))
+        """Reads the results of a finished run.
+
+        Raises:
+            FedVLMError: ``table.json`` is missing or damaged.
+        """
+        table = sealed.read(Path(folder) / DONE)
+        return cls(Path(folder), table, table.pop(FILES, {}))
 
     @property
     def metric(self) -> str:
@@ -68,8 +82,14 @@ class Results:
         return self.table["models"][model]["summary"][metric or self.metric]
 
     def answers(self, model: str = "personal") -> list[dict[str, Any]]:
-        """Answers and scores of a model (``untuned``, ``global``, ``personal``), one a row."""
-        return read_lines(self.folder / "answers" / f"{model}.jsonl")
+        """Answers and scores of a model (``untuned``, ``global``, ``personal``), one a row.
+
+        Raises:
+            FedVLMError: the file is missing or damaged.
+        """
+        name = f"answers/{model}.jsonl"
+        sealed.check(self.folder, {name: self.files[name]} if name in self.files else {})
+        return read_lines(self.folder / name)
 
     def adapter(self, client: str | None = None) -> Path:
         """The PEFT folder of a client's adapter; without a client, of the global adapter."""
@@ -78,9 +98,10 @@ class Results:
 
 
 def write_results(config: Config, names: Sequence[str], store: Store, engine: Engine) -> Results:
-    """Writes the adapters, the table as CSV and JSON, and the curves; ``table.json`` last."""
-    from fedvlm.figures.plots import plot_run
+    """Writes the answers, the adapters and the tables; ``table.json`` last.
 
+    An adapter that cannot be written is a warning, because it can be made again.
+    """
     lines, state = store.lines(), store.server()
     last, clients = standing(config, engine.algorithm), scored(config, names)
     answers = {"untuned": read_lines(store.folder / "answers" / "untuned.jsonl")}
@@ -89,16 +110,36 @@ def write_results(config: Config, names: Sequence[str], store: Store, engine: En
         answers[kind] = write_answers(store.folder, kind, found)
     table = tabulate(config, lines, names, answers) | {"groups": _groups(config, answers)}
     folder = store.folder / "adapters"
-    engine.export(global_models(engine, last, state, [""]), {"": folder / "global"})
     folders = {client: folder / name for client, name in table["folders"].items()}
-    engine.export(personal_models(engine, last, state, clients), folders)
+    again = "every command that needs an adapter makes it again"
+    with optional(f"the global adapter in '{folder}'", again):
+        engine.export(global_models(engine, last, state, [""]), {"": folder / "global"})
+    with optional(f"an adapter in '{folder}'", again):
+        engine.export(personal_models(engine, last, state, clients), folders)
     write_text(store.folder / "table.csv", as_csv(table))
     if table["groups"]:
         write_text(store.folder / "groups.csv", groups_csv(table))
-    title = f"{config.algorithm.name}, {of_all(clients, names)}"
-    plot_run(lines, store.folder / "curves.png", title, metric=config.metric)
-    write_text(store.folder / DONE, json.dumps(table, indent=2) + "\n")
-    return Results(store.folder, table)
+    ends = [*store.folder.glob("answers/*.jsonl"), *folder.glob("[!.]*/adapter_*")]
+    files = sealed.digests(store.folder, sorted(str(p.relative_to(store.folder)) for p in ends))
+    sealed.write(store.folder / DONE, table | {FILES: files})
+    return Results(store.folder, table, files)
+
+
+@contextlib.contextmanager
+def optional(what: str, again: str) -> Iterator[None]:
+    """Work without which a run is still complete: an error becomes a warning.
+
+    Args:
+        what: what may be missing then.
+        again: how it can be made later.
+    """
+    try:
+        yield
+    except FedVLMError:
+        raise  # such as too few sites: the run can be resumed
+    except Exception as error:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        logger.warning("%s was not written (%.300s); %s", what, reason, again)
 
 
 def scored(config: Config, clients: Sequence[str]) -> tuple[str, ...]:

@@ -8,7 +8,8 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator
+import unicodedata
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,10 @@ from filelock import FileLock, Timeout
 
 from fedvlm.errors import FedVLMError
 from fedvlm.tree import Tree
+
+FULL = {errno.ENOSPC: "is full", errno.EDQUOT: "is full for this user (quota)"}
+REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.ENAMETOOLONG)
+LONGEST = 240  # bytes of a folder name; file systems take 255, with prefixes and suffixes
 
 
 @contextlib.contextmanager
@@ -73,12 +78,19 @@ def writable(folder: Path) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        if error.errno == errno.ENOSPC:
+        number = error.errno
+        if number in FULL or number == errno.EFBIG:
+            why = FULL.get(number or 0, "allows no larger file")
             raise FedVLMError(
-                f"the disk of '{folder}' is full; the finished rounds are safe: free some space, "
+                f"the disk of '{folder}' {why}; the finished rounds are safe: free some space, "
                 f"then run 'fedvlm run --resume {folder}'"
             ) from error
-        if error.errno in (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR):
+        if number == errno.EIO:
+            raise FedVLMError(
+                f"the disk of '{folder}' reports an error ({error.strerror}); check the disk, "
+                f"then run 'fedvlm run --resume {folder}'"
+            ) from error
+        if number in REFUSED:
             raise FedVLMError(
                 f"output: '{folder}' cannot be written ({error.strerror}); choose another folder "
                 "with output=DIR"
@@ -86,19 +98,50 @@ def writable(folder: Path) -> Iterator[None]:
         raise
 
 
+@contextlib.contextmanager
+def disk_errors() -> Iterator[None]:
+    """Turns an error of the disk inside safetensors, which is no ``OSError``, into one."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except SafetensorError as error:
+        found = re.search(r"os error (\d+)", str(error))
+        if found is None:
+            raise
+        number = int(found[1])
+        raise OSError(number, os.strerror(number)) from error
+
+
 def slugs(clients: Iterable[str]) -> dict[str, str]:
-    """Gives every client a distinct folder name that is readable and safe."""
+    """Gives every client a distinct folder name that is readable and safe.
+
+    A name has at most 243 bytes, so that a prefix such as ``client-`` and a suffix such as ``.tmp``
+    fit. Names are distinct on file systems that ignore case or normalize Unicode, too.
+    """
     found: dict[str, str] = {}
     taken: set[str] = set()
     tried: dict[str, int] = {}  # name -> how many clients wanted it
     for client in clients:
-        name = base = re.sub(r"[^\w.-]+", "-", client).strip(".-")[:80] or "client"
-        while name in taken:
-            tried[base] = tried.get(base, 1) + 1
-            name = f"{base}-{tried[base]}"
-        taken.add(name)
+        name = re.sub(r"[^\w.-]+", "-", client).strip(".-")[:80]
+        name = base = _shortened(name, LONGEST) or "client"
+        while _same(name) in taken:
+            tried[_same(base)] = tried.get(_same(base), 1) + 1
+            number = f"-{tried[_same(base)]}"
+            name = _shortened(base, LONGEST + 3 - len(number)) + number
+        taken.add(_same(name))
         found[client] = name
     return found
+
+
+def _shortened(text: str, most: int) -> str:
+    """The longest beginning of a text that takes at most this number of bytes."""
+    return text.encode()[:most].decode(errors="ignore")
+
+
+def _same(name: str) -> str:
+    """Equal for names that some file system does not tell apart."""
+    return unicodedata.normalize("NFD", unicodedata.normalize("NFD", name).casefold())
 
 
 def write_text(path: Path, text: str) -> None:
@@ -106,11 +149,27 @@ def write_text(path: Path, text: str) -> None:
     write_bytes(path, text.encode())
 
 
-def save_tree(path: Path, tree: Tree) -> None:
-    """Writes tensors whole or not at all. The caller syncs the file, see :func:`sync`."""
+def save_tree(path: Path, tree: Tree) -> bytes:
+    """Writes tensors whole or not at all, and returns the content of the file.
+
+    The caller syncs the file, see :func:`sync`.
+    """
     from safetensors.torch import save
 
-    write_bytes(path, save({n: t.contiguous() for n, t in tree.items()}), durable=False)
+    content = save({n: t.contiguous() for n, t in tree.items()})
+    write_bytes(path, content, durable=False)
+    return content
+
+
+def save_stacked(path: Path, tree: Mapping[str, Any], about: Mapping[str, str]) -> None:
+    """Writes tensors and metadata whole or not at all, without a copy of them in memory."""
+    from safetensors.torch import save_file
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_name(path.name + ".tmp")
+    with disk_errors():
+        save_file(dict(tree), temporary, dict(about))
+    os.replace(temporary, path)
 
 
 def load_tree(path: Path) -> Tree:
@@ -120,10 +179,12 @@ def load_tree(path: Path) -> Tree:
     return load(path.read_bytes())
 
 
-def append_line(path: Path, line: dict[str, Any]) -> None:
-    """Appends one JSON line."""
-    with open(path, "a", encoding="utf-8") as f:
-        f.write(json.dumps(line) + "\n")
+def append_line(path: Path, line: dict[str, Any]) -> bytes:
+    """Appends one JSON line, and returns its bytes."""
+    content = (json.dumps(line) + "\n").encode()
+    with open(path, "ab") as f:
+        f.write(content)
+    return content
 
 
 def read_lines(path: Path) -> list[dict[str, Any]]:
@@ -131,7 +192,7 @@ def read_lines(path: Path) -> list[dict[str, Any]]:
     if not path.exists():
         return []
     whole, _, _ = path.read_text(encoding="utf-8").rpartition("\n")
-    return [json.loads(line) for line in whole.splitlines()]
+    return [json.loads(line) for line in whole.split("\n") if line]  # other breaks are text
 
 
 def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
@@ -144,12 +205,16 @@ def write_bytes(path: Path, data: bytes, *, durable: bool = True) -> None:
     """
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(path.name + ".tmp")
-    with open(temporary, "wb") as f:
-        f.write(data)
-        f.flush()
-        if durable:
-            os.fsync(f.fileno())
-    os.replace(temporary, path)
+    try:
+        with open(temporary, "wb") as f:
+            f.write(data)
+            f.flush()
+            if durable:
+                os.fsync(f.fileno())
+        os.replace(temporary, path)
+    except OSError:
+        temporary.unlink(missing_ok=True)  # a full disk needs its bytes
+        raise
     if durable:
         sync(path.parent)
 

@@ -4,9 +4,11 @@ A pack is a safetensors file with the states of one pass of clients. Its name is
 ``personal/RRRRR-NNNNN.safetensors``: R is the round, N the position of the pass's first client in
 the cohort. A pack has one matrix ``[clients, elements]`` for each data type. A client's row holds
 its tensors of that type one after another, ordered by name, so that a state is read in one piece.
-The metadata lists the clients in the order of the rows, and the tensors with their types and
-shapes. Clients with other tensors, types or shapes are stored in separate packs. Each of these has
-the position of its own first client in its name.
+The metadata lists the clients in the order of the rows, the tensors with their types and shapes,
+and a checksum (CRC-32) of every row. It begins with a digest of itself, which the checkpoint
+repeats beside the pack's name. So a read checks the rows that it reads and no others. Clients with
+other tensors, types or shapes are stored in separate packs. Each of these has the position of its
+own first client in its name.
 
 The newest row of a client is its state. Older rows are dead. A pack without live rows is removed.
 When the dead rows of all packs take more bytes than the live ones, the packs with the largest share
@@ -17,21 +19,25 @@ They are read from the files' headers at the start.
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
-import os
+import re
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from fedvlm.store.files import sync
+from fedvlm.store import sealed
+from fedvlm.store.files import save_stacked, sync
 from fedvlm.tree import Tree
 
 if TYPE_CHECKING:
     from torch import Tensor
 
+NAME = re.compile(r"\d+-(merged-)?\d+\.safetensors")
 MERGED = 2**26  # approximate size of a merged pack, in bytes
 
 
@@ -44,12 +50,31 @@ class Pack:
         rows: number of states in the file.
         live: number of states that are the newest of their client.
         share: bytes of the file per row.
+        seal: the digest of the file's metadata.
     """
 
     path: Path
     rows: int
     live: int
     share: int
+    seal: str
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """The metadata of a pack.
+
+    Attributes:
+        clients: the clients in the order of the rows.
+        tensors: name, data type and shape of each tensor, ordered by name.
+        sums: the checksum of each row.
+        seal: the digest of all these.
+    """
+
+    clients: list[str]
+    tensors: list[tuple[str, str, list[int]]]
+    sums: list[int]
+    seal: str
 
 
 class Packs:
@@ -58,9 +83,13 @@ class Packs:
     Args:
         folder: the folder.
         last: the last finished round. Packs of later rounds in the folder are ignored.
+        known: name -> seal of the packs at the end of that round; None: all packs are valid.
+
+    Raises:
+        FedVLMError: a known pack is missing or damaged.
     """
 
-    def __init__(self, folder: Path, last: int):
+    def __init__(self, folder: Path, last: int, known: Mapping[str, str] | None = None):
         self.folder = folder
         self._packs: dict[Path, Pack] = {}  # packs with a live row
         self._places: dict[str, tuple[Pack, int]] = {}
@@ -68,20 +97,29 @@ class Packs:
         self._fresh: list[Path] = []  # written, and perhaps not synced
         self._bytes = self._live = 0  # bytes of all rows of _packs, and of the live rows
         self._early = ThreadPoolExecutor(1)
-        for path in self._files():
-            if _round(path) <= last:
-                self._enter(path, _clients(path))
+        paths = [path for path in self._files() if _round(path) <= last]
+        if known is not None:
+            paths = sorted((folder / name for name in known), key=_order)
+        for path in paths:
+            about = _about(path)
+            if known is not None and about.seal != known[path.name]:
+                raise sealed.damaged(path, "it is another pack than the run wrote")
+            self._enter(path, about)
         self._fresh = []
 
     @classmethod
-    def rewound(cls, folder: Path, last: int) -> Packs:
-        """Opens the packs up to round ``last``; removes later ones and those without live rows."""
-        packs = cls(folder, last)
+    def rewound(cls, folder: Path, last: int, known: Mapping[str, str] | None = None) -> Packs:
+        """Opens the packs up to round ``last``; removes all other packs."""
+        packs = cls(folder, last, known)
         for path in packs._files():
-            if _round(path) > last:
+            if path not in packs._packs:
                 path.unlink()
-        packs.sweep()
+        packs._dead = set()
         return packs
+
+    def names(self) -> dict[str, str]:
+        """The names of the packs with live rows, and their seals."""
+        return {path.name: pack.seal for path, pack in sorted(self._packs.items())}
 
     # -- states
 
@@ -91,8 +129,6 @@ class Packs:
         Returns:
             The states in the order of ``clients``; empty for a client without a state.
         """
-        from safetensors import safe_open
-
         found: list[Tree] = [{} for _ in clients]
         wanted: dict[Pack, list[tuple[int, Tree]]] = {}
         for client, tree in zip(clients, found, strict=True):
@@ -100,14 +136,8 @@ class Packs:
                 pack, row = self._places[client]
                 wanted.setdefault(pack, []).append((row, tree))
         for pack, places in wanted.items():
-            with safe_open(pack.path, "pt") as file:
-                form = json.loads(file.metadata()["pack"])["tensors"]
-                flat = {
-                    kind: _rows(file.get_slice(kind), [row for row, _ in places])
-                    for kind in file.keys()  # noqa: SIM118
-                }
-                for n, (_, tree) in enumerate(places):
-                    tree |= _cut({kind: rows[n] for kind, rows in flat.items()}, form)
+            for (_, tree), state in zip(places, _states(pack, [r for r, _ in places]), strict=True):
+                tree |= state
         return found
 
     def write(self, round_: int, position: int, kept: Mapping[str, Tree]) -> None:
@@ -124,7 +154,6 @@ class Packs:
 
     def _write(self, name: str, kept: Mapping[str, Tree]) -> None:
         import torch
-        from safetensors.torch import save_file
 
         first = next(iter(kept.values()))
         form = [(name, str(t.dtype), list(t.shape)) for name, t in sorted(first.items())]
@@ -134,16 +163,15 @@ class Packs:
                     torch.cat([tree[name].flatten() for name, of, _ in form if of == kind])
                     for tree in kept.values()
                 ]
-            )
+            ).cpu()
             for kind in {of for _, of, _ in form}
         }
-        self.folder.mkdir(parents=True, exist_ok=True)
         path = self.folder / f"{name}.safetensors"
-        temporary = path.with_name(path.name + ".tmp")
-        about = json.dumps({"clients": list(kept), "tensors": form})
-        save_file(stacked, temporary, {"pack": about})  # of several, the order is not fixed
-        os.replace(temporary, path)
-        self._enter(path, list(kept))
+        about = About(list(kept), form, _sums(stacked, range(len(kept))), "")
+        text = json.dumps([about.clients, about.tensors, about.sums])
+        about = replace(about, seal=sealed.blake(text.encode()))
+        save_stacked(path, stacked, {"pack": about.seal + text})  # one entry: their order varies
+        self._enter(path, about)
         self._early.submit(sync, path)  # during training; the commit syncs once more
 
     # -- live and dead rows
@@ -152,20 +180,21 @@ class Packs:
         """Adds the packs of a round that other processes wrote, merged packs included."""
         for path in self._files():
             if _round(path) == round_ and path not in self._packs:
-                self._enter(path, _clients(path))
+                self._enter(path, _about(path))
 
     def _files(self) -> list[Path]:
-        return sorted(self.folder.glob("*.safetensors"), key=lambda p: (_round(p), p.name))
+        found = self.folder.glob("*.safetensors")
+        return sorted((path for path in found if NAME.fullmatch(path.name)), key=_order)
 
-    def _enter(self, path: Path, clients: Sequence[str]) -> None:
+    def _enter(self, path: Path, about: About) -> None:
         """Adds a pack whose rows are newer than all earlier rows of its clients."""
-        rows = len(clients)
-        pack = Pack(path, rows, rows, path.stat().st_size // rows)
+        rows = len(about.clients)
+        pack = Pack(path, rows, rows, path.stat().st_size // rows, about.seal)
         self._packs[path] = pack
         self._fresh.append(path)
         self._bytes += rows * pack.share
         self._live += rows * pack.share
-        for row, client in enumerate(clients):
+        for row, client in enumerate(about.clients):
             if client in self._places:
                 self._supersede(self._places[client][0])
             self._places[client] = pack, row
@@ -209,7 +238,7 @@ class Packs:
         batch: list[str] = []
         size = 0
         for pack in self._mostly_dead():
-            named = enumerate(_clients(pack.path))
+            named = enumerate(_about(pack.path).clients)
             batch += [client for row, client in named if self._places[client] == (pack, row)]
             size += pack.live * pack.share
             if size >= MERGED:
@@ -234,16 +263,80 @@ class Packs:
         return chosen
 
 
-def _clients(path: Path) -> list[str]:
-    """Reads the clients of a pack, in the order of its rows, from the header of the file."""
+def _about(path: Path) -> About:
+    """Reads the metadata of a pack from the header of its file.
+
+    Raises:
+        FedVLMError: the file is missing or damaged.
+    """
     from safetensors import safe_open
 
-    with safe_open(path, "pt") as file:
-        return json.loads(file.metadata()["pack"])["clients"]
+    with _readable(path), safe_open(path, "pt") as file:
+        found = file.metadata()["pack"]
+        seal, text = found[:32], found[32:]
+        if sealed.blake(text.encode()) != seal:
+            raise sealed.damaged(path)
+        clients, tensors, sums = json.loads(text)
+        return About(clients, tensors, sums, seal)
+
+
+def _states(pack: Pack, rows: Sequence[int]) -> list[Tree]:
+    """Reads some rows of a pack and checks them. The file is opened once.
+
+    Raises:
+        FedVLMError: the file is missing or damaged.
+    """
+    from safetensors import safe_open
+
+    about = _about(pack.path)
+    kinds = sorted({kind for _, kind, _ in about.tensors})
+    with _readable(pack.path), safe_open(pack.path, "pt") as file:
+        if about.seal != pack.seal or sorted(file.keys()) != kinds:
+            raise sealed.damaged(pack.path)
+        flat = {kind: _rows(file.get_slice(kind), rows) for kind in kinds}
+    if any(str(part.dtype) != kind for kind, parts in flat.items() for part in parts):
+        raise sealed.damaged(pack.path)
+    if _sums(flat, range(len(rows))) != [about.sums[row] for row in rows]:
+        raise sealed.damaged(pack.path)
+    return [
+        _cut({kind: part[n] for kind, part in flat.items()}, about.tensors)
+        for n in range(len(rows))
+    ]
+
+
+def _sums(stacked: Mapping[str, Any], rows: Iterable[int]) -> list[int]:
+    """The checksum of each row, over the row's tensors in the order of their data types."""
+    import torch
+
+    found = []
+    for row in rows:
+        total = 0
+        for kind in sorted(stacked):
+            if stacked[kind][row].numel():
+                total = zlib.crc32(stacked[kind][row].view(torch.uint8).numpy(), total)
+        found.append(total)
+    return found
+
+
+@contextlib.contextmanager
+def _readable(path: Path) -> Iterator[None]:
+    """Turns the errors of a damaged file into one that names it."""
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise sealed.unreadable(path, error) from error
+    except (SafetensorError, OSError, KeyError, ValueError, TypeError, RecursionError) as error:
+        raise sealed.damaged(path, str(error)[:200] or "it cannot be read") from error
 
 
 def _round(path: Path) -> int:
     return int(path.name.split("-")[0])
+
+
+def _order(path: Path) -> tuple[int, str]:
+    return _round(path), path.name
 
 
 def _rows(stacked: Any, rows: Sequence[int]) -> list[Tensor]:

@@ -2,9 +2,10 @@
 
 Layout::
 
-    config.yaml  environment.json  partition.json      written once, before the first round
+    config.yaml  environment.json                      written once, before the first round
+    partition.json  data.json                          the clients' rows; hashes of the rows
     partition.png                                      the clients' sizes and labels
-    checkpoint.json                                    {"round": n}: the last finished round
+    checkpoint.json                                    the last finished round, and digests
     server/00007.safetensors                           the server's state after round 7
     personal/00007-00016.safetensors                   states of a pass of clients, since round 7
     metrics.jsonl  timing.jsonl                        one line per round
@@ -14,34 +15,53 @@ A round's files are written first, each with an atomic rename, and synced to the
 counts once ``checkpoint.json`` names it. A process that is killed at any moment leaves the last
 finished round whole. Resuming a run removes the files of later rounds. :mod:`fedvlm.store.packs`
 describes the packs in ``personal``.
+
+``checkpoint.json`` has the digests of the files that were written once, of the server's state and
+of the lines of metrics, and it names the packs. ``table.json`` has the digests of the answers and
+adapters. Both have a seal, see :mod:`fedvlm.store.sealed`. ``timing.jsonl``, the CSV files and the
+pictures are not needed to resume or to open a run, and have no digests.
 """
 
 from __future__ import annotations
 
 import contextlib
 import json
+import os
+import shutil
 from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from fedvlm.errors import FedVLMError
+from fedvlm.store import sealed
 from fedvlm.store.files import (
     _unfinished,
     append_line,
-    load_tree,
     only_one,
-    read_lines,
     save_tree,
     sync,
     writable,
+    write_bytes,
     write_text,
 )
 from fedvlm.store.packs import Packs
 from fedvlm.tree import Tree
 
 CONFIG = "config.yaml"
+CHECKPOINT = "checkpoint.json"
+METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 DONE = "table.json"
+FILES: tuple[str, ...] = (
+    CONFIG,
+    "environment.json",
+    "partition.json",
+    "data.json",
+    "sites.json",
+    CHECKPOINT,
+)
+FILES += (METRICS, TIMING, DONE, "table.csv", "groups.csv", "partition.png", "curves.png", ".lock")
+FOLDERS = ("server", "personal", "answers", "adapters", "onboarded", "export")
 
 
 class Store:
@@ -49,18 +69,35 @@ class Store:
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
+        self._metrics: Any = None  # the hash of metrics.jsonl so far, and its length in bytes
+        self._length = 0
 
     @cached_property
     def _packs(self) -> Packs:
-        return Packs(self.folder / "personal", self._last)
+        vars(self).pop("_checkpoint", None)  # another process may have committed rounds
+        return Packs(self.folder / "personal", self._last, self._checkpoint.get("packs"))
+
+    @cached_property
+    def _checkpoint(self) -> dict[str, Any]:
+        """The content of ``checkpoint.json``; empty before it is written."""
+        path = self.folder / CHECKPOINT
+        return sealed.read(path) if path.exists() else {}
 
     # -- once per run
 
     def create(self, files: Mapping[str, str]) -> None:
         """Writes the files that describe the run, ``config.yaml`` last, because it marks a run."""
+        known = {name: sealed.blake(text.encode()) for name, text in files.items()}
+        self._checkpoint = {"round": None, "files": known}
+        sealed.write(self.folder / CHECKPOINT, self._checkpoint, indent=None)
         for name, text in sorted(files.items(), key=lambda item: item[0] == CONFIG):
             write_text(self.folder / name, text)
         sync(self.folder.absolute().parent)
+
+    def seal(self, name: str) -> None:
+        """Adds the digest of a written file to the following checkpoints."""
+        known = self._checkpoint.get("files", {}) | sealed.digests(self.folder, [name])
+        self._checkpoint = {**self._checkpoint, "files": known}
 
     @contextlib.contextmanager
     def locked(self, patience: float = 0.0) -> Iterator[None]:
@@ -85,8 +122,8 @@ class Store:
 
     def finished(self) -> int | None:
         """The number of the last finished round; None if there is none."""
-        path = self.folder / "checkpoint.json"
-        return json.loads(path.read_text())["round"] if path.exists() else None
+        path = self.folder / CHECKPOINT
+        return sealed.read(path)["round"] if path.exists() else None
 
     @property
     def _last(self) -> int:
@@ -94,17 +131,27 @@ class Store:
         return -1 if done is None else done
 
     def rewind(self) -> None:
-        """Removes the files and lines that a killed process left of an unfinished round."""
-        last = self._last
+        """Removes the files and lines that a killed process left of an unfinished round.
+
+        Raises:
+            FedVLMError: a file of a finished round is missing or damaged.
+        """
+        vars(self).pop("_checkpoint", None)
+        sealed.check(self.folder, self._checkpoint.get("files", {}))
+        last, content = self._last, self._committed()
         for path in self._states():
             if int(path.stem) > last:
                 path.unlink()
-        for path in filter(_unfinished, self.folder.rglob("*.*")):
-            path.unlink()
-        self._packs = Packs.rewound(self.folder / "personal", last)
-        for name in ("metrics.jsonl", "timing.jsonl"):
-            lines = [line for line in read_lines(self.folder / name) if line["round"] <= last]
-            write_text(self.folder / name, "".join(json.dumps(line) + "\n" for line in lines))
+        for path in list(filter(_unfinished, self.folder.rglob("*.*"))):
+            if path.is_dir() and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+            else:
+                path.unlink(missing_ok=True)
+        self._packs = Packs.rewound(self.folder / "personal", last, self._checkpoint.get("packs"))
+        write_bytes(self.folder / METRICS, content)
+        timing = [line for line in self.timing() if line["round"] <= last]
+        write_text(self.folder / TIMING, "".join(json.dumps(line) + "\n" for line in timing))
+        self._metrics, self._length = sealed.hashing(content), len(content)
 
     def personal(self, clients: Sequence[str]) -> list[Tree]:
         """Reads the states of some clients; a state is empty before the client's first round."""
@@ -129,8 +176,21 @@ class Store:
         self._packs.refresh(round_)
 
     def server(self) -> Tree:
-        """The server's state after the last finished round."""
-        return load_tree(self.folder / "server" / f"{self.finished():05d}.safetensors")
+        """The server's state after the last finished round.
+
+        Raises:
+            FedVLMError: its file is missing or damaged.
+        """
+        from safetensors.torch import load
+
+        path = self.folder / "server" / f"{self.finished():05d}.safetensors"
+        try:
+            content = path.read_bytes()
+        except OSError as error:
+            raise sealed.unreadable(path, error) from error
+        if sealed.blake(content) != self._checkpoint.get("server"):
+            raise sealed.damaged(path)
+        return load(content)
 
     def commit(
         self, round_: int, state: Tree, line: dict[str, Any], timing: dict[str, Any]
@@ -138,24 +198,97 @@ class Store:
         """Finishes a round: writes its state and lines, then the checkpoint, then cleans up."""
         fresh = self._packs.settle(round_)
         server = self.folder / "server" / f"{round_:05d}.safetensors"
-        save_tree(server, state)
-        fresh += [server, server.parent]
-        for name, new in (("metrics.jsonl", line), ("timing.jsonl", timing)):
-            append_line(self.folder / name, new)
-            fresh.append(self.folder / name)
+        content = save_tree(server, state)
+        if self._metrics is None:
+            before = self._committed()
+            self._metrics, self._length = sealed.hashing(before), len(before)
+        added = append_line(self.folder / METRICS, line)
+        append_line(self.folder / TIMING, timing)
+        self._metrics.update(added)
+        self._length += len(added)
+        fresh += [server, server.parent, self.folder / METRICS, self.folder / TIMING]
         for path in fresh:  # in one go, which a journal can write at once
             sync(path)
-        write_text(self.folder / "checkpoint.json", json.dumps({"round": round_}) + "\n")
+        self._checkpoint = {
+            "round": round_,
+            "files": self._checkpoint.get("files", {}),
+            "server": sealed.blake(content),
+            "metrics": {"bytes": self._length, "digest": self._metrics.hexdigest()},
+            "packs": self._packs.names(),
+        }
+        sealed.write(self.folder / CHECKPOINT, self._checkpoint, indent=None)
         for old in self._states()[:-1]:
             old.unlink()
         self._packs.sweep()
 
     def _states(self) -> list[Path]:
-        return sorted((self.folder / "server").glob("*.safetensors"))
+        found = (self.folder / "server").glob("*.safetensors")
+        return sorted((p for p in found if p.stem.isdecimal()), key=lambda p: int(p.stem))
+
+    def _committed(self) -> bytes:
+        """The lines of metrics up to the last finished round, as they stand in the file."""
+        path, known = self.folder / METRICS, self._checkpoint.get("metrics")
+        if known is None:
+            return b""
+        try:
+            content = path.read_bytes()[: known["bytes"]]
+        except OSError as error:
+            raise sealed.unreadable(path, error) from error
+        if len(content) < known["bytes"]:
+            raise sealed.damaged(path, "its end is missing")
+        if sealed.blake(content) != known["digest"]:
+            raise sealed.damaged(path)
+        return content
 
     def lines(self) -> list[dict[str, Any]]:
-        """The metrics so far, one dict per round."""
-        return read_lines(self.folder / "metrics.jsonl")
+        """The metrics up to the last finished round, one dict per round.
+
+        Raises:
+            FedVLMError: the file is missing or damaged.
+        """
+        return [json.loads(line) for line in self._committed().splitlines()]
+
+    def timing(self) -> list[dict[str, Any]]:
+        """The seconds of the rounds; lines that cannot be read are left out."""
+        found = []
+        with contextlib.suppress(OSError):
+            for text in (self.folder / TIMING).read_bytes().split(b"\n"):
+                with contextlib.suppress(ValueError, RecursionError):
+                    line = json.loads(text)
+                    if isinstance(line, dict) and isinstance(line.get("round"), int):
+                        found.append(line)
+        return found
+
+
+def check_whole(folder: str | Path) -> None:
+    """Refuses a run with a damaged description, and a run of version 0.1.
+
+    Raises:
+        FedVLMError: ``checkpoint.json``, or a file that was written before the first round or in
+            round 0, is missing or damaged; or version 0.1 made the run.
+    """
+    path = Path(folder)
+    if is_run(path) or (path / CHECKPOINT).exists():
+        try:
+            known = sealed.read(path / CHECKPOINT)["files"]
+        except FedVLMError:
+            check_version(path)
+            raise
+        sealed.check(path, known)
+
+
+def belongs(path: str | Path) -> Path | None:
+    """The folder of the run that a path belongs to; None for any other path.
+
+    A path in ``export`` belongs to nobody. Links are followed, and case is ignored.
+    """
+    where = Path(os.path.realpath(Path(path).expanduser()))
+    for folder in where.parents:
+        if is_run(folder) or (folder / CHECKPOINT).exists():
+            first, *rest = where.relative_to(folder).parts
+            if first.casefold() in (*FILES, *FOLDERS) and (first != "export" or not rest):
+                return folder
+    return None
 
 
 def check_version(folder: str | Path) -> None:
@@ -167,7 +300,13 @@ def check_version(folder: str | Path) -> None:
     path = Path(folder) / "environment.json"
     try:
         made = json.loads(path.read_text(encoding="utf-8"))["packages"]["fedvlm"]
-    except (OSError, ValueError, KeyError, TypeError):  # the run says so where it matters
+    except (
+        OSError,
+        ValueError,
+        KeyError,
+        TypeError,
+        RecursionError,
+    ):  # the run says so where it matters
         return
     if str(made).startswith("0.1."):
         raise FedVLMError(

@@ -347,6 +347,7 @@ def saved(folder: str | Path) -> Config:
     """
     if not begun(folder):
         raise FedVLMError(f"'{folder}' holds no deployed run to resume")
+    stores.check_whole(folder)
     config = configs.load(Path(folder) / stores.CONFIG)
     return config.model_copy(update={"output": str(folder)})
 

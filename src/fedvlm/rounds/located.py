@@ -1,0 +1,46 @@
+"""The paths in a run's settings: absolute, so that they hold in any working folder."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from fedvlm.errors import ConfigError
+from fedvlm.settings.sections import Config
+
+
+def located(config: Config) -> Config:
+    """The settings with absolute paths of data and model; names of the hub are unchanged."""
+    from fedvlm.models.load import BUNDLED
+
+    model, data = config.model, config.data
+    if model.name not in BUNDLED:
+        model = model.model_copy(update={"name": _absolute(model.name)})
+    if data.path is not None:
+        data = data.model_copy(update={"path": _absolute(data.path)})
+    return config.model_copy(update={"model": model, "data": data})
+
+
+def _absolute(name: str) -> str:
+    """An absolute path if there is such a file or folder here, else the name unchanged."""
+    path = Path(name).expanduser()
+    return os.path.abspath(path) if path.exists() else name
+
+
+def check_apart(config: Config) -> None:
+    """Refuses an output in the folder of the data, where its files would be read as rows.
+
+    Raises:
+        ConfigError: ``output`` is ``data.path``, or lies in it.
+    """
+    if config.data.path is None or not Path(config.data.path).expanduser().is_dir():
+        return
+    data = Path(os.path.realpath(Path(config.data.path).expanduser()))
+    output = Path(os.path.realpath(config.output))
+    if output == data or data in output.parents:
+        raise ConfigError(
+            [
+                f"output: '{config.output}' lies in data.path '{config.data.path}', so its files "
+                "would be read as rows later; choose a folder elsewhere with output=DIR"
+            ]
+        )
