@@ -14,6 +14,7 @@ from fedvlm.engines.group import pack, unpack
 from fedvlm.engines.sharded import parts
 from fedvlm.models import load as loading
 from fedvlm.rounds import federate
+from fedvlm.rounds.results import Results
 from fedvlm.store import files
 from fedvlm.store import run as store
 from test_cli import call
@@ -150,8 +151,7 @@ def assert_told_the_same(found, expected):
         lines = files.read_lines(expected / name)
         assert [list(line) for line in files.read_lines(found / name)] == [list(a) for a in lines]
         assert files.read_lines(found / name) == numbers(lines), name
-    table = json.loads((expected / "table.json").read_text())
-    assert json.loads((found / "table.json").read_text()) == numbers(table)
+    assert Results.read(found).table == numbers(Results.read(expected).table)
 
 
 @pytest.mark.slow
