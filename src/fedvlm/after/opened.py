@@ -150,6 +150,11 @@ class Opened:
         if (folder / MADE).exists():
             sealed.check(folder, sealed.read(folder / MADE)["files"])
             return folder
+        if client and not (self.folder / "partition.json").exists():  # a deployed run
+            raise FedVLMError(
+                f"a file of the run is missing: there is no '{folder / WEIGHTS}'; the model of "
+                f"client '{client}' stays at its site"
+            )
         algorithm, store = self.algorithm, stores.Store(self.folder)
         visit = standing(self.config, algorithm).visit(client or "")
         mine = parted(store.personal([client])[0])[0] if client else {}
