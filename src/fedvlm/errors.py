@@ -70,6 +70,13 @@ def shown(value: Any, most: int = 80, quotes: bool = True) -> str:
         return f"a value of type {type(value).__name__}"
 
 
+def brief(value: object, most: int = 200) -> str:
+    """A value on one line, without its end where it is longer than ``most`` characters."""
+    text = " ".join(str(value)[: 4 * most].split())
+    text = visible(text)
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
 def one_record(record: logging.LogRecord) -> bool:
     """A filter for a logger: cuts and escapes each message like the message of an error."""
     record.msg, record.args = cut(record.getMessage()), ()

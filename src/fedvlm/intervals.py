@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 
+from fedvlm.errors import brief
 from fedvlm.metrics import METRICS, number
 
 RIGHT_OR_WRONG = ("exact_match", "reward_accuracy")
@@ -160,7 +161,7 @@ def few_rows(rows: Mapping[str, float], *, named: bool = True) -> str:
     few = sorted(((n, client) for client, n in rows.items() if n < FEW_ROWS))
     if not few:
         return ""
-    names = ", ".join(f"{plain(client)} {n:g}" for n, client in few[:MOST_NAMED])
+    names = ", ".join(f"{brief(client, 40)} {n:g}" for n, client in few[:MOST_NAMED])
     more = f" and {len(few) - MOST_NAMED:,} more" if len(few) > MOST_NAMED else ""
     return (
         f"few rows: {len(few):,} of {len(rows):,} clients {'has' if len(few) == 1 else 'have'} "
@@ -168,12 +169,6 @@ def few_rows(rows: Mapping[str, float], *, named: bool = True) -> str:
         + (f" ({names}{more})" if named else "")
         + "; these scores say little, see their intervals"
     )
-
-
-def plain(text: str, most: int = 40) -> str:
-    """Text of the data for a line of output: without control characters, cut to ``most``."""
-    shown = "".join(c if c.isprintable() else "\N{REPLACEMENT CHARACTER}" for c in str(text))
-    return shown if len(shown) <= most else shown[: most - 1] + "…"
 
 
 def ends(

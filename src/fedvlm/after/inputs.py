@@ -17,9 +17,9 @@ from PIL import Image
 
 from fedvlm.data import folders
 from fedvlm.data.images import Checked
-from fedvlm.data.pictures import Pictures, cut
+from fedvlm.data.pictures import Pictures
 from fedvlm.data.sources import load_rows
-from fedvlm.errors import DataError, FedVLMError
+from fedvlm.errors import DataError, FedVLMError, brief
 from fedvlm.settings.sections import DataConfig
 from fedvlm.store.files import write_bytes
 from fedvlm.store.run import belongs
@@ -109,7 +109,7 @@ def from_images(
 
 
 def _refuse_or_report(broken: Sequence[tuple[str, str]], count: int, on_error: str) -> None:
-    listed = "; ".join(f"'{cut(name, 150)}': {cut(why)}" for name, why in broken[:5])
+    listed = "; ".join(f"'{brief(name, 150)}': {brief(why)}" for name, why in broken[:5])
     listed += f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
     if on_error == "fail" or len(broken) == count:
         raise DataError(f"{len(broken)} of {count} images cannot be used: {listed}")

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from fedvlm.batches.control import Control
-from fedvlm.errors import DataError, FedVLMError
+from fedvlm.errors import DataError, FedVLMError, brief
 from fedvlm.models.load import Loaded
 
 PLAIN = {
@@ -138,8 +138,8 @@ class Prompter:
             raise
         except Exception as error:  # each processor has its own limits on pictures and texts
             raise DataError(
-                f"the processor of '{self.loaded.name}' refuses {text!r:.200} with a picture of "
-                f"{image.width} x {image.height} pixels: {str(error) or type(error).__name__:.300}"
+                f"the processor of '{self.loaded.name}' refuses a picture of {image.width} x "
+                f"{image.height} pixels and its prompt: {brief(error) or type(error).__name__}"
             ) from error
         inputs.pop("attention_mask", None)
         inputs.pop("labels", None)

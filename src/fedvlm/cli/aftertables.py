@@ -11,7 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedvlm.cli.tables import console_for_tables
-from fedvlm.intervals import FEW_ROWS, plain, scored_parts
+from fedvlm.errors import brief
+from fedvlm.intervals import FEW_ROWS, scored_parts
 from fedvlm.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -55,7 +56,7 @@ def print_answers(answers: Answers, out: str | Path | None) -> None:
 def print_evaluation(found: Evaluation, out: str | Path | None) -> None:
     """Prints one row per model and one column per metric."""
     console = console_for_tables()
-    title = f"{found.rows} rows of {plain(found.data, 200)}"
+    title = f"{found.rows} rows of {brief(found.data, 200)}"
     console.print(_scores(title, found.scores, found.intervals))
     _warn(console, found.rows)
     if out is not None:
@@ -66,7 +67,7 @@ def print_onboarded(site: Onboarded) -> None:
     """Prints one row per kind of model, the personal model last."""
     table = site.table
     count = site.scores["personal"]["examples"]
-    title = f"site {plain(table['site'])}, {count:g} {table['split']} rows"
+    title = f"site {brief(table['site'], 40)}, {count:g} {table['split']} rows"
     named = {SITE_MODELS[m]: s for m, s in site.scores.items()}
     console = console_for_tables()
     bounds = {SITE_MODELS[m]: found for m, found in table["intervals"].items()}
@@ -97,7 +98,7 @@ def _scores(
     for name, numbers in scores.items():
         bounds = intervals.get(name, {})
         cells = ["\n".join(scored_parts(m, numbers[m], bounds.get(m))) for m in metrics]
-        shown.add_row(escape(plain(name)), *cells)
+        shown.add_row(escape(brief(name, 40)), *cells)
     return shown
 
 

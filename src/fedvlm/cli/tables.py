@@ -8,7 +8,8 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedvlm.intervals import few_rows, plain, scored, scored_parts
+from fedvlm.errors import brief
+from fedvlm.intervals import few_rows, scored, scored_parts
 from fedvlm.metrics import METRICS, _percent, number
 
 if TYPE_CHECKING:
@@ -64,7 +65,7 @@ def _clients(results: Results) -> Table:
     for client in personal if len(personal) <= 20 else ():
         # A deployed site may have been away, or may not report its number of rows.
         cells = [_cell(models[m], client, first) for m in models_shown()]
-        out.add_row(escape(plain(client)), str(personal[client].get("examples", "")), *cells)
+        out.add_row(escape(brief(client, 40)), str(personal[client].get("examples", "")), *cells)
     out.add_section()
     for key, head, interval in SUMMARY:
         found = [results.summary(m) for m in models_shown()]
@@ -95,7 +96,7 @@ def _other_metrics(results: Results, metrics: list[str]) -> Table:
 def _groups(results: Results) -> Table:
     """Scores by the value of ``eval.group_by``, for the twenty values with the most rows."""
     groups, first = results.table["groups"], results.metric
-    rows, column = groups["models"]["personal"], plain(groups["column"])
+    rows, column = groups["models"]["personal"], brief(groups["column"], 40)
     title = f"{METRICS[first].head} by {column}, over all clients' rows"
     out = _table(escape(title), escape(column))
     often = sorted(rows, key=lambda value: -rows[value]["examples"])
@@ -106,7 +107,7 @@ def _groups(results: Results) -> Table:
             )
             for m in models_shown()
         ]
-        out.add_row(escape(plain(value)), str(rows[value]["examples"]), *cells)
+        out.add_row(escape(brief(value, 40)), str(rows[value]["examples"]), *cells)
     if len(rows) > 20:
         out.caption = f"and {len(rows) - 20} more in groups.csv"
     return out
@@ -146,7 +147,7 @@ def print_comparison(comparison: Comparison) -> None:
         mean = "\n".join(scored_parts(metric, row["personal"], bounds))
         mean += f" ± {100 * error:.1f}" if error is not None else ""
         out.add_row(
-            escape(plain(row["algorithm"])),
+            escape(brief(row["algorithm"], 40)),
             mean,
             number(metric, row["personal_rows"]),
             _percent(row["worst10"]),

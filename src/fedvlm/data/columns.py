@@ -8,29 +8,23 @@ from typing import Any
 import datasets
 
 from fedvlm.data.embedded import may_embed
-from fedvlm.errors import DataError
+from fedvlm.errors import DataError, brief
 from fedvlm.settings.sections import DataConfig
 
 TEXT = ("string", "large_string")
 OURS = ("row", "image_hash")  # columns that the package adds
 
 
-def cut(value: object, width: int = 60) -> str:
-    """Shortens a value from the data for a message."""
-    text = str(value)
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
 def listed(names: Iterable[str], most: int = 20) -> str:
     """Lists names for a message: at most ``most`` of them, each shortened."""
     names = list(names)
     more = f", and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(cut(name, 40) for name in names[:most]) + more
+    return ", ".join(brief(name, 40) for name in names[:most]) + more
 
 
 def name_of(data: DataConfig) -> str:
     """The source, for a message."""
-    return f"data.path '{cut(data.path, 200)}'" if data.path else "the bundled scenes"
+    return f"data.path '{brief(data.path, 200)}'" if data.path else "the bundled scenes"
 
 
 def shown(role: str) -> str:
@@ -62,16 +56,16 @@ def check_columns(
         DataError: the message lists every mistake, and the columns of the source.
     """
     absent = {role: name for role, name in names.items() if name not in features}
-    problems = [f"no column '{cut(name)}' for the {shown(role)}" for role, name in absent.items()]
+    problems = [f"no column '{brief(name)}' for the {shown(role)}" for role, name in absent.items()]
     renamed = by is not None and by.startswith("source_")  # perhaps given to a column later
     if by is not None and not renamed and by not in (*features, *names, *OURS):
-        problems.append(f"no column '{cut(by)}' for partition.column")
+        problems.append(f"no column '{brief(by)}' for partition.column")
     wrong = [f"data.columns.{role}" for role in absent]
     parts = []
     if problems:
         parts.append(f"{name_of(data)} has " + ", and ".join(problems))
     if len(set(names.values())) < len(names):
-        twice = {role: cut(name, 40) for role, name in names.items()}
+        twice = {role: brief(name, 40) for role, name in names.items()}
         parts.append(f"data.columns has one column for two roles: {twice}; name different columns")
     for role, name in names.items():
         if name in features and (fault := _fault(role, name, features[name])):
@@ -80,8 +74,8 @@ def check_columns(
     mapped = by is None or by not in features or by in names.values()
     if by is not None and not mapped and not is_scalar(features[by]):
         parts.append(
-            f"partition.column '{cut(by)}' holds {kind_of(features[by])}, but a client's name or a "
-            "label is a text, a number or a date"
+            f"partition.column '{brief(by)}' holds {kind_of(features[by])}, but a client's name "
+            "or a label is a text, a number or a date"
         )
     if parts:
         remedy = "".join(f". Set {setting}=<one of them>" for setting in wrong[:1])
@@ -95,13 +89,13 @@ def _fault(role: str, name: str, feature: Any) -> str:
         if may_be_image(feature):
             return ""
         return (
-            f"the column '{cut(name)}' holds {kind_of(feature)}, not images (encoded bytes, or "
+            f"the column '{brief(name)}' holds {kind_of(feature)}, not images (encoded bytes, or "
             "paths)"
         )
     if isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "") in TEXT:
         return ""
     return (
-        f"the column '{cut(name)}' holds {kind_of(feature)}, but the {shown(role)} must be text: "
+        f"the column '{brief(name)}' holds {kind_of(feature)}, but the {shown(role)} must be text: "
         "map another column, or convert it to text"
     )
 

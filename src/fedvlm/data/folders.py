@@ -8,7 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from fedvlm.data import dicom
-from fedvlm.data.pictures import Pictures, cut
+from fedvlm.data.pictures import Pictures
+from fedvlm.errors import brief
 
 logger = logging.getLogger("fedvlm")
 
@@ -40,14 +41,14 @@ class Found:
     def report(self, folder: Path) -> None:
         """Logs the files that are left out."""
         if self.hidden:
-            logger.info("left out %d hidden files in '%s'", self.hidden, cut(str(folder)))
+            logger.info("left out %d hidden files in '%s'", self.hidden, brief(str(folder)))
         if self.others:
-            names = [cut(str(path.relative_to(folder)), 80) for path in self.others[:_NAMED]]
+            names = [brief(str(path.relative_to(folder)), 80) for path in self.others[:_NAMED]]
             n, more = len(self.others), len(self.others) - len(names)
             logger.warning(
                 "left out %s in '%s': %s%s",
                 "1 file that is no picture" if n == 1 else f"{n} files that are no pictures",
-                cut(str(folder)),
+                brief(str(folder)),
                 ", ".join(names),
                 f", and {more} more" if more else "",
             )

@@ -25,11 +25,11 @@ import pyarrow.parquet as pq
 from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
 
-from fedvlm.data.columns import cut, listed
+from fedvlm.data.columns import listed
 from fedvlm.data.labels import texts
 from fedvlm.data.records import Check, report_absent
 from fedvlm.data.tables import converted
-from fedvlm.errors import DataError
+from fedvlm.errors import DataError, brief
 
 logger = logging.getLogger("fedvlm")
 
@@ -61,7 +61,7 @@ def read(files: Sequence[Path], check: Check, expansion: int) -> datasets.Datase
     features = datasets.Features.from_arrow_schema(schema)
     check(features)
     if not sum(counts):
-        raise DataError(f"'{cut(files[0], 200)}' has no rows")
+        raise DataError(f"'{brief(files[0], 200)}' has no rows")
     _refuse_if_larger(sum(map(_least_bytes, opened)), limit, files)
     cast = partial(_as, features.arrow_schema)
     return converted(files, features, lambda: _tables(files, limit, cast))
@@ -126,7 +126,7 @@ def _open(file: Path) -> tuple[pq.ParquetFile, mmap.mmap]:
         source = pa.BufferReader(pa.py_buffer(pages))
         return pq.ParquetFile(source, pre_buffer=False, page_checksum_verification=True), pages
     except (pa.ArrowException, OSError) as error:
-        raise DataError(f"cannot read '{file}' as parquet: {cut(error, 300)}") from None
+        raise DataError(f"cannot read '{file}' as parquet: {brief(error, 300)}") from None
 
 
 # Limits
@@ -255,8 +255,8 @@ def _both(one: pa.DataType, two: pa.DataType, name: str, places: tuple[Path, Pat
         return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
     except pa.ArrowException:
         raise DataError(
-            f"the column '{cut(name)}' holds {cut(one, 100)} in '{places[0]}', but {cut(two, 100)} "
-            f"in '{places[1]}': convert one of the files"
+            f"the column '{brief(name)}' holds {brief(one, 100)} in '{places[0]}', but "
+            f"{brief(two, 100)} in '{places[1]}': convert one of the files"
         ) from None
 
 

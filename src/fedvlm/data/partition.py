@@ -18,11 +18,11 @@ import numpy as np
 
 from fedvlm.data import assign, explicit
 from fedvlm.data.clusters import check_installed, cluster_codes
-from fedvlm.data.columns import TEXT, cut, is_scalar, kind_of, listed
+from fedvlm.data.columns import TEXT, is_scalar, kind_of, listed
 from fedvlm.data.groups import image_groups, same_pictures
 from fedvlm.data.labels import binned_codes, codes_of, values_of
 from fedvlm.data.skew import Skew, frequent, measure
-from fedvlm.errors import DataError
+from fedvlm.errors import DataError, brief
 from fedvlm.settings.sections import Config, PartitionConfig
 
 logger = logging.getLogger("fedvlm")
@@ -97,7 +97,7 @@ class Partition:
         for client in shown:
             split, skew = self.splits[client], self.skew[client]
             often = ", ".join(
-                f"{_short(t)} {100 * n / len(split):.0f} %" for t, n in skew.top[:top]
+                f"{brief(t, 24)} {100 * n / len(split):.0f} %" for t, n in skew.top[:top]
             )
             numbers = [str(len(getattr(split, name))) for name in SPLITS]
             lines.append([client, *numbers, f"{skew.divergence:.3f}", often])
@@ -227,11 +227,6 @@ def _rng(seed: int, purpose: str) -> np.random.Generator:
     return np.random.default_rng(np.random.SeedSequence([seed, zlib.crc32(purpose.encode())]))
 
 
-def _short(text: str, width: int = 24) -> str:
-    text = " ".join(text.split())
-    return text if len(text) <= width else text[: width - 1] + "…"
-
-
 def _kind(rows: datasets.Dataset, config: Config) -> tuple[str, str | None]:
     """The kind and the column of a partition, where ``partition.kind=auto`` is resolved."""
     settings = config.partition
@@ -240,13 +235,13 @@ def _kind(rows: datasets.Dataset, config: Config) -> tuple[str, str | None]:
     if settings.column:
         logger.info(
             "partition.column=%s: one client for each value (partition.kind=column)",
-            cut(settings.column),
+            brief(settings.column),
         )
         return "column", settings.column
     if config.data.path is None:
         return ("column", "site") if "site" in rows.column_names else ("iid", None)
     if settings.clients == PartitionConfig().clients:
-        named = [f"{cut(name, 40)} ({count} values)" for name, count in _likely(rows).items()]
+        named = [f"{brief(name, 40)} ({count} values)" for name, count in _likely(rows).items()]
         logger.warning(
             "no partition is set: the rows are dealt at random to %d clients that are alike. For "
             "one client for each value of a column, set partition.column=NAME%s. To keep random "
@@ -279,7 +274,7 @@ def _resolve(rows: datasets.Dataset, column: str, config: Config) -> str:
     if column not in usable:
         holds = f" (it holds {kind_of(feature)})" if feature is not None else ""
         raise DataError(
-            f"partition.column '{cut(column)}'{holds} is not a column to partition by; "
+            f"partition.column '{brief(column)}'{holds} is not a column to partition by; "
             f"the data has the columns {listed(usable)}"
         )
     return column
@@ -338,10 +333,9 @@ def _split(
     starts = np.flatnonzero(np.diff(groups[places])) + 1
     if not len(starts):
         raise DataError(
-            f"client '{cut(client)}' has {len(part)} rows of a single image (the same image_path, "
-            "file or bytes), so it cannot test on another image than it trains on: give it more "
-            "images, or use another "
-            "partition.kind or a larger partition.min_rows"
+            f"client '{brief(client)}' has {len(part)} rows of a single image (the same "
+            "image_path, file or bytes), so it cannot test on another image than it trains on: "
+            "give it more images, or use another partition.kind or a larger partition.min_rows"
         )
     held = min(len(part) - 1, max(1, round(len(part) * config.data.test_fraction)))
     wanted = round(len(part) * config.data.val_fraction)

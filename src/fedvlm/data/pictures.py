@@ -24,7 +24,7 @@ from PIL import Image, UnidentifiedImageError
 
 from fedvlm.data import depth, dicom, sixteen
 from fedvlm.data.metadata import without_metadata
-from fedvlm.errors import DataError, FedVLMError
+from fedvlm.errors import DataError, FedVLMError, brief
 from fedvlm.settings.pictures import FORMATS
 from fedvlm.settings.sections import DataConfig
 
@@ -293,14 +293,8 @@ def _reason(error: Exception) -> str:
     if isinstance(error, FileNotFoundError):
         return f"there is no file '{error.filename}'"
     if isinstance(error, UnidentifiedImageError):
-        return cut(str(error))
-    return cut(f"{type(error).__name__}: {error}")
-
-
-def cut(text: str, most: int = _REASON) -> str:
-    """A text of one line and at most ``most`` characters."""
-    line = " ".join(text.split())
-    return line if len(line) <= most else line[: most - 1] + "…"
+        return brief(str(error))
+    return brief(f"{type(error).__name__}: {error}")
 
 
 def _version(package: str) -> str:

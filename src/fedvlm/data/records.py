@@ -21,9 +21,8 @@ from typing import Any, TextIO
 import datasets
 import pyarrow as pa
 
-from fedvlm.data.columns import cut
 from fedvlm.data.tables import converted
-from fedvlm.errors import DataError
+from fedvlm.errors import DataError, brief
 
 logger = logging.getLogger("fedvlm")
 
@@ -65,7 +64,7 @@ def read(files: Sequence[Path], check: Check, names: Sequence[str] = ()) -> data
         for name, found in own.items():
             types.setdefault(name, set()).update(found)
     if not any(counts):
-        raise DataError(f"'{cut(files[0], 200)}' has no rows")
+        raise DataError(f"'{brief(files[0], 200)}' has no rows")
     report_absent(files, counts, have, list(types))
     features = datasets.Features({name: _feature(found) for name, found in types.items()})
     check(features)

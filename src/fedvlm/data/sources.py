@@ -27,7 +27,6 @@ from fedvlm.data import parquet, records
 from fedvlm.data.columns import (
     OURS,
     check_columns,
-    cut,
     free_name,
     is_scalar,
     name_of,
@@ -41,7 +40,7 @@ from fedvlm.data.images import check_pictures, open_image, with_absolute_paths, 
 from fedvlm.data.pictures import Pictures
 from fedvlm.data.records import Check
 from fedvlm.data.unusable import without
-from fedvlm.errors import DataError
+from fedvlm.errors import DataError, brief
 from fedvlm.settings.sections import DataConfig
 
 __all__ = ["load_rows", "open_image"]
@@ -145,7 +144,7 @@ def _read(data: DataConfig, seed: int, check: Check) -> tuple[datasets.Dataset, 
     except Exception as error:  # datasets wraps the errors of pyarrow and the hub
         cause = error.__cause__ or error
         raise DataError(
-            f"cannot read {name_of(data)}: {type(cause).__name__}: {cut(cause, 500)}"
+            f"cannot read {name_of(data)}: {type(cause).__name__}: {brief(cause, 500)}"
         ) from error
 
 
@@ -161,7 +160,7 @@ def _read_files(files: list[Path], data: DataConfig, check: Check) -> datasets.D
     suffix = files[0].suffix.lower()
     if suffix not in SUFFIXES:
         raise DataError(
-            f"{name_of(data)} ends in '{cut(suffix)}'; a file of rows ends in "
+            f"{name_of(data)} ends in '{brief(suffix)}'; a file of rows ends in "
             + ", ".join(SUFFIXES)
         )
     empty = [file for file in files if file.stat().st_size == 0]
@@ -188,7 +187,7 @@ def _read_folder(folder: Path, data: DataConfig, check: Check) -> tuple[datasets
             report_left_out(files, found)
             return _read_files(files, data, check), folder
     raise DataError(
-        f"the folder '{cut(data.path, 200)}' holds no parquet, JSONL, JSON or CSV file; a folder "
+        f"the folder '{brief(data.path, 200)}' holds no parquet, JSONL, JSON or CSV file; a folder "
         "of images needs a metadata.jsonl with lines such as "
         '{"file_name": "1.jpg", "question": "...", "chosen": "..."}'
     )

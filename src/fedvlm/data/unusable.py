@@ -10,8 +10,7 @@ from typing import Literal
 import datasets
 import numpy as np
 
-from fedvlm.data.pictures import cut
-from fedvlm.errors import DataError
+from fedvlm.errors import DataError, brief
 
 logger = logging.getLogger("fedvlm")
 
@@ -37,8 +36,8 @@ def without(
         return rows
     key = "row" if "row" in rows.column_names else "name"  # the file of a single picture
     numbers = rows[key][:]
-    where, name, count = sorted(bad), cut(name), len(rows)
-    listed = "; ".join(f"{key} {numbers[at]}: {cut(bad[at])}" for at in where[:_REASONS])
+    where, name, count = sorted(bad), brief(name), len(rows)
+    listed = "; ".join(f"{key} {numbers[at]}: {brief(bad[at])}" for at in where[:_REASONS])
     listed += f"; and {len(bad) - _REASONS} more" if len(bad) > _REASONS else ""
     if on_error == "fail":
         raise DataError(

@@ -7,7 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from fedvlm.errors import FedVLMError
+from fedvlm.errors import FedVLMError, brief
 
 ADAPTER = "adapter_config.json"
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
@@ -23,7 +23,6 @@ DOCUMENTS = (
     "chat_template.json",
     "tokenizer.json",
 )
-MOST_SHOWN = 200  # characters of a name or a reason in a message
 
 
 def check_folder(folder: str, *, weights: bool = True) -> None:
@@ -65,9 +64,9 @@ def refuse_adapter(name: str, config: dict[str, Any] | None) -> None:
         config: the content of its ``adapter_config.json``; empty or None without this file.
     """
     if config:
-        base = cut(config.get("base_model_name_or_path"))
+        base = brief(config.get("base_model_name_or_path"))
         raise FedVLMError(
-            f"model.name: '{cut(name)}' holds an adapter (of the base model '{base}'): use that "
+            f"model.name: '{brief(name)}' holds an adapter (of the base model '{base}'): use that "
             "base model, or a whole model with the adapter merged into it"
         )
 
@@ -75,29 +74,23 @@ def refuse_adapter(name: str, config: dict[str, Any] | None) -> None:
 def refused(folder: str, why: str) -> FedVLMError:
     """The error for a folder that does not load."""
     return FedVLMError(
-        f"model.name: the folder '{cut(folder)}' does not load as a vision-language model: {why}; "
-        "it must hold the files that save_pretrained writes for the model and its processor"
+        f"model.name: the folder '{brief(folder)}' does not load as a vision-language model: {why}"
+        "; it must hold the files that save_pretrained writes for the model and its processor"
     )
-
-
-def cut(value: Any) -> str:
-    """A value in one line of a message, cut."""
-    text = "".join(c if c.isprintable() else "?" for c in str(value))
-    return text if len(text) <= MOST_SHOWN else text[: MOST_SHOWN - 1] + "…"
 
 
 def _adapter(folder: str, alone: bool) -> FedVLMError:
     try:
-        base = cut(_document(folder, ADAPTER).get("base_model_name_or_path"))
+        base = brief(_document(folder, ADAPTER).get("base_model_name_or_path"))
     except FedVLMError:
         base = "unknown"
     if alone:
         return FedVLMError(
-            f"model.name: '{cut(folder)}' is an adapter and no whole model; its base model is "
+            f"model.name: '{brief(folder)}' is an adapter and no whole model; its base model is "
             f"'{base}': use that, or merge the adapter into it (fedvlm export --merge)"
         )
     return FedVLMError(
-        f"model.name: '{cut(folder)}' holds an adapter beside the model ({ADAPTER}, of the base "
+        f"model.name: '{brief(folder)}' holds an adapter beside the model ({ADAPTER}, of the base "
         f"model '{base}'), and transformers would add it to the model; merge it (fedvlm export "
         "--merge) or remove its files"
     )
@@ -110,7 +103,7 @@ def _document(folder: str, file: str) -> dict[str, Any]:
     except OSError as error:
         raise refused(folder, f"its {file} cannot be read ({error.strerror})") from error
     except (ValueError, RecursionError) as error:
-        raise refused(folder, f"its {file} is no JSON ({cut(error)})") from error
+        raise refused(folder, f"its {file} is no JSON ({brief(error)})") from error
     if not isinstance(document, dict):
         kind = type(document).__name__
         raise refused(folder, f"its {file} must hold a JSON object, but it holds a {kind}")
@@ -131,9 +124,9 @@ def _weights(folder: str, files: set[str]) -> list[str]:
         found = {str(shard): shard for shard in shards.values()}
         for name, shard in found.items():
             if not isinstance(shard, str) or not _inside(shard):
-                raise refused(folder, f"its {index} names '{cut(name)}', a file outside of it")
+                raise refused(folder, f"its {index} names '{brief(name)}', a file outside of it")
             if not os.path.isfile(os.path.join(folder, shard)):
-                raise refused(folder, f"it has no '{cut(name)}', which its {index} names")
+                raise refused(folder, f"it has no '{brief(name)}', which its {index} names")
         return sorted(found)
     if any(f.endswith((".h5", ".msgpack", ".gguf")) for f in files):
         raise refused(folder, "its weights are not in PyTorch's or safetensors' format")
@@ -153,9 +146,9 @@ def _check_weights(folder: str, file: str) -> None:
     path = os.path.join(folder, file)
     try:
         if not os.path.isfile(path) or os.path.getsize(path) == 0:
-            raise refused(folder, f"its {cut(file)} is empty or no file")
+            raise refused(folder, f"its {brief(file)} is empty or no file")
         if file.endswith(".safetensors"):
             with safe_open(path, framework="pt"):
                 pass
     except (OSError, SafetensorError) as error:
-        raise refused(folder, f"its {cut(file)} is damaged or cut ({cut(error)})") from error
+        raise refused(folder, f"its {brief(file)} is damaged or cut ({brief(error)})") from error

@@ -16,8 +16,8 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedvlm import processes
-from fedvlm.errors import FedVLMError
-from fedvlm.models.folder import ADAPTER, check_folder, cut, refuse_adapter, refused
+from fedvlm.errors import FedVLMError, brief
+from fedvlm.models.folder import ADAPTER, check_folder, refuse_adapter, refused
 from fedvlm.models.names import refuse_foreign_release, refuse_own_code
 from fedvlm.models.processors import load_processor, read_json
 from fedvlm.settings.sections import ModelConfig
@@ -128,8 +128,8 @@ def _architecture(source: str, local: bool) -> Any:
     )
     if type(architecture) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(
-            f"it holds a '{cut(architecture.model_type)}' model, which does not write texts about "
-            "images"
+            f"it holds a '{brief(architecture.model_type)}' model, which does not write texts "
+            "about images"
         )
     without_dropout(architecture)
     return architecture
@@ -244,7 +244,7 @@ def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise FedVLMError(
-            f"model.name: '{cut(name)}' lacks {len(missing)} weights of {type(model).__name__} "
+            f"model.name: '{brief(name)}' lacks {len(missing)} weights of {type(model).__name__} "
             f"({', '.join(missing[:3])}{more}), which would be random; use a checkpoint with all "
             "weights in transformers' own format"
         )
@@ -252,7 +252,7 @@ def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
     if unexpected:
         logging.getLogger("fedvlm").warning(
             "%s: %d weights are not used by %s (%s, ...)",
-            cut(name), len(unexpected), type(model).__name__, cut(", ".join(unexpected[:3])),
+            brief(name), len(unexpected), type(model).__name__, brief(", ".join(unexpected[:3])),
         )  # fmt: skip
 
 
@@ -266,7 +266,7 @@ def locate(name: str) -> tuple[str, bool]:
         why = " (it is a file)" if os.path.isfile(name) else ""
         why = " (write the path in full, without ~)" if name.startswith("~") else why
         raise FedVLMError(
-            f"model.name: there is no model folder '{cut(name)}'{why}; give a folder with "
+            f"model.name: there is no model folder '{brief(name)}'{why}; give a folder with "
             "config.json and "
             "weights, a hub name such as HuggingFaceTB/SmolVLM-256M-Instruct, or 'tiny'"
         )
@@ -323,16 +323,16 @@ def quiet_transformers() -> None:
 
 
 def _why(name: str, local: bool, error: Exception) -> str:
-    reason = cut(" ".join(str(error).split()) or repr(error))
+    reason = brief(" ".join(str(error).split()) or repr(error))
     if not isinstance(error, OSError | ValueError | RuntimeError | ImportError):
-        reason = cut(f"{type(error).__name__}: {reason}")  # a bare name, such as a missing key
+        reason = brief(f"{type(error).__name__}: {reason}")  # a bare name, such as a missing key
     if "ignore_mismatched_sizes" in str(error):
         reason = "its weights have other shapes than its config.json asks for"
     if "trust_remote_code" in str(error):
         reason = "it needs custom code, which fedvlm does not run"
     if local:
         return str(refused(name, reason))
-    name = cut(name)
+    name = brief(name)
     return (
         f"model.name: '{name}' is neither a local folder nor available from the Hugging Face hub: "
         f"{reason}\n    Without a connection, download it elsewhere (hf download {name} "

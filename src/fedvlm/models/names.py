@@ -6,8 +6,7 @@ import json
 import re
 from pathlib import Path
 
-from fedvlm.errors import FedVLMError
-from fedvlm.models.folder import cut
+from fedvlm.errors import FedVLMError, brief
 
 # (name of a release, name of the same weights in transformers' own format)
 NATIVE = (
@@ -42,8 +41,8 @@ def refuse_foreign_release(name: str) -> None:
     native = native_name(name)
     if native is not None:
         raise FedVLMError(
-            f"model.name: '{cut(name)}' needs custom code, which fedvlm does not run; use "
-            f"'{cut(native)}', "
+            f"model.name: '{brief(name)}' needs custom code, which fedvlm does not run; use "
+            f"'{brief(native)}', "
             "the same model in transformers' own format"
         )
 
@@ -70,6 +69,6 @@ def refuse_own_code(folder: str) -> None:
         "(Florence-2: florence-community/Florence-2-base)"
     )
     raise FedVLMError(
-        f"model.name: the model in '{cut(folder)}' needs custom code (auto_map in its "
+        f"model.name: the model in '{brief(folder)}' needs custom code (auto_map in its "
         f"config.json), which fedvlm does not run; {advice}"
     )

@@ -18,8 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from fedvlm.errors import FedVLMError
-from fedvlm.models.folder import cut
+from fedvlm.errors import FedVLMError, brief
 
 logger = logging.getLogger("fedvlm")
 
@@ -60,7 +59,7 @@ def choose_template(processor: Any, source: str) -> None:
         logger.warning(
             "%s: the processor and the tokenizer have different chat templates; "
             "the processor's is used",
-            cut(source),
+            brief(source),
         )
     elif not own and not why:
         processor.chat_template = other
@@ -68,7 +67,7 @@ def choose_template(processor: Any, source: str) -> None:
         logger.warning(
             "%s: the tokenizer's chat template is not used: %s. The prompt has the form for models "
             "without a template; a chat template of the processor would be used",
-            cut(source),
+            brief(source),
             why,
         )
 
@@ -84,12 +83,12 @@ def _unfit(processor: Any, template: Any) -> str:
             tokenize=False,
         )
     except Exception as error:  # a template is a program, and may fail in any way
-        return f"it does not take a turn with an image ({cut(error)})"
+        return f"it does not take a turn with an image ({brief(error)})"
     names = (getattr(processor, n, None) for n in ("image_token", "boi_token"))
     tokens = {str(token) for token in names if token}
     if any(text.count(token) == 1 for token in tokens):
         return ""
-    return f"for a turn with an image, it does not give one image token ({cut(sorted(tokens))})"
+    return f"for a turn with an image, it does not give one image token ({brief(sorted(tokens))})"
 
 
 def _processor(source: str, local: bool) -> Any:
