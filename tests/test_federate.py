@@ -14,7 +14,6 @@ import pytest
 import torch
 import yaml
 
-import fedvlm
 from fedvlm.algorithms.base import Visit
 from fedvlm.algorithms.table import build, taken
 from fedvlm.batches.draw import Length, batches
@@ -25,25 +24,13 @@ from fedvlm.models import lora
 from fedvlm.rounds import federate
 from fedvlm.rounds import prepare as preparing
 from fedvlm.rounds.prepare import environment
-from fedvlm.rounds.progress import Progress
 from fedvlm.seeds import derive
 from fedvlm.store import files
 from fedvlm.store import run as store
 from fedvlm.tree import digest, factor
+from stopping import Stop
 
 ALGORITHMS = ("plora", "lora", "fedsa", "ffa", "local", "lora+ft")
-
-
-class Stop(Progress):
-    """Acts like Ctrl-C after a number of trained clients."""
-
-    def __init__(self, after):
-        self.left = after
-
-    def trained(self, client, loss):
-        self.left -= 1
-        if self.left < 0:
-            raise KeyboardInterrupt
 
 
 def bytes_of(folder):
@@ -323,42 +310,6 @@ def test_a_run_killed_at_random_moments_resumes_to_the_same_bytes(small, finishe
     assert code == 0
     assert kills == 3
     assert bytes_of(folder) == bytes_of(finished["plora"].folder)
-
-
-def _saved(folder, change=lambda frame: frame):
-    """A parquet file of scenes, changed."""
-    frame = fedvlm.scenes(style="mixed", sites=3, rows=16).to_pandas()
-    change(frame).to_parquet(folder / "rows.parquet", index=False)
-    return {"path": str(folder / "rows.parquet"), "columns": {"answer": "chosen"}}
-
-
-def _other_questions(frame):
-    return frame.assign(question=[f"{q} " + "Please." for q in frame["question"]])
-
-
-def _other_pictures(frame):
-    return frame.assign(image=[frame["image"][0]] * len(frame))
-
-
-CHANGES = {
-    "differ in question": _other_questions,
-    "differ in image": _other_pictures,
-    "there are 44 rows, and there were 48": lambda frame: frame.head(44),
-}
-
-
-def test_other_data_are_not_resumed(small, tmp_path, monkeypatch):
-    small["data"] = _saved(tmp_path)
-    small["partition"] |= {"kind": "iid", "clients": 3}
-    with pytest.raises(KeyboardInterrupt):
-        federate.run(small, progress=Stop(1))
-    for said, change in CHANGES.items():
-        _saved(tmp_path, change)
-        with pytest.raises(FedVLMError, match=f"not what they were when the run .*{said}"):
-            federate.resume(small["output"])
-    _saved(tmp_path)
-    with pytest.raises(KeyboardInterrupt):
-        federate.resume(small["output"], progress=Stop(0))
 
 
 def test_a_folder_inside_the_data_is_no_output(small, tmp_path):

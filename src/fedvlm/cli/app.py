@@ -63,7 +63,11 @@ def _check_processes(context: typer.Context) -> None:
 def run(
     words: Words = None,
     resume: Annotated[
-        str | None, typer.Option(metavar="DIR", help="resume the unfinished run in DIR")
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="resume the unfinished run in DIR; data.path and model.name may have moved",
+        ),
     ] = None,
     quiet: QuietOption = False,
     print_config: Annotated[
@@ -77,10 +81,6 @@ def run(
     """Fine-tune one model per client and score every model."""
     from fedvlm import config as configs
 
-    if resume is not None and words:
-        raise ConfigError(
-            [f"--resume uses the run's saved configuration; leave out {', '.join(words)}"]
-        )
     if resume is not None and dry_run:
         raise ConfigError(["--dry-run plans a new run; leave out --resume"])
     source, overrides = parse(words)
@@ -105,7 +105,7 @@ def run(
     folder = resume or settings.output  # type: ignore[union-attr]
     with _interruptible(f"fedvlm run --resume {folder}"):
         if resume:
-            results = federate.resume(resume, choose(quiet))
+            results = federate.resume(resume, *words or (), progress=choose(quiet))
         else:
             results = federate.run(settings, progress=choose(quiet))
     if processes.rank() == 0:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from fedvlm.errors import FedVLMError, brief
 
 ADAPTER = "adapter_config.json"
+END = 2**16  # bytes at each end of a file of weights
 WEIGHTS = ("model.safetensors", "pytorch_model.bin")
 DOCUMENTS = (
     "config.json",
@@ -54,6 +56,22 @@ def check_folder(folder: str, *, weights: bool = True) -> None:
                 raise refused(folder, "its config.json names no model_type")
     for file in _weights(folder, files) if weights else ():
         _check_weights(folder, file)
+
+
+def mark(folder: str | Path) -> str:
+    """A digest that differs for another model: of its configuration, and the ends of its weights.
+
+    Training changes all weights, so the first and the last bytes of a file are enough.
+    """
+    digest = hashlib.blake2b(digest_size=16)
+    for path in sorted(Path(folder).iterdir()):
+        if path.name == "config.json" or path.suffix in (".safetensors", ".bin"):
+            size = path.stat().st_size
+            with open(path, "rb") as f:
+                first = f.read(END)
+                f.seek(max(0, size - END))
+                digest.update(f"{path.name} {size} ".encode() + first + f.read(END))
+    return digest.hexdigest()
 
 
 def refuse_adapter(name: str, config: dict[str, Any] | None) -> None:

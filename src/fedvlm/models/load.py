@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedvlm import processes
 from fedvlm.errors import FedVLMError, brief
-from fedvlm.models.folder import ADAPTER, check_folder, refuse_adapter, refused
+from fedvlm.models.folder import ADAPTER, check_folder, mark, refuse_adapter, refused
 from fedvlm.models.names import refuse_foreign_release, refuse_own_code
 from fedvlm.models.processors import load_processor, read_json
 from fedvlm.settings.sections import ModelConfig
@@ -272,6 +272,16 @@ def locate(name: str) -> tuple[str, bool]:
         )
     refuse_foreign_release(name)
     return name, False
+
+
+def mark_of(config: ModelConfig) -> str:
+    """A digest that differs for another base model, wherever its files lie."""
+    from transformers.utils import cached_file
+
+    source, local = locate(config.name)
+    if local:
+        return mark(source)
+    return mark(Path(str(cached_file(source, "config.json", local_files_only=True))).parent)
 
 
 def identity(config: ModelConfig) -> str:

@@ -180,7 +180,7 @@ def run_one(name: str, config: Config, tell: Tell, algorithm: Algorithm | None =
 
     progress = _Relay(name, tell)
     if stores.is_run(config.output):
-        resume(config.output, progress, algorithm=algorithm)
+        resume(config.output, progress=progress, algorithm=algorithm)
     else:
         run(config, algorithm=algorithm, progress=progress)
 

@@ -13,12 +13,12 @@ from fedvlm.algorithms.base import Algorithm, State, Visit, expected
 from fedvlm.engines.base import Engine, Models, Scores
 from fedvlm.engines.group import Group, joined
 from fedvlm.engines.wire import Forms, Task
-from fedvlm.errors import FedVLMError
+from fedvlm.errors import ConfigError, FedVLMError, shown
 from fedvlm.rounds.fold import Fold
 from fedvlm.rounds.located import check_apart, located
 from fedvlm.rounds.pictures import draw_curves, draw_partition
 from fedvlm.rounds.prepare import environment, prepare, weights_of
-from fedvlm.rounds.progress import Progress, Quiet, source
+from fedvlm.rounds.progress import Progress, Quiet
 from fedvlm.rounds.results import (
     Results,
     global_models,
@@ -31,6 +31,9 @@ from fedvlm.rounds.schedule import Round, plan
 from fedvlm.settings.sections import Config
 from fedvlm.store import run as stores
 from fedvlm.tree import Tree, digest, saved_bytes
+
+MOVED = ("data.path", "model.name")
+"""Settings that a resumed run may change."""
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
@@ -87,28 +90,48 @@ def run(
 
 def resume(
     folder: str | Path,
+    *overrides: str,
     progress: Progress | None = None,
-    *,
     algorithm: Algorithm | None = None,
 ) -> Results:
     """Continues the run in ``folder``; the result is bit-identical to an uninterrupted run's.
 
     Args:
         folder: the folder of the run.
+        *overrides: ``data.path=...`` or ``model.name=...``, if the data or the model have moved.
         progress: gets the run's events; None: no output.
         algorithm: the object, if the run was started with one.
 
     Raises:
-        FedVLMError: the folder holds no run, or the data have changed.
+        ConfigError: another setting is overridden.
+        FedVLMError: the folder holds no run, or the data or the model have changed.
     """
+    check_moved(overrides)
     stores.check_whole(folder)
     if not stores.is_run(folder):
         raise FedVLMError(f"'{folder}' holds no run; start one with 'fedvlm run output={folder}'")
-    settings = _configuration(algorithm)(Path(folder) / stores.CONFIG)
+    settings = _configuration(algorithm)(Path(folder) / stores.CONFIG, *overrides)
     settings = settings.model_copy(update={"output": str(folder)})
     if stores.is_done(folder):
         return Results.read(folder)
     return run(settings, algorithm=algorithm, resume=True, progress=progress)
+
+
+def check_moved(overrides: Sequence[str]) -> None:
+    """Refuses settings that a resumed run cannot change.
+
+    Raises:
+        ConfigError: a setting is neither the place of the data nor of the model.
+    """
+    fixed = [text for text in overrides if text.partition("=")[0].strip() not in MOVED]
+    if fixed:
+        raise ConfigError(
+            [
+                f"{shown(text)}: a resumed run keeps its settings; only {' and '.join(MOVED)} can "
+                "be given, if the data or the model have moved"
+                for text in fixed
+            ]
+        )
 
 
 def _configuration(algorithm: Algorithm | None) -> Callable[..., Config]:
@@ -160,13 +183,14 @@ def _same(prepared: tuple[Prepared, dict[str, str]]) -> str:
 
 
 def described(config: Config, rows: Any, partition: Partition) -> dict[str, str]:
-    """The files that describe the data of a run: name -> text. A resumed run must repeat them."""
+    """The files that describe data and model: name -> text. A resumed run must repeat them."""
     from fedvlm.data.fingerprint import content
+    from fedvlm.models.load import mark_of
 
     columns = content(rows, (config.partition.column, config.eval.group_by))
-    data = {"source": source(config), "rows": len(rows), "columns": columns}
     return {
-        "data.json": json.dumps(data, indent=2) + "\n",
+        "model.json": json.dumps({"mark": mark_of(config.model)}) + "\n",
+        "data.json": json.dumps({"rows": len(rows), "columns": columns}, indent=2) + "\n",
         "partition.json": json.dumps(partition.to_dict()),
     }
 
@@ -198,7 +222,12 @@ def begin(config: Config, store: stores.Store, described: Mapping[str, str], res
 
 
 def _changed(folder: Path, name: str, text: str) -> str:
-    """The message for data that differ from those that a run began with."""
+    """The message for data or a model that differ from those that a run began with."""
+    if name == "model.json":
+        return (
+            f"the base model is not what it was when the run in '{folder}' began; give the place "
+            "of that model with model.name=..., or start a new run with output=DIR"
+        )
     differ = "they give another partition"
     if name == "data.json":
         then, now = json.loads((folder / name).read_bytes()), json.loads(text)
@@ -206,7 +235,7 @@ def _changed(folder: Path, name: str, text: str) -> str:
         if then["rows"] == now["rows"]:
             columns = {**then["columns"], **now["columns"]}
             other = [c for c in columns if then["columns"].get(c) != now["columns"].get(c)]
-            differ = f"the rows differ in {', '.join(other)}" if other else "they have another name"
+            differ = f"the rows differ in {', '.join(other)}"
     return (
         f"the data are not what they were when the run in '{folder}' began: {differ}; restore the "
         "data, or start a new run with output=DIR"

@@ -3,7 +3,7 @@
 Layout::
 
     config.yaml  environment.json                      written once, before the first round
-    partition.json  data.json                          the clients' rows; hashes of the rows
+    partition.json  data.json  model.json              the clients' rows; hashes of rows and model
     partition.png                                      the clients' sizes and labels
     checkpoint.json                                    the last finished round, and digests
     server/00007.safetensors                           the server's state after round 7
@@ -57,6 +57,7 @@ FILES: tuple[str, ...] = (
     "environment.json",
     "partition.json",
     "data.json",
+    "model.json",
     "sites.json",
     CHECKPOINT,
 )
