@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from fedvlm.after.inputs import check_out, write_table
 from fedvlm.after.opened import Opened, open_run
+from fedvlm.after.outputs import check_out, write_table
 from fedvlm.intervals import ends, intervals
 from fedvlm.metrics import average
 from fedvlm.settings.sections import Config
@@ -71,8 +71,8 @@ def evaluate(
     """
     from fedvlm.data.sources import load_rows
 
-    check_out(out, data)
     run = open_run(folder, *overrides)
+    check_out(out, data, *run.inputs)
     every = clients is None and not global_
     names = tuple(clients or ((*run.clients, *run.onboarded) if every else ()))
     for name in names:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm.after import card
-from fedvlm.after.inputs import refuse_run
 from fedvlm.after.opened import GLOBAL, WEIGHTS, Opened, label, open_run
+from fedvlm.after.outputs import check_writable, refuse_inputs
 from fedvlm.errors import FedVLMError
 from fedvlm.store import files, sealed
 from fedvlm.tree import Tree
@@ -51,10 +51,9 @@ def export(
         FedVLMError: the run is not finished, there is no such client, the folder is not empty, or
             the merged model's logits differ from the adapter's.
     """
-    if to is not None:
-        refuse_run("--to", Path(to))
     run = open_run(folder, *overrides)
-    target = Path(to) if to is not None else default_target(run, client, merge)
+    target = default_target(run, client, merge) if to is None else Path(to).expanduser()
+    check_target(run, target)
     return write_export(run, client, merge, target)
 
 
@@ -68,8 +67,6 @@ def export_many(
     to: str | Path | None = None,
 ) -> list[Path]:
     """Exports several models, each into a folder within ``to``. See :func:`export`."""
-    if to is not None:
-        refuse_run("--to", Path(to))
     run = open_run(folder, *overrides)
     chosen: list[str | None] = list(dict.fromkeys(clients))
     if every:
@@ -81,18 +78,26 @@ def export_many(
         raise FedVLMError(f"choose what to export: --client NAME ({names}), --global, or --all")
     targets = [default_target(run, c, merge) for c in chosen]
     if to is not None:
-        targets = [Path(to) / t.name for t in targets] if len(chosen) > 1 else [Path(to)]
+        place = Path(to).expanduser()
+        targets = [place / t.name for t in targets] if len(chosen) > 1 else [place]
     for name, target in zip(chosen, targets, strict=True):
+        check_target(run, target)
         run.adapter_folder(name)
-        check_empty(target)
     return [write_export(run, c, merge, t) for c, t in zip(chosen, targets, strict=True)]
 
 
 def default_target(run: Opened, client: str | None, merge: bool) -> Path:
     """``RUN/export/NAME``, with a name that is safe for a folder."""
-    names = [GLOBAL, *(label(c) for c in (*run.partition.clients, *run.onboarded))]
+    names = [GLOBAL, *(label(c) for c in (*run.names, *run.onboarded))]
     slug = files.slugs(names).get(GLOBAL if client is None else label(client), "client")
     return run.folder / "export" / (slug + "-merged" * merge)
+
+
+def check_target(run: Opened, target: Path) -> None:
+    """Refuses a folder that is not empty, cannot be written, or lies where the run reads."""
+    refuse_inputs("--to", target, *run.inputs)
+    check_empty(target)
+    check_writable("--to", target)
 
 
 def write_export(run: Opened, client: str | None, merge: bool, target: Path) -> Path:
@@ -198,7 +203,8 @@ def _merge(run: Opened, tree: Tree, target: Path) -> None:
     fresh = Opened(run.folder, run.config)
     model, expected = fresh.write(tree), fresh.probe(tree)
     merged = model.merge_and_unload(safe_merge=True)
-    merged.save_pretrained(target)
+    with files.disk_errors():
+        merged.save_pretrained(target)
     fresh.base.processor.save_pretrained(target)
     del model, merged, fresh
     section = run.config.model

@@ -1,12 +1,9 @@
-"""Input and output of the commands after training: rows from images and files, and result files."""
+"""Input of the commands after training: rows from images and files."""
 
 from __future__ import annotations
 
-import csv
 import io
-import json
 import logging
-import os
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,14 +16,10 @@ from fedvlm.data import folders
 from fedvlm.data.images import Checked
 from fedvlm.data.pictures import Pictures
 from fedvlm.data.sources import load_rows
-from fedvlm.errors import DataError, FedVLMError, brief
+from fedvlm.errors import DataError, brief
 from fedvlm.settings.sections import DataConfig
-from fedvlm.store.files import write_bytes
-from fedvlm.store.run import belongs
 
 logger = logging.getLogger("fedvlm")
-
-FORMATS = (".jsonl", ".json", ".csv", ".parquet")
 
 
 def rows_to_ask(data: DataConfig, source: Any, question: str | None) -> datasets.Dataset:
@@ -132,94 +125,3 @@ def _encoded(image: Any, pictures: Pictures) -> dict[str, Any]:
     out = io.BytesIO()
     pictures.open(image).save(out, format="PNG")
     return {"bytes": out.getvalue(), "path": None}
-
-
-# -- files of answers and scores
-
-
-def check_out(out: str | Path | None, *inputs: Any) -> None:
-    """Refuses a file that cannot be written or must not be, before any work is done.
-
-    Args:
-        out: the file to write; None: none.
-        inputs: files and folders that the command reads; other values are left out.
-
-    Raises:
-        FedVLMError: the format is not known; ``out`` is a folder, an input, in a folder of inputs,
-            or a file of a run.
-    """
-    if out is None:
-        return
-    path = Path(out)
-    refuse_inputs("--out", path, *inputs)
-    if path.suffix.lower() not in FORMATS:
-        raise FedVLMError(f"--out '{path}' must end in {', '.join(FORMATS)}")
-    if path.is_dir():
-        raise FedVLMError(f"--out '{path}' is a folder; give a file in it")
-
-
-def refuse_run(option: str, path: Path) -> None:
-    """Refuses an output that is a file of a run, or is in a folder of a run, except ``export``.
-
-    Raises:
-        FedVLMError: names the run.
-    """
-    if owner := belongs(path):
-        raise FedVLMError(
-            f"{option} '{path}' is a file or folder of the run in '{owner}'; choose another place"
-        )
-
-
-def refuse_inputs(option: str, path: Path, *inputs: Any) -> None:
-    """Refuses an output that is an input or in a folder of inputs, or that belongs to a run.
-
-    Links are followed. Case is ignored where the disk ignores it.
-
-    Raises:
-        FedVLMError: names the input or the run.
-    """
-    refuse_run(option, path)
-    parents = [Path(os.path.realpath(path)), *Path(os.path.realpath(path)).parents]
-    for given in inputs:
-        source = Path(given).expanduser() if isinstance(given, str | Path) else None
-        if source is None or not source.exists():
-            continue
-        if path.exists() and path.samefile(source):
-            raise FedVLMError(f"{option} '{path}' is the file that is read; choose another one")
-        if source.is_dir() and any(p.exists() and p.samefile(source) for p in parents):
-            raise FedVLMError(
-                f"{option} '{path}' is in the folder that is read, '{source}', and would be "
-                "read there later; choose another place"
-            )
-
-
-def write_table(rows: list[dict[str, Any]], out: str | Path) -> Path:
-    """Writes rows as JSON lines, a JSON list, CSV or parquet, chosen by the file's suffix.
-
-    The file is written atomically.
-
-    Raises:
-        FedVLMError: the file cannot be written.
-    """
-    path = Path(out)
-    suffix = path.suffix.lower()
-    text = io.StringIO()
-    if suffix == ".parquet":
-        buffer = io.BytesIO()
-        datasets.Dataset.from_list(rows).to_pandas().to_parquet(buffer, index=False)
-        content = buffer.getvalue()
-    elif suffix == ".csv":
-        writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(rows)
-        content = text.getvalue().encode()
-    elif suffix == ".jsonl":
-        lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-        content = "".join(lines).encode()
-    else:
-        content = (json.dumps(rows, indent=2, ensure_ascii=False) + "\n").encode()
-    try:
-        write_bytes(path, content)
-    except OSError as error:
-        raise FedVLMError(f"--out '{path}' cannot be written: {error.strerror}") from error
-    return path

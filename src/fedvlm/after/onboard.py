@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import itertools
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,6 +13,7 @@ from fedvlm import config as configs
 from fedvlm.after import card, export
 from fedvlm.after.evaluate import on_new_data
 from fedvlm.after.opened import ONBOARDED, SCORES, Opened, open_run
+from fedvlm.after.outputs import check_writable
 from fedvlm.algorithms.base import Algorithm, Averaged, Local, Program, Sent, Visit
 from fedvlm.algorithms.dry import rehearse
 from fedvlm.algorithms.tuning import averages, best, stretches
@@ -145,6 +146,8 @@ def _rows(run: Opened, config: Config, site: str) -> tuple[Any, Any]:
     from fedvlm.data.sources import load_rows
 
     rows = run.usable(load_rows(config.data, config.seed, pairs=run.pairs))
+    if len(rows) < 2:
+        raise DataError(f"site '{site}' has {len(rows)} row; it needs one to train and one to test")
     (split,) = make_partition(rows, config).splits.values()
     if not len(getattr(split, config.eval.split)):
         raise DataError(
@@ -188,19 +191,23 @@ def _tuning(begin: Tree, trained: set[str], steps: int) -> Algorithm:
 
 
 def _target(run: Opened, site: str) -> Path:
-    if not re.search(r"\w", site) or not site.isprintable():
+    if not site.strip() or not site.isprintable():
         raise FedVLMError(f"{site!r:.80} is no name for a site; give one with --name NAME")
     if site in run.partition.splits:
         raise FedVLMError(
             f"'{site}' is a client of the run in '{run.folder}'; give the new site another name "
             "with --name NAME"
         )
-    folder = run.folder / ONBOARDED / files.slugs([site])[site]
-    if folder.exists():
+    if site in run.onboarded:
         raise FedVLMError(
-            f"the site '{site}' has been onboarded: '{folder}' exists; remove this folder to do it "
-            "again, or give another name with --name NAME"
+            f"the site '{site}' has been onboarded: '{run.onboarded[site]}' exists; remove this "
+            "folder to do it again, or give another name with --name NAME"
         )
+    # Sites whose names give the same folder are numbered.
+    place, name = run.folder / ONBOARDED, files.slugs([site])[site]
+    free = (place / (name if n == 1 else f"{name}-{n}") for n in itertools.count(1))
+    folder = next(path for path in free if not path.exists())
+    check_writable("--name", folder)
     return folder
 
 

@@ -16,7 +16,7 @@ from fedvlm.algorithms.base import Algorithm
 from fedvlm.algorithms.sharing import sharing
 from fedvlm.algorithms.table import adapter_of, build
 from fedvlm.engines.stages import parted
-from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.errors import ConfigError, FedVLMError, shown
 from fedvlm.rounds.results import Results
 from fedvlm.rounds.schedule import standing
 from fedvlm.settings.sections import Config
@@ -34,6 +34,7 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 GLOBAL, UNTUNED = "global", "untuned"
+COLUMNS = (GLOBAL, UNTUNED, "image", "row", "question", "answer", "model", "data")
 ONBOARDED, SCORES = "onboarded", "scores.json"
 MADE = "made.json"  # the digests of an adapter that was made at a request
 SETTABLE = ("model", "data", "train", "eval", "engine")
@@ -116,6 +117,20 @@ class Opened:
         """
         return self._algorithm or build(self.config.algorithm, self.config.lora)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The names of all clients. A deployed run knows those of the scored clients."""
+        known = (self.folder / "partition.json").exists()
+        return self.partition.clients if known else self.clients
+
+    @property
+    def inputs(self) -> tuple[str, ...]:
+        """The paths that the run reads, which no output may overwrite."""
+        settings = self.config
+        lists = settings.partition.lists
+        paths = (settings.data.path, settings.model.name, lists if isinstance(lists, str) else None)
+        return tuple(filter(None, paths))
+
     # -- models by name
 
     def adapter_folder(self, client: str | None) -> Path:
@@ -159,14 +174,21 @@ class Opened:
         visit = standing(self.config, algorithm).visit(client or "")
         mine = parted(store.personal([client])[0])[0] if client else {}
         tree = algorithm.model(self.initial, algorithm.send(store.server(), visit), mine)
-        with files.writable(folder):
-            scratch = folder.with_name(f".{folder.name}.tmp")
-            for left in (scratch, folder):  # of a killed process, or half written
-                shutil.rmtree(left, ignore_errors=True)
-            save_adapter(self.write(tree), tree, scratch)
-            names = [path.name for path in scratch.glob("adapter_*")]
-            sealed.write(scratch / MADE, {"files": sealed.digests(scratch, names)})
-            scratch.rename(folder)
+        taken = f"another process makes the adapter in '{folder}'; try again later"
+        try:
+            folder.parent.mkdir(exist_ok=True)
+            with files.only_one(folder.parent, taken, patience=60.0):
+                if not (folder / MADE).exists():  # no other process has made it meanwhile
+                    shutil.rmtree(folder, ignore_errors=True)  # half written
+                    save_adapter(self.write(tree), tree, folder)
+                    names = [path.name for path in folder.glob("adapter_*")]
+                    sealed.write(folder / MADE, {"files": sealed.digests(folder, names)})
+        except OSError as error:
+            raise FedVLMError(
+                f"the adapter of {f'client {shown(client)}' if client else 'the global model'} "
+                f"cannot be kept in '{folder}': {error.strerror or error}; the run writes an "
+                "adapter at the first request"
+            ) from error
         return folder
 
     @cached_property
@@ -364,8 +386,8 @@ def _unseen(done: int, rows: int) -> None:
 
 
 def label(client: str) -> str:
-    """The name of a client's column, distinct from those of the global and the untuned model."""
-    return f"client {client}" if client in (GLOBAL, UNTUNED) else client
+    """The name of a client's column, distinct from all other columns of a table of answers."""
+    return f"client {client}" if client in COLUMNS or client.startswith("client ") else client
 
 
 def none_chosen(run: Opened) -> FedVLMError:

@@ -9,6 +9,7 @@ from typing import Any
 
 from fedvlm.after import inputs
 from fedvlm.after.opened import none_chosen, open_run
+from fedvlm.after.outputs import check_out, write_table
 
 
 @dataclass(frozen=True)
@@ -81,8 +82,8 @@ def predict_many(
         FedVLMError: the run is not finished, there is no such client, no model is chosen, or the
             rows cannot be used.
     """
-    inputs.check_out(out, source)
     run = open_run(folder, *overrides)
+    check_out(out, source, *run.inputs)
     if not (clients or global_ or untuned or every):
         raise none_chosen(run)
     for client in clients:
@@ -104,7 +105,7 @@ def predict_many(
     table = [dict(zip(columns, row, strict=True)) for row in zip(*columns.values(), strict=True)]
     answers = Answers(tuple(texts), table)
     if out is not None:
-        inputs.write_table(answers.rows, out)
+        write_table(answers.rows, out)
     return answers
 
 

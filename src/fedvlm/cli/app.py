@@ -89,6 +89,8 @@ def run(
         if processes.rank() == 0:
             typer.echo(text, nl=False)
         return
+    if resume is not None and not resume.strip():
+        raise ConfigError(["--resume needs the folder of a run, and got an empty text"])
     settings = None if resume else configs.load(source, *overrides, inputs=True)
     if dry_run and settings:
         if processes.rank() == 0:

@@ -128,6 +128,27 @@ def _document(folder: str, file: str) -> dict[str, Any]:
     return document
 
 
+def check_size(folder: str, elements: int) -> None:
+    """Refuses weights that are much smaller than the model that ``config.json`` describes.
+
+    A model of another size would take its memory before its weights are compared.
+
+    Args:
+        folder: the path of the folder.
+        elements: number of elements of the described model.
+
+    Raises:
+        FedVLMError: there is less than half a byte an element.
+    """
+    files = _weights(folder, set(os.listdir(folder)))
+    held = sum(os.path.getsize(os.path.join(folder, file)) for file in files)
+    if elements > 2 * held:
+        raise refused(
+            folder,
+            f"its config.json describes {elements:,} weights, but its files have {held:,} bytes",
+        )
+
+
 def _weights(folder: str, files: set[str]) -> list[str]:
     """The names of the files with weights, relative to the folder."""
     for whole in WEIGHTS:

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedvlm import processes
 from fedvlm.errors import FedVLMError, brief
-from fedvlm.models.folder import ADAPTER, check_folder, mark, refuse_adapter, refused
+from fedvlm.models.folder import ADAPTER, check_folder, check_size, mark, refuse_adapter, refused
 from fedvlm.models.names import refuse_foreign_release, refuse_own_code
 from fedvlm.models.processors import load_processor, read_json
 from fedvlm.settings.sections import ModelConfig
@@ -50,6 +50,10 @@ def load_model(config: ModelConfig) -> Loaded:
 
     try:
         architecture = _architecture(source, local)
+        if local:
+            with torch.device("meta"):
+                empty = AutoModelForImageTextToText.from_config(architecture)
+            check_size(source, sum(p.numel() for p in empty.parameters()))
         processor = load_processor(source, local)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
             source,

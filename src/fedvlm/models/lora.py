@@ -178,10 +178,13 @@ def save_adapter(model: Any, tree: Tree, folder: Path) -> None:
     config = copy.copy(model.peft_config["default"])
     config.inference_mode = True
     config.target_modules = sorted(config.target_modules)  # a set's order differs by process
-    config.save_pretrained(str(scratch))
-    save_stacked(scratch / "adapter_model.safetensors", tree, {"format": "pt"})
-    shutil.rmtree(folder, ignore_errors=True)
-    scratch.rename(folder)
+    try:
+        config.save_pretrained(str(scratch))
+        save_stacked(scratch / "adapter_model.safetensors", tree, {"format": "pt"})
+        shutil.rmtree(folder, ignore_errors=True)
+        scratch.rename(folder)
+    finally:
+        shutil.rmtree(scratch, ignore_errors=True)  # half written
 
 
 def _linear_layers(model: Any) -> list[str]:

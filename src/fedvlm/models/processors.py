@@ -51,6 +51,8 @@ def choose_template(processor: Any, source: str) -> None:
     on.
     """
     own = getattr(processor, "chat_template", None)
+    if own is not None:
+        _check_template(processor, source)
     other = getattr(processor.tokenizer, "chat_template", None)
     if not other or other == own or str(other).strip() == str(own).strip():
         return
@@ -70,6 +72,22 @@ def choose_template(processor: Any, source: str) -> None:
             brief(source),
             why,
         )
+
+
+def _check_template(processor: Any, source: str) -> None:
+    """Refuses a chat template that cannot be rendered.
+
+    Raises:
+        ValueError: it is no text, or fails for a question about an image.
+    """
+    turn = [{"type": "image"}, {"type": "text", "text": "?"}]
+    try:
+        processor.apply_chat_template(
+            [{"role": "user", "content": turn}], add_generation_prompt=True, tokenize=False
+        )
+    except Exception as error:  # a template is a program, and may fail in any way
+        why = brief(error) or type(error).__name__
+        raise ValueError(f"its chat template fails: {why}") from error
 
 
 def _unfit(processor: Any, template: Any) -> str:

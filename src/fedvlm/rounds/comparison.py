@@ -118,7 +118,14 @@ def _check_ours(folder: Path, runs: Mapping[str, Config]) -> None:
     """Refuses a folder with files of the comparison's names that no comparison wrote."""
     there = [folder / f"comparison.{kind}" for kind in ("csv", "json", "png")]
     taken = [path for path in there if path.exists()]
-    if taken and not any(stores.is_run(path.parent) for path in folder.glob("*/config.yaml")):
+    for config in runs.values():
+        data = Path(config.data.path or "").expanduser()
+        if data.is_file() and any(path.samefile(data) for path in taken):
+            raise FedVLMError(
+                f"output: '{data}' is the data, and the comparison would overwrite it; choose "
+                "another folder with output=DIR"
+            )
+    if taken and not any(map(stores.is_run, (config.output for config in runs.values()))):
         raise FedVLMError(
             f"output: '{taken[0]}' exists and is of no comparison; choose another folder with "
             "output=DIR"

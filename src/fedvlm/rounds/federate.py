@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -109,11 +110,21 @@ def resume(
     check_moved(overrides)
     stores.check_whole(folder)
     if not stores.is_run(folder):
-        raise FedVLMError(f"'{folder}' holds no run; start one with 'fedvlm run output={folder}'")
+        raise FedVLMError(
+            f"'{folder}' holds no run"
+            + (" that has begun" if stores.has_not_begun(folder) else "")
+            + f"; start one with 'fedvlm run output={folder}'"
+        )
     settings = _configuration(algorithm)(Path(folder) / stores.CONFIG, *overrides)
     settings = settings.model_copy(update={"output": str(folder)})
     if stores.is_done(folder):
         return Results.read(folder)
+    for key, path in (("data.path", settings.data.path), ("model.name", settings.model.name)):
+        if path and os.path.isabs(path) and not os.path.exists(path):
+            raise FedVLMError(
+                f"{key}: '{path}' is not there any more; if it has moved, give its new place: "
+                f"fedvlm run --resume {folder} {key}=..."
+            )
     return run(settings, algorithm=algorithm, resume=True, progress=progress)
 
 

@@ -36,6 +36,10 @@ def redraw(folder: str | Path) -> list[Path]:
         FedVLMError: the folder holds neither, or a file of it is damaged.
     """
     path = Path(folder)
+    try:
+        import matplotlib as _  # noqa: F401
+    except Exception as error:  # a broken installation
+        raise FedVLMError(f"matplotlib cannot be imported: {error}") from error
     if stores.is_run(path):
         return _redraw_run(path)
     if not (path / COMPARISON).exists():

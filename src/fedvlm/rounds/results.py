@@ -24,7 +24,7 @@ from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config
 from fedvlm.store import sealed
 from fedvlm.store.files import read_lines, slugs, write_text
-from fedvlm.store.run import DONE, Store
+from fedvlm.store.run import CHECKPOINT, DONE, Store
 
 FILES = "files"  # key of the digests in table.json
 MODELS = ("untuned", "global_before", "global", "personal_before", "personal")
@@ -53,8 +53,12 @@ class Results:
         Raises:
             FedVLMError: ``table.json`` is missing or damaged.
         """
-        table = sealed.read(Path(folder) / DONE)
-        return cls(Path(folder), table, table.pop(FILES, {}))
+        path = Path(folder)
+        table = sealed.read(path / DONE)
+        known = table.pop(FILES, {})
+        if known.pop(CHECKPOINT, None) != sealed.digests(path, [CHECKPOINT])[CHECKPOINT]:
+            raise sealed.damaged(path / DONE, f"it is of another run than {CHECKPOINT}")
+        return cls(path, table, known)
 
     @property
     def metric(self) -> str:
@@ -114,15 +118,15 @@ def write_results(config: Config, names: Sequence[str], store: Store, engine: En
     again = "every command that needs an adapter makes it again"
     with optional(f"the global adapter in '{folder}'", again):
         engine.export(global_models(engine, last, state, [""]), {"": folder / "global"})
-    with optional(f"an adapter in '{folder}'", again):
+    with optional(f"adapters of clients in '{folder}'", again):
         engine.export(personal_models(engine, last, state, clients), folders)
     write_text(store.folder / "table.csv", as_csv(table))
     if table["groups"]:
         write_text(store.folder / "groups.csv", groups_csv(table))
     ends = [*store.folder.glob("answers/*.jsonl"), *folder.glob("[!.]*/adapter_*")]
-    files = sealed.digests(store.folder, sorted(str(p.relative_to(store.folder)) for p in ends))
-    sealed.write(store.folder / DONE, table | {FILES: files})
-    return Results(store.folder, table, files)
+    digested = [CHECKPOINT, *sorted(str(path.relative_to(store.folder)) for path in ends)]
+    sealed.write(store.folder / DONE, table | {FILES: sealed.digests(store.folder, digested)})
+    return Results.read(store.folder)
 
 
 @contextlib.contextmanager

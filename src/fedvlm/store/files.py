@@ -56,19 +56,21 @@ def _unfinished(path: Path) -> bool:
 
 
 def check_room(folder: str | Path, needed: int) -> None:
-    """Refuses a folder whose disk has less than ``needed`` bytes free.
+    """Refuses a folder whose disk has less than ``needed`` bytes free, or taken by the folder.
 
     Raises:
         FedVLMError: the disk has less; the message has both numbers.
     """
     path = Path(folder).absolute()
+    needed -= sum(p.stat().st_size for p in path.rglob("*") if p.is_file())
     while not path.exists():
         path = path.parent
     free = shutil.disk_usage(path).free
     if free < needed:
         raise FedVLMError(
             f"output: the disk of '{folder}' has {free / 1e6:.1f} MB free, and this run needs "
-            f"{needed / 1e6:.1f} MB; free some space, or choose another disk with output=DIR"
+            f"{needed / 1e6:.1f} MB; free some space, or choose another disk with output=DIR (a "
+            "run that has begun: move its folder there)"
         )
 
 

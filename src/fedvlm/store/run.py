@@ -143,7 +143,7 @@ class Store:
         for path in self._states():
             if int(path.stem) > last:
                 path.unlink()
-        for path in list(filter(_unfinished, self.folder.rglob("*.*"))):
+        for path in self._leftovers():
             if path.is_dir() and not path.is_symlink():
                 shutil.rmtree(path, ignore_errors=True)
             else:
@@ -153,6 +153,13 @@ class Store:
         timing = [line for line in self.timing() if line["round"] <= last]
         write_text(self.folder / TIMING, "".join(json.dumps(line) + "\n" for line in timing))
         self._metrics, self._length = sealed.hashing(content), len(content)
+
+    def _leftovers(self) -> list[Path]:
+        """The half-written files and folders of a killed process, at the run's own places."""
+        own = [self.folder / f"{mark}{name}.tmp" for name in FILES for mark in ("", ".")]
+        inside = (self.folder / name for name in ("server", "personal", "answers", "adapters"))
+        found = (path for folder in inside for path in folder.glob("*"))
+        return [*filter(Path.exists, own), *filter(_unfinished, found)]
 
     def personal(self, clients: Sequence[str]) -> list[Tree]:
         """Reads the states of some clients; a state is empty before the client's first round."""
@@ -269,7 +276,7 @@ def check_whole(folder: str | Path) -> None:
             round 0, is missing or damaged; or version 0.1 made the run.
     """
     path = Path(folder)
-    if is_run(path) or (path / CHECKPOINT).exists():
+    if is_run(path) or ((path / CHECKPOINT).exists() and not has_not_begun(path)):
         try:
             known = sealed.read(path / CHECKPOINT)["files"]
         except FedVLMError:
@@ -281,13 +288,14 @@ def check_whole(folder: str | Path) -> None:
 def belongs(path: str | Path) -> Path | None:
     """The folder of the run that a path belongs to; None for any other path.
 
-    A path in ``export`` belongs to nobody. Links are followed, and case is ignored.
+    A new folder in ``export`` belongs to nobody. Links are followed, and case is ignored.
     """
     where = Path(os.path.realpath(Path(path).expanduser()))
     for folder in where.parents:
         if is_run(folder) or (folder / CHECKPOINT).exists():
             first, *rest = where.relative_to(folder).parts
-            if first.casefold() in (*FILES, *FOLDERS) and (first != "export" or not rest):
+            # What a person exports goes to a folder in `export`, not deeper.
+            if first.casefold() in (*FILES, *FOLDERS) and (first != "export" or len(rest) != 1):
                 return folder
     return None
 
@@ -326,6 +334,18 @@ def is_done(folder: str | Path) -> bool:
     return is_run(folder) and (Path(folder) / DONE).exists()
 
 
+def has_not_begun(folder: str | Path) -> bool:
+    """Whether a process was killed while it created a run here, before the run had begun."""
+    path = Path(folder)
+    names = {p.name.removesuffix(".tmp") for p in path.iterdir()} if path.is_dir() else set()
+    if is_run(path) or CHECKPOINT not in names or not names <= set(FILES):
+        return False
+    try:
+        return not (path / CHECKPOINT).exists() or sealed.read(path / CHECKPOINT)["round"] is None
+    except FedVLMError:
+        return False
+
+
 def check_fresh(folder: str | Path) -> None:
     """Refuses an output folder that holds something.
 
@@ -339,6 +359,8 @@ def check_fresh(folder: str | Path) -> None:
         state = "a finished run" if is_done(path) else "an unfinished run"
         hint = "" if is_done(path) else f"continue it with 'fedvlm run --resume {path}', or "
         raise FedVLMError(f"output: '{path}' holds {state}; {hint}choose another with output=DIR")
+    if has_not_begun(path):
+        return
     if path.exists() and any(p.name != ".lock" and not _unfinished(p) for p in path.iterdir()):
         raise FedVLMError(
             f"output: '{path}' is not empty and holds no run; choose another folder with output=DIR"
