@@ -8,7 +8,7 @@ import shutil
 import pytest
 
 import fedvlm
-from fedvlm.after.opened import label
+from fedvlm.after.names import label
 from fedvlm.after.outputs import check_out
 from fedvlm.cli import app as cli
 from fedvlm.errors import ConfigError, FedVLMError

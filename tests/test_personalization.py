@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import sys
 from pathlib import Path
 
@@ -19,7 +18,7 @@ from _personalization.runs import Job
 from fedvlm.config import dump
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds import comparison
-from fedvlm.store import files
+from fedvlm.store import files, sealed
 from fedvlm.store import run as store
 
 MIXED = Cell("mixed", 1.0, 24)
@@ -116,7 +115,9 @@ def fake(monkeypatch):
             "bytes": {"bytes_up": {"total": 1234}},
         }
         (folder / "personal").mkdir()
-        files.write_text(folder / store.DONE, json.dumps(table))
+        sealed.write(folder / store.CHECKPOINT, {"round": 4, "files": {}})
+        digests = sealed.digests(folder, [store.CHECKPOINT])
+        sealed.write(folder / store.DONE, table | {"files": digests})
 
     monkeypatch.setattr(comparison, "run_one", run_one)
     return ran

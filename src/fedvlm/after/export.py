@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm.after import card
-from fedvlm.after.opened import GLOBAL, WEIGHTS, Opened, label, open_run
+from fedvlm.after.names import GLOBAL, label
+from fedvlm.after.opened import WEIGHTS, Opened, open_run
 from fedvlm.after.outputs import check_writable, refuse_inputs
 from fedvlm.errors import FedVLMError
 from fedvlm.store import files, sealed

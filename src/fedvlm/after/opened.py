@@ -6,12 +6,13 @@ import difflib
 import json
 import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedvlm import config as configs
+from fedvlm.after.names import GLOBAL, UNTUNED, label, no_run
 from fedvlm.algorithms.base import Algorithm
 from fedvlm.algorithms.sharing import sharing
 from fedvlm.algorithms.table import adapter_of, build
@@ -33,8 +34,6 @@ if TYPE_CHECKING:
     from fedvlm.models.load import Loaded
 
 WEIGHTS = "adapter_model.safetensors"
-GLOBAL, UNTUNED = "global", "untuned"
-COLUMNS = (GLOBAL, UNTUNED, "image", "row", "question", "answer", "model", "data")
 ONBOARDED, SCORES = "onboarded", "scores.json"
 MADE = "made.json"  # the digests of an adapter that was made at a request
 SETTABLE = ("model", "data", "train", "eval", "engine")
@@ -58,7 +57,7 @@ def open_run(folder: str | Path, *overrides: str, algorithm: Algorithm | None = 
     path = Path(folder)
     stores.check_whole(path)
     if not stores.is_run(path):
-        raise FedVLMError(_no_run(path))
+        raise FedVLMError(no_run(path))
     if not stores.is_done(path):
         raise FedVLMError(
             f"'{path}' holds an unfinished run; finish it first: fedvlm run --resume {path}"
@@ -385,30 +384,5 @@ def _unseen(done: int, rows: int) -> None:
     """Progress that nobody sees."""
 
 
-def label(client: str) -> str:
-    """The name of a client's column, distinct from all other columns of a table of answers."""
-    return f"client {client}" if client in COLUMNS or client.startswith("client ") else client
-
-
-def none_chosen(run: Opened) -> FedVLMError:
-    """The error for a command without a chosen model."""
-    return FedVLMError(
-        f"choose a model: --client NAME ({_some(run.clients)}), --global, --untuned, or --all"
-    )
-
-
 def _only(client: str | None) -> dict[str, bool]:
     return {"global_": client is None, "untuned": False, "every": False}
-
-
-def _some(names: Sequence[str], most: int = 3) -> str:
-    return ", ".join(names[:most]) + (", ..." if len(names) > most else "")
-
-
-def _no_run(path: Path) -> str:
-    if not path.exists():
-        return f"there is no folder '{path}'; give the folder of a run, its 'output'"
-    inside = sorted(p.parent for p in path.glob(f"*/{stores.CONFIG}"))
-    if inside:
-        return f"'{path}' holds {len(inside)} runs; choose one, such as '{inside[0]}'"
-    return f"'{path}' holds no run; give a run's folder, or start a run: fedvlm run output={path}"

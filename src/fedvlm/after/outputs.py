@@ -103,7 +103,7 @@ def write_table(rows: list[dict[str, Any]], out: str | Path) -> Path:
     text = io.StringIO()
     if suffix == ".parquet":
         buffer = io.BytesIO()
-        datasets.Dataset.from_list(rows).to_pandas().to_parquet(buffer, index=False)
+        datasets.Dataset.from_list(rows).to_parquet(buffer)
         content = buffer.getvalue()
     elif suffix == ".csv":
         writer = csv.DictWriter(text, list(rows[0]), lineterminator="\n")

@@ -8,7 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm.after import inputs
-from fedvlm.after.opened import none_chosen, open_run
+from fedvlm.after.names import none_chosen
+from fedvlm.after.opened import open_run
 from fedvlm.after.outputs import check_out, write_table
 
 
@@ -85,7 +86,7 @@ def predict_many(
     run = open_run(folder, *overrides)
     check_out(out, source, *run.inputs)
     if not (clients or global_ or untuned or every):
-        raise none_chosen(run)
+        raise none_chosen(run.clients)
     for client in clients:
         run.adapter_folder(client)
     # The run's limit on rows was for its own data.

@@ -51,7 +51,7 @@ class Control:
     @cached_property
     def processor(self) -> Any:
         """A copy of the processor, whose tokenizer knows the stand-ins."""
-        from tokenizers import AddedToken
+        from transformers import AddedToken
 
         processor = copy.deepcopy(self._processor)
         names = map(_stand_in, range(len(self.texts)))
@@ -94,13 +94,11 @@ class Control:
     @cached_property
     def _bare(self) -> Any:
         """The tokenizer without its added tokens and without begin and end tokens."""
-        from tokenizers import Tokenizer
-
         backend = getattr(self._processor.tokenizer, "backend_tokenizer", None)
         if backend is None:
             raise DataError("this model's tokenizer cannot write control tokens as text")
         described = json.loads(backend.to_str())
-        return Tokenizer.from_str(
+        return type(backend).from_str(
             json.dumps(described | {"added_tokens": [], "post_processor": None})
         )
 

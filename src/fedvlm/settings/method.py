@@ -47,7 +47,7 @@ def _kinds(section: type[Section], name: str) -> frozenset[Any]:
             return flat(inside[0])
         if outer is dict:
             return {dict} | flat(inside[1])
-        own = {list} if outer is list else set()
+        own = {list} if outer in (list, tuple) else set()
         return own.union(*map(flat, inside)) if inside else {kind}
 
     return frozenset(flat(section.model_fields[name].annotation))
