@@ -16,7 +16,7 @@ from fedvlm.data import folders
 from fedvlm.data.images import Checked
 from fedvlm.data.pictures import Pictures
 from fedvlm.data.sources import load_rows
-from fedvlm.errors import DataError, brief
+from fedvlm.errors import DataError, brief, shown
 from fedvlm.settings.sections import DataConfig
 
 logger = logging.getLogger("fedvlm")
@@ -37,13 +37,15 @@ def rows_to_ask(data: DataConfig, source: Any, question: str | None) -> datasets
     Raises:
         DataError: the source cannot be read, or there is no question.
     """
-    path = Path(source).expanduser() if isinstance(source, str | Path) else None
+    if question is not None:
+        _check_text(question)
+    path = Path(os.path.expanduser(source)) if isinstance(source, str | Path) else None
     if path is None:
         return from_images([source], _needed(question, "the image"), data)
     pictures = Pictures.of(data)
-    if path.is_file() and folders.is_picture(path, pictures):
+    if os.path.isfile(path) and folders.is_picture(path, pictures):
         return from_images([path], _needed(question, f"'{path}'"), data)
-    if path.is_dir() and (question is not None or not folders.has_rows(path)):
+    if os.path.isdir(path) and (question is not None or not folders.has_rows(path)):
         found = folders.look_into(path, pictures)
         if found.pictures:
             asked = _needed(question, f"the {len(found.pictures)} images in '{path}'")
@@ -70,6 +72,7 @@ def from_images(
         DataError: an image cannot be used; the message names it. With ``data.on_error=skip``,
             such images are left out with a warning, and only a list without any other is an error.
     """
+    _check_text(question)
     if not question.strip():
         raise DataError("the question is empty; ask something, such as 'What is in the picture?'")
     data = data or DataConfig()
@@ -80,11 +83,11 @@ def from_images(
     rows: dict[str, list[Any]] = {"image": [], "question": [], "name": []}
     for name, image in zip(names, images, strict=True):
         try:
-            encoded = _encoded(image, pictures)
-            notes.update(pictures.opened(encoded).notes)
+            encoded, done = _encoded(image, pictures)
         except DataError as error:
             broken.append((name, str(error)))
             continue
+        notes.update(done)
         for column, value in zip(rows, (encoded, question, name), strict=True):
             rows[column].append(value)
     if broken:
@@ -102,7 +105,9 @@ def from_images(
 
 
 def _refuse_or_report(broken: Sequence[tuple[str, str]], count: int, on_error: str) -> None:
-    listed = "; ".join(f"'{brief(name, 150)}': {brief(why)}" for name, why in broken[:5])
+    listed = "; ".join(
+        f"'{brief(folders.shown_name(name), 150)}': {brief(why)}" for name, why in broken[:5]
+    )
     listed += f"; and {len(broken) - 5} more" if len(broken) > 5 else ""
     if on_error == "fail" or len(broken) == count:
         raise DataError(f"{len(broken)} of {count} images cannot be used: {listed}")
@@ -115,13 +120,37 @@ def _needed(question: str | None, what: str) -> str:
     return question
 
 
-def _encoded(image: Any, pictures: Pictures) -> dict[str, Any]:
+def _check_text(question: Any) -> None:
+    if not isinstance(question, str):
+        raise DataError(f"a question is a text; got {shown(question)}")
+    if not _is_unicode(question):
+        raise DataError(
+            f"the question has half a surrogate pair, which is no character: {shown(question)}"
+        )
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+def _encoded(image: Any, pictures: Pictures) -> tuple[dict[str, Any], list[str]]:
+    """The value of the column ``image``, and what is done to the picture when it is opened."""
     if isinstance(image, str | Path):
-        return {"bytes": None, "path": str(Path(image).expanduser().absolute())}
+        path = str(Path(os.path.expanduser(image)).absolute())
+        if not _is_unicode(path):
+            raise DataError("its name is not UTF-8; rename the file or its folder")
+        value: dict[str, Any] = {"bytes": None, "path": path}
+        return value, pictures.opened(value).notes
     if isinstance(image, bytes | bytearray | memoryview):
-        return {"bytes": bytes(image), "path": None}
+        value = {"bytes": bytes(image), "path": None}
+        return value, pictures.opened(value).notes
     if not isinstance(image, Image.Image):
         raise DataError(f"an image is a path, encoded bytes or a PIL image; got {image!r:.60}")
     out = io.BytesIO()
-    pictures.open(image).save(out, format="PNG")
-    return {"bytes": out.getvalue(), "path": None}
+    look = pictures.opened(image)
+    look.image.save(out, format="PNG")
+    return {"bytes": out.getvalue(), "path": None}, look.notes

@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 
-from fedvlm.errors import FedVLMError
+from fedvlm.errors import FedVLMError, brief, shown
 from fedvlm.store.files import write_bytes
 from fedvlm.store.run import belongs
 
@@ -32,12 +32,15 @@ def check_out(out: str | Path | None, *inputs: Any) -> None:
     if out is None:
         return
     path = Path(out).expanduser()
-    refuse_inputs("--out", path, *inputs)
-    if path.suffix.lower() not in FORMATS:
-        raise FedVLMError(f"--out '{path}' must end in {', '.join(FORMATS)}")
-    if path.is_dir():
-        raise FedVLMError(f"--out '{path}' is a folder; give a file in it")
-    check_writable("--out", path)
+    try:
+        refuse_inputs("--out", path, *inputs)
+        if path.suffix.lower() not in FORMATS:
+            raise FedVLMError(f"--out '{path}' must end in {', '.join(FORMATS)}")
+        if path.is_dir():
+            raise FedVLMError(f"--out '{path}' is a folder; give a file in it")
+        check_writable("--out", path)
+    except (OSError, ValueError) as error:  # such as a name that is too long
+        raise FedVLMError(f"--out {shown(str(path))} is no usable path: {brief(error)}") from error
 
 
 def check_writable(option: str, path: Path) -> None:

@@ -10,13 +10,17 @@ import numpy as np
 
 Window = tuple[float, float]
 
+CROWDED = "crowded into an eighth of the grey levels"
+
 _BITS = (8, 10, 12, 14, 16)
+_AS_IT_IS = "8 bits"  # nothing was scaled
 _TENTH = 0.1  # a conventional range of floats is used if the picture fills this share of it
+_SHARE, _LEVELS = 0.99, 32  # a picture is crowded if so many pixels have so few levels of grey
 _SMALLEST = 1e-300  # a range below it has no reciprocal
 _STRIP = 1 << 20  # pixels that are scaled at a time, which bounds the memory
 
 
-def eight_bits(pixels: np.ndarray, window: Window | None = None) -> tuple[np.ndarray, str]:
+def eight_bits(pixels: np.ndarray, window: Window | None = None) -> tuple[np.ndarray, list[str]]:
     """Maps a range of values to 0 .. 255.
 
     Args:
@@ -24,10 +28,15 @@ def eight_bits(pixels: np.ndarray, window: Window | None = None) -> tuple[np.nda
         window: the values that become black and white. None: :func:`range_of` the picture.
 
     Returns:
-        The picture in unsigned 8 bits, and a name for the range.
+        The picture in unsigned 8 bits, and what was done: a name for the range, and
+        :data:`CROWDED` if the content set a range that is too wide.
     """
-    low, high, name = (*window, "data.window") if window else range_of(pixels)
-    return scaled(pixels, low, high), name
+    if window:
+        return scaled(pixels, *window), ["data.window"]
+    low, high, name = range_of(pixels)
+    levels = scaled(pixels, low, high)
+    crowded = name != _AS_IT_IS and is_crowded(pixels, levels)
+    return levels, [name, CROWDED] if crowded else [name]
 
 
 def range_of(pixels: np.ndarray) -> tuple[float, float, str]:
@@ -37,9 +46,7 @@ def range_of(pixels: np.ndarray) -> tuple[float, float, str]:
     - Floats: 0 .. 1 or 0 .. 255 if they fill at least a tenth of this range and do not leave it.
     - All others, such as Hounsfield units: minimum to maximum.
     """
-    known = pixels
-    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
-        known = pixels[np.isfinite(pixels)]
+    known = _finite(pixels)
     if known.size == 0:
         return 0.0, 1.0, "no finite value"
     low, high = float(known.min()), float(known.max())
@@ -66,3 +73,36 @@ def scaled(pixels: np.ndarray, low: float, high: float) -> np.ndarray:
         strip = np.rint((strip / 2 - low / 2) * (255.0 / half))
         result[start : start + step] = np.clip(strip, 0, 255).astype(np.uint8)
     return result
+
+
+def is_crowded(pixels: np.ndarray, levels: np.ndarray) -> bool:
+    """Whether few extreme values or padding left little grey for the rest of a picture.
+
+    At least 99 % of the pixels are within an eighth of the grey levels: all pixels, or those that
+    are above the smallest value (padding), or those that are below the largest value. A picture of
+    a single value is not crowded, nor is a mask of two values unless one of them has 99 %.
+
+    Args:
+        pixels: the values.
+        levels: the same in 8 bits.
+    """
+    known = _finite(pixels)
+    if known.size == 0 or known.min() == known.max():
+        return False
+    flat = levels.reshape(-1)
+    parts = (flat[at : at + _STRIP] for at in range(0, flat.size, _STRIP))
+    counts = np.sum([np.bincount(part, minlength=256) for part in parts], axis=0)
+    padding = np.zeros((3, 256), counts.dtype)
+    padding[1, flat.min()] = np.count_nonzero(known == known.min())
+    padding[2, flat.max()] = np.count_nonzero(known == known.max())
+    if padding.sum() == flat.size:  # two values
+        padding = padding[:1]
+    sums = np.cumsum(np.pad(counts - padding, ((0, 0), (1, 0))), axis=1)
+    most = (sums[:, _LEVELS:] - sums[:, :-_LEVELS]).max(axis=1)
+    return bool((most >= _SHARE * sums[:, -1]).any())
+
+
+def _finite(pixels: np.ndarray) -> np.ndarray:
+    if pixels.dtype.kind == "f" and not np.isfinite(pixels).all():
+        return pixels[np.isfinite(pixels)]
+    return pixels

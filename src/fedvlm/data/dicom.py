@@ -18,6 +18,7 @@ from PIL import Image
 from fedvlm.data.depth import Window, eight_bits, scaled
 from fedvlm.errors import DataError, FedVLMError
 
+SEVERAL = "first of several frames"
 _MAGIC = slice(128, 132)
 HEAD = 132  # bytes that hold the magic
 _META = 2048  # bytes that hold the transfer syntax
@@ -106,7 +107,7 @@ def _opened(stream: BinaryIO, window: Window | None, fits: Fits) -> tuple[Image.
             f"pydicom cannot decode its transfer syntax ('{name:.60}'); install pylibjpeg with "
             "its plugins, or convert the file"
         ) from error
-    notes = ["first of several frames"] if int(header.get("NumberOfFrames") or 1) > 1 else []
+    notes = [SEVERAL] if int(header.get("NumberOfFrames") or 1) > 1 else []
     _move_frame(header)
     kind = str(header.get("PhotometricInterpretation"))
     if kind == "PALETTE COLOR":
@@ -115,12 +116,11 @@ def _opened(stream: BinaryIO, window: Window | None, fits: Fits) -> tuple[Image.
         pixels = apply_color_lut(pixels, header)
     if pixels.ndim == 3:  # RGB; pixel_array converts YBR
         if pixels.dtype != np.uint8:
-            pixels, name = eight_bits(pixels)
-            notes.append(name)
+            pixels, done = eight_bits(pixels)
+            notes += done
         return Image.fromarray(pixels), notes
-    grey, name = _grey(pixels, header, window)
-    notes += [name] if name else []
-    return Image.fromarray(255 - grey if kind == "MONOCHROME1" else grey), notes
+    grey, done = _grey(pixels, header, window)
+    return Image.fromarray(255 - grey if kind == "MONOCHROME1" else grey), [*notes, *done]
 
 
 def _assumed(header: Any) -> Any:
@@ -144,8 +144,8 @@ def _move_frame(header: Any) -> None:
                             setattr(header, name, item[name].value)
 
 
-def _grey(pixels: np.ndarray, header: Any, window: Window | None) -> tuple[np.ndarray, str]:
-    """Grey values in 8 bits, and a name for the mapping; empty where nothing was mapped."""
+def _grey(pixels: np.ndarray, header: Any, window: Window | None) -> tuple[np.ndarray, list[str]]:
+    """Grey values in 8 bits, and what was done to them."""
     from pydicom.pixels import apply_modality_lut, apply_voi
 
     values = apply_modality_lut(pixels, header)
@@ -153,25 +153,25 @@ def _grey(pixels: np.ndarray, header: Any, window: Window | None) -> tuple[np.nd
         return eight_bits(values, window)
     if header.get("VOILUTSequence"):
         descriptor = header.VOILUTSequence[0].LUTDescriptor
-        return scaled(apply_voi(values, header), 0, (1 << int(descriptor[2])) - 1), "the file's LUT"
+        high = (1 << int(descriptor[2])) - 1
+        return scaled(apply_voi(values, header), 0, high), ["the file's LUT"]
     centre, width = (_first(header.get(name)) for name in ("WindowCenter", "WindowWidth"))
     if centre is not None and width is not None and width > 0:
-        return _windowed(values, centre, width, str(header.get("VOILUTFunction") or "LINEAR"))
+        function = str(header.get("VOILUTFunction") or "LINEAR")
+        return _windowed(values, centre, width, function), ["the file's window"]
     if values.dtype == np.uint8:
-        return values, ""
+        return values, []
     return eight_bits(values)
 
 
-def _windowed(
-    values: np.ndarray, centre: float, width: float, function: str
-) -> tuple[np.ndarray, str]:
+def _windowed(values: np.ndarray, centre: float, width: float, function: str) -> np.ndarray:
     """The window of DICOM PS3.3, C.11.2.1.2 and C.11.2.1.3."""
     if function == "SIGMOID":
         steps = np.clip(-4 * (values.astype(np.float64) - centre) / width, -700, 700)
-        return scaled(1 / (1 + np.exp(steps)), 0.0, 1.0), "the file's window"
+        return scaled(1 / (1 + np.exp(steps)), 0.0, 1.0)
     if function == "LINEAR" and width > 1:
         centre, width = centre - 0.5, width - 1
-    return scaled(values, centre - width / 2, centre + width / 2), "the file's window"
+    return scaled(values, centre - width / 2, centre + width / 2)
 
 
 def _first(value: Any) -> float | None:

@@ -23,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 
 from fedvlm import processes
+from fedvlm.data.depth import CROWDED
 from fedvlm.data.pictures import AS_GIVEN, SHRUNK, Pictures, Refused
 from fedvlm.errors import DataError
 from fedvlm.version import __version__
@@ -59,7 +60,15 @@ class Checked:
         """Logs once what was done to the pictures of the data set ``name``."""
         if self.notes[SHRUNK]:
             logger.warning("%s: %d pictures are %s", name, self.notes[SHRUNK], SHRUNK)
-        done = {note: n for note, n in self.notes.items() if note != SHRUNK}
+        if self.notes[CROWDED]:
+            logger.warning(
+                "%s: %d pictures are nearly one shade: 99 %% of their pixels have an eighth of the "
+                "256 grey levels, as with outliers or padding; set data.window=[low,high] "
+                "(docs/data.md)",
+                name,
+                self.notes[CROWDED],
+            )
+        done = {note: n for note, n in self.notes.items() if note not in (SHRUNK, CROWDED)}
         if done:
             as_given = done.keys() <= set(AS_GIVEN)
             logger.log(
@@ -109,13 +118,8 @@ def check_pictures(
 
 
 def with_hashes(rows: datasets.Dataset, hashes: list[str]) -> datasets.Dataset:
-    """Adds the column ``image_hash``, without a copy of the pictures of a sample of rows.
-
-    A source column of this name becomes ``source_image_hash``.
-    """
+    """Adds the column ``image_hash``, without a copy of the pictures of a sample of rows."""
     name = "image_hash"
-    if name in rows.column_names:
-        rows = rows.rename_column(name, f"source_{name}")
     names = [*rows.column_names, name]
     mark = hashlib.blake2b("".join([rows._fingerprint, *hashes]).encode(), digest_size=8)
     sample = rows._indices

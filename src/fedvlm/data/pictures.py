@@ -11,8 +11,8 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
 from importlib import metadata
@@ -22,7 +22,7 @@ from typing import Any, BinaryIO
 import numpy as np
 from PIL import Image, UnidentifiedImageError
 
-from fedvlm.data import depth, dicom, sixteen
+from fedvlm.data import depth, dicom, nested, sixteen
 from fedvlm.data.metadata import without_metadata
 from fedvlm.errors import DataError, FedVLMError, brief
 from fedvlm.settings.pictures import FORMATS
@@ -30,10 +30,10 @@ from fedvlm.settings.sections import DataConfig
 
 logging.getLogger("PIL").addHandler(logging.NullHandler())  # else its errors go to the terminal
 
-_RULES = 2  # number of this module's rules; a new one discards what was cached under older rules
+_RULES = 3  # number of this module's rules; a new one discards what was cached under older rules
 _REASON = 200  # most characters of a reason
 _STRIP = 1 << 22  # pixels that are composited at a time, which bounds the memory
-_ORIENTATION = 0x0112
+_ORIENTATION, _PHOTOMETRIC = 0x0112, 0x0106
 _TURNS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
@@ -44,7 +44,9 @@ _TURNS = {
     8: Image.Transpose.ROTATE_90,
 }
 SHRUNK = "shrunk to data.max_pixels"
-AS_GIVEN = ("16 bits", "data.window", "the file's window", "the file's LUT")  # no guess
+INVERTED = "inverted, as the TIFF header demands"
+# No guess:
+AS_GIVEN = ("16 bits", "data.window", "the file's window", "the file's LUT", INVERTED)
 
 
 class Refused(DataError):
@@ -146,6 +148,7 @@ class Pictures:
         which all threads share.
 
         Raises:
+            Refused: it is an ICO file with a picture above the limit.
             UnidentifiedImageError: the header fits a format, and is broken.
         """
         stream.seek(0)
@@ -158,8 +161,12 @@ class Pictures:
                 if isinstance(accepted, str):
                     why = accepted
                 elif accepted:
+                    if prefix.startswith(nested.ICO):
+                        self._fits(nested.icon_size(stream))
                     stream.seek(0)
                     return factory(stream, "")
+            except Refused:
+                raise
             except Exception as error:  # the next format may fit
                 why = _reason(error) if accept else why  # a format with a magic number
         if why:
@@ -178,11 +185,17 @@ class Pictures:
         except FedVLMError:
             raise
         except Exception:
-            size = stream.seek(0, io.SEEK_END)
+            if stream.seek(0, io.SEEK_END) > self.max_decoded << 20:
+                raise
             stream.seek(0)
-            bare = without_metadata(stream.read()) if size <= self.max_decoded << 20 else None
+            content = stream.read()
+            bare = without_metadata(content)
             if bare is None:
                 raise
+            upright = without_metadata(content, exif=True)
+            if upright is not None and upright != bare:
+                with suppress(Exception):
+                    return self._decoded(io.BytesIO(upright), draft)
             return self._decoded(io.BytesIO(bare), draft)
 
     def _decoded(self, stream: BinaryIO, draft: bool) -> Look:
@@ -190,7 +203,9 @@ class Pictures:
         if image is None:
             known = "a known format" if self.formats == FORMATS else "a format of data.formats"
             raise DataError(f"not an image in {known}")
-        self._fits(image.size)
+        for inside in (image.size, *nested.inner_sizes(image)):
+            self._fits(inside)
+        notes = [dicom.SEVERAL] if self._has_frames(image, stream) else []
         size, raw = image.size, sixteen.raw_mode(image)
         if draft:
             image.draft("L", (1, 1))
@@ -200,9 +215,23 @@ class Pictures:
         self._fits(image.size)  # some formats hold a picture of another size
         if raw and sixteen.is_dark(image) and (again := self.identified(stream)):
             sixteen.load_lower(again)
-            image, name = sixteen.by_content(_upright(image), _upright(again), raw)
-            return self._shrunk(_rgb(image), size, [name])
-        return self._prepared(image, size)
+            image, done = sixteen.by_content(_upright(image), _upright(again), raw)
+            return self._shrunk(_rgb(image), size, [*notes, *done])
+        if raw:
+            colours = np.asarray(image)[..., :-1] if image.mode.endswith("A") else np.asarray(image)
+            notes += [depth.CROWDED] if depth.is_crowded(colours, colours) else []
+        return self._prepared(image, size, notes)
+
+    def _has_frames(self, image: Any, stream: BinaryIO) -> bool:
+        """Whether a file has several frames or pages."""
+        if image.format == "PSD":  # the layers of one picture
+            return False
+        try:
+            if image.format == "GIF":  # a look at the second frame changes the opened picture
+                image = self.identified(stream)
+            return bool(getattr(image, "is_animated", False))
+        except Exception:  # broken behind the first frame
+            return False
 
     def _fits(self, size: tuple[int, int], each: int = 3) -> None:
         """Compares the size in the header with the limit."""
@@ -216,13 +245,16 @@ class Pictures:
                 f"data.max_decoded={self.max_decoded}"
             )
 
-    def _prepared(self, image: Image.Image, size: tuple[int, int] | None = None) -> Look:
-        notes: list[str] = []
+    def _prepared(
+        self, image: Image.Image, size: tuple[int, int] | None = None, notes: Sequence[str] = ()
+    ) -> Look:
+        notes = list(notes)
+        dark_is_high = getattr(image, "tag_v2", {}).get(_PHOTOMETRIC) == 0
         image = _upright(image)
         if image.mode.startswith(("I", "F")):
-            pixels, name = depth.eight_bits(np.asarray(image), self.window)
-            image = Image.fromarray(pixels)
-            notes.append(name)
+            pixels, done = depth.eight_bits(np.asarray(image), self.window)
+            image = Image.fromarray(255 - pixels if dark_is_high else pixels)
+            notes += [*done, INVERTED] if dark_is_high else done  # Pillow inverts 8 bits itself
         return self._shrunk(_rgb(image), size or image.size, notes)
 
     def _shrunk(self, image: Image.Image, size: tuple[int, int], notes: list[str]) -> Look:
@@ -253,11 +285,16 @@ def _stream(value: Any) -> Iterator[tuple[BinaryIO, str]]:
             raise DataError("there is no image: neither bytes nor a path")
         value = content if content is not None else name
     if isinstance(value, bytes | bytearray | memoryview):
+        if len(value) == 0:
+            raise DataError("the picture is empty")
         yield io.BytesIO(value), str(name)
     elif isinstance(value, str | Path):
         # A pipe or a device would block, or never end.
-        if not stat.S_ISREG(os.stat(value).st_mode):
+        status = os.stat(value)
+        if not stat.S_ISREG(status.st_mode):
             raise DataError(f"'{value}' is not a file")
+        if status.st_size == 0:
+            raise DataError("the picture is empty")
         with open(value, "rb") as handle:
             yield handle, str(value)
     else:

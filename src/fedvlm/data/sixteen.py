@@ -45,7 +45,7 @@ def is_dark(upper: Image.Image) -> bool:
     return max(high for _, high in extrema[:3]) < _DARK
 
 
-def by_content(upper: Image.Image, lower: Image.Image, raw: str) -> tuple[Image.Image, str]:
+def by_content(upper: Image.Image, lower: Image.Image, raw: str) -> tuple[Image.Image, list[str]]:
     """Maps colours of 16 bits to 8 bits, by the range of all channels.
 
     Args:
@@ -54,7 +54,7 @@ def by_content(upper: Image.Image, lower: Image.Image, raw: str) -> tuple[Image.
         raw: the raw mode of ``upper``, from :func:`raw_mode`.
 
     Returns:
-        The picture, and the name of the range.
+        The picture, and what was done to it.
     """
     high, low = np.asarray(upper), np.asarray(lower)
     if raw == "LA;16B":
@@ -62,10 +62,10 @@ def by_content(upper: Image.Image, lower: Image.Image, raw: str) -> tuple[Image.
         values = values[..., [0, 0, 0, 1]]
     else:
         values = (high.astype(np.uint16) << 8) | low
-    colours, name = eight_bits(values[..., :3])
+    colours, (name, *more) = eight_bits(values[..., :3])
     if values.shape[-1] == 4:
         colours = np.concatenate((colours, eight_bits(values[..., 3:])[0]), axis=-1)
-    return Image.fromarray(colours), f"{name} of 16 in colour"
+    return Image.fromarray(colours), [f"{name} of 16 in colour", *more]
 
 
 def _raw(tile: Any) -> str:
