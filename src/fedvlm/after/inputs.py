@@ -16,7 +16,7 @@ from fedvlm.data import folders
 from fedvlm.data.images import Checked
 from fedvlm.data.pictures import Pictures
 from fedvlm.data.sources import load_rows
-from fedvlm.errors import DataError, brief, shown
+from fedvlm.errors import DataError, brief
 from fedvlm.settings.sections import DataConfig
 
 logger = logging.getLogger("fedvlm")
@@ -122,11 +122,10 @@ def _needed(question: str | None, what: str) -> str:
 
 def _check_text(question: Any) -> None:
     if not isinstance(question, str):
-        raise DataError(f"a question is a text; got {shown(question)}")
+        raise DataError(f"a question is a text; got {question!r:.60}")
     if not _is_unicode(question):
-        raise DataError(
-            f"the question has half a surrogate pair, which is no character: {shown(question)}"
-        )
+        why = "half a surrogate pair, which is no character"
+        raise DataError(f"the question has {why}; got {question!r:.60}")
 
 
 def _is_unicode(text: str) -> bool:
