@@ -92,8 +92,8 @@ def test_outliers_that_leave_little_grey_are_counted_with_the_remedy(caplog):
 @settings(max_examples=30, deadline=None)
 @given(
     low=st.integers(-2000, 0),
-    width=st.integers(0, 60_000),
-    padding=st.floats(0, 0.9),
+    width=st.integers(300, 60_000),
+    padding=st.floats(0, 0.4),
     odd=st.booleans(),
 )
 def test_ordinary_pictures_are_not_called_crowded(low, width, padding, odd):
