@@ -108,7 +108,7 @@ def test_a_json_column_of_one_type_keeps_it_and_one_of_several_becomes_text(tmp_
         (pa.array([2**63 - 1, None, -1]), [str(2**63 - 1), "", "-1"]),
         (pa.array([1.0, float("nan"), 2.5]), ["1", "", "2.5"]),
         (pa.array([True, None, False]), ["True", "", "False"]),
-        (pa.array(["1.50", None, "2.00"]).cast(pa.decimal128(5, 2)), ["1.50", "", "2.00"]),
+        (pa.array(["1.50", None, "2.00"]).cast(pa.decimal128(5, 2)), ["1.5", "", "2"]),
         (pa.array(["a", None, "a"]).dictionary_encode(), ["a", "", "a"]),
         (pa.array(["a", None, "thirteen chars"], pa.string_view()), ["a", "", "thirteen chars"]),
         (pa.array([0, None, 86400], pa.timestamp("s")),

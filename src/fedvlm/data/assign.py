@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import logging
 import re
+import unicodedata
 from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from fedvlm.data.labels import codes_of
-from fedvlm.errors import DataError
+from fedvlm.errors import DataError, brief
 from fedvlm.settings.sections import PartitionConfig
 
 logger = logging.getLogger("fedvlm")
@@ -41,19 +42,32 @@ def by_column(values: np.ndarray, column: str, least: int) -> dict[str, np.ndarr
 
 
 def _warn_of_twins(names: list[str], column: str) -> None:
-    """Warns of clients whose names differ in white space only. They stay two clients."""
+    """Warns of clients whose names look alike. They stay several clients."""
     alike: dict[str, list[str]] = {}
     for name in names:
-        alike.setdefault(" ".join(name.split()), []).append(name)
+        seen = unicodedata.normalize("NFC", name).casefold()
+        seen = "".join(c for c in seen if unicodedata.category(c) != "Cf")  # zero width
+        alike.setdefault(" ".join(seen.split()), []).append(name)
     twins = [group for group in alike.values() if len(group) > 1]
     if twins:
         logger.warning(
-            "partition.column '%s': %d names occur in several spellings that differ in white space "
-            "only, such as %s; each spelling is a client. Repair the column if that is not meant",
-            column,
+            "partition.column '%s': %d names occur in several spellings that differ only in %s, "
+            "such as %s; each spelling is a client. Repair the column if that is not meant",
+            brief(column, 80),
             len(twins),
-            " and ".join(f"{name[:40]!r}" for name in twins[0][:2]),
+            " or ".join(dict.fromkeys(_difference(group) for group in twins)),
+            " and ".join(f"{name[:40]!a}" for name in twins[0][:2]),
         )
+
+
+def _difference(names: list[str]) -> str:
+    if len({" ".join(name.split()) for name in names}) == 1:
+        return "white space"
+    if len({unicodedata.normalize("NFC", name) for name in names}) == 1:
+        return "Unicode normalization"
+    if len({name.casefold() for name in names}) == 1:
+        return "case"
+    return "invisible characters, Unicode normalization or case"
 
 
 def check_sizes(parts: Mapping[str, np.ndarray], least: int, source: str, remedy: str) -> None:
@@ -81,7 +95,14 @@ def check_sizes(parts: Mapping[str, np.ndarray], least: int, source: str, remedy
 def _natural(name: str) -> tuple[list[Any], str]:
     """Sort key that puts site-2 before site-10."""
     pieces = re.split(r"(\d+)", name)
-    return [int(p) if i % 2 else p for i, p in enumerate(pieces)], name
+    return [_magnitude(p) if i % 2 else p for i, p in enumerate(pieces)], name
+
+
+def _magnitude(digits: str) -> tuple[int, str]:
+    """Sorts digits of any script and number by their value."""
+    plain = digits if digits.isascii() else "".join(str(int(digit)) for digit in digits)
+    plain = plain.lstrip("0")
+    return len(plain), plain
 
 
 def dirichlet(

@@ -7,16 +7,23 @@ are numbers in their usual form, the labels have the order of the numbers.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from datetime import timedelta
+from decimal import Decimal
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
 import datasets
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
+
+from fedvlm.errors import DataError, brief
 
 BINS = 10  # bins for numbers, if there are more than twice as many values
 
+_MOST = 10**300
 _WHOLE = re.compile(r"-?[1-9][0-9]{0,4000}|0")
 _BROKEN = re.compile(r"-?[0-9]+\.[0-9]+|-?[0-9](\.[0-9]+)?e[+-][0-9]+|-?inf")
 
@@ -24,23 +31,93 @@ _BROKEN = re.compile(r"-?[0-9]+\.[0-9]+|-?[0-9](\.[0-9]+)?e[+-][0-9]+|-?inf")
 def values_of(rows: datasets.Dataset, column: str) -> np.ndarray:
     """Reads a column as text. A missing value, and NaN, is the empty text.
 
-    Whole floats have no point: 1.0 is ``1``.
+    See :func:`texts`.
     """
     return np.array(texts(rows.with_format("arrow")[column][:], missing=""), dtype=object)
 
 
-def texts(column: pa.ChunkedArray | pa.Array, missing: Any) -> list[Any]:
-    """The exact text of every scalar, and ``missing`` for what is missing."""
-    kind = column.type
-    if pa.types.is_floating(kind):
-        return [_float_text(value, missing) for value in column.to_pylist()]
-    return [missing if value is None else str(value) for value in column.to_pylist()]
+def texts(column: pa.ChunkedArray | pa.Array, missing: Any, *, days: bool = False) -> list[Any]:
+    """The text of every scalar. Equal values have the same text, whatever their type.
+
+    Whole floats and decimals have no point, and decimals no zeros at the end. ``float32`` has its
+    own shortest text. A time with a zone is that of UTC. A time that no calendar holds is a number.
+
+    Args:
+        column: scalars.
+        missing: stands for a missing value, and for NaN.
+        days: a time at midnight has the text of its date.
+    """
+    kind, types = column.type, pa.types
+    if types.is_floating(kind):
+        chunks = column.chunks if isinstance(column, pa.ChunkedArray) else [column]
+        arrays = (chunk.to_numpy(zero_copy_only=False) for chunk in chunks)
+        return [float_text(value, missing) for values in arrays for value in values]
+    text: Callable[[Any], str] = str
+    if types.is_decimal(kind):
+        text = _decimal_text
+    elif types.is_duration(kind):
+        text, column = partial(_duration_text, kind.unit), column.cast(pa.int64())
+    elif types.is_timestamp(kind) or types.is_time(kind) or types.is_date(kind):
+        zone = getattr(kind, "tz", None)
+        text = partial(_time_text, "+00:00" if zone else "", days)
+        if zone:  # the stored number is that of UTC, so no zone needs to be known
+            column = column.cast(pa.int64()).cast(pa.timestamp(kind.unit))
+        column = column.cast(pa.string())
+    return [missing if value is None else text(value) for value in column.to_pylist()]
 
 
-def _float_text(value: float | None, missing: Any) -> Any:
-    if value is None or value != value:
+def float_text(value: float | np.floating, missing: Any = None) -> Any:
+    """The shortest text that is this number; whole numbers have no point."""
+    if value != value:
         return missing
-    return str(int(value)) if float(value).is_integer() else str(float(value))
+    if value.is_integer():
+        return str(int(value))
+    return str(value) if isinstance(value, np.float32 | np.float16) else str(float(value))
+
+
+def _decimal_text(value: Decimal) -> str:
+    text = f"{value:f}"
+    text = text.rstrip("0").rstrip(".") if "." in text else text
+    return "0" if text == "-0" else text
+
+
+def _time_text(zone: str, days: bool, text: str) -> str:
+    """The text of a time or a date, which is the same for all units of the time."""
+    if text.startswith("<"):  # a number that is out of range
+        return text
+    head, _, fraction = text.partition(".")
+    fraction = fraction.rstrip("0")
+    if fraction:
+        head += "." + fraction.ljust(6 if len(fraction) <= 6 else 9, "0")
+    return head.removesuffix(" 00:00:00") if days and not zone else head + zone
+
+
+def _duration_text(unit: str, value: int) -> str:
+    nanoseconds = value * {"s": 10**9, "ms": 10**6, "us": 10**3, "ns": 1}[unit]
+    try:
+        text = str(timedelta(microseconds=nanoseconds // 1000))
+    except OverflowError:
+        return f"{nanoseconds} ns"
+    rest = nanoseconds % 1000
+    return f"{text} {rest} ns" if rest else text
+
+
+def names_of(names: Sequence[str], column: pa.ChunkedArray, name: str) -> pa.Array:
+    """The names of the classes in a column of class labels; a negative number is missing.
+
+    Raises:
+        DataError: there is no class of a number.
+    """
+    codes = column.cast(pa.int64()).combine_chunks()
+    codes = codes if isinstance(codes, pa.Array) else pa.concat_arrays(codes.chunks)
+    most = pc.max(codes).as_py()
+    if most is not None and most >= len(names):
+        raise DataError(
+            f"the column '{brief(name, 80)}' holds class number {most}, but it names "
+            f"{len(names)} classes, from number 0: repair the numbers or the names"
+        )
+    known = pc.greater_equal(codes, 0)
+    return pa.array(names, pa.string()).take(pc.if_else(known, codes, None))
 
 
 def codes_of(values: np.ndarray, *, as_text: bool = False) -> tuple[np.ndarray, list[str]]:
@@ -62,13 +139,18 @@ def binned_codes(values: np.ndarray, *, as_text: bool = False) -> tuple[np.ndarr
     codes, distinct, found = _coded(values, as_text)
     if found is None or len(distinct) <= 2 * BINS:
         return codes, [value or "(missing)" for value in distinct]
-    numbers = np.array(found, dtype=np.float64)[codes]
+    numbers = np.array([_bounded(number) for number in found])[codes]
     edges = np.unique(np.nanquantile(numbers, np.linspace(0, 1, BINS + 1)[1:-1]))
     bins = np.searchsorted(edges, numbers, side="right")
     bins = np.where(np.isnan(numbers), len(edges) + 1, bins)
     marks = ["", *(f"{edge:.6g}" for edge in edges), ""]
     bounds = [f"{low}..{high}" for low, high in pairwise(marks)]
     return bins, [*bounds, "(missing)"]
+
+
+def _bounded(number: int | float) -> float:
+    """A number within the limits in which means of two numbers are finite."""
+    return number if number != number else float(max(-_MOST, min(number, _MOST)))
 
 
 def _coded(

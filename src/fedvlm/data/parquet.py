@@ -13,7 +13,8 @@ from __future__ import annotations
 
 import logging
 import mmap
-from collections.abc import Callable, Iterator, Sequence
+from collections import Counter, defaultdict
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -26,8 +27,8 @@ from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
 
 from fedvlm.data.columns import listed
-from fedvlm.data.labels import texts
-from fedvlm.data.records import Check, report_absent
+from fedvlm.data.labels import names_of, texts
+from fedvlm.data.records import Check, report_absent, report_types
 from fedvlm.data.tables import converted
 from fedvlm.errors import DataError, brief
 
@@ -51,9 +52,8 @@ def read(files: Sequence[Path], check: Check, expansion: int) -> datasets.Datase
     """
     limit = _FREE + expansion * sum(file.stat().st_size for file in files)
     opened = [_open(file)[0] for file in files]
-    plain = [
-        _plain_schema(source.schema_arrow, file) for source, file in zip(opened, files, strict=True)
-    ]
+    found = [source.schema_arrow for source in opened]
+    plain = [_plain_schema(schema, file) for schema, file in zip(found, files, strict=True)]
     counts = [source.metadata.num_rows for source in opened]
     schema = _united(plain, files)
     have = [set(own.names) for own in plain]
@@ -63,7 +63,7 @@ def read(files: Sequence[Path], check: Check, expansion: int) -> datasets.Datase
     if not sum(counts):
         raise DataError(f"'{brief(files[0], 200)}' has no rows")
     _refuse_if_larger(sum(map(_least_bytes, opened)), limit, files)
-    cast = partial(_as, features.arrow_schema)
+    cast = partial(_as, features.arrow_schema, _columns_with_days(found))
     return converted(files, features, lambda: _tables(files, limit, cast))
 
 
@@ -92,15 +92,37 @@ def _hub_tables(
         yield Key(0, at), table
 
 
-def _as(schema: pa.Schema, table: pa.Table) -> pa.Table:
+def _as(schema: pa.Schema, with_days: set[str], table: pa.Table) -> pa.Table:
     """Casts a table of one file to the columns of all files."""
-    columns = [
-        _cast(table[field.name], field.type)
-        if field.name in table.column_names
-        else pa.nulls(len(table), field.type)
-        for field in schema
-    ]
+    have, classes = set(table.column_names), _classes(table.schema)
+    columns = []
+    for field in schema:
+        if field.name not in have:
+            columns.append(pa.nulls(len(table), field.type))
+            continue
+        column = table[field.name]
+        if field.name in classes:
+            column = pa.chunked_array([names_of(classes[field.name], column, field.name)])
+        columns.append(_cast(column, field.type, field.name in with_days))
     return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _classes(schema: pa.Schema) -> dict[str, list[str]]:
+    """The names of the classes of each column of class labels of one file."""
+    notes = schema.metadata or {}
+    if b"ClassLabel" not in notes.get(b"huggingface", b""):
+        return {}
+    whole = [field for field in schema if pa.types.is_integer(field.type)]
+    features = datasets.Features.from_arrow_schema(pa.schema(whole, metadata=notes))
+    kind = datasets.ClassLabel
+    return {name: found.names for name, found in features.items() if isinstance(found, kind)}
+
+
+def _columns_with_days(schemas: Sequence[pa.Schema]) -> set[str]:
+    """The columns that hold dates in one file and times in another."""
+    fields = [field for schema in schemas for field in schema]
+    days = {field.name for field in fields if pa.types.is_date(field.type)}
+    return days & {field.name for field in fields if pa.types.is_timestamp(field.type)}
 
 
 def _tables(
@@ -185,18 +207,22 @@ def _returning_memory() -> Iterator[None]:
 
 def _plain_schema(schema: pa.Schema, file: Path) -> pa.Schema:
     """The columns without views, dictionaries and other encodings of a type."""
-    twins = {name for name in schema.names if schema.names.count(name) > 1}
+    twins = [name for name, count in Counter(schema.names).items() if count > 1]
     if twins:
         raise DataError(f"'{file}' has several columns named {listed(twins)}: rename them")
-    fields = [pa.field(field.name, _plain(field.type)) for field in schema]
-    known = [field for field in fields if _is_known(field.type)]
-    return pa.schema(known, metadata=schema.metadata)
+    plain = {field.name: _plain(field.type) for field in schema}
+    known = pa.schema([(name, kind) for name, kind in plain.items() if _is_known(kind)])
+    features = datasets.Features.from_arrow_schema(known.with_metadata(schema.metadata))
+    text = datasets.Value("string")
+    return datasets.Features({**features, **dict.fromkeys(_classes(schema), text)}).arrow_schema
 
 
 def _plain(kind: pa.DataType) -> pa.DataType:
     if pa.types.is_dictionary(kind) or pa.types.is_run_end_encoded(kind):
         return _plain(kind.value_type)
     if isinstance(kind, pa.BaseExtensionType) and not isinstance(kind, pa.JsonType):
+        if kind == pa.uuid():
+            return pa.string()
         known = type(kind).__module__.startswith("datasets")
         return kind if known else _plain(kind.storage_type)
     views = {"string_view": pa.string(), "binary_view": pa.binary()}
@@ -229,45 +255,46 @@ def _united(schemas: Sequence[pa.Schema], files: Sequence[Path]) -> pa.Schema:
     first = schemas[0]
     if all(schema.equals(first, check_metadata=True) for schema in schemas):
         return first
-    kinds: dict[str, pa.DataType] = {}
-    origin: dict[str, Path] = {}
+    kinds: dict[str, dict[pa.DataType, Path]] = defaultdict(dict)
     for schema, file in zip(schemas, files, strict=True):
         for field in schema:
-            known = kinds.get(field.name)
-            if known is None or pa.types.is_null(known):
-                kinds[field.name], origin[field.name] = field.type, file
-            elif field.type != known and not pa.types.is_null(field.type):
-                places = (origin[field.name], file)
-                kinds[field.name] = _both(known, field.type, field.name, places)
+            kinds[field.name].setdefault(field.type, file)
     notes = {(schema.metadata or {}).get(b"huggingface") for schema in schemas}
-    return pa.schema(list(kinds.items()), metadata=first.metadata if len(notes) == 1 else None)
+    fields = [(name, _one_type(name, places)) for name, places in kinds.items()]
+    return pa.schema(fields, metadata=first.metadata if len(notes) == 1 else None)
 
 
-def _both(one: pa.DataType, two: pa.DataType, name: str, places: tuple[Path, Path]) -> pa.DataType:
-    """The type of a column that has two types in two files."""
-    kinds, types = (one, two), pa.types
-    whole = all(map(types.is_integer, kinds))
+def _one_type(name: str, places: Mapping[pa.DataType, Path]) -> pa.DataType:
+    """The type of a column that has these types in these files."""
+    types = pa.types
+    kinds = [kind for kind in places if not types.is_null(kind)] or [pa.null()]
     apart = any(types.is_nested(kind) or "binary" in str(kind) for kind in kinds)
+    whole = all(map(types.is_integer, kinds))
+    if len(kinds) == 1:
+        return kinds[0]
     if not whole and not apart:
+        report_types(name, {kind: places[kind] for kind in kinds})
         return pa.string()
     try:
         schemas = [pa.schema([(name, kind)]) for kind in kinds]
         return pa.unify_schemas(schemas, promote_options="permissive").field(0).type
     except pa.ArrowException:
+        one, two = kinds[:2]
         raise DataError(
-            f"the column '{brief(name)}' holds {brief(one, 100)} in '{places[0]}', but "
-            f"{brief(two, 100)} in '{places[1]}': convert one of the files"
+            f"the column '{brief(name)}' holds {brief(one, 100)} in '{places[one]}', but "
+            f"{brief(two, 100)} in '{places[two]}': convert one of the files"
         ) from None
 
 
-def _cast(column: pa.ChunkedArray, kind: pa.DataType) -> pa.ChunkedArray:
+def _cast(column: pa.ChunkedArray, kind: pa.DataType, days: bool = False) -> pa.ChunkedArray:
     """Casts a column to its plain type."""
     if column.type == kind:
         return column
     if isinstance(column.type, pa.DictionaryType):
-        return _cast(column.cast(column.type.value_type), kind)
+        return _cast(column.cast(column.type.value_type), kind, days)
     if pa.types.is_string(kind) and "string" not in str(column.type):
-        return pa.chunked_array([pa.array(texts(column, missing=None), pa.string())])
+        found = texts(column, missing=None, days=days)
+        return pa.chunked_array([pa.array(found, pa.string())])
     return pa.chunked_array([_cast_array(chunk, kind) for chunk in column.chunks], kind)
 
 

@@ -13,7 +13,7 @@ import logging
 import math
 import re
 from collections import defaultdict
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
@@ -21,6 +21,7 @@ from typing import Any, TextIO
 import datasets
 import pyarrow as pa
 
+from fedvlm.data.labels import float_text
 from fedvlm.data.tables import converted
 from fedvlm.errors import DataError, brief
 
@@ -35,6 +36,7 @@ _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _BIG = object()  # the type of a whole number beyond 64 bits
+_NAMES = {str: "text", int: "whole numbers", _BIG: "whole numbers", float: "numbers", bool: "flags"}
 
 
 def read(files: Sequence[Path], check: Check, names: Sequence[str] = ()) -> datasets.Dataset:
@@ -52,6 +54,7 @@ def read(files: Sequence[Path], check: Check, names: Sequence[str] = ()) -> data
     types: dict[str, set[Any]] = {}
     counts: list[int] = []
     have: list[set[str]] = []
+    places: dict[str, dict[str, Path]] = defaultdict(dict)  # column -> type -> its first file
     for file in files:
         own: dict[str, set[Any]] = defaultdict(set)
         count = 0
@@ -63,10 +66,16 @@ def read(files: Sequence[Path], check: Check, names: Sequence[str] = ()) -> data
         have.append(set(own))
         for name, found in own.items():
             types.setdefault(name, set()).update(found)
+            if simple := found & _NAMES.keys():
+                held = " and ".join(sorted(_NAMES[kind] for kind in simple))
+                places[name].setdefault(held, file)
     if not any(counts):
         raise DataError(f"'{brief(files[0], 200)}' has no rows")
     report_absent(files, counts, have, list(types))
     features = datasets.Features({name: _feature(found) for name, found in types.items()})
+    for name, kinds in places.items():
+        if getattr(features[name], "dtype", "") == "string" and len(kinds) > 1:
+            report_types(name, kinds)
     check(features)
     return converted(files, features, lambda: _tables(files, features, names))
 
@@ -87,6 +96,18 @@ def report_absent(
                 more,
                 count,
             )
+
+
+def report_types(name: str, places: Mapping[Any, Path]) -> None:
+    """Warns of a column that has several types, each in the file that is named."""
+    kinds = [f"{brief(k, 40)} in '{brief(file.name, 80)}'" for k, file in places.items()]
+    more = f" and {len(kinds) - 5} more types" if len(kinds) > 5 else ""
+    logger.warning(
+        "the column '%s' holds %s%s; all of them are read as text",
+        brief(name, 80),
+        ", ".join(kinds[:5]),
+        more,
+    )
 
 
 def _type(value: Any) -> Any:
@@ -129,9 +150,13 @@ def _table(batch: Sequence[dict[str, Any]], features: datasets.Features) -> pa.T
             columns.append(pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string())))
             continue
         if feature.dtype == "string":
-            values = [v if v is None or isinstance(v, str) else str(v) for v in values]
+            values = [v if v is None or isinstance(v, str) else _plain_text(v) for v in values]
         columns.append(pa.array(values, feature.pa_type))
     return pa.Table.from_arrays(columns, schema=features.arrow_schema)
+
+
+def _plain_text(value: Any) -> str:
+    return float_text(value) if isinstance(value, float) else str(value)
 
 
 def _rows(file: Path, names: Sequence[str]) -> Iterator[Row]:

@@ -37,6 +37,7 @@ from fedvlm.data.conversations import flatten, holds_conversations
 from fedvlm.data.embedded import with_bytes
 from fedvlm.data.files import SUFFIXES, data_files, report_left_out
 from fedvlm.data.images import check_pictures, open_image, with_absolute_paths, with_hashes
+from fedvlm.data.labels import names_of
 from fedvlm.data.pictures import Pictures
 from fedvlm.data.records import Check
 from fedvlm.data.unusable import without
@@ -284,17 +285,14 @@ def _canonical(
                 )  # fmt: skip
     rows = rows.with_format(None).select_columns(kept)
     rows = rows.rename_columns({old: new for old, new in renamed.items() if old != new})
-    for name, feature in list(rows.features.items()):
+    for name, feature in rows.features.items():
         if isinstance(feature, datasets.ClassLabel):
-            rows = _replace(rows, name, [_label(feature, v) for v in rows[name]])
+            codes = rows.with_format("arrow")[name][:]
+            rows = _replace(rows, name, names_of(feature.names, codes, name))
     rows = _encoded(with_bytes(rows, root), root)
     rows = rows.add_column("row", numbers)
     first = [*roles, "row"]
     return rows.select_columns(first + [n for n in rows.column_names if n not in first])
-
-
-def _label(feature: datasets.ClassLabel, value: int | None) -> str | None:
-    return None if value is None or value < 0 else feature.int2str(value)
 
 
 def _replace(rows: datasets.Dataset, name: str, values: Any) -> datasets.Dataset:
