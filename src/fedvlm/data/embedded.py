@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import base64
 import binascii
+import os
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from urllib.parse import unquote, urlsplit
 
 import datasets
 import numpy as np
@@ -66,6 +68,40 @@ def is_embedded(text: str) -> bool:
     return bool(_URI.match(text)) or _starts_like_a_picture(text[:_HEAD])
 
 
+def path_of(text: str, root: Path) -> str:
+    """The absolute path that a text means: a path below ``root``, or a ``file://`` address."""
+    address = urlsplit(text) if text[:7].lower() == "file://" else None
+    if address and address.netloc in ("", "localhost"):
+        text = unquote(address.path)
+    return str(root / text)
+
+
+def moved(row: dict[str, Any], file: Path, image: str) -> dict[str, Any]:
+    """A row whose pictures' paths are absolute, where they were relative to its file.
+
+    Args:
+        row: of a text file.
+        file: its absolute path.
+        image: the name of the column of pictures.
+    """
+    names = {image, "image", "images", "file_name", "messages"} & row.keys()
+    return {**row, **{name: _moved(row[name], str(file.parent)) for name in names}}
+
+
+def _moved(value: Any, folder: str) -> Any:
+    if isinstance(value, str):
+        apart = "://" in value[:20] or is_embedded(value) or not value
+        return value if apart else os.path.join(folder, value)
+    if isinstance(value, list) and not all(type(each) is int for each in value):
+        return [_moved(each, folder) if isinstance(each, str | dict) else each for each in value]
+    if isinstance(value, dict):
+        paths = {"path", "image", "image_url", "url"} & value.keys()
+        paths |= {"content"} if isinstance(value.get("content"), list) else set()
+        kept = {name: _moved(value[name], folder) for name in paths}
+        return {**value, **kept}
+    return value
+
+
 def is_numbers(feature: Any) -> bool:
     """Whether a column of this type holds lists of whole numbers."""
     if not isinstance(feature, datasets.List | datasets.LargeList):
@@ -98,13 +134,13 @@ def _image(value: Any, root: Path) -> dict[str, Any] | None:
     if isinstance(value, Mapping):
         path, value = value.get("path"), value.get("bytes")
     if value is None:
-        return {"bytes": None, "path": str(root / path) if path else None}
+        return {"bytes": None, "path": path_of(path, root) if path else None}
     if isinstance(value, bytes):
         return {"bytes": value, "path": path}
     if isinstance(value, str):
         content = _picture(value, root) if value else None
         if content is None:
-            return {"bytes": None, "path": str(root / value) if value else None}
+            return {"bytes": None, "path": path_of(value, root) if value else None}
         return {"bytes": content, "path": path}
     return {"bytes": _from_numbers(value), "path": path}
 

@@ -39,13 +39,19 @@ _BIG = object()  # the type of a whole number beyond 64 bits
 _NAMES = {str: "text", int: "whole numbers", _BIG: "whole numbers", float: "numbers", bool: "flags"}
 
 
-def read(files: Sequence[Path], check: Check, names: Sequence[str] = ()) -> datasets.Dataset:
+def read(
+    files: Sequence[Path],
+    check: Check,
+    names: Sequence[str] = (),
+    place: Callable[[dict[str, Any], Path], dict[str, Any]] = lambda row, _: row,
+) -> datasets.Dataset:
     """Reads text files of one suffix as one data set.
 
     Args:
-        files: at least one file; all end in ``.jsonl``, ``.json`` or ``.csv``.
+        files: at least one file; all are JSON lines, JSON or CSV.
         check: gets the columns, before any row is converted.
         names: columns that the header of a CSV file is expected to have.
+        place: gets each row and its file, and returns the row with paths for all files.
 
     Raises:
         DataError: a file is not UTF-8, is damaged, or has two columns of one name; the message
@@ -77,7 +83,7 @@ def read(files: Sequence[Path], check: Check, names: Sequence[str] = ()) -> data
         if getattr(features[name], "dtype", "") == "string" and len(kinds) > 1:
             report_types(name, kinds)
     check(features)
-    return converted(files, features, lambda: _tables(files, features, names))
+    return converted(files, features, lambda: _tables(files, features, names, place))
 
 
 def report_absent(
@@ -126,13 +132,16 @@ def _feature(types: set[Any]) -> Any:
 
 
 def _tables(
-    files: Sequence[Path], features: datasets.Features, names: Sequence[str]
+    files: Sequence[Path],
+    features: datasets.Features,
+    names: Sequence[str],
+    place: Callable[[dict[str, Any], Path], dict[str, Any]],
 ) -> Iterator[pa.Table]:
     batch: list[dict[str, Any]] = []
     chars = 0
     for file in files:
         for row, length in _rows(file, names):
-            batch.append(row)
+            batch.append(place(row, file))
             chars += length
             if len(batch) == _BATCH or chars > _CHARS:
                 yield _table(batch, features)
@@ -161,7 +170,7 @@ def _plain_text(value: Any) -> str:
 
 def _rows(file: Path, names: Sequence[str]) -> Iterator[Row]:
     with _text(file) as text:
-        if file.suffix.lower() == ".csv":
+        if file.suffix.lower() in (".csv", ".tsv"):
             yield from _csv_rows(text, file, names)
         else:
             yield from _json_rows(text, file)
@@ -241,7 +250,7 @@ def _json_rows(text: TextIO, file: Path) -> Iterator[Row]:
     source = _Source(text)
     number = 0
     try:
-        lines = file.suffix.lower() == ".jsonl" and source.next() != "["
+        lines = file.suffix.lower() in (".jsonl", ".ndjson") and source.next() != "["
         for row, length in source.lines() if lines else source.values():
             if not isinstance(row, dict):
                 raise ValueError(f"a row is an object with columns, not {row!r:.60}")

@@ -34,8 +34,8 @@ from fedvlm.data.columns import (
     shown,
 )
 from fedvlm.data.conversations import flatten, holds_conversations
-from fedvlm.data.embedded import with_bytes
-from fedvlm.data.files import SUFFIXES, data_files, report_left_out
+from fedvlm.data.embedded import moved, path_of, with_bytes
+from fedvlm.data.files import SUFFIXES, files_of_rows, is_saved
 from fedvlm.data.images import check_pictures, open_image, with_absolute_paths, with_hashes
 from fedvlm.data.labels import names_of
 from fedvlm.data.pictures import Pictures
@@ -50,7 +50,6 @@ logger = logging.getLogger("fedvlm")
 
 ROLES = ("image", "question", "answer")
 _ORDER = (*ROLES, "rejected").index
-_SPLITS = ("train", "test", "validation", "val", "valid", "dev")
 
 
 def load_rows(
@@ -169,29 +168,18 @@ def _read_files(files: list[Path], data: DataConfig, check: Check) -> datasets.D
         raise DataError(f"'{empty[0]}' is an empty file")
     if suffix == ".parquet":
         return parquet.read(files, check, data.max_expansion)
-    return records.read(files, check, (*data.columns.model_dump().values(), "file_name"))
+    names = (*data.columns.model_dump().values(), "file_name")
+    if len({file.parent for file in files}) == 1:
+        return records.read(files, check, names)
+    return records.read(files, check, names, partial(moved, image=data.columns.image))
 
 
 def _read_folder(folder: Path, data: DataConfig, check: Check) -> tuple[datasets.Dataset, Path]:
-    if (folder / "dataset_dict.json").exists() or (folder / "state.json").exists():
+    if is_saved(folder):
         return _read_saved(folder, data), folder
-    found = data_files(folder)
-    for parent in (folder, folder / data.split):
-        for name in ("metadata.jsonl", "metadata.csv"):
-            if (parent / name).is_file():
-                report_left_out([parent / name], found)
-                return _read_files([parent / name], data, check), parent
-    for suffix in SUFFIXES:
-        files = [path for path in found if path.suffix.lower() == suffix]
-        if files:
-            files = _of_split(files, folder, data)
-            report_left_out(files, found)
-            return _read_files(files, data, check), folder
-    raise DataError(
-        f"the folder '{brief(data.path, 200)}' holds no parquet, JSONL, JSON or CSV file; a folder "
-        "of images needs a metadata.jsonl with lines such as "
-        '{"file_name": "1.jpg", "question": "...", "chosen": "..."}'
-    )
+    files = files_of_rows(folder, data.split)
+    root = folder if files[0].suffix.lower() == ".parquet" else files[0].parent
+    return _read_files(files, data, check), root
 
 
 def _read_saved(folder: Path, data: DataConfig) -> datasets.Dataset:
@@ -203,25 +191,6 @@ def _read_saved(folder: Path, data: DataConfig) -> datasets.Dataset:
             f"data.split '{data.split}' is not in '{data.path}'; it has {', '.join(saved)}"
         )
     return saved[data.split]
-
-
-def _of_split(files: list[Path], folder: Path, data: DataConfig) -> list[Path]:
-    """Selects the shards of ``data.split``, if file names or folders have the names of splits."""
-
-    def split_of(file: Path) -> str:
-        where = file.relative_to(folder)
-        tokens = [*where.parts[:-1], re.split(r"[-_.]", where.name)[0]]
-        return next((t.lower() for t in reversed(tokens) if t.lower() in _SPLITS), "")
-
-    splits = {file: split_of(file) for file in files}
-    chosen = [file for file, split in splits.items() if split == data.split.lower()]
-    if chosen or not any(splits.values()):
-        return chosen or files
-    found = sorted({split for split in splits.values() if split})
-    raise DataError(
-        f"the folder '{data.path}' has no shards of data.split '{data.split}'; "
-        f"it has those of {', '.join(found)}"
-    )
 
 
 def _read_hub(data: DataConfig) -> datasets.Dataset:
@@ -308,7 +277,7 @@ def _encoded(rows: datasets.Dataset, root: Path) -> datasets.Dataset:
     embedded = pc.is_valid(pc.struct_field(images, "bytes"))
     if not pc.any(embedded).as_py():
         paths = pc.struct_field(images, "path").to_pylist()
-        absolute = [str(root / path) if path else None for path in paths]
+        absolute = [path_of(path, root) if path else None for path in paths]
         rows = _replace(rows, "image", absolute)
     elif pc.any(pc.and_not(pc.is_valid(pc.struct_field(images, "path")), embedded)).as_py():
         chunks = [with_absolute_paths(chunk, root) for chunk in images.chunks]

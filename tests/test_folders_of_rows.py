@@ -1,0 +1,101 @@
+"""A folder of files: which are read, relative to what, and what a warning names."""
+
+import json
+import logging
+
+import datasets
+import pytest
+
+from fedvlm.data.sources import open_image
+from fedvlm.errors import DataError
+from test_records import load, rows_of, warnings, write
+from test_sources import own_cache, parquet, picture  # noqa: F401  (own_cache is a fixture)
+
+
+@pytest.mark.parametrize(
+    "names", [("train_station", "airport"), ("test_site", "b"), ("dev.team", "other")]
+)
+def test_names_of_sites_that_begin_like_splits_are_no_splits(tmp_path, names):
+    for name in names:
+        parquet(tmp_path / f"{name}.parquet", site=[name] * 4)
+    assert set(load(tmp_path)["site"][:]) == set(names)
+
+
+def test_files_beside_the_shards_of_a_split_are_named(tmp_path, caplog):
+    parquet(tmp_path / "train.parquet")
+    parquet(tmp_path / "test_0.parquet")
+    parquet(tmp_path / "hospital2.parquet")
+    with caplog.at_level(logging.WARNING, logger="fedvlm"):
+        assert len(load(tmp_path)) == 4
+    assert "left out 1 files that belong to no split: 'hospital2.parquet'" in warnings(caplog)
+
+
+def test_first_words_are_splits_if_all_files_have_one(tmp_path):
+    for name in ("train-north", "test-north"):
+        parquet(tmp_path / f"{name}.parquet", site=[name] * 4)
+    assert set(load(tmp_path)["site"][:]) == {"train-north"}
+    assert set(load(tmp_path, split="test")["site"][:]) == {"test-north"}
+
+
+def hospital(folder, colour, name="metadata.jsonl"):
+    """A folder with a picture of its own colour, and rows beside it."""
+    folder.mkdir(exist_ok=True)
+    (folder / "a.png").write_bytes(picture(colour))
+    made = {"file_name": "a.png", "question": "What?", "chosen": colour, "site": folder.name}
+    if name.endswith("csv"):
+        lines = [",".join(made), ",".join(made.values())]
+        (folder / name).write_text("\n".join(lines))
+    else:
+        (folder / name).write_text(json.dumps(made) + "\n")
+
+
+@pytest.mark.parametrize("name", ["metadata.jsonl", "metadata.csv", "rows.json"])
+def test_paths_in_a_file_are_relative_to_its_own_folder(tmp_path, name):
+    (tmp_path / "a.png").write_bytes(picture("white"))
+    hospital(tmp_path / "north", "red", name)
+    hospital(tmp_path / "south", "blue", name)
+    rows = load(tmp_path)
+    colours = [open_image(image).getpixel((0, 0)) for image in rows["image"]]
+    assert colours == [(255, 0, 0), (0, 0, 255)]
+    assert rows["site"][:] == ["north", "south"]
+
+
+def test_metadata_below_a_folder_with_metadata_is_named(tmp_path, caplog):
+    hospital(tmp_path, "red")
+    hospital(tmp_path / "south", "blue")
+    with caplog.at_level(logging.WARNING, logger="fedvlm"):
+        assert load(tmp_path)["answer"][:] == ["red"]
+    assert "left out 1 .jsonl files ('metadata.jsonl')" in warnings(caplog)
+
+
+def test_files_of_rows_that_are_not_read_are_named(tmp_path, caplog):
+    write(tmp_path / "a.csv", rows_of("ab"))
+    for name in ("b.tsv", "c.ndjson", "d.csv.gz", "e.xlsx", "f.pq", "g.arrow", "h.feather"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / "c.ndjson").unlink()
+    with caplog.at_level(logging.WARNING, logger="fedvlm"):
+        load(tmp_path)
+    for ending in (".tsv", ".csv.gz", ".xlsx", ".pq", ".arrow", ".feather"):
+        assert f"1 {ending} files" in warnings(caplog)
+
+
+@pytest.mark.parametrize(("suffix", "like"), [("ndjson", "jsonl"), ("tsv", "csv")])
+def test_other_suffixes_of_lines_and_tables_are_read(tmp_path, suffix, like):
+    options = {"delimiter": "\t"} if like == "csv" else {}
+    path = write(tmp_path / f"a.{like}", rows_of("ab"), **options)
+    path = path.rename(tmp_path / f"a.{suffix}")
+    assert load(path)["site"][:] == load(tmp_path)["site"][:] == ["a", "b"]
+
+
+def test_an_address_of_a_file_is_its_path(tmp_path):
+    address = (tmp_path / "a.png").as_uri()
+    write(tmp_path / "a.jsonl", rows_of("a", image=lambda i: address))
+    assert open_image(load(tmp_path)["image"][0]).size == (8, 6)
+
+
+def test_a_folder_of_saved_data_sets_is_refused(tmp_path):
+    saved = datasets.Dataset.from_list(rows_of("ab"))
+    for name in ("north", "south"):
+        saved.save_to_disk(str(tmp_path / name))
+    with pytest.raises(DataError, match=r"holds 2 saved data sets, such as 'north'"):
+        load(tmp_path)
