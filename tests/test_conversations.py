@@ -68,7 +68,7 @@ def test_a_llava_conversation_gives_a_row_for_every_answer(tmp_path, name):
     ]
     assert rows["row"][:] == [0, 0, 1]
     assert rows["id"][:] == ["1", "1", "2"]
-    assert rows["image_path"][:] == ["a.png", "a.png", "b.png"]
+    assert rows["conversation_image"][:] == ["a.png", "a.png", "b.png"]
     assert open_image(rows[2]["image"]).getpixel((0, 0)) == (0, 0, 255)
 
 
@@ -102,7 +102,7 @@ def test_parquet_with_embedded_images_and_conversations_is_read(tmp_path, column
     made.cast_column(column, kind).to_parquet(tmp_path / "a.parquet")
     rows = load(tmp_path / "a.parquet")
     assert [open_image(row["image"]).getpixel((0, 0))[2] for row in rows] == [0, 0, 255, 255]
-    assert rows["image_path"][:] == ["conversation 0"] * 2 + ["conversation 1"] * 2
+    assert rows["conversation_image"][:] == ["conversation 0"] * 2 + ["conversation 1"] * 2
 
 
 def test_columns_of_questions_and_answers_win_over_a_conversation(tmp_path):
@@ -185,5 +185,21 @@ def test_embedded_pictures_of_json_conversations_are_read(tmp_path, form):
     shown = {"base64": text, "numbers": list(picture("blue")), "structure": {"bytes": text}}[form]
     rows = load(written(tmp_path, [{"image": shown, "messages": CHAT, "_record": "own"}]))
     assert open_image(rows[1]["image"]).getpixel((0, 0)) == (0, 0, 255)
-    assert rows["image_path"][:] == ["conversation 0"] * 2
+    assert rows["conversation_image"][:] == ["conversation 0"] * 2
     assert rows["_record"][:] == ["own"] * 2
+
+
+def test_conversations_on_one_picture_stay_in_one_split_of_a_client(tmp_path):
+    spellings = [f"{where}{i}.png" for i in range(8) for where in ("", "./", "../x/")]
+    (tmp_path / "x").mkdir()
+    for i in range(8):
+        (tmp_path / "x" / f"{i}.png").write_bytes(picture((i, 0, 0)))
+    talks = [{"image": name, "conversations": LLAVA} for name in spellings]
+    path = tmp_path / "x" / "talks.json"
+    path.write_text(json.dumps(talks))
+    partition = {"kind": "iid", "clients": 2, "min_rows": 2}
+    config = Config.model_validate({"data": {"path": str(path)}, "partition": partition})
+    rows = load_rows(config.data)
+    for split in make_partition(rows, config).splits.values():
+        seen = [{rows["image_hash"][at] for at in getattr(split, name)} for name in SPLITS]
+        assert sum(map(len, seen)) == len(set().union(*seen))

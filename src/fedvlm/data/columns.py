@@ -12,6 +12,7 @@ from fedvlm.errors import DataError, brief
 from fedvlm.settings.sections import DataConfig
 
 TEXT = ("string", "large_string")
+SHOWN = "conversation_image"  # column of rows that come from conversations
 OURS = ("row", "image_hash")  # columns that the package adds
 
 

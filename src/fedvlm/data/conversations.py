@@ -23,7 +23,7 @@ from typing import Any
 import datasets
 import numpy as np
 
-from fedvlm.data.columns import is_scalar
+from fedvlm.data.columns import SHOWN, free_name, is_scalar
 from fedvlm.data.embedded import is_embedded, is_numbers
 from fedvlm.settings.sections import Columns
 
@@ -46,8 +46,8 @@ def flatten(
 ) -> tuple[datasets.Dataset, np.ndarray, dict[int, str]]:
     """Turns conversations into rows, if the source has no columns of questions and answers.
 
-    The rows of a conversation share an ``image_path``, which is made up if the source has none. So
-    they stay together in a client's train, val or test.
+    The column ``conversation_image`` has the path of a conversation's image, or its number if the image
+    is embedded; see :mod:`fedvlm.data.groups`.
 
     Args:
         rows: the rows of the source.
@@ -58,6 +58,8 @@ def flatten(
         a dict from the number of an unusable conversation to the reason. Such a conversation gives
         one empty row.
     """
+    if SHOWN in rows.column_names:
+        rows = rows.rename_column(SHOWN, free_name(SHOWN, rows.column_names))
     if not holds_conversations(rows.column_names, columns):
         return rows, np.arange(len(rows)), {}
     have = rows.column_names
@@ -72,7 +74,7 @@ def flatten(
         inner = datasets.Image(decode=False)
         rows = rows.cast_column(image, datasets.List(inner) if several else inner)
     kept = {n: f for n, f in rows.features.items() if n not in (column, image) and is_scalar(f)}
-    made = {columns.image: inner, columns.question: text, columns.answer: text, "image_path": text}
+    made = {columns.image: inner, columns.question: text, columns.answer: text, SHOWN: text}
     record, problem = _free("record", have), _free("problem", have)
     made |= {record: datasets.Value("int64"), problem: text}
     rows = rows.select_columns([column, image, *kept])
@@ -122,12 +124,11 @@ def _rows_of(
             pairs = list(_pairs(batch[column][at]))
         except ValueError as error:
             shown, pairs, problem = None, [("", "")], str(error)
-        group = batch["image_path"][at] if "image_path" in batch else None
         is_path = isinstance(shown, str) and not is_embedded(shown)
         alone = shown if is_path else f"conversation {number}"
         for question, answer in pairs:
             row = {name: batch[name][at] for name in kept}
-            row["image_path"] = alone if group is None or group == "" else str(group)
+            row[SHOWN] = alone
             row |= {names["image"]: shown, names["question"]: question, names["answer"]: answer}
             out.append(row | {names["record"]: number, names["problem"]: problem})
     return {name: [row[name] for row in out] for name in out[0]}

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import os
+
 import datasets
 import numpy as np
 
-from fedvlm.data.columns import TEXT
+from fedvlm.data.columns import SHOWN, TEXT
 from fedvlm.data.labels import codes_of, values_of
 
 
@@ -13,14 +15,18 @@ def image_groups(rows: datasets.Dataset) -> np.ndarray:
     """Numbers the rows; rows that share an image have the same number.
 
     The column ``image_path`` is the source's own statement and decides where it has a value. Other
-    rows share an image if they have the same image file or the same bytes (``image_hash``).
+    rows share an image if they have the same image file or the same bytes (``image_hash``), or
+    come from one conversation.
     """
-    known = same_pictures(rows)
-    if "image_path" not in rows.column_names:
+    known, none = same_pictures(rows), np.full(len(rows), "", dtype=object)
+    have = rows.column_names
+    if not {"image_path", SHOWN} & set(have):
         return _as_first(np.arange(len(rows)), known)
-    paths = values_of(rows, "image_path")
-    groups = _alone_where_missing(paths, rows.features["image_path"].dtype in TEXT)
-    return _as_first(groups, np.where(paths == "", known, ""))
+    stated = values_of(rows, "image_path") if "image_path" in have else none
+    made = values_of(rows, SHOWN) if SHOWN in have else none
+    as_text = "image_path" not in have or rows.features["image_path"].dtype in TEXT
+    groups = _alone_where_missing(np.where(stated == "", made, stated), as_text)
+    return _as_first(groups, np.where(stated == "", known, ""))
 
 
 def same_pictures(rows: datasets.Dataset) -> np.ndarray:
@@ -42,7 +48,9 @@ def _image_files(rows: datasets.Dataset) -> np.ndarray:
         images = batch["image"].combine_chunks()
         embedded = images.field("bytes").is_valid().to_pylist()
         found = zip(images.field("path").to_pylist(), embedded, strict=True)
-        paths += ["" if inside or path is None else path for path, inside in found]
+        paths += [
+            "" if inside or path is None else os.path.normpath(path) for path, inside in found
+        ]
     return np.array(paths, dtype=object)
 
 

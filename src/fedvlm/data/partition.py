@@ -18,7 +18,7 @@ import numpy as np
 
 from fedvlm.data import assign, explicit
 from fedvlm.data.clusters import check_installed, cluster_codes
-from fedvlm.data.columns import TEXT, is_scalar, kind_of, listed
+from fedvlm.data.columns import SHOWN, TEXT, is_scalar, kind_of, listed
 from fedvlm.data.groups import image_groups, same_pictures
 from fedvlm.data.labels import binned_codes, codes_of, values_of
 from fedvlm.data.skew import Skew, frequent, measure
@@ -254,7 +254,7 @@ def _kind(rows: datasets.Dataset, config: Config) -> tuple[str, str | None]:
 
 def _likely(rows: datasets.Dataset) -> dict[str, int]:
     """The columns of text that may name clients, and their numbers of different values."""
-    ours = ("question", "answer", "rejected", "image_path", "image_hash")
+    ours = ("question", "answer", "rejected", "image_path", "image_hash", SHOWN)
     texts = [
         name
         for name, feature in rows.features.items()
