@@ -203,3 +203,71 @@ def test_conversations_on_one_picture_stay_in_one_split_of_a_client(tmp_path):
     for split in make_partition(rows, config).splits.values():
         seen = [{rows["image_hash"][at] for at in getattr(split, name)} for name in SPLITS]
         assert sum(map(len, seen)) == len(set().union(*seen))
+
+
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image", "image": "b.png"},
+        {"type": "image_url", "image_url": {"url": "b.png"}},
+        {"type": "image", "path": "b.png"},
+        {"type": "image", "image": base64.b64encode(picture("blue")).decode()},
+        {"type": "image", "image": {"bytes": base64.b64encode(picture("blue")).decode()}},
+    ],
+)
+def test_a_picture_may_be_a_part_of_a_message(tmp_path, part):
+    asked = {"role": "User", "content": [part, {"type": "text", "text": "What is this?"}]}
+    path = written(tmp_path, [{"messages": [asked, {"role": "Assistant", "content": "Sky."}]}])
+    (row,) = load(path)
+    assert (row["question"], row["answer"]) == ("What is this?", "Sky.")
+    assert open_image(row["image"]).getpixel((0, 0)) == (0, 0, 255)
+
+
+def test_pictures_in_the_parts_of_parquet_stay_encoded(tmp_path):
+    shown = {"bytes": picture("blue"), "path": None}
+    asked = {
+        "role": "user",
+        "content": [
+            {"type": "image", "image": shown, "text": None},
+            {"type": "text", "image": None, "text": "What?"},
+        ],
+    }
+    said = {"role": "assistant", "content": [{"type": "text", "image": None, "text": "Sky."}]}
+    part = {
+        "type": datasets.Value("string"),
+        "image": datasets.Image(),
+        "text": datasets.Value("string"),
+    }
+    turns = datasets.List({"role": datasets.Value("string"), "content": datasets.List(part)})
+    made = datasets.Dataset.from_dict(
+        {"messages": [[asked, said]]}, features=datasets.Features({"messages": turns})
+    )
+    made.to_parquet(tmp_path / "a.parquet")
+    (row,) = load(tmp_path / "a.parquet")
+    assert (row["question"], row["answer"]) == ("What?", "Sky.")
+    assert open_image(row["image"]).getpixel((0, 0)) == (0, 0, 255)
+
+
+@pytest.mark.parametrize(("answer", "text"), [(0, "0"), (False, "false"), (True, "true")])
+def test_numbers_and_flags_are_answers(tmp_path, answer, text):
+    talk = [{"from": "Human", "value": "How many?"}, {"from": "GPT", "value": answer}]
+    assert load(written(tmp_path, [{"image": "a.png", "conversations": talk}]))["answer"][:] == [
+        text
+    ]
+
+
+def test_one_rejected_answer_is_not_enough_for_several_answers(tmp_path):
+    path = written(tmp_path, [{"image": "a.png", "conversations": LLAVA, "rejected": "No."}])
+    with pytest.raises(DataError, match=r"row 0: the conversation has several answers, but a rej"):
+        load_rows(DataConfig(path=str(path)), pairs=True)
+    assert len(load(path)) == 2
+
+
+def test_equal_answers_of_a_pair_are_counted(tmp_path, caplog):
+    made = [
+        {"image": "a.png", "question": "What?", "chosen": "A dog.", "rejected": said}
+        for said in ("A dog. ", "A cat.")
+    ]
+    rows = load_rows(DataConfig(path=str(written(tmp_path, made))), pairs=True)
+    assert len(rows) == 2
+    assert "1 of 2 rows have a rejected answer that equals the answer, such as row 0" in caplog.text

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -9,6 +10,7 @@ import datasets
 
 from fedvlm.data.embedded import may_embed
 from fedvlm.errors import DataError, brief
+from fedvlm.errors import shown as quoted
 from fedvlm.settings.sections import DataConfig
 
 TEXT = ("string", "large_string")
@@ -20,7 +22,12 @@ def listed(names: Iterable[str], most: int = 20) -> str:
     """Lists names for a message: at most ``most`` of them, each shortened."""
     names = list(names)
     more = f", and {len(names) - most} more" if len(names) > most else ""
-    return ", ".join(brief(name, 40) for name in names[:most]) + more
+    return ", ".join(map(_quoted, names[:most])) + more
+
+
+def _quoted(name: str) -> str:
+    """A short name; in quotes unless it is one word, so that its spaces are seen."""
+    return brief(name, 40) if re.fullmatch(r"[^\s,;']+", name) else quoted(name, 40)
 
 
 def name_of(data: DataConfig) -> str:

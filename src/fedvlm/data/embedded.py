@@ -126,14 +126,15 @@ def _any_base64(rows: datasets.Dataset, root: Path) -> bool:
 
 
 def _decoded(images: Sequence[Any], root: str) -> dict[str, list[Any]]:
-    return {"image": [_image(value, Path(root)) for value in images]}
+    return {"image": [picture_of(value, Path(root)) for value in images]}
 
 
-def _image(value: Any, root: Path) -> dict[str, Any] | None:
+def picture_of(value: Any, root: Path) -> dict[str, Any]:
+    """A picture in any form as ``{"bytes", "path"}``; the path of a file is absolute."""
     path = None
     if isinstance(value, Mapping):
         path, value = value.get("path"), value.get("bytes")
-    if value is None:
+    if value is None or isinstance(value, Mapping):
         return {"bytes": None, "path": path_of(path, root) if path else None}
     if isinstance(value, bytes):
         return {"bytes": value, "path": path}

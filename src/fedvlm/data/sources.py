@@ -49,6 +49,7 @@ __all__ = ["load_rows", "open_image"]
 logger = logging.getLogger("fedvlm")
 
 ROLES = ("image", "question", "answer")
+_SEVERAL = "the conversation has several answers, but a rejected answer for one only"
 _ORDER = (*ROLES, "rejected").index
 
 
@@ -89,7 +90,10 @@ def load_rows(
         rows, root = _read(data, seed, partial(_check_source, data, asked, by))
         if len(rows) == 0:
             raise DataError(f"{name_of(data)} has no rows")
-        rows, numbers, problems = flatten(rows, data.columns)
+        rows, numbers, problems = flatten(rows, data.columns, root)
+        if pairs:
+            own, answers_of = np.unique(numbers, return_counts=True)
+            problems |= dict.fromkeys(own[answers_of > 1].tolist(), _SEVERAL)
         if question is not None:
             rows = _replace(rows, data.columns.question, [question] * len(rows))
         roles = tuple(
@@ -316,7 +320,24 @@ def _without_bad_rows(
     rows = with_hashes(rows, checked.hashes)
     rows = without(rows, bad, name_of(data), data.on_error)
     checked.report(name_of(data))
+    if "rejected" in needed:
+        _warn_of_equal_answers(rows, name_of(data))
     return rows
+
+
+def _warn_of_equal_answers(rows: datasets.Dataset, name: str) -> None:
+    table = rows.with_format("arrow")
+    one, two = (pc.utf8_trim_whitespace(table[role][:]) for role in ("answer", "rejected"))
+    equal = np.flatnonzero(pc.equal(one, two).to_numpy())
+    if len(equal):
+        logger.warning(
+            "%s: %d of %d rows have a rejected answer that equals the answer, such as row %d; "
+            "training on pairs learns nothing from them",
+            name,
+            len(equal),
+            len(rows),
+            rows[int(equal[0])]["row"],
+        )
 
 
 def _empty(rows: datasets.Dataset, role: str) -> list[int]:
