@@ -243,9 +243,9 @@ def _canonical(
     by: str | None,
 ) -> datasets.Dataset:
     have = rows.column_names
-    names = roles_of(have, data, roles)
-    check_columns(rows.features, names, data, by)
-    kept = [n for n in have if n in names.values() or is_scalar(rows.features[n])]
+    names, features = roles_of(have, data, roles), rows.features  # made anew at each access
+    check_columns(features, names, data, by)
+    kept = [n for n in have if n in names.values() or is_scalar(features[n])]
     renamed = {source: role for role, source in names.items()}
     for name in kept:
         if name in (*roles, *OURS) and name not in names.values():
@@ -256,16 +256,29 @@ def _canonical(
                     "source is partition.column=%s",
                     name, name, renamed[name],
                 )  # fmt: skip
-    rows = rows.with_format(None).select_columns(kept)
-    rows = rows.rename_columns({old: new for old, new in renamed.items() if old != new})
-    for name, feature in rows.features.items():
+    rows = rows.with_format(None)
+    others = [name for name in kept if name not in names.values()]
+    # The others stand apart, because each step on a data set takes time for each of its columns.
+    few = _named(rows.select_columns(list(names.values())), renamed)
+    few = _encoded(with_bytes(few, root), root).add_column("row", numbers)
+    few = few.select_columns([*roles, "row"])
+    if not others:
+        return few
+    rest = _named(rows.select_columns(others), renamed)
+    return datasets.concatenate_datasets([few, rest], axis=1)
+
+
+def _named(rows: datasets.Dataset, renamed: Mapping[str, str]) -> datasets.Dataset:
+    """Columns under their new names, and class labels as the names of the classes."""
+    names, features = rows.column_names, rows.features
+    changed = {name: renamed[name] for name in names if renamed.get(name, name) != name}
+    rows = rows.rename_columns(changed) if changed else rows
+    for name, feature in features.items():
         if isinstance(feature, datasets.ClassLabel):
+            name = changed.get(name, name)
             codes = rows.with_format("arrow")[name][:]
             rows = _replace(rows, name, names_of(feature.names, codes, name))
-    rows = _encoded(with_bytes(rows, root), root)
-    rows = rows.add_column("row", numbers)
-    first = [*roles, "row"]
-    return rows.select_columns(first + [n for n in rows.column_names if n not in first])
+    return rows if len(names) == 1 else rows.select_columns([changed.get(n, n) for n in names])
 
 
 def _replace(rows: datasets.Dataset, name: str, values: Any) -> datasets.Dataset:
@@ -310,15 +323,19 @@ def _without_bad_rows(
         needed: columns that may not be empty.
         problems: row number -> a problem found before.
     """
+    few = rows.select_columns(["row", *sorted(needed)])
+    numbers = few.with_format("numpy")["row"][:]
     bad: dict[int, str] = {}
-    numbers = rows["row"][:]
     for role in sorted(needed - {"image"}):
-        bad.update(dict.fromkeys(_empty(rows, role), f"the {shown(role)} is empty"))
-    checked = check_pictures(rows, Pictures.of(data))
-    bad.update(checked.broken)
-    bad.update({at: problems[n] for at, n in enumerate(numbers) if n in problems})
-    rows = with_hashes(rows, checked.hashes)
-    rows = without(rows, bad, name_of(data), data.on_error)
+        bad.update(dict.fromkeys(_empty(few, role), f"the {shown(role)} is empty"))
+    if problems:
+        found = np.flatnonzero(np.isin(numbers, list(problems)))
+        bad.update({int(at): problems[int(numbers[at])] for at in found})
+    if len(bad) == len(rows):
+        return without(few, bad, name_of(data), data.on_error)  # refuses
+    checked = check_pictures(few, Pictures.of(data))
+    bad = {**bad, **checked.broken, **{at: bad[at] for at in bad if numbers[at] in problems}}
+    rows = without(with_hashes(rows, checked.hashes), bad, name_of(data), data.on_error)
     checked.report(name_of(data))
     if "rejected" in needed:
         _warn_of_equal_answers(rows, name_of(data))

@@ -35,8 +35,8 @@ def without(
     if not bad:
         return rows
     key = "row" if "row" in rows.column_names else "name"  # the file of a single picture
-    numbers = rows[key][:]
     where, name, count = sorted(bad), brief(name), len(rows)
+    numbers = rows.select_columns([key]).with_format("arrow")[key][:].to_numpy()
     listed = "; ".join(f"{key} {numbers[at]}: {brief(bad[at])}" for at in where[:_REASONS])
     listed += f"; and {len(bad) - _REASONS} more" if len(bad) > _REASONS else ""
     if on_error == "fail":
@@ -47,7 +47,7 @@ def without(
     if len(bad) == count:
         raise DataError(f"{name} has no usable row: {listed}")
     if len(bad) > _REASONS:
-        left = dict.fromkeys(numbers[at] for at in where)  # rows of a conversation share a number
+        left = dict.fromkeys(numbers[where].tolist())  # rows of a conversation share a number
         listed += ". Their numbers: " + ", ".join(map(str, islice(left, _NUMBERS)))
         listed += f" and {len(left) - _NUMBERS} more" if len(left) > _NUMBERS else ""
     logger.warning("left out %d of %d rows of %s: %s", len(bad), count, name, listed)
