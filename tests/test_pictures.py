@@ -200,6 +200,8 @@ def test_paths_and_questions_that_cannot_be_used_are_plain_errors(tmp_path):
     for source in ("x" * 300, "x" * 300 + ".png"):
         with pytest.raises(FedVLMError):
             rows_to_ask(DataConfig(), source, "What?")
+    with pytest.raises(DataError, match="its file cannot be read: File name too long"):
+        from_images(["x" * 300 + ".png"], "What?")
     for question, why in ((None, "is a text"), (b"Q", "is a text"), ("\ud800", "half a surrogate")):
         with pytest.raises(DataError, match=why):
             from_images([noise()], question)

@@ -11,7 +11,7 @@ from typing import Any
 
 import datasets
 
-from fedvlm.errors import FedVLMError, brief, shown
+from fedvlm.errors import FedVLMError, shown
 from fedvlm.store.files import write_bytes
 from fedvlm.store.run import belongs
 
@@ -31,16 +31,17 @@ def check_out(out: str | Path | None, *inputs: Any) -> None:
     """
     if out is None:
         return
-    path = Path(out).expanduser()
     try:
+        path = Path(out).expanduser()
         refuse_inputs("--out", path, *inputs)
         if path.suffix.lower() not in FORMATS:
             raise FedVLMError(f"--out '{path}' must end in {', '.join(FORMATS)}")
         if path.is_dir():
             raise FedVLMError(f"--out '{path}' is a folder; give a file in it")
         check_writable("--out", path)
-    except (OSError, ValueError) as error:  # such as a name that is too long
-        raise FedVLMError(f"--out {shown(str(path))} is no usable path: {brief(error)}") from error
+    except (OSError, ValueError, RuntimeError) as error:  # such as a name that is too long
+        why = getattr(error, "strerror", None) or error
+        raise FedVLMError(f"--out {shown(str(out))} cannot be written: {why}") from error
 
 
 def check_writable(option: str, path: Path) -> None:
@@ -81,8 +82,8 @@ def refuse_inputs(option: str, path: Path, *inputs: Any) -> None:
     refuse_run(option, path)
     parents = [Path(os.path.realpath(path)), *Path(os.path.realpath(path)).parents]
     for given in inputs:
-        source = Path(given).expanduser() if isinstance(given, str | Path) else None
-        if source is None or not source.exists():
+        source = Path(os.path.expanduser(given)) if isinstance(given, str | Path) else None
+        if source is None or not os.path.exists(source):
             continue
         if path.exists() and path.samefile(source):
             raise FedVLMError(f"{option} '{path}' is the file that is read; choose another one")

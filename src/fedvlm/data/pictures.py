@@ -331,6 +331,8 @@ def _reason(error: Exception) -> str:
         return f"there is no file '{error.filename}'"
     if isinstance(error, UnidentifiedImageError):
         return brief(str(error))
+    if isinstance(error, OSError) and error.filename:
+        return f"its file cannot be read: {error.strerror}"
     return brief(f"{type(error).__name__}: {error}")
 
 
