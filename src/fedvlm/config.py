@@ -8,6 +8,7 @@ unknown key. The sections are in :mod:`fedvlm.settings.sections`. The class of t
 from __future__ import annotations
 
 import difflib
+import os
 import re
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -74,7 +75,7 @@ def absent(tree: Mapping[str, Any]) -> list[str]:
 
 def _exists(path: str) -> bool:
     try:
-        return Path(path).expanduser().exists()
+        return Path(os.path.expanduser(path)).exists()
     except (OSError, ValueError, RuntimeError):  # too long, or the home of an unknown user
         return False
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -53,7 +54,7 @@ def export(
             the merged model's logits differ from the adapter's.
     """
     run = open_run(folder, *overrides)
-    target = default_target(run, client, merge) if to is None else Path(to).expanduser()
+    target = default_target(run, client, merge) if to is None else Path(os.path.expanduser(to))
     check_target(run, target)
     return write_export(run, client, merge, target)
 
@@ -79,7 +80,7 @@ def export_many(
         raise FedVLMError(f"choose what to export: --client NAME ({names}), --global, or --all")
     targets = [default_target(run, c, merge) for c in chosen]
     if to is not None:
-        place = Path(to).expanduser()
+        place = Path(os.path.expanduser(to))
         targets = [place / t.name for t in targets] if len(chosen) > 1 else [place]
     for name, target in zip(chosen, targets, strict=True):
         check_target(run, target)
@@ -141,7 +142,7 @@ def base_name(name: str) -> str:
             f"the base model of the run is not at '{name}' any more; give its place with "
             "--set model.name=FOLDER"
         ) from error
-    return str(Path(where).expanduser().resolve()) if local else where
+    return str(Path(os.path.expanduser(where)).resolve()) if local else where
 
 
 def write_adapter(source: Path, base: str, target: Path) -> None:

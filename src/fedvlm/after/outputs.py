@@ -32,7 +32,7 @@ def check_out(out: str | Path | None, *inputs: Any) -> None:
     if out is None:
         return
     try:
-        path = Path(out).expanduser()
+        path = Path(os.path.expanduser(out))
         refuse_inputs("--out", path, *inputs)
         if path.suffix.lower() not in FORMATS:
             raise FedVLMError(f"--out '{path}' must end in {', '.join(FORMATS)}")
@@ -102,7 +102,7 @@ def write_table(rows: list[dict[str, Any]], out: str | Path) -> Path:
     Raises:
         FedVLMError: the file cannot be written.
     """
-    path = Path(out).expanduser()
+    path = Path(os.path.expanduser(out))
     suffix = path.suffix.lower()
     text = io.StringIO()
     if suffix == ".parquet":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -26,7 +27,7 @@ def read(path: str | Path) -> dict[str, list[int]]:
     """
     what = f"partition.lists '{path}'"
     try:
-        text = documents.read_text(Path(path).expanduser(), MOST)
+        text = documents.read_text(Path(os.path.expanduser(path)), MOST)
         reads_json = Path(path).suffix.lower() == ".json"
         read_one = documents.read_json if reads_json else documents.read_yaml
         return checked(read_one(text, what, MOST))

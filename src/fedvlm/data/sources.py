@@ -9,6 +9,7 @@ default column names are those of RLAIF-V.
 from __future__ import annotations
 
 import logging
+import os
 import re
 import zlib
 from collections.abc import Iterator, Mapping
@@ -136,7 +137,7 @@ def _read(data: DataConfig, seed: int, check: Check) -> tuple[datasets.Dataset, 
         from fedvlm.data.scenes import scenes
 
         return scenes(**data.scenes.model_dump(), seed=seed), Path()
-    path = Path(data.path).expanduser().absolute()  # a link keeps its own name and folder
+    path = Path(os.path.expanduser(data.path)).absolute()  # a link keeps its own name and folder
     try:
         if path.is_dir():
             return _read_folder(path, data, check)

@@ -6,6 +6,7 @@ algorithm itself makes the messages, from an adapter that has shapes and no valu
 
 from __future__ import annotations
 
+import os
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -130,7 +131,7 @@ def _total(values: Sequence[int | None]) -> int | None:
 
 
 def _partition(config: Config, unknown: list[str]) -> Partition | None:
-    on_hub = config.data.path and not Path(config.data.path).expanduser().exists()
+    on_hub = config.data.path and not Path(os.path.expanduser(config.data.path)).exists()
     try:
         with _from_cache():
             return divide(config)[1]

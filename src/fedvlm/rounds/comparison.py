@@ -6,6 +6,7 @@ import contextlib
 import csv
 import io
 import json
+import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
@@ -119,7 +120,7 @@ def _check_ours(folder: Path, runs: Mapping[str, Config]) -> None:
     there = [folder / f"comparison.{kind}" for kind in ("csv", "json", "png")]
     taken = [path for path in there if path.exists()]
     for config in runs.values():
-        data = Path(config.data.path or "").expanduser()
+        data = Path(os.path.expanduser(config.data.path or ""))
         if data.is_file() and any(path.samefile(data) for path in taken):
             raise FedVLMError(
                 f"output: '{data}' is the data, and the comparison would overwrite it; choose "

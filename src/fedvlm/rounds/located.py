@@ -23,7 +23,7 @@ def located(config: Config) -> Config:
 
 def _absolute(name: str) -> str:
     """An absolute path if there is such a file or folder here, else the name unchanged."""
-    path = Path(name).expanduser()
+    path = Path(os.path.expanduser(name))
     return os.path.abspath(path) if path.exists() else name
 
 
@@ -33,9 +33,9 @@ def check_apart(config: Config) -> None:
     Raises:
         ConfigError: ``output`` is ``data.path``, or lies in it.
     """
-    if config.data.path is None or not Path(config.data.path).expanduser().is_dir():
+    if config.data.path is None or not Path(os.path.expanduser(config.data.path)).is_dir():
         return
-    data = Path(os.path.realpath(Path(config.data.path).expanduser()))
+    data = Path(os.path.realpath(Path(os.path.expanduser(config.data.path))))
     output = Path(os.path.realpath(config.output))
     if output == data or data in output.parents:
         raise ConfigError(

@@ -291,7 +291,7 @@ def belongs(path: str | Path) -> Path | None:
 
     A new folder in ``export`` belongs to nobody. Links are followed, and case is ignored.
     """
-    where = Path(os.path.realpath(Path(path).expanduser()))
+    where = Path(os.path.realpath(Path(os.path.expanduser(path))))
     for folder in where.parents:
         if is_run(folder) or (folder / CHECKPOINT).exists():
             first, *rest = where.relative_to(folder).parts
