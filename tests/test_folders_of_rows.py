@@ -2,10 +2,15 @@
 
 import json
 import logging
+import time
 
 import datasets
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
+from fedvlm.data import embedded, records, sources
+from fedvlm.data import parquet as parquet_reader
 from fedvlm.data.sources import open_image
 from fedvlm.errors import DataError
 from test_records import load, rows_of, warnings, write
@@ -99,3 +104,42 @@ def test_a_folder_of_saved_data_sets_is_refused(tmp_path):
         saved.save_to_disk(str(tmp_path / name))
     with pytest.raises(DataError, match=r"holds 2 saved data sets, such as 'north'"):
         load(tmp_path)
+
+
+# Limits
+
+
+def test_thousands_of_columns_are_read_in_seconds(tmp_path):
+    many = {f"c{i}": (lambda i: "x") for i in range(1500)}
+    path = write(tmp_path / "a.csv", rows_of("ab", **many))
+    began = time.perf_counter()
+    assert load(path)["c1499"][:] == ["x", "x"]
+    assert time.perf_counter() - began < 10  # it took 50 s when each column copied all others
+
+
+def test_a_new_column_in_every_row_is_refused_beyond_a_limit(tmp_path, monkeypatch):
+    monkeypatch.setattr(records, "_COLUMNS", 20)
+    made = [row | {f"k{i}": 1} for i, row in enumerate(rows_of("a" * 30))]
+    with pytest.raises(DataError, match=r"'.*a\.jsonl' has more than 20 columns"):
+        load(write(tmp_path / "a.jsonl", made))
+    assert load(write(tmp_path / "b.jsonl", made[:10]))["k9"][:] == [None] * 9 + [1]
+
+
+def test_rows_without_any_text_are_refused_before_pictures_are_opened(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "check_pictures", None)
+    with pytest.raises(DataError, match=r"has 3 of 3 rows .* row 0: the answer is empty"):
+        load(write(tmp_path / "a.jsonl", rows_of("abc", chosen=lambda i: " ")))
+
+
+def test_long_lists_of_numbers_are_decoded_a_few_rows_at_a_time(tmp_path, monkeypatch):
+    tables = []
+    to_bytes = embedded._table_of_bytes
+    monkeypatch.setattr(embedded, "_table_of_bytes", lambda t: tables.append(len(t)) or to_bytes(t))
+    long = pa.array([[0] * 2_000_000] * 10, pa.list_(pa.int8()))
+    table = pa.Table.from_pylist(rows_of("a" * 10)).set_column(0, "image", long)
+    pq.write_table(table, tmp_path / "a.parquet")
+    opened, _ = parquet_reader._open(tmp_path / "a.parquet")
+    assert parquet_reader._rows_at_a_time(opened, 2**40) == 3
+    with pytest.raises(DataError, match=r"10 of 10 rows that cannot be used: row 0: corrupt"):
+        load(tmp_path / "a.parquet")
+    assert max(tables) <= 8

@@ -17,8 +17,10 @@ from urllib.parse import unquote, urlsplit
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 _BATCH = 64  # rows at a time
+_FEW = 8  # rows of lists at a time; a number may take 8 bytes
 _URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 _HEAD = 176  # letters of the first 132 bytes, of which a DICOM file's mark are the last
@@ -44,6 +46,10 @@ def with_bytes(rows: datasets.Dataset, root: Path) -> datasets.Dataset:
     if not may_embed(feature) or (_is_text(feature) and not _any_base64(rows, root)):
         return rows
     features = datasets.Features({**rows.features, "image": _KIND})
+    if is_numbers(feature):  # without a Python object for each number
+        sizes = {"batched": True, "batch_size": _FEW, "writer_batch_size": _FEW}
+        lists = rows.with_format("arrow")
+        return lists.map(_table_of_bytes, features=features, **sizes).with_format(None)
     return rows.map(
         _decoded,
         batched=True,
@@ -123,6 +129,22 @@ def _any_base64(rows: datasets.Dataset, root: Path) -> bool:
         for batch in column.iter(_BATCH)
         for value in batch["image"]
     )
+
+
+def _table_of_bytes(table: pa.Table) -> pa.Table:
+    """The same rows with their lists of numbers as ``{"bytes", "path"}``."""
+    column = table["image"]
+    contents = [_from_list(number) for chunk in column.chunks for number in chunk]
+    values = [pa.array(contents, pa.binary()), pa.nulls(len(contents), pa.string())]
+    images = pa.StructArray.from_arrays(values, ["bytes", "path"])
+    return table.set_column(table.column_names.index("image"), "image", images)
+
+
+def _from_list(value: pa.ListScalar) -> bytes | None:
+    if not value.is_valid:
+        return None
+    numbers = value.values
+    return b"" if numbers.null_count else _from_numbers(numbers.to_numpy(zero_copy_only=False))
 
 
 def _decoded(images: Sequence[Any], root: str) -> dict[str, list[Any]]:

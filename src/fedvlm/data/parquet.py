@@ -28,13 +28,15 @@ from datasets.packaged_modules.parquet.parquet import Parquet
 
 from fedvlm.data.columns import listed
 from fedvlm.data.labels import names_of, texts
-from fedvlm.data.records import Check, report_absent, report_types
+from fedvlm.data.records import Check, refuse_many_columns, report_absent, report_types
 from fedvlm.data.tables import converted
 from fedvlm.errors import DataError, brief
 
 logger = logging.getLogger("fedvlm")
 
 _BATCH = 64  # rows that are converted at a time
+_VALUE = 10  # bytes that a number of a list takes at most while it is decoded
+_LISTED = 64 * 2**20  # approximate limit on these bytes of the rows that are converted at a time
 _FREE = 256 * 2**20  # bytes that any files may decode to
 
 
@@ -52,6 +54,8 @@ def read(files: Sequence[Path], check: Check, expansion: int) -> datasets.Datase
     """
     limit = _FREE + expansion * sum(file.stat().st_size for file in files)
     opened = [_open(file)[0] for file in files]
+    for source, file in zip(opened, files, strict=True):
+        refuse_many_columns(source.metadata.num_columns, file)
     found = [source.schema_arrow for source in opened]
     plain = [_plain_schema(schema, file) for schema, file in zip(found, files, strict=True)]
     counts = [source.metadata.num_rows for source in opened]
@@ -176,7 +180,22 @@ def _chunks(source: pq.ParquetFile) -> Iterator[int]:
 
 def _rows_at_a_time(source: pq.ParquetFile, limit: int) -> int:
     """Rows of a batch. A value is at most as large as its chunk, and any row may repeat it."""
-    return int(np.clip(2 * limit // max(1, *_chunks(source), 1), 1, _BATCH))
+    largest = 2 * limit // max(1, *_chunks(source), 1)
+    listed = _LISTED // (_VALUE * max(1, _most_values(source)))
+    return int(np.clip(min(largest, listed), 1, _BATCH))
+
+
+def _most_values(source: pq.ParquetFile) -> int:
+    """The largest mean number of values that the lists of one column have in a row."""
+    groups = map(source.metadata.row_group, range(source.metadata.num_row_groups))
+    return max(
+        (
+            group.column(k).num_values // max(1, group.num_rows)
+            for group in groups
+            for k in range(group.num_columns)
+        ),
+        default=1,
+    )
 
 
 def _refuse_if_larger(size: int, limit: int, files: Sequence[Path]) -> None:

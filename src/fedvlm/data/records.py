@@ -31,6 +31,7 @@ Row = tuple[dict[str, Any], int]  # a row, and its length in characters
 Check = Callable[[datasets.Features], None]
 
 _BATCH, _CHARS = 1000, 16_000_000  # most rows and characters that are converted at a time
+_COLUMNS = 10_000  # most columns of a file
 _CHUNK = 1_000_000  # characters that are read at a time
 _DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
@@ -68,6 +69,7 @@ def read(
             count += 1
             for name, value in row.items():
                 own[name].add(_type(value))
+            refuse_many_columns(len(own), file)
         counts.append(count)
         have.append(set(own))
         for name, found in own.items():
@@ -84,6 +86,15 @@ def read(
             report_types(name, kinds)
     check(features)
     return converted(files, features, lambda: _tables(files, features, names, place))
+
+
+def refuse_many_columns(count: int, file: Path) -> None:
+    """Refuses a file of more columns than a data set can have in reasonable time."""
+    if count > _COLUMNS:
+        raise DataError(
+            f"'{brief(file, 200)}' has more than {_COLUMNS} columns; rows are objects or lines "
+            "with the same columns: put values whose names differ by row into one column"
+        )
 
 
 def report_absent(
@@ -151,17 +162,29 @@ def _tables(
 
 
 def _table(batch: Sequence[dict[str, Any]], features: datasets.Features) -> pa.Table:
-    columns = []
-    for name, feature in features.items():
-        values = [row.get(name) for row in batch]
-        if isinstance(feature, datasets.Json):
-            texts = [None if value is None else json.dumps(value) for value in values]
-            columns.append(pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string())))
-            continue
-        if feature.dtype == "string":
-            values = [v if v is None or isinstance(v, str) else _plain_text(v) for v in values]
-        columns.append(pa.array(values, feature.pa_type))
-    return pa.Table.from_arrays(columns, schema=features.arrow_schema)
+    cells: dict[str, list[Any]] = {}  # of the columns that the batch has
+    for at, row in enumerate(batch):
+        for name, value in row.items():
+            if name not in cells:
+                cells[name] = [None] * len(batch)
+            cells[name][at] = value
+    schema = features.arrow_schema
+    columns = [
+        _column(cells[field.name], features[field.name], field.type)
+        if field.name in cells
+        else pa.nulls(len(batch), field.type)
+        for field in schema
+    ]
+    return pa.Table.from_arrays(columns, schema=schema)
+
+
+def _column(values: list[Any], feature: Any, kind: pa.DataType) -> pa.Array:
+    if isinstance(feature, datasets.Json):
+        texts = [None if value is None else json.dumps(value) for value in values]
+        return pa.ExtensionArray.from_storage(pa.json_(), pa.array(texts, pa.string()))
+    if feature.dtype == "string":
+        values = [v if v is None or isinstance(v, str) else _plain_text(v) for v in values]
+    return pa.array(values, kind)
 
 
 def _plain_text(value: Any) -> str:

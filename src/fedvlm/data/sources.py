@@ -296,7 +296,7 @@ def _encoded(rows: datasets.Dataset, root: Path) -> datasets.Dataset:
     if not pc.any(embedded).as_py():
         paths = pc.struct_field(images, "path").to_pylist()
         absolute = [path_of(path, root) if path else None for path in paths]
-        rows = _replace(rows, "image", absolute)
+        rows = _replace(rows, "image", pa.array(absolute, pa.string()))
     elif pc.any(pc.and_not(pc.is_valid(pc.struct_field(images, "path")), embedded)).as_py():
         chunks = [with_absolute_paths(chunk, root) for chunk in images.chunks]
         rows = _replace(rows, "image", pa.chunked_array(chunks))
@@ -336,6 +336,8 @@ def _without_bad_rows(
         return without(few, bad, name_of(data), data.on_error)  # refuses
     checked = check_pictures(few, Pictures.of(data))
     bad = {**bad, **checked.broken, **{at: bad[at] for at in bad if numbers[at] in problems}}
+    if len(bad) == len(rows) or (bad and data.on_error == "fail"):
+        return without(few, bad, name_of(data), data.on_error)  # refuses
     rows = without(with_hashes(rows, checked.hashes), bad, name_of(data), data.on_error)
     checked.report(name_of(data))
     if "rejected" in needed:
