@@ -143,3 +143,54 @@ def test_long_lists_of_numbers_are_decoded_a_few_rows_at_a_time(tmp_path, monkey
     with pytest.raises(DataError, match=r"10 of 10 rows that cannot be used: row 0: corrupt"):
         load(tmp_path / "a.parquet")
     assert max(tables) <= 8
+
+
+# CSV as other programs write it, and saved data sets
+
+
+@pytest.mark.parametrize("head", ["sep=;\r\n", '"sep=;"\r\n', "\r\n\r\n", ";;;\r\n"])
+@pytest.mark.parametrize("end", ["", "\x1a", "\r\n\r\n\x1a\r\n"])
+def test_lines_before_the_header_and_after_the_rows_are_no_rows(tmp_path, head, end):
+    path = write(tmp_path / "a.csv", rows_of(["north", "south"]), delimiter=";")
+    text = path.read_bytes().decode()
+    path.write_bytes((head + text + end).encode())
+    assert load(path)["site"][:] == ["north", "south"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "jsonl", "json"])
+def test_utf_16_without_a_mark_is_named(tmp_path, kind):
+    path = write(tmp_path / f"a.{kind}", rows_of("ab"))
+    path.write_bytes(path.read_text().encode("utf-16-le"))
+    with pytest.raises(DataError, match=r"is not UTF-8 text \(it has zero bytes, as UTF-16 has"):
+        load(path)
+
+
+def test_spaces_in_the_names_of_columns_are_seen(tmp_path):
+    text = write(tmp_path / "a.csv", rows_of("ab")).read_text().replace("question", " question")
+    (tmp_path / "a.csv").write_text(text)
+    with pytest.raises(DataError, match=r"its columns are image, ' question', chosen, site"):
+        load(tmp_path / "a.csv")
+
+
+def saved(folder):
+    datasets.Dataset.from_list(rows_of("ab")).save_to_disk(str(folder))
+    write(folder / "unused.csv", rows_of("a"))
+    return folder
+
+
+def test_a_saved_data_set_that_is_damaged_or_empty_is_one_message(tmp_path):
+    damaged = saved(tmp_path / "damaged")
+    (damaged / "state.json").write_text("{}")
+    empty = saved(tmp_path / "empty")
+    datasets.load_from_disk(str(empty)).select([]).save_to_disk(str(tmp_path / "none"))
+    for folder in (damaged, tmp_path / "none"):
+        with pytest.raises(DataError, match=r"saved data set '.*' is empty or damaged|has no rows"):
+            load(folder)
+
+
+def test_string_views_of_a_saved_data_set_are_texts(tmp_path):
+    rows = datasets.Dataset.from_list(rows_of("ab"))
+    rows = rows.cast_column("question", datasets.Value("string_view"))
+    rows.save_to_disk(str(tmp_path / "views"))
+    write(tmp_path / "views" / "unused.csv", rows_of("a"))
+    assert load(tmp_path / "views")["question"][:] == ["What?", "What?"]

@@ -7,7 +7,6 @@ Lists and mappings stay JSON. In CSV every column is text, and an empty cell is 
 
 from __future__ import annotations
 
-import csv
 import json
 import logging
 import math
@@ -21,6 +20,7 @@ from typing import Any, TextIO
 import datasets
 import pyarrow as pa
 
+from fedvlm.data import cells
 from fedvlm.data.labels import float_text
 from fedvlm.data.tables import converted
 from fedvlm.errors import DataError, brief
@@ -33,7 +33,6 @@ Check = Callable[[datasets.Features], None]
 _BATCH, _CHARS = 1000, 16_000_000  # most rows and characters that are converted at a time
 _COLUMNS = 10_000  # most columns of a file
 _CHUNK = 1_000_000  # characters that are read at a time
-_DELIMITERS = {",": "commas", ";": "semicolons", "\t": "tabs"}
 _SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")
 _SPACE = re.compile(r"[ \t\n\r]*")
 _BIG = object()  # the type of a whole number beyond 64 bits
@@ -162,16 +161,16 @@ def _tables(
 
 
 def _table(batch: Sequence[dict[str, Any]], features: datasets.Features) -> pa.Table:
-    cells: dict[str, list[Any]] = {}  # of the columns that the batch has
+    have: dict[str, list[Any]] = {}  # the columns that the batch has
     for at, row in enumerate(batch):
         for name, value in row.items():
-            if name not in cells:
-                cells[name] = [None] * len(batch)
-            cells[name][at] = value
+            if name not in have:
+                have[name] = [None] * len(batch)
+            have[name][at] = value
     schema = features.arrow_schema
     columns = [
-        _column(cells[field.name], features[field.name], field.type)
-        if field.name in cells
+        _column(have[field.name], features[field.name], field.type)
+        if field.name in have
         else pa.nulls(len(batch), field.type)
         for field in schema
     ]
@@ -194,7 +193,7 @@ def _plain_text(value: Any) -> str:
 def _rows(file: Path, names: Sequence[str]) -> Iterator[Row]:
     with _text(file) as text:
         if file.suffix.lower() in (".csv", ".tsv"):
-            yield from _csv_rows(text, file, names)
+            yield from cells.rows(text, file, names)
         else:
             yield from _json_rows(text, file)
 
@@ -202,6 +201,11 @@ def _rows(file: Path, names: Sequence[str]) -> Iterator[Row]:
 @contextmanager
 def _text(file: Path) -> Iterator[TextIO]:
     """Opens a text file of UTF-8, with or without byte order mark."""
+    with open(file, "rb") as content:
+        if b"\0" in content.read(4):
+            raise DataError(
+                f"'{file}' is not UTF-8 text (it has zero bytes, as UTF-16 has): save it as UTF-8"
+            )
     try:
         with open(file, encoding="utf-8-sig", newline="") as text:
             yield text
@@ -211,59 +215,6 @@ def _text(file: Path) -> Iterator[TextIO]:
             f"'{file}' is not UTF-8 text (it has the byte 0x{found:02x} where a letter should be): "
             "save it as UTF-8"
         ) from None
-
-
-# CSV
-
-
-def _csv_rows(text: TextIO, file: Path, names: Sequence[str]) -> Iterator[Row]:
-    csv.field_size_limit(2**31 - 1)  # the limit of all readers; a cell may hold a picture
-    first = text.readline()
-    delimiter = _delimiter(first, names)
-    if delimiter != ",":
-        logger.info("'%s': the columns are separated by %s", file.name, _DELIMITERS[delimiter])
-    text.seek(0)
-    reader = csv.reader(text, delimiter=delimiter, strict=True)
-    header: list[str] = []
-    try:
-        for cells in reader:
-            if not header:
-                header = _header(cells, file)
-            elif len(cells) == len(header):
-                filled = [cell or None for cell in cells]
-                yield dict(zip(header, filled, strict=True)), sum(map(len, cells))
-            elif cells:  # an empty line is no row
-                raise DataError(
-                    f"line {reader.line_num} of '{file}' has {len(cells)} cells, but the header "
-                    f"has {len(header)}: quote cells that hold a separator or a line break"
-                )
-    except csv.Error as error:
-        raise DataError(
-            f"line {reader.line_num} of '{file}' is not valid CSV ({error}): quote cells that hold "
-            "quotes, separators or line breaks, and double quotes inside them"
-        ) from None
-
-
-def _delimiter(header: str, names: Sequence[str]) -> str:
-    """The separator that splits the header into the most expected names, then into most names."""
-
-    def quality(delimiter: str) -> tuple[int, int]:
-        cells = next(csv.reader([header.strip("\r\n")], delimiter=delimiter), [])
-        return len(set(cells) & set(names)), len(cells)
-
-    return max(_DELIMITERS, key=quality)
-
-
-def _header(cells: list[str], file: Path) -> list[str]:
-    named = [cell or f"Unnamed: {number}" for number, cell in enumerate(cells)]
-    _refuse_twins(named, f"the header of '{file}'")
-    return named
-
-
-def _refuse_twins(names: Sequence[str], where: str) -> None:
-    if len(set(names)) < len(names):
-        twin = next(name for name in names if names.count(name) > 1)
-        raise DataError(f"{where} has two columns '{twin:.60}': name them differently")
 
 
 # JSON

@@ -50,6 +50,7 @@ __all__ = ["load_rows", "open_image"]
 logger = logging.getLogger("fedvlm")
 
 ROLES = ("image", "question", "answer")
+_VIEWS = {"string_view": "string", "binary_view": "binary"}
 _SEVERAL = "the conversation has several answers, but a rejected answer for one only"
 _ORDER = (*ROLES, "rejected").index
 
@@ -188,14 +189,23 @@ def _read_folder(folder: Path, data: DataConfig, check: Check) -> tuple[datasets
 
 
 def _read_saved(folder: Path, data: DataConfig) -> datasets.Dataset:
-    saved = datasets.load_from_disk(str(folder))
-    if isinstance(saved, datasets.Dataset):
-        return saved
-    if data.split not in saved:
+    try:
+        saved = datasets.load_from_disk(str(folder))
+    except Exception as error:
         raise DataError(
-            f"data.split '{data.split}' is not in '{data.path}'; it has {', '.join(saved)}"
-        )
-    return saved[data.split]
+            f"the saved data set '{brief(folder, 200)}' is empty or damaged "
+            f"({type(error).__name__}: {brief(error, 200)}): save it again with save_to_disk"
+        ) from error
+    if isinstance(saved, datasets.DatasetDict):
+        if data.split not in saved:
+            raise DataError(
+                f"data.split '{data.split}' is not in '{data.path}'; it has {', '.join(saved)}"
+            )
+        saved = saved[data.split]
+    for name, feature in saved.features.items():
+        plain = _VIEWS.get(getattr(feature, "dtype", ""))
+        saved = saved.cast_column(name, datasets.Value(plain)) if plain else saved
+    return saved
 
 
 def _read_hub(data: DataConfig) -> datasets.Dataset:
