@@ -194,3 +194,11 @@ def test_string_views_of_a_saved_data_set_are_texts(tmp_path):
     rows.save_to_disk(str(tmp_path / "views"))
     write(tmp_path / "views" / "unused.csv", rows_of("a"))
     assert load(tmp_path / "views")["question"][:] == ["What?", "What?"]
+
+
+@pytest.mark.parametrize("kind", ["csv", "parquet"])
+def test_the_columns_are_in_one_order_in_every_format(tmp_path, kind):
+    rows = load(write(tmp_path / f"a.{kind}", rows_of("ab", age=lambda i: i)))
+    assert rows.column_names == [
+        *("image", "question", "answer", "row", "site", "age", "image_hash"),
+    ]

@@ -272,24 +272,22 @@ def _canonical(
     # The others stand apart, because each step on a data set takes time for each of its columns.
     few = _named(rows.select_columns(list(names.values())), renamed)
     few = _encoded(with_bytes(few, root), root).add_column("row", numbers)
-    few = few.select_columns([*roles, "row"])
-    if not others:
-        return few
-    rest = _named(rows.select_columns(others), renamed)
-    return datasets.concatenate_datasets([few, rest], axis=1)
+    parts = [few.select_columns([name]) for name in (*roles, "row")]  # which keeps their order
+    rest = [_named(rows.select_columns(others), renamed)] if others else []
+    return datasets.concatenate_datasets([*parts, *rest], axis=1)
 
 
 def _named(rows: datasets.Dataset, renamed: Mapping[str, str]) -> datasets.Dataset:
     """Columns under their new names, and class labels as the names of the classes."""
-    names, features = rows.column_names, rows.features
-    changed = {name: renamed[name] for name in names if renamed.get(name, name) != name}
+    features = rows.features
+    changed = {name: renamed[name] for name in features if renamed.get(name, name) != name}
     rows = rows.rename_columns(changed) if changed else rows
     for name, feature in features.items():
         if isinstance(feature, datasets.ClassLabel):
             name = changed.get(name, name)
             codes = rows.with_format("arrow")[name][:]
             rows = _replace(rows, name, names_of(feature.names, codes, name))
-    return rows if len(names) == 1 else rows.select_columns([changed.get(n, n) for n in names])
+    return rows
 
 
 def _replace(rows: datasets.Dataset, name: str, values: Any) -> datasets.Dataset:
