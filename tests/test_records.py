@@ -290,49 +290,6 @@ def test_a_column_that_cannot_name_clients_says_what_it_holds(tmp_path):
 # Files
 
 
-def test_a_link_keeps_its_name_and_its_folder(tmp_path):
-    write(tmp_path / "blobs" / "rows.jsonl", rows_of("ab")).rename(tmp_path / "blobs" / "0f3a")
-    (tmp_path / "blobs" / "a.png").rename(tmp_path / "blobs" / "77aa")
-    (tmp_path / "snap").mkdir()
-    (tmp_path / "snap" / "rows.jsonl").symlink_to("../blobs/0f3a")
-    (tmp_path / "snap" / "a.png").symlink_to("../blobs/77aa")
-    for path in (tmp_path / "snap" / "rows.jsonl", tmp_path / "snap"):
-        assert open_image(load(path)[0]["image"]).size == (8, 6)
-
-
-@pytest.mark.parametrize("where", [".ipynb_checkpoints", "__MACOSX", ".git/x", "_old"])
-def test_hidden_folders_hold_no_rows(tmp_path, where):
-    root = tmp_path / ".hidden-itself"
-    root.mkdir()
-    write(root / "a.jsonl", rows_of("ab"))
-    (root / where).mkdir(parents=True)
-    for name in (f"{where}/a.jsonl", "._a.jsonl"):
-        (root / name).write_text((root / "a.jsonl").read_text())
-    assert len(load(root)) == 2
-
-
-def test_files_of_other_kinds_in_the_folder_are_counted(tmp_path, caplog):
-    write(tmp_path / "a.parquet", rows_of("ab"))
-    write(tmp_path / "b.csv", rows_of("ab"))
-    with caplog.at_level(logging.WARNING, logger="fedvlm"):
-        assert len(load(tmp_path)) == 2
-    assert "read 1 files, such as 'a.parquet'; left out 1 .csv files" in warnings(caplog)
-
-
-def test_links_that_lead_nowhere_and_twins_of_a_file_are_no_rows(tmp_path, caplog):
-    write(tmp_path / "a.jsonl", rows_of("ab"))
-    (tmp_path / "again.jsonl").symlink_to("a.jsonl")
-    (tmp_path / "lost.jsonl").symlink_to("gone.jsonl")
-    (tmp_path / "round").symlink_to(tmp_path)
-    with caplog.at_level(logging.WARNING, logger="fedvlm"):
-        assert len(load(tmp_path)) == 2
-    assert "left out 1 links" in warnings(caplog)
-    assert "'lost.jsonl'" in warnings(caplog)
-
-
-# Embedded pictures
-
-
 def embedded(kind):
     content = picture("blue")
     return {
