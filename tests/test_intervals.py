@@ -15,6 +15,7 @@ from fedvlm.after.evaluate import Evaluation
 from fedvlm.cli import aftertables, tables
 from fedvlm.cli.tables import print_run
 from fedvlm.config import load
+from fedvlm.errors import brief
 from fedvlm.intervals import (
     ends,
     few_rows,
@@ -22,7 +23,6 @@ from fedvlm.intervals import (
     intervals,
     mean_interval,
     over_rows,
-    plain,
     scored,
     student,
     wilson,
@@ -277,7 +277,7 @@ def test_names_from_the_data_are_text_in_tables_and_warnings(tmp_path, monkeypat
     many = few_rows({f"client {n} " + "é" * 300: 1 for n in range(5000)})
     assert "and 4,990 more" in many
     assert len(many) < 2000
-    assert len(plain("x" * 99)) == 40
+    assert len(brief("x" * 99, 40)) == 40
 
 
 @pytest.mark.parametrize("width", [80, 110])

@@ -85,8 +85,8 @@ def test_an_output_beside_a_file_that_is_no_folder_is_refused_before_any_work(tm
 def test_a_table_of_another_run_is_refused(folder, tmp_path):
     shutil.copytree(folder / "run", tmp_path / "run")
     checkpoint = tmp_path / "run" / "checkpoint.json"
-    content = json.loads(checkpoint.read_text())
-    checkpoint.write_text(json.dumps(content | {"seal": "0" * 32}))
+    content = sealed.read(checkpoint)
+    sealed.write(checkpoint, {**content, "round": 7})
     with pytest.raises(FedVLMError, match=r"table.json' is damaged: it is of another run"):
         Results.read(tmp_path / "run")
 

@@ -116,7 +116,7 @@ def fake(monkeypatch):
         }
         (folder / "personal").mkdir()
         sealed.write(folder / store.CHECKPOINT, {"round": 4, "files": {}})
-        digests = sealed.digests(folder, [store.CHECKPOINT])
+        digests = {store.CHECKPOINT: store.mark(folder)}
         sealed.write(folder / store.DONE, table | {"files": digests})
 
     monkeypatch.setattr(comparison, "run_one", run_one)

@@ -24,7 +24,7 @@ from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config
 from fedvlm.store import sealed
 from fedvlm.store.files import read_lines, slugs, write_text
-from fedvlm.store.run import CHECKPOINT, DONE, Store
+from fedvlm.store.run import CHECKPOINT, DONE, Store, mark
 
 FILES = "files"  # key of the digests in table.json
 MODELS = ("untuned", "global_before", "global", "personal_before", "personal")
@@ -56,7 +56,7 @@ class Results:
         path = Path(folder)
         table = sealed.read(path / DONE)
         known = table.pop(FILES, {})
-        if known.pop(CHECKPOINT, None) != sealed.digests(path, [CHECKPOINT])[CHECKPOINT]:
+        if known.pop(CHECKPOINT, None) != mark(path):
             raise sealed.damaged(path / DONE, f"it is of another run than {CHECKPOINT}")
         return cls(path, table, known)
 
@@ -124,8 +124,9 @@ def write_results(config: Config, names: Sequence[str], store: Store, engine: En
     if table["groups"]:
         write_text(store.folder / "groups.csv", groups_csv(table))
     ends = [*store.folder.glob("answers/*.jsonl"), *folder.glob("[!.]*/adapter_*")]
-    digested = [CHECKPOINT, *sorted(str(path.relative_to(store.folder)) for path in ends)]
-    sealed.write(store.folder / DONE, table | {FILES: sealed.digests(store.folder, digested)})
+    digests = sealed.digests(store.folder, sorted(str(p.relative_to(store.folder)) for p in ends))
+    digests[CHECKPOINT] = mark(store.folder)  # no table of another run
+    sealed.write(store.folder / DONE, table | {FILES: digests})
     return Results.read(store.folder)
 
 

@@ -286,6 +286,16 @@ def check_whole(folder: str | Path) -> None:
         sealed.check(path, {n: d for n, d in known.items() if not n.startswith("answers/")})
 
 
+def mark(folder: str | Path) -> str:
+    """A digest of a run's last finished round: equal for equal runs, wherever they lie.
+
+    Raises:
+        FedVLMError: ``checkpoint.json`` is missing or damaged.
+    """
+    content = sealed.read(Path(folder) / CHECKPOINT)
+    return sealed.blake(json.dumps({**content, "files": None}, sort_keys=True).encode())
+
+
 def belongs(path: str | Path) -> Path | None:
     """The folder of the run that a path belongs to; None for any other path.
 
