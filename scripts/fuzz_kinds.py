@@ -125,7 +125,7 @@ def pictures(rng: random.Random, folder: Path) -> None:
     """A whole or damaged picture: what passes the check of the rows can be used."""
     import datasets
 
-    from fedvlm.data.images import broken_images, open_image
+    from fedvlm.data.images import check_pictures, open_image
     from fedvlm.errors import DataError
 
     image, content = picture(rng)
@@ -136,7 +136,7 @@ def pictures(rng: random.Random, folder: Path) -> None:
         {"image": {"bytes": datasets.Value("binary"), "path": datasets.Value("string")}}
     )
     rows = datasets.Dataset.from_dict({"image": [value]}, features=features)
-    reason = broken_images(rows)
+    reason = check_pictures(rows, keep=False).broken
     try:
         found = open_image(value)
     except DataError as error:
