@@ -114,7 +114,7 @@ def picture(rng: random.Random) -> tuple[Any, bytes]:
     extra = {"exif": b"Exif\0\0" + rng.randbytes(30)} if rng.random() < 0.1 else {}
     try:
         image.save(out, kind, **extra)
-    except (OSError, ValueError, KeyError, TypeError):  # the format does not know the mode
+    except (OSError, ValueError, KeyError, TypeError, SyntaxError):  # not this mode, or this EXIF
         image, kind = image.convert("RGB"), "PNG"
         out = io.BytesIO()
         image.save(out, kind)
@@ -228,12 +228,14 @@ def _seen(folder: Path, which: str) -> dict[str, Any]:
     from fedvlm import config as configs
     from fedvlm.after.opened import WEIGHTS, open_run
     from fedvlm.store import files
-    from fedvlm.store.run import CONFIG, Store
+    from fedvlm.store.run import CONFIG, Store, check_whole
     from fedvlm.tree import digest
 
+    check_whole(folder)
     config = configs.load(folder / CONFIG).model_dump_json()
-    if which == "unfinished":
+    if which == "unfinished":  # as a resumed run reads it
         store = Store(folder)
+        store.rewind()
         found: dict[str, Any] = {"config": config, "round": store.finished()}
         found["server"] = digest(store.server())
         found["personal"] = [digest(t) for t in store.personal(["site-0", "site-1"])]
