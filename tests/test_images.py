@@ -107,7 +107,7 @@ def test_random_exif_never_costs_the_picture(kind, exif, tiff):
         assert reason(content) == ""
 
 
-@settings(max_examples=150, deadline=None, suppress_health_check=list(HealthCheck))
+@settings(max_examples=60, deadline=None, suppress_health_check=list(HealthCheck))
 @given(
     kind=st.sampled_from(["PNG", "JPEG", "TIFF", "WEBP", "GIF", "BMP", "PPM", "JPEG2000"]),
     at=st.floats(0, 1),

@@ -219,7 +219,7 @@ def test_a_folder_that_cannot_be_read_is_named(copied, monkeypatch):
         check_folder(str(copied))
 
 
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=12, deadline=None)
 @given(st.data())
 def test_a_damaged_description_is_refused_or_loads(tmp_path_factory, data):
     files = sorted(p.name for p in TINY.iterdir() if p.suffix in (".json", ".jinja"))

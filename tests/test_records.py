@@ -70,7 +70,7 @@ names = st.one_of(
 
 
 @settings(
-    max_examples=25, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=12, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
 )
 @given(sites=st.lists(names, min_size=1, max_size=12, unique=True), kind=st.sampled_from(FORMATS))
 def test_a_column_of_any_texts_gives_as_many_clients_of_these_names(tmp_path, sites, kind):

@@ -109,7 +109,7 @@ def damaged_copy(source, scratch, reads, seed):
 
 
 @given(st.integers(0, 2**32))
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=40, deadline=None)
 def test_a_damaged_file_of_an_unfinished_run_is_named_or_changes_nothing(
     unfinished, tmp_path_factory, seed
 ):
@@ -124,7 +124,7 @@ def test_a_damaged_file_of_an_unfinished_run_is_named_or_changes_nothing(
 
 
 @given(st.integers(0, 2**32))
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 def test_a_damaged_file_of_a_finished_run_is_named_or_changes_nothing(
     finished_run, tmp_path_factory, seed
 ):
@@ -165,7 +165,7 @@ def test_files_of_other_names_in_the_folders_are_left_alone(unfinished, tmp_path
 
 
 @given(st.dictionaries(st.text(), st.integers() | st.floats(allow_nan=False) | st.text()))
-@settings(max_examples=25, deadline=None)
+@settings(max_examples=15, deadline=None)
 def test_sealed_json_comes_back(tmp_path_factory, content):
     content.pop(sealed.SEAL, None)
     path = tmp_path_factory.getbasetemp() / "any.json"
