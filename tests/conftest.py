@@ -65,7 +65,7 @@ def small(tmp_path):
         "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
         "partition": {"min_rows": 4},
         "algorithm": {"name": "plora"},
-        "train": {"rounds": 2, "local_steps": 2, "batch_size": 4},
+        "train": {"rounds": 2, "local_steps": 2, "batch_size": 4, "average": "none"},
         "eval": {"every": 1, "max_rows": 3, "max_new_tokens": 3},
         "lora": {"rank": 2, "alpha": 4},
     }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from fedvlm import simulate
 from fedvlm.algorithms.base import Validation
-from fedvlm.algorithms.table import build
+from fedvlm.algorithms.table import of_run
 from fedvlm.engines.compress import compression
 from fedvlm.engines.stages import joined, packed, parted
 from fedvlm.engines.wire import Reply
@@ -20,7 +20,7 @@ class Formulas:
 
     def __init__(self, config, store, spare=0):
         self.adapter = adapter(config.lora.rank + spare)
-        self.algorithm = build(config.algorithm, config.lora)
+        self.algorithm = of_run(config)
         self.stages = compression(config.wire)
         known = {c: (w, masked(g, config.lora.rank)) for c, (w, g) in clients().items()}
         rows = dict.fromkeys(list(known)[:2], self._validation)  # the third has none

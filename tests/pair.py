@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from fedvlm.algorithms.table import build, find
+from fedvlm.algorithms.table import find, of_run
 from fedvlm.config import load
 from fedvlm.engines.base import Models
 from fedvlm.engines.compress import compression
@@ -88,7 +88,7 @@ def switched(engine, partition, settings, *overrides, folder):
     assert not entry.pools, "the algorithm needs other rows than the engine has"
     assert not entry.spare, "the algorithm needs another adapter than the engine has"
     engine.config, engine.store = config, Kept(folder)
-    engine.algorithm, engine.stages = build(config.algorithm, config.lora), compression(config.wire)
+    engine.algorithm, engine.stages = of_run(config), compression(config.wire)
     engine.forms = Forms(engine.algorithm, engine.adapter, engine.stages)
     return engine, partition
 

@@ -16,7 +16,7 @@ SETTINGS = {
     "model": {"dtype": "float64"},  # in single precision AdamW amplifies rounding errors
     "partition": {"kind": "column", "column": "site", "splits": "alone", "min_rows": 2},
     "algorithm": {"name": "plora"},
-    "train": {"rounds": 2, "local_steps": 2, "batch_size": 4},
+    "train": {"rounds": 2, "local_steps": 2, "batch_size": 4, "average": "none"},
     "eval": {"every": 0, "max_rows": 3, "max_new_tokens": 2},
     "lora": {"rank": 2, "alpha": 4},
     "engine": {"threads": 1, "clients": 1},

@@ -44,8 +44,6 @@ SENDS = {
     "rolora": "B",
     "iat": "AB",
     "local": "",
-    "lora+ft": "AB",
-    "lora+es": "AB",
     "fedprox": "AB",
     "scaffold": "AB",
     "mix": "AB",
@@ -67,7 +65,8 @@ KEEPS = dict.fromkeys(SENDS, "") | {
     "plora": "A",
     "fedalora": "A",
     "fedsa": "B",
-    **dict.fromkeys(("auto", "iat", "local", "scaffold", "mix", "ditto", "apfl"), "AB"),
+    "auto": "B",
+    **dict.fromkeys(("iat", "local", "scaffold", "mix", "ditto", "apfl"), "AB"),
     **dict.fromkeys(("pair", "feddpa", "fedalt"), "AB"),
 }
 TRAINS = {name: "B" if name in ("ffa", "rolora") else "AB" for name in SENDS}
@@ -229,7 +228,7 @@ def test_settings_belong_to_their_algorithm_and_to_no_other():
     known = {n: set(TABLE[n].settings.model_fields) - {"name"} for n in TABLE}
     assert known["local"] == known["fedex"] == set()
     assert known["plora"] == {"server_lr", "server", "prox_mu"}
-    assert known["auto"] == {"server_lr", "ft_steps", "ft_checks"}
+    assert known["auto"] == {"server_lr"}
     assert names()[: len(TABLE)] == list(TABLE)
 
 
@@ -254,17 +253,6 @@ def test_the_server_moves_by_its_learning_rate_towards_the_mean():
     moved = algorithm.server.update(algorithm.init(a), b, 1)
     for n in NAMES:
         assert torch.allclose(moved[n], 0.75 * a[n] + 0.25 * b[n])
-
-
-def test_local_tuning_at_the_end_keeps_everything_and_sends_nothing():
-    algorithm = algorithm_of("lora+ft", ft_steps=7)
-    assert algorithm.final
-    round_ = worked(algorithm, tree(0), {}, visit=LAST, end=tree(1))
-    assert [stretch.steps for stretch in round_.stretches] == [7]
-    assert not round_.up
-    assert digest(round_.keep) == digest(tree(1))
-    model = algorithm.model(tree(0), tree(2), round_.keep)
-    assert digest(model) == digest(round_.keep), "the tuned factors win"
 
 
 def test_a_share_map_takes_the_first_pattern_that_is_found():

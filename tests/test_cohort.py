@@ -19,7 +19,7 @@ from PIL import Image
 
 import families
 import fedvlm
-from fedvlm.algorithms.table import TABLE, taken
+from fedvlm.algorithms.table import TABLE
 from fedvlm.engines.choice import engine_class
 from fedvlm.engines.cohort import CohortEngine, uniform
 from fedvlm.engines.memory import kept_for_backward
@@ -119,11 +119,7 @@ def pair(tmp_path_factory):
 @pytest.mark.parametrize("algorithm", [*ALGORITHMS, *SHARED_RULES])
 def test_every_algorithm_trains_the_same_adapters(pair, algorithm):
     settings, sides, folder = pair
-    tree = (
-        settings | {"algorithm": taken(algorithm, {"ft_steps": 3})}
-        if algorithm in TABLE
-        else settings
-    )
+    tree = settings | {"algorithm": {"name": algorithm}} if algorithm in TABLE else settings
     rule = SHARED_RULES.get(algorithm, ())
     played = [play(*switched(*side, tree, EXACT, *rule, folder=folder)) for side in sides]
     assert_same(*played, TOLERANCE, factors=algorithm != "flexlora")
@@ -138,9 +134,14 @@ def test_algorithms_with_other_rows_or_ranks_train_the_same_adapters(small, tmp_
 
 WHOLE = {
     "plora": ["algorithm.name=plora"],
-    "auto of few": ["algorithm.name=auto", "algorithm.ft_steps=3", "train.clients_per_round=1"],
-    "auto of all": ["algorithm.name=auto", "algorithm.ft_steps=3"],
-    "preferences": ["algorithm.name=lora+ft", "algorithm.ft_steps=2", "objective.name=dpo"],
+    "auto of few": [
+        "algorithm.name=auto",
+        "train.clients_per_round=1",
+        "train.finish_steps=3",
+        "train.average=mean",
+    ],
+    "auto of all": ["algorithm.name=auto", "train.average=mean"],
+    "preferences": ["algorithm.name=lora", "train.finish_steps=2", "objective.name=dpo"],
     "spare ranks": ["algorithm.name=fedex"],
     "eight bits": ["algorithm.name=ditto", "wire.compress=int8"],
 }

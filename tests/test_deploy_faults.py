@@ -45,7 +45,7 @@ LIES = {
 """Round -> fate of the liar's upload, and the reason. ``faulty/sitecustomize.py`` has the lies."""
 SETTINGS = {
     "algorithm": {"name": "plora"},
-    "train": {"rounds": ROUNDS, "local_steps": 2, "batch_size": 4, "lr": 5e-3},
+    "train": {"rounds": ROUNDS, "local_steps": 2, "batch_size": 4, "lr": 5e-3, "average": "none"},
     "eval": {"every": 0, "max_rows": 3, "max_new_tokens": 3},
     "engine": {"clients": 1, "threads": 1},
 }

@@ -15,7 +15,7 @@ import torch
 import yaml
 
 from fedvlm.algorithms.base import Visit
-from fedvlm.algorithms.table import build, taken
+from fedvlm.algorithms.table import build
 from fedvlm.batches.draw import Length, batches
 from fedvlm.batches.objectives import sft_terms
 from fedvlm.config import load
@@ -30,7 +30,8 @@ from fedvlm.store import run as store
 from fedvlm.tree import digest, factor
 from stopping import Stop
 
-ALGORITHMS = ("plora", "lora", "fedsa", "ffa", "local", "lora+ft")
+ALGORITHMS = ("plora", "lora", "fedsa", "ffa", "local")
+ENDING = {"average": "mean", "finish_steps": 2}
 
 
 def bytes_of(folder):
@@ -67,12 +68,14 @@ class Finished(dict):
         self.folder, self.pictures = folder, pictures
 
     def __missing__(self, name):
+        algorithm, _, ends = name.partition(" ")
+        ending = ENDING if ends else {"average": "none"}
         config = {
-            "output": str(self.folder / name),
+            "output": str(self.folder / name.replace(" ", "-")),
             "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
             "partition": {"min_rows": 4},
-            "algorithm": taken(name, {"ft_steps": 2}),
-            "train": {"rounds": 2, "local_steps": 2, "batch_size": 4},
+            "algorithm": {"name": algorithm},
+            "train": {"rounds": 2, "local_steps": 2, "batch_size": 4, **ending},
             "eval": {"every": 1, "max_rows": 3, "max_new_tokens": 3},
             "lora": {"rank": 2, "alpha": 4},
         }
@@ -94,7 +97,7 @@ def test_the_environment_has_the_version_that_is_installed():
     assert environment()["packages"]["fedvlm"] == version("fedvlm")
 
 
-@pytest.mark.parametrize("name", ALGORITHMS)
+@pytest.mark.parametrize("name", [*ALGORITHMS, "lora ended"])
 def test_the_output_folder_holds_what_the_readme_says(finished, name):
     folder = finished[name].folder
     for file in (
@@ -111,16 +114,16 @@ def test_the_output_folder_holds_what_the_readme_says(finished, name):
     ):
         assert (folder / file).stat().st_size > 0, file
     rounds = [line["round"] for line in files.read_lines(folder / "metrics.jsonl")]
-    assert rounds == ([0, 1, 2, 3] if name == "lora+ft" else [0, 1, 2])
+    assert rounds == ([0, 1, 2, 3] if name == "lora ended" else [0, 1, 2])
 
 
 @pytest.mark.parametrize("name", ALGORITHMS)
 def test_only_what_is_shared_reaches_the_server(finished, name):
     folder = finished[name].folder
-    sends = {"plora": "B", "lora": "AB", "fedsa": "A", "ffa": "B", "local": "", "lora+ft": "AB"}
+    sends = {"plora": "B", "lora": "AB", "fedsa": "A", "ffa": "B", "local": ""}
     state = files.load_tree(next((folder / "server").glob("*.safetensors")))
     assert "".join(sorted({factor(n) for n in state})) == sends[name]
-    keeps = {"plora": "A", "lora": "", "fedsa": "B", "ffa": "", "local": "AB", "lora+ft": "AB"}
+    keeps = {"plora": "A", "lora": "", "fedsa": "B", "ffa": "", "local": "AB"}
     kept = store.Store(folder).personal(["site-0", "site-1", "site-2"])
     assert ["".join(sorted({factor(n) for n in tree})) for tree in kept] == [keeps[name]] * 3
 
@@ -150,7 +153,7 @@ def test_who_shares_everything_has_one_model_and_who_shares_nothing_keeps_its_ow
 
 
 def test_local_tuning_changes_the_personal_models_alone(finished):
-    before, after = evaluation(finished["lora+ft"], 2), evaluation(finished["lora+ft"], 3)
+    before, after = (evaluation(finished["lora ended"], n) for n in (2, 3))
     assert before == evaluation(finished["lora"], 2), "before the tuning, it equals lora"
     assert after["global"] == before["global"]
     assert after["personal"] != before["personal"]
@@ -268,10 +271,12 @@ def test_batches_sorted_by_length_hold_the_same_rows_with_less_padding():
     assert (ranks == others).mean() >= 0.8, "clients have their long batches at the same step"
 
 
-@pytest.mark.parametrize("name", ["plora", "lora+ft"])
+@pytest.mark.parametrize("name", ["plora", "lora ended"])
 @pytest.mark.parametrize("after", [0, 2, 4])
 def test_a_stopped_run_resumes_to_the_same_bytes(small, finished, name, after):
-    config = load(small | {"algorithm": taken(name, {"ft_steps": 2})})
+    algorithm, _, ends = name.partition(" ")
+    small["train"] |= ENDING if ends else {}
+    config = load(small | {"algorithm": {"name": algorithm}})
     with pytest.raises(KeyboardInterrupt):
         federate.run(config, progress=Stop(after))
     assert not store.is_done(config.output)

@@ -288,7 +288,7 @@ def test_apfls_mixture_takes_the_steps_of_its_own_model():
             "lr has no meaning without an optimizer",
         ),
         ({"algorithm": {"name": "local", "x": 1}}, r"unknown key 'algorithm\.x'; .* no settings"),
-        ({"algorithm": {"name": "auto", "ft_step": 1}}, r"did you mean 'algorithm\.ft_steps'\?"),
+        ({"algorithm": {"name": "auto", "server_l": 1}}, r"did you mean 'algorithm\.server_lr'\?"),
         ({"algorithm": {"name": "scaffold"}}, r"set train\.optimizer=sgd"),
         ({"algorithm": {"name": "pair"}, "lora": {"rank": 3}}, "even, got 3"),
         ({"algorithm": {"name": "apfl", "mix_b": 1.0}}, "below 1"),

@@ -149,7 +149,7 @@ def test_peft_loads_its_folder(joined):
 @pytest.mark.parametrize("name", [n for n in TABLE if n != "share"])
 def test_what_is_personal_is_what_the_algorithm_keeps(name):
     """An algorithm without a personal part, or with local tuning at the end, keeps all factors."""
-    expected = {"plora": "A", "fedalora": "A", "fedsa": "B", "iat": "B"}
+    expected = {"auto": "B", "plora": "A", "fedalora": "A", "fedsa": "B", "iat": "B"}
     ranks = 8 + spare_ranks(name, LoraConfig(rank=8))
     shapes = {"A": (ranks, 5), "B": (4, ranks)}
     tree = {f"m.{i}.lora_{f}.weight": torch.zeros(shapes[f]) for i in (0, 1) for f in "AB"}
@@ -217,7 +217,7 @@ def test_on_sentences_that_people_wrote(shared_data, tmp_path, monkeypatch, caps
     frame.iloc[600:640].to_parquet(tmp_path / "new.parquet", index=False)
     run = tmp_path / "run"
     words = ("partition.clients=3", "train.rounds=2", "train.local_steps=4", "lora.rank=4")
-    words += ("algorithm.ft_steps=4",)
+    words += ("train.finish_steps=4",)
     scored = ("eval.every=0", "eval.max_rows=8", "eval.max_new_tokens=4", "engine.threads=1")
     fedvlm.run(None, f"data.path={tmp_path / 'run.parquet'}", f"output={run}", *words, *scored)
     adapter = fedvlm.export(run, client="client-1")

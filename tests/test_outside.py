@@ -183,8 +183,8 @@ def test_an_object_and_settings_for_another_algorithm_exclude_each_other(small):
         fedvlm.run({**small, "algorithm": {"name": "lora"}}, algorithm=sharing({}))
     with pytest.raises(ConfigError, match=r"leave out algorithm\.server_lr"):
         fedvlm.run({**small, "algorithm": {"server_lr": 0.5}}, algorithm=sharing({}))
-    with pytest.raises(ConfigError, match=r"leave out algorithm\.ft_steps"):
-        own(load({**small, "algorithm": {}}), "algorithm.ft_steps=3")
+    with pytest.raises(ConfigError, match=r"leave out algorithm\.prox_mu"):
+        own(load({**small, "algorithm": {}}), "algorithm.prox_mu=3")
     with pytest.raises(ConfigError, match=r"leave out algorithm\.name"):
         own({"algorithm": "lora"})
     assert own(load({**small, "algorithm": {}})).algorithm.name == table.OWN
@@ -227,7 +227,7 @@ def test_a_whole_configuration_is_compared_like_a_short_one(small, tmp_path, nam
     whole = load({**small, "algorithm": {"name": name}})
     (tmp_path / "c.yaml").write_text(dump(whole))
     for source in (whole, tmp_path / "c.yaml"):
-        runs = planned(["plora", "ditto", "lora+ft"], source)
+        runs = planned(["plora", "ditto", "fedsa"], source)
         assert runs["ditto seed 0"].algorithm.prox_mu == 0.1
         assert len(runs) == 3
 

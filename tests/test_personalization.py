@@ -34,7 +34,7 @@ def test_the_benchmark_has_the_cells_and_algorithms_that_it_promises():
         assert {c.strength for c in found if c.regime == regime} == {0.5, 1.0}
         assert {c.rows for c in found if c.regime == regime} == {24, 80, 240}
     assert {"iid", "photos", "partial", "joined-mixed"} <= {c.regime for c in found}
-    assert {"local", "lora", "plora", "lora+es", "scaffold", "centralized"} <= set(cells.ALGORITHMS)
+    assert {"local", "lora", "plora", "scaffold", "centralized"} <= set(cells.ALGORITHMS)
 
 
 @pytest.mark.parametrize("cell", cells.full(), ids=lambda c: c.name)

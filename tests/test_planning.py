@@ -10,7 +10,7 @@ import yaml
 
 import fedvlm
 from fedvlm.algorithms.base import Visit
-from fedvlm.algorithms.table import TABLE, adapter_of, build
+from fedvlm.algorithms.table import TABLE, adapter_of, of_run
 from fedvlm.batches.draw import batches
 from fedvlm.config import load
 from fedvlm.engines import memory
@@ -62,7 +62,7 @@ def test_the_bytes_of_a_plan_are_those_that_the_run_reports(finished_run):
 @pytest.mark.parametrize(
     "settings",
     [
-        {"algorithm": {"name": "lora+ft", "ft_steps": 1}},
+        {"algorithm": {"name": "lora"}, "train": {"finish_steps": 1}},
         {"algorithm": {"name": "scaffold"}, "train": {"optimizer": "sgd", "lr": 0.1}},
         {"algorithm": {"name": "fedalt"}},
         {"algorithm": {"name": "plora"}, "lora": {"ranks": {"site-1": 1}}},
@@ -73,6 +73,7 @@ def test_planned_bytes_are_right_where_messages_differ_by_round_or_client(small,
     config = {**small, **{k: {**small.get(k, {}), **v} for k, v in settings.items()}}
     config["eval"] = {"every": 0, "max_rows": 1, "max_new_tokens": 1}
     config["train"] |= {"local_steps": 1, "clients_per_round": 2}
+    config["train"].setdefault("finish_steps", 0)
     plan = forecast(load(config))
     results = fedvlm.run(config)
     for way in ("up", "down"):
@@ -89,7 +90,7 @@ def test_every_algorithm_says_what_it_sends_from_shapes_alone(name):
     key = "base_model.model.model.text_model.layers.0.self_attn.q_proj.lora_{}.weight"
     real = {key.format("A"): torch.ones(rank, 6), key.format("B"): torch.ones(5, rank)}
     shapes = {n: t.to("meta") for n, t in real.items()}
-    algorithm = build(config.algorithm, config.lora)
+    algorithm = of_run(config)
     bare, whole = (footprint.Exchanges(config, algorithm, tree) for tree in (shapes, real))
     for visit in (Visit("client-0", 1.0, round=1), Visit("client-0", 1.0, round=2)):
         one, other = bare.of(visit, 5), whole.of(visit, 5)
@@ -196,7 +197,7 @@ def test_without_the_hub_a_plan_says_what_is_not_known_and_why(capsys, monkeypat
     code, text, errors = call(capsys, monkeypatch, *words)
     assert (code, errors) == (0, "")
     plan = forecast(load(None, *words[2:]))
-    every = 3 * 5 + 20  # the rounds, and the final tuning
+    every = 3 * 5  # and no step in the last round, which averages
     assert (plan.clients, plan.cohort, plan.all_steps) == (7, 7, 7 * every)
     assert (plan.size, plan.rows, plan.examples, plan.all_sent) == (None, {}, None, {})
     assert "not known: rows: data.path 'some-org/some-data'" in text
@@ -207,7 +208,7 @@ def test_without_the_data_messages_are_known_where_the_model_is():
     plan = forecast(load(None, HUB[0], "partition.kind=column", "partition.column=site"))
     assert (plan.clients, plan.all_sent, plan.all_steps) == (None, {}, None)
     assert plan.sent["up"] == forecast(Config()).sent["up"]
-    assert plan.steps == Spread(5, 5, 20)  # the final tuning: algorithm.ft_steps
+    assert plan.steps == Spread(0, 5, 5), "no step in the last round, which averages"
 
 
 def test_the_configuration_of_the_paper_loads_and_is_planned_offline(capsys, monkeypatch):

@@ -8,7 +8,6 @@ import torch
 from safetensors.torch import save
 
 import fedvlm
-from fedvlm.algorithms.table import taken
 from fedvlm.cli.live import Plain
 from fedvlm.config import load
 from fedvlm.engines.shell import Shell
@@ -27,8 +26,14 @@ def both(request, tmp_path_factory):
     settings = {
         "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
         "partition": {"min_rows": 4},
-        "algorithm": taken(request.param, {"ft_steps": 2}),
-        "train": {"rounds": 2, "clients_per_round": 2, "local_steps": 2, "batch_size": 4},
+        "algorithm": {"name": request.param},
+        "train": {
+            "rounds": 2,
+            "clients_per_round": 2,
+            "local_steps": 2,
+            "batch_size": 4,
+            "finish_steps": 2,
+        },
         "eval": {"every": 1, "max_rows": 3, "max_new_tokens": 3},
         "lora": {"rank": 2, "alpha": 4},
     }

@@ -32,7 +32,7 @@ SETTINGS = (
     "lora.rank=2",
     "engine.threads=1",
 )
-SAME_PASSES = (*SETTINGS, "algorithm.name=lora+ft", "algorithm.ft_steps=1", "engine.clients=1")
+SAME_PASSES = (*SETTINGS, "algorithm.name=lora", "train.finish_steps=1", "engine.clients=1")
 RUNS = {
     "plora": (*SETTINGS, "algorithm.name=plora", "train.optimizer=sgd"),
     # Passes of two clients and of one client: then process 0 has nothing to do.

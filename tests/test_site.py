@@ -75,7 +75,7 @@ def test_sites_get_the_adapters_of_one_process(both):
 
 
 def test_sites_get_the_same_from_the_default_algorithm(data, tmp_path):
-    own = "algorithm.name=auto", "algorithm.ft_steps=2", "algorithm.ft_checks=2"
+    own = "algorithm.name=auto", "train.finish_steps=2", "train.average=mean"
     settings = config(data, *own, "train.lr=0.02", f"output={tmp_path / 'here'}")
     here = federate.run(settings)
     there = deployed(Here(data, tmp_path / "state"), settings, tmp_path / "there")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -16,7 +16,7 @@ from fedvlm.after.opened import ONBOARDED, SCORES, Opened, open_run
 from fedvlm.after.outputs import check_writable
 from fedvlm.algorithms.base import Algorithm, Averaged, Local, Program, Sent, Visit
 from fedvlm.algorithms.dry import rehearse
-from fedvlm.algorithms.tuning import averages, best, stretches
+from fedvlm.algorithms.ending import averages, best, stretches, without
 from fedvlm.engines.wire import Task
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.intervals import intervals
@@ -165,7 +165,8 @@ def _personal(
     algorithm: Algorithm, initial: Tree, visit: Visit, down: Tree
 ) -> tuple[bool, set[str]]:
     """Whether the algorithm keeps anything, and the kept factors; all factors if it keeps none."""
-    kept = rehearse(algorithm, initial, visit, down, 1).sent.keep
+    usual = replace(visit, final=False)
+    kept = without(rehearse(algorithm, initial, usual, down, 1).sent.keep)
     return bool(kept), set(kept) & set(initial) or set(initial)
 
 

@@ -15,7 +15,7 @@ from fedvlm import config as configs
 from fedvlm.after.names import GLOBAL, UNTUNED, label, no_run
 from fedvlm.algorithms.base import Algorithm
 from fedvlm.algorithms.sharing import sharing
-from fedvlm.algorithms.table import adapter_of, build
+from fedvlm.algorithms.table import adapter_of, of_run
 from fedvlm.engines.stages import parted
 from fedvlm.errors import ConfigError, FedVLMError, shown
 from fedvlm.rounds.results import Results
@@ -114,7 +114,7 @@ class Opened:
         Raises:
             FedVLMError: the algorithm was an object, and :func:`open_run` did not get it.
         """
-        return self._algorithm or build(self.config.algorithm, self.config.lora)
+        return of_run(self.config, self._algorithm)
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -76,7 +76,8 @@ class Local:
         begin: the client's model, ``model(initial, down, mine)``: a whole adapter.
         down: the download from the server.
         mine: the tensors that the client kept in its last round; empty at first.
-        steps: the usual number of optimizer steps of a round at this client.
+        steps: the usual number of optimizer steps of this round at this client; in the final round
+            ``train.finish_steps``.
     """
 
     visit: Visit
@@ -159,12 +160,12 @@ class Validation(NamedTuple):
 
     Attributes:
         loss: mean loss, in nats a token (SFT) or DPO's loss a pair.
-        wrong: share of the answer tokens that are not the most likely token (SFT), or of the pairs
-            whose rejected answer is preferred (DPO).
+        doubt: mean probability that the model does not give to the right answer token (SFT) or to
+            the preferred answer of a pair (DPO), 0 to 1. Unlike the loss, it is bounded.
     """
 
     loss: float
-    wrong: float
+    doubt: float
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""Optimizers at the server, and a mean over the rounds.
+"""Optimizers at the server.
 
 The optimizer takes the change of a round as its gradient. FedAdagrad, FedYogi and FedAdam: Reddi et
 al., arXiv 2003.00295, algorithm 2, without bias correction; the second moment begins at tau
@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 from pydantic import Field, model_validator
 
-from fedvlm.algorithms.base import Algorithm, Averaged, State, Visit
+from fedvlm.algorithms.base import Algorithm, Averaged, State
 from fedvlm.settings.method import Section
 from fedvlm.tree import Tree, named, part, plain
 
@@ -118,34 +118,3 @@ def optimized(algorithm: Algorithm, settings: ServerConfig) -> Algorithm:
         send=lambda state, visit: algorithm.send(plain(state), visit),
         server=replace(server, update=update),
     )
-
-
-def late_mean(algorithm: Algorithm, power: int = 3) -> Algorithm:
-    """``algorithm`` with a mean of the states after all rounds as the download of the final round.
-
-    Round ``t`` of ``T`` has the weight ``(t / T) ** power``, approximately: polynomial-decay
-    averaging, Shamir and Zhang, arXiv 1212.1824. The last quarter of the rounds has most of the
-    weight, whatever the number of rounds.
-
-    Args:
-        algorithm: an algorithm with a final round that leaves the state unchanged.
-        power: 0 gives the plain mean of all rounds.
-    """
-    server = algorithm.server
-    assert isinstance(server, Averaged)
-
-    def init(initial: Tree) -> State:
-        state = algorithm.init(initial)
-        late = {n: t.clone() for n, t in state.items()}  # a checkpoint may not share tensors
-        return {**state, **named("late", late)}
-
-    def send(state: State, visit: Visit) -> Tree:
-        return algorithm.send(part(state, "late") if visit.final else plain(state), visit)
-
-    def update(state: State, mean: Tree, round: int) -> Tree:
-        changes = server.update(plain(state), mean, round)
-        new, weight = {**plain(state), **changes}, (power + 1) / (round + power)
-        late = {n: t.lerp(new[n], weight) for n, t in part(state, "late").items()}
-        return {**changes, **named("late", late)}
-
-    return replace(algorithm, init=init, send=send, server=replace(server, update=update))

@@ -11,11 +11,12 @@ from importlib.metadata import entry_points
 from typing import Any
 
 from fedvlm.algorithms import checks
-from fedvlm.algorithms.auto import AutoConfig, auto
+from fedvlm.algorithms.auto import auto
 from fedvlm.algorithms.averaging import Averaging, ServerStep, averaging
 from fedvlm.algorithms.base import Algorithm
 from fedvlm.algorithms.client_terms import scaffold
 from fedvlm.algorithms.dual import fedalt, feddpa, pair
+from fedvlm.algorithms.ending import ended
 from fedvlm.algorithms.entry import Entry
 from fedvlm.algorithms.exact import exact
 from fedvlm.algorithms.flex import ProductConfig, flexlora, hetlora, ranked
@@ -23,9 +24,9 @@ from fedvlm.algorithms.mixing import DittoConfig, MixConfig, apfl, ditto, mixing
 from fedvlm.algorithms.server import optimized
 from fedvlm.algorithms.sharing import IAT, ShareConfig, alternating, sharing
 from fedvlm.algorithms.similarity import ClusteredConfig, SimilarConfig, clustered, similar
-from fedvlm.algorithms.tuning import StoppedConfig, TunedConfig, stopped, tuned
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.settings.method import AlgorithmConfig, LoraConfig
+from fedvlm.settings.sections import Config, TrainConfig
 from fedvlm.tree import module
 
 ALIASES = {"fedavg": "lora", "fedit": "lora"}
@@ -51,10 +52,10 @@ _fedavg = _shares({"": "AB"})
 TABLE: dict[str, Entry] = {
     "auto": Entry(
         "A and B",
-        "A and B",
-        "ours, the start by validation",
-        lambda c, lora: auto(c.ft_steps, c.ft_checks, server_lr=c.server_lr),
-        AutoConfig,
+        "B",
+        "ours, the start of B by validation",
+        lambda c, lora: auto(server_lr=c.server_lr),
+        ServerStep,
         ranks=True,
         partial=checks.OWN_START,
         check=checks.validation,
@@ -118,23 +119,6 @@ TABLE: dict[str, Entry] = {
         "training alone, the baseline",
         lambda c, lora: sharing({}),
         ranks=True,
-    ),
-    "lora+ft": Entry(
-        "A and B",
-        "A and B, tuned after the last round",
-        "FedAvg + local tuning, arXiv 2108.07313",
-        lambda c, lora: tuned(_fedavg(c, lora), c.ft_steps),
-        TunedConfig,
-        ranks=True,
-    ),
-    "lora+es": Entry(
-        "A and B",
-        "A and B, tuned until validation rises",
-        "FedAvg + local tuning, arXiv 2108.07313, stopped early",
-        lambda c, lora: stopped(_fedavg(c, lora), c.ft_steps, c.ft_checks),
-        StoppedConfig,
-        ranks=True,
-        check=checks.validation,
     ),
     "fedprox": Entry(
         "A and B",
@@ -317,13 +301,16 @@ def names() -> list[str]:
     return [*TABLE, *sorted(outside - hidden)]
 
 
-def build(config: AlgorithmConfig, lora: LoraConfig | None = None) -> Algorithm:
+def build(
+    config: AlgorithmConfig, lora: LoraConfig | None = None, train: TrainConfig | None = None
+) -> Algorithm:
     """The configured algorithm.
 
     Args:
         config: the section ``algorithm``. A plain :class:`AlgorithmConfig` stands for the defaults
             of its algorithm.
         lora: the section ``lora``; None: its defaults.
+        train: the section ``train``, with the ending of the run; None: without an ending.
 
     Raises:
         FedVLMError: the run was started with an object, which the configuration does not hold.
@@ -336,7 +323,22 @@ def build(config: AlgorithmConfig, lora: LoraConfig | None = None) -> Algorithm:
             f"algorithm '{config.name}': build(settings, lora) of its entry returns a "
             f"fedvlm.Algorithm, got {built!r:.80}"
         )
+    if train:  # the steps of local tuning are among the rounds' steps where all rows are pooled
+        finish = 0 if entry.pools else train.tuning
+        built = ended(built, train.model_copy(update={"finish_steps": finish}))
     return ranked(built, lora.ranks, lora.rank)
+
+
+def of_run(config: Config, given: Algorithm | None = None) -> Algorithm:
+    """The algorithm of a run, with the run's ending.
+
+    Args:
+        config: the configuration of the run.
+        given: the algorithm as an object; None: the configured algorithm.
+    """
+    if given is not None:
+        return ended(given, config.train)
+    return build(config.algorithm, config.lora, config.train)
 
 
 def taken(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -38,15 +38,15 @@ class Terms:
         loss: the loss summed over an example's tokens (SFT), or the pair's loss (DPO)
             ``[examples]``.
         weight: number of answer tokens (SFT) or 1 (DPO) ``[examples]``.
-        wrong: the part of the weight that the model gets wrong ``[examples]``: the number of tokens
-            that are not the likeliest after the correct tokens before them (SFT), or 1 for a pair
-            whose rejected answer is preferred (DPO).
+        doubt: the probability that the right answer does not get ``[examples]``: summed over the
+            tokens, each after the correct tokens before it (SFT), or that of preferring the
+            rejected answer of a pair (DPO).
         metrics: further scores ``[examples]``, such as the reward margin.
     """
 
     loss: Tensor
     weight: Tensor
-    wrong: Tensor
+    doubt: Tensor
     metrics: dict[str, Tensor]
 
     def mean(self) -> Tensor:
@@ -104,7 +104,7 @@ def dpo_terms(model: Any, batch: Batch, *, kind: str, beta: float, smoothing: fl
     margin = (beta * (chosen - rejected)).detach()
     right = (margin > 0).float() + 0.5 * (margin == 0).float()  # a tie, as before training: 0.5
     metrics = {"reward_accuracy": right, "reward_margin": margin}
-    return Terms(loss, torch.ones_like(loss), 1 - right, metrics)
+    return Terms(loss, torch.ones_like(loss), torch.sigmoid(-margin), metrics)
 
 
 @contextmanager
@@ -131,7 +131,7 @@ OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {
 
 
 def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
-    """Negative log-likelihood of the answers, in nats, and their number of wrong tokens.
+    """Negative log-likelihood of the answers, in nats, and the probability that they do not get.
 
     Args:
         model: decoder-only or encoder-decoder. A decoder-only model is called without ``labels``.
@@ -139,7 +139,7 @@ def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 
     Returns:
         Each answer's negative log-likelihood (summed over its tokens), its number of tokens, and
-        its number of tokens that are not the likeliest; each ``[batch]``.
+        the summed probability that its tokens do not get; each ``[batch]``.
     """
     labels = batch["labels"]
     inputs = {k: v for k, v in batch.items() if k != "labels"}
@@ -160,11 +160,11 @@ def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     rows, columns = scored.nonzero(as_tuple=True)
     logits, tokens = wide(logits[rows, columns]), labels[rows, columns]
     token_nll = F.cross_entropy(logits, tokens, reduction="none")
-    missed = (logits.detach().argmax(-1) != tokens).to(token_nll.dtype)
+    token_doubt = 1 - (-token_nll.detach()).exp()
     # Not `index_add`: on a GPU it sums in a different order each time.
     zeros = token_nll.new_zeros(labels.shape)
-    nll, wrong = (zeros.index_put((rows, columns), t).sum(1) for t in (token_nll, missed))
-    return nll, scored.sum(1), wrong
+    nll, doubt = (zeros.index_put((rows, columns), t).sum(1) for t in (token_nll, token_doubt))
+    return nll, scored.sum(1), doubt
 
 
 @cache

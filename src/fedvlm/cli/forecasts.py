@@ -38,11 +38,18 @@ def _work(plan: Forecast) -> Iterator[tuple[str, str]]:
     rounds = f"{plan.config.train.rounds:,}"
     yield "clients", _number(plan.clients)
     yield "clients per round", _number(plan.cohort)
-    yield "rounds", rounds + ", then local tuning of all clients" * plan.tuning
+    yield "rounds", rounds + _last_round(plan)
     for split in ("train", "val", "test"):
         yield f"{split} rows per client", _spread(plan.rows.get(split))
     yield "optimizer steps", _each(plan.steps, _number(plan.all_steps))
     yield "examples seen", _number(plan.examples)
+
+
+def _last_round(plan: Forecast) -> str:
+    if not plan.tuning:
+        return ""
+    tunes = plan.config.train.tuning
+    return ", then local tuning of all clients" if tunes else ", then the average of every client"
 
 
 def _model(plan: Forecast) -> Iterator[tuple[str, str]]:

@@ -97,7 +97,7 @@ class Live(Progress):
         done = min(line["round"], self.config.train.rounds)
         self.bars.update(self.task, note="training")
         if line["round"] > self.config.train.rounds:
-            self.bars.update(self.task, note="local tuning done")
+            self.bars.update(self.task, note="last round done")
         self.bars.update(self.task, completed=done)
         if line["evaluation"] or line.get("rejected"):
             self.bars.console.print(describe(line, self.config))
@@ -126,9 +126,10 @@ def describe(line: dict[str, Any], config: Config) -> str:
     """A metrics line as text."""
     rounds, metric = config.train.rounds, config.metric
     number = line["round"]
-    head = f"round {number:>3}/{rounds}" if number <= rounds else "local tuning "
+    last = "local tuning" if config.train.tuning else "average"
+    head = f"round {number:>3}/{rounds}" if number <= rounds else f"{last:<13}"
     parts = []
-    if losses := line.get("train_loss"):
+    if (number <= rounds or config.train.tuning) and (losses := line.get("train_loss")):
         parts.append(f"{len(losses)} clients, loss {sum(losses.values()) / len(losses):.3f}")
     if line["evaluation"]:
         for model in ("personal", "global"):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -24,12 +25,18 @@ def pooled(partition: Partition) -> Partition:
 
 
 def as_long(config: Config, clients: int) -> Config:
-    """Sets the steps of a round to the number that the clients of a cohort take together."""
-    if config.train.local_epochs is not None:
+    """Sets the steps of a round to the number that the clients of a cohort take together.
+
+    The steps of ``train.finish_steps`` are spread over the rounds, because pooled rows have no
+    local tuning.
+    """
+    train = config.train
+    if train.local_epochs is not None:
         return config
-    cohort = min(config.train.clients_per_round or clients, clients)
-    steps = {"local_steps": cohort * (config.train.local_steps or 5)}
-    return config.model_copy(update={"train": config.train.model_copy(update=steps)})
+    cohort = min(train.clients_per_round or clients, clients)
+    finish = math.ceil(clients * train.tuning / train.rounds)
+    steps = {"local_steps": cohort * (train.local_steps or 5) + finish, "finish_steps": 0}
+    return config.model_copy(update={"train": train.model_copy(update=steps)})
 
 
 def named(rows: Any, partition: Partition) -> Any:

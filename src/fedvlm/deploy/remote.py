@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm.algorithms.base import Algorithm
-from fedvlm.algorithms.table import build
+from fedvlm.algorithms.table import of_run
 from fedvlm.engines.base import Answer, Models, Scores
 from fedvlm.engines.compress import compression
 from fedvlm.engines.stages import Stage
@@ -122,7 +122,7 @@ class Remote:
             FedVLMError: too few sites can take part, or the sites have changed.
         """
         asked = {"do": "open", "run": run, "config": _told(config)}
-        self.algorithm = build(config.algorithm, config.lora)
+        self.algorithm = of_run(config)
         self.stages = compression(config.wire)
         self._measured = measured(config.objective.name)
         found: dict[str, dict[str, Any]] = {}

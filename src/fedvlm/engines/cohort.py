@@ -313,9 +313,9 @@ def uniform(rows: Sequence[Features]) -> bool:
 
 def summed(terms: Sequence[Terms], models: int) -> list[Validation]:
     """Scores of ``models`` models, from batches with a block of equal size for each model."""
-    loss, wrong, weight = (
+    loss, doubt, weight = (
         torch.cat([getattr(t, n).view(models, -1) for t in terms], 1).sum(1)
-        for n in ("loss", "wrong", "weight")
+        for n in ("loss", "doubt", "weight")
     )
-    pairs = zip((loss / weight).tolist(), (wrong / weight).tolist(), strict=True)
+    pairs = zip((loss / weight).tolist(), (doubt / weight).tolist(), strict=True)
     return [Validation(*pair) for pair in pairs]

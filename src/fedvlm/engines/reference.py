@@ -88,11 +88,11 @@ class ReferenceEngine(Shell):
         for tree in trees:
             lora.write(self.params, tree)
             terms = [self._terms(part) for part in pieces(rows, self.config.eval.batch_size)]
-            loss, wrong, weight = (
+            loss, doubt, weight = (
                 float(torch.cat([getattr(t, name) for t in terms]).sum())
-                for name in ("loss", "wrong", "weight")
+                for name in ("loss", "doubt", "weight")
             )
-            found.append(Validation(loss / weight, wrong / weight))
+            found.append(Validation(loss / weight, doubt / weight))
         return found
 
     def _answer(self, models: Sequence[tuple[Tree, np.ndarray]]) -> list[list[Answer]]:

@@ -7,6 +7,7 @@ Each engine implements three methods: :meth:`Shell._train`, :meth:`Shell._valida
 from __future__ import annotations
 
 import itertools
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -70,6 +71,7 @@ class Shell:
         self.objective = objectives.build(config.objective)
         self.forms = Forms(algorithm, self.adapter, stages)
         self.ended: dict[str, Tree] = {}
+        self._passes: Counter[str] = Counter()
         self._answers: dict[tuple[str, str], list[Answer]] = {}
 
     # -- implemented by each engine
@@ -110,6 +112,7 @@ class Shell:
             members = [
                 self._member(task, mine) for task, (mine, _) in zip(group, personal, strict=True)
             ]
+            self._passes.clear()
             perform(members, self._trained, self._validated)
             replies, kept = [], {}
             for member, (_, memory) in zip(members, personal, strict=True):
@@ -121,7 +124,8 @@ class Shell:
     def _member(self, task: Task, mine: Tree) -> Member:
         rows = len(self.partition.splits[task.client].train)
         begin = self.algorithm.model(self.adapter, task.down, mine)
-        local = Local(task.visit, begin, task.down, mine, self.config.train.steps(rows))
+        steps = self.config.train.steps(rows, task.visit.final)
+        local = Local(task.visit, begin, task.down, mine, steps)
         return Member(task, self.algorithm.work(local))
 
     def _trained(self, group: Sequence[Member]) -> tuple[list[Outcome], Any]:
@@ -154,6 +158,7 @@ class Shell:
         for tree in trees:
             self._check_whole(client, tree)
         rows = self.partition.splits[client].val
+        self._passes[client] += len(rows) * len(trees)
         self.model.eval()
         with torch.no_grad():
             return tuple(self._validate(trees, rows)) if len(rows) and trees else ()
@@ -168,7 +173,8 @@ class Shell:
             self.ended[task.client] = member.end if sent.up and member.end else own
         loss = torch.stack(member.losses).mean().item() if member.losses else 0.0
         weight = len(self.partition.splits[task.client].train)
-        return Reply(task.client, upload, weight, loss), joined(sent.keep, memory)
+        counts = len(member.losses), self._passes[task.client]
+        return Reply(task.client, upload, weight, loss, *counts), joined(sent.keep, memory)
 
     def _check_finite(self, task: Task, outcome: Outcome) -> None:
         norms = torch.stack(torch._foreach_norm(list(outcome.trained.end.values())))
@@ -189,7 +195,9 @@ class Shell:
     def _steps(self, member: Member) -> int:
         rows = self.partition.splits[member.task.client].train
         wanted = member.wanted.steps
-        return self.config.train.steps(len(rows)) if wanted is None else wanted
+        if wanted is not None:
+            return wanted
+        return self.config.train.steps(len(rows), member.task.visit.final)
 
     def _batches(self, member: Member) -> Iterator[np.ndarray]:
         """The batches of a client in its next stretch."""
@@ -199,7 +207,10 @@ class Shell:
         by_length = length if settings.sort_by_length else None
         rows = self.partition.splits[member.task.client].train
         steps = self._steps(member)
-        return batches(rows, settings.batch_size, steps, derive(*seed, "batches"), by_length)
+        drawn = batches(rows, settings.batch_size, steps, derive(*seed, "batches"), by_length)
+        for batch in drawn:
+            self._passes[member.task.client] += len(batch)
+            yield batch
 
     def _path(self, member: Member) -> dict[str, float]:
         """The sum of the learning rates over the steps of the next stretch, by factor."""

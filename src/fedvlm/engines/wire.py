@@ -54,12 +54,17 @@ class Reply:
         weight: the number of the client's training examples.
         loss: mean training loss over the round's steps: nats a token (SFT), the DPO loss a pair; 0
             where the round had no step.
+        steps: optimizer steps of the round; 0 where unknown, as at deployed sites.
+        passes: forward passes of the round, in rows: those of training, and those of validation
+            for each validated adapter; 0 where unknown.
     """
 
     client: str
     upload: Tree
     weight: float
     loss: float
+    steps: int = 0
+    passes: int = 0
 
 
 def sent_up(

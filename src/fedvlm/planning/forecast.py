@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from fedvlm.algorithms.base import NOBODY, Visit
-from fedvlm.algorithms.table import build, find
+from fedvlm.algorithms.table import find, of_run
 from fedvlm.errors import FedVLMError
 from fedvlm.planning import footprint
 from fedvlm.planning.footprint import Exchange, Exchanges, Footprint
@@ -52,7 +52,7 @@ class Forecast:
         config: the settings of the run.
         clients: number of clients.
         cohort: number of clients in a round.
-        tuning: whether a final round of local tuning follows, with all clients.
+        tuning: whether a final round follows, with all clients and without uploads.
         rows: split -> rows a client.
         steps: optimizer steps a client and round.
         all_steps: optimizer steps of all clients and rounds.
@@ -87,7 +87,7 @@ def forecast(config: Config) -> Forecast:
     unknown: list[str] = []
     partition = _partition(config, unknown)
     names = partition.clients if partition else _stated(config)
-    algorithm = build(config.algorithm, config.lora)
+    algorithm = of_run(config)
     rounds = list(plan(config, algorithm, names or (NOBODY.client,)))
     weights = weights_of(config, partition) if partition else dict.fromkeys(names or ("",), 1.0)
     visits = [visit for round_ in rounds for visit in round_.visits(weights).values()]
@@ -208,7 +208,7 @@ def _work(
     told = train.local_epochs is None  # else the steps depend on the rows
     for visit in visits:
         rows = len(partition.splits[visit.client].train) if partition else None
-        usual = train.steps(rows or 0) if rows or told else None
+        usual = train.steps(rows or 0, visit.final) if rows or told or visit.final else None
         exchange = exchanges.of(visit, usual or 1)
         lengths = [usual if s.steps is None else s.steps for s in exchange.stretches]
         steps = _total(lengths) if usual is not None else None

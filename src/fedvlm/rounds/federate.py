@@ -331,6 +331,8 @@ def one_round(
         "train_loss": fold.losses,
         "bytes_up": fold.bytes_up,
         "bytes_down": {c: saved_bytes(tree) for c, tree in down.items()},
+        "steps": fold.steps,
+        "passes": fold.passes,
         "evaluation": None,
     } | ({"rejected": fold.rejected} if fold.rejected else {})
     answered = fold.losses.keys() | fold.rejected.keys()

@@ -25,6 +25,8 @@ class Fold:
         losses: client -> its training loss, for accepted uploads.
         rejected: client -> the reason for the rejection of its upload.
         bytes_up: client -> bytes of its message.
+        steps: client -> optimizer steps, of the clients whose engine counts them.
+        passes: client -> forward passes in rows, of the same clients.
     """
 
     def __init__(self, known: Mapping[str, Visit], downs: Mapping[str, Tree], forms: Forms):
@@ -33,6 +35,8 @@ class Fold:
         self.losses: dict[str, float] = {}
         self.rejected: dict[str, str] = {}
         self.bytes_up: dict[str, int] = {}
+        self.steps: dict[str, int] = {}
+        self.passes: dict[str, int] = {}
         self._mean, self._uploads = Mean(), list[Upload]()
 
     def add(self, reply: Reply) -> bool:
@@ -50,6 +54,8 @@ class Fold:
         if upload:
             self._take(upload, replace(visit, weight=reply.weight))
         self.losses[client] = reply.loss
+        if reply.passes or reply.steps:
+            self.steps[client], self.passes[client] = reply.steps, reply.passes
         return True
 
     def _take(self, upload: Tree, visit: Visit) -> None:

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from fedvlm.algorithms.base import Algorithm
-from fedvlm.algorithms.table import adapter_of, build, check_fit, find
+from fedvlm.algorithms.table import adapter_of, check_fit, find, of_run
 from fedvlm.errors import DataError
 from fedvlm.processes import size
 from fedvlm.rounds.progress import Progress, Quiet
@@ -71,7 +71,7 @@ def prepare(
     from fedvlm.models.load import load_model, set_threads
     from fedvlm.models.lora import attach, drop_dead
 
-    algorithm = algorithm or build(config.algorithm, config.lora)
+    algorithm = of_run(config, algorithm)
     objective = objectives.build(config.objective)
     rows, partition = divide(config, divider)
     store = store or stores.Store(config.output)

@@ -220,6 +220,10 @@ def tabulate(
         "bytes": {
             way: {"per_client_round": sum(n) / len(n), "total": sum(n)} for way, n in sent.items()
         },
+        **{
+            key: sum(sum(line.get(key, {}).values()) for line in trained)
+            for key in ("steps", "passes")
+        },
         "clients": len(clients),
         "folders": {c: f"client-{folders[c]}" for c in scored(config, clients)},
     }

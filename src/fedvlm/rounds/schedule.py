@@ -52,8 +52,9 @@ def plan(config: Config, algorithm: Algorithm, clients: Sequence[str]) -> Iterat
         draw = np.random.default_rng(derive(config.seed, number, "cohort"))
         chosen = sorted(draw.choice(len(clients), size=min(size, len(clients)), replace=False))
         due = config.eval.every and number % config.eval.every == 0
+        last = number == rounds and not algorithm.final
         cohort = tuple(clients[i] for i in chosen)
-        yield Round(number, cohort, bool(due or number == rounds))
+        yield Round(number, cohort, bool(due or last))
     if algorithm.final:
         yield Round(rounds + 1, tuple(clients), final=True)
 

@@ -228,6 +228,16 @@ class TrainConfig(Section):
     local_epochs: Positive | None = Field(
         None, description="passes over a client's rows a round; empty: use local_steps"
     )
+    finish_steps: Whole | None = Field(
+        None,
+        description="optimizer steps of local tuning after the last round, at every client; empty: "
+        "20 with clients_per_round, else 0",
+    )
+    average: Literal["none", "mean", "ema"] = Field(
+        "mean",
+        description="a client's final model: a mean of its models over the rounds, where late "
+        "rounds weigh more; their exponential moving average; or its last model (none)",
+    )
     batch_size: Positive = 8
     sort_by_length: bool = Field(
         False, description="batches of rows of similar length: less padding, less mixed batches"
@@ -259,12 +269,25 @@ class TrainConfig(Section):
         return self
 
     @property
+    def tuning(self) -> int:
+        """Optimizer steps of local tuning after the last round."""
+        usual = 20 if self.clients_per_round else 0
+        return usual if self.finish_steps is None else self.finish_steps
+
+    @property
     def rates(self) -> dict[str, float]:
         """The learning rate of each factor."""
         return {"A": self.lr_a or self.lr, "B": self.lr_b or self.lr}
 
-    def steps(self, rows: int) -> int:
-        """Optimizer steps in one round of a client with ``rows`` training rows."""
+    def steps(self, rows: int, final: bool = False) -> int:
+        """Optimizer steps in one round of a client with ``rows`` training rows.
+
+        Args:
+            rows: number of training rows.
+            final: whether it is the round of local tuning after the last round.
+        """
+        if final:
+            return self.tuning
         if self.local_epochs is not None:
             return self.local_epochs * math.ceil(rows / self.batch_size)
         return self.local_steps or 5
