@@ -98,7 +98,7 @@ TABLE: dict[str, Entry] = {
     "iat": Entry(
         "B of the image side, A of language",
         "the other factors",
-        "IAT, arXiv 2606.08687 (its map, without its regularizer)",
+        "IAT, arXiv 2606.08687 (for medical segmentation; its map, no regularizer)",
         _shares(IAT),
         Averaging,
         ranks=True,
