@@ -16,7 +16,7 @@ from fedvlm.algorithms.averaging import Averaging, ServerStep, averaging
 from fedvlm.algorithms.base import Algorithm
 from fedvlm.algorithms.client_terms import scaffold
 from fedvlm.algorithms.dual import fedalt, feddpa, pair
-from fedvlm.algorithms.entry import Entry
+from fedvlm.algorithms.entry import GROUP, HANDED_OVER, Entry, loaded
 from fedvlm.algorithms.exact import exact
 from fedvlm.algorithms.flex import ProductConfig, flexlora, hetlora, ranked
 from fedvlm.algorithms.mixing import DittoConfig, MixConfig, apfl, ditto, mixing
@@ -33,8 +33,6 @@ ALIASES = {"fedavg": "lora", "fedit": "lora"}
 
 OWN = "own"
 """The name of an algorithm that was given as an object; ``own:LABEL`` in a comparison."""
-
-GROUP = "fedvlm.algorithms"
 
 
 def _shares(
@@ -290,24 +288,7 @@ def _outside(name: str) -> Entry:
     (point,) = list(entry_points(group=GROUP, name=name))[:1] or (None,)
     if point is None:
         raise KeyError(name)
-    try:
-        found = point.load()
-    except Exception as error:
-        raise FedVLMError(
-            f"algorithm '{name}' of the installed package cannot be loaded from '{point.value}': "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(found, Entry):
-        raise FedVLMError(
-            f"algorithm '{name}': '{point.value}' must be a fedvlm.Entry, got "
-            f"{type(found).__name__}"
-        )
-    if not (isinstance(found.settings, type) and issubclass(found.settings, AlgorithmConfig)):
-        raise FedVLMError(
-            f"algorithm '{name}': the settings of '{point.value}' must be a subclass of "
-            f"fedvlm.AlgorithmConfig, got {found.settings!r:.80}"
-        )
-    return found
+    return loaded(point)
 
 
 def names() -> list[str]:
@@ -369,16 +350,3 @@ def check_fit(config: AlgorithmConfig, adapter: Iterable[str]) -> None:
 
 def _spare(lora: LoraConfig) -> int:
     return 4 * lora.rank if lora.spare is None else lora.spare
-
-
-def _missing(config: AlgorithmConfig, lora: LoraConfig) -> Algorithm:
-    raise FedVLMError(
-        f"algorithm.name={config.name}: the algorithm of this run was given as an object; give it "
-        "again in Python (algorithm=... of fedvlm.resume, open_run and onboard), or install it as "
-        f"an entry point of the group '{GROUP}'"
-    )
-
-
-HANDED_OVER = Entry(
-    "what the object's work returns", "what the object keeps", "given as an object", _missing
-)
