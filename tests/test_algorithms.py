@@ -55,6 +55,7 @@ SENDS = {
     "flora": "AB",
     "flexlora": "AB",
     "hetlora": "AB",
+    "lorafair": "AB",
     "pair": "AB",
     "feddpa": "AB",
     "fedalt": "AB",

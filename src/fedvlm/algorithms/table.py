@@ -20,6 +20,7 @@ from fedvlm.algorithms.entry import GROUP, HANDED_OVER, Entry, loaded
 from fedvlm.algorithms.exact import exact
 from fedvlm.algorithms.flex import ProductConfig, flexlora, hetlora, ranked
 from fedvlm.algorithms.mixing import DittoConfig, MixConfig, apfl, ditto, mixing
+from fedvlm.algorithms.residual import ResidualConfig, corrected
 from fedvlm.algorithms.server import optimized
 from fedvlm.algorithms.sharing import IAT, ShareConfig, alternating, sharing
 from fedvlm.algorithms.similarity import ClusteredConfig, SimilarConfig, clustered, similar
@@ -208,6 +209,14 @@ TABLE: dict[str, Entry] = {
         "HetLoRA, arXiv 2401.06432 (without self-pruning)",
         lambda c, lora: optimized(hetlora(), c.server),
         ProductConfig,
+        ranks=True,
+    ),
+    "lorafair": Entry(
+        "A and B",
+        "nothing",
+        "LoRA-FAIR, arXiv 2411.14961 (by squared distance)",
+        lambda c, lora: averaging(corrected(c.ridge, server_lr=c.server_lr), c),
+        ResidualConfig,
         ranks=True,
     ),
     "pair": Entry(
