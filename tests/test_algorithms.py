@@ -56,6 +56,7 @@ SENDS = {
     "flexlora": "AB",
     "hetlora": "AB",
     "lorafair": "AB",
+    "fedrot": "AB",
     "pair": "AB",
     "feddpa": "AB",
     "fedalt": "AB",

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from fedvlm import simulate
 from fedvlm.algorithms.residual import corrected
-from fedvlm.tree import products
+from fedvlm.algorithms.rotation import rotating, turned
+from fedvlm.tree import cut, pad, products
 from test_library_ranks import mean_product
-from toy import FEDAVG, INITIAL, A, B, clients, close
+from toy import FEDAVG, INITIAL, A, B, clients, close, target
 
 
 def averaged(run, name):
@@ -37,3 +39,48 @@ def test_lorafairs_product_is_nearer_to_the_mean_product_than_fedavgs():
     assert near < 0.9 * far
     large = simulate(corrected(1e9), clients(), INITIAL, steps=3).run(3)
     assert close(large.model(), simulate(FEDAVG, clients(), INITIAL, steps=3).run(3).model())
+
+
+# FedRot-LoRA
+
+
+def turn(seed, ranks=2):
+    g = torch.Generator().manual_seed(seed)
+    return torch.linalg.qr(torch.randn(ranks, ranks, generator=g))[0]
+
+
+@pytest.mark.parametrize("by", ["A", "B"])
+def test_no_other_turn_is_nearer_to_the_download(by):
+    tree, goal, name = target(1), target(2), {"A": A, "B": B}[by]
+    found = turned(tree, goal, by)
+    assert torch.allclose(found[B] @ found[A], tree[B] @ tree[A], atol=1e-5)
+    least = (found[name] - goal[name]).norm()
+    for seed in range(100):
+        other = {A: turn(seed).T @ tree[A], B: tree[B] @ turn(seed)}
+        assert least <= (other[name] - goal[name]).norm() + 1e-5
+
+
+def test_factors_that_are_only_turned_do_not_cancel_in_the_mean():
+    goal = target(1)
+    same = [{A: turn(s).T @ goal[A], B: goal[B] @ turn(s)} for s in (3, 4)]
+    for tree in same:
+        assert close(turned(tree, goal, "A"), goal, atol=1e-5)
+        assert close(turned(tree, goal, "B"), goal, atol=1e-5)
+        assert not close(tree, goal, atol=0.1)
+
+
+def test_clients_turn_by_b_in_odd_rounds_and_by_a_in_even_ones():
+    run = simulate(rotating(), clients(), INITIAL, steps=2).run()
+    assert close(run.uploads["c1"], run.ends["c1"][-1]), "the first B of a download is zero"
+    for by in ("A", "B"):
+        down = dict(run.state)
+        run.run()
+        assert close(run.uploads["c1"], turned(run.ends["c1"][-1], down, by), atol=1e-5)
+
+
+def test_ranks_without_overlap_are_not_turned():
+    tree, goal = target(1), {A: target(2)[A], B: torch.zeros(4, 2)}
+    assert close(turned(tree, goal, "B"), tree, atol=0)
+    for by in ("A", "B"):  # a client that lacks the second rank
+        one, other = (pad(cut(target(k), 0, 1), 0, 1) for k in (1, 2))
+        assert cut(turned(one, other, by), 1, 2)[A].abs().max() < 1e-12

@@ -21,6 +21,7 @@ from fedvlm.algorithms.exact import exact
 from fedvlm.algorithms.flex import ProductConfig, flexlora, hetlora, ranked
 from fedvlm.algorithms.mixing import DittoConfig, MixConfig, apfl, ditto, mixing
 from fedvlm.algorithms.residual import ResidualConfig, corrected
+from fedvlm.algorithms.rotation import rotating
 from fedvlm.algorithms.server import optimized
 from fedvlm.algorithms.sharing import IAT, ShareConfig, alternating, sharing
 from fedvlm.algorithms.similarity import ClusteredConfig, SimilarConfig, clustered, similar
@@ -217,6 +218,14 @@ TABLE: dict[str, Entry] = {
         "LoRA-FAIR, arXiv 2411.14961 (by squared distance)",
         lambda c, lora: averaging(corrected(c.ridge, server_lr=c.server_lr), c),
         ResidualConfig,
+        ranks=True,
+    ),
+    "fedrot": Entry(
+        "A and B, turned to the download",
+        "nothing",
+        "FedRot-LoRA, arXiv 2602.23638 (full turns)",
+        lambda c, lora: averaging(rotating(server_lr=c.server_lr), c),
+        Averaging,
         ranks=True,
     ),
     "pair": Entry(
