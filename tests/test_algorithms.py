@@ -62,6 +62,7 @@ SENDS = {
     "fedalt": "AB",
     "similar": "AB",
     "clustered": "AB",
+    "fedlease": "AB",
     "centralized": "AB",
     "centralized+name": "AB",
 }

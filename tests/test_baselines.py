@@ -6,11 +6,14 @@ import pytest
 import torch
 
 from fedvlm import simulate
+from fedvlm.algorithms.base import NOBODY, Upload, Visit
+from fedvlm.algorithms.dendrogram import cuts, silhouette
+from fedvlm.algorithms.experts import experts
 from fedvlm.algorithms.residual import corrected
 from fedvlm.algorithms.rotation import rotating, turned
 from fedvlm.tree import cut, pad, products
-from test_library_ranks import mean_product
-from toy import FEDAVG, INITIAL, A, B, clients, close, target
+from test_library_ranks import ZERO, camps, mean_product
+from toy import FEDAVG, INITIAL, A, B, clients, close, pull, target
 
 
 def averaged(run, name):
@@ -84,3 +87,79 @@ def test_ranks_without_overlap_are_not_turned():
     for by in ("A", "B"):  # a client that lacks the second rank
         one, other = (pad(cut(target(k), 0, 1), 0, 1) for k in (1, 2))
         assert cut(turned(one, other, by), 1, 2)[A].abs().max() < 1e-12
+
+
+# Clustering
+
+
+def line(*places):
+    points = torch.tensor(places, dtype=torch.float64)
+    return (points[:, None] - points[None]).abs()
+
+
+def test_average_linkage_merges_the_clusters_of_the_least_mean_distance():
+    found = [labels.tolist() for labels in cuts(line(0.0, 1.0, 10.0, 12.0, 30.0))]
+    assert found == [
+        [0, 0, 0, 0, 0],
+        [0, 0, 0, 0, 4],
+        [0, 0, 2, 2, 4],
+        [0, 0, 2, 3, 4],
+        [0, 1, 2, 3, 4],
+    ]
+    assert [labels.tolist() for labels in cuts(line(5.0))] == [[0]]
+
+
+def test_the_silhouette_is_that_of_its_definition():
+    gaps, labels = line(0.0, 1.0, 10.0, 12.0, 30.0, 31.5), torch.tensor([0, 0, 2, 2, 2, 5])
+    widths = []
+    for i, own in enumerate(labels.tolist()):
+        means = {}
+        for group in (0, 2, 5):
+            inside = [gaps[i, j] for j, g in enumerate(labels.tolist()) if g == group and j != i]
+            means[group] = sum(inside) / len(inside) if inside else None
+        a, b = means.pop(own), min(means.values())
+        widths.append(0.0 if a is None else float((b - a) / max(a, b)))
+    assert silhouette(gaps, labels) == pytest.approx(sum(widths) / 6)
+    assert silhouette(torch.zeros(4, 4), torch.tensor([0, 0, 1, 1])) == 0
+
+
+# FedLEASE
+
+
+def three_camps():
+    return {
+        f"{camp}{k}": (1.0 + k, pull(target(camp), 1 + k / 4)) for camp in range(3) for k in (0, 1)
+    }
+
+
+@pytest.mark.parametrize(("found", "groups"), [(camps, 2), (three_camps, 3)])
+def test_fedlease_finds_the_number_of_groups(found, groups):
+    run = simulate(experts(4), found(), INITIAL if groups == 3 else ZERO).run()
+    for _ in range(2):
+        models = {c: run.model(c) for c in run.clients}
+        assert len({tuple(m[B].flatten().tolist()) for m in models.values()}) == groups
+        for client, model in models.items():
+            mates = [c for c in run.clients if c[0] == client[0]]
+            total = sum(run.clients[c][0] for c in mates)
+            mean = {
+                n: sum(run.clients[c][0] * run.uploads[c][n] for c in mates) / total for n in (A, B)
+            }
+            assert close(model, mean)
+        run.run()
+
+
+def test_fedlease_compares_b_only_and_is_fedavg_for_two_clients():
+    algorithm, b = experts(2), target(0)[B]
+    sent = {
+        "x": {A: target(1)[A], B: b},
+        "y": {A: target(2)[A], B: b + 0.01},
+        "z": {A: target(1)[A], B: -b},
+    }
+    uploads = [Upload(Visit(c, 1.0, round=1), tree) for c, tree in sent.items()]
+    state = algorithm.server.update(algorithm.init(INITIAL), uploads, 1)
+    assert close(algorithm.send(state, Visit("z", 1.0)), sent["z"], atol=0)
+    assert not close(algorithm.send(state, Visit("x", 1.0)), sent["x"])
+    two = simulate(algorithm, clients(2), INITIAL).run(2)
+    plain = simulate(FEDAVG, clients(2), INITIAL).run(2)
+    assert close(two.model("c0"), plain.model())
+    assert close(algorithm.send(state, NOBODY), algorithm.send(state, Visit("new", 1.0)), atol=0)

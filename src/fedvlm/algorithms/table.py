@@ -18,6 +18,7 @@ from fedvlm.algorithms.client_terms import scaffold
 from fedvlm.algorithms.dual import fedalt, feddpa, pair
 from fedvlm.algorithms.entry import GROUP, HANDED_OVER, Entry, loaded
 from fedvlm.algorithms.exact import exact
+from fedvlm.algorithms.experts import ExpertsConfig, experts
 from fedvlm.algorithms.flex import ProductConfig, flexlora, hetlora, ranked
 from fedvlm.algorithms.mixing import DittoConfig, MixConfig, apfl, ditto, mixing
 from fedvlm.algorithms.residual import ResidualConfig, corrected
@@ -266,6 +267,14 @@ TABLE: dict[str, Entry] = {
         "groups' means, cf. clustered FL, arXiv 1910.01991",
         lambda c, lora: clustered(c.clusters),
         ClusteredConfig,
+        ranks=True,
+    ),
+    "fedlease": Entry(
+        "A and B",
+        "nothing",
+        "FedLEASE, arXiv 2509.15087 (its groups, without router)",
+        lambda c, lora: experts(c.experts),
+        ExpertsConfig,
         ranks=True,
     ),
     "centralized": Entry(
