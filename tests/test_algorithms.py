@@ -63,6 +63,7 @@ SENDS = {
     "similar": "AB",
     "clustered": "AB",
     "fedlease": "AB",
+    "fedtree": "AB",
     "centralized": "AB",
     "centralized+name": "AB",
 }

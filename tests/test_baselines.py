@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from itertools import pairwise
+
 import pytest
 import torch
 
 from fedvlm import simulate
+from fedvlm.algorithms import branches as trees
 from fedvlm.algorithms.base import NOBODY, Upload, Visit
+from fedvlm.algorithms.branches import branches
 from fedvlm.algorithms.dendrogram import cuts, silhouette
 from fedvlm.algorithms.experts import experts
 from fedvlm.algorithms.residual import corrected
@@ -163,3 +167,50 @@ def test_fedlease_compares_b_only_and_is_fedavg_for_two_clients():
     plain = simulate(FEDAVG, clients(2), INITIAL).run(2)
     assert close(two.model("c0"), plain.model())
     assert close(algorithm.send(state, NOBODY), algorithm.send(state, Visit("new", 1.0)), atol=0)
+
+
+# FedTreeLoRA
+
+
+def test_fedtrees_groups_are_nested_grow_slowly_and_follow_the_layers_silhouettes():
+    alike, pairs_ = line(0, 1, 2, 3, 4, 5.0), line(0, 0.1, 8, 8.1, 20, 20.1)
+    distances = torch.stack([0.1 * alike, pairs_, pairs_, alike])
+
+    def counts(*settings):
+        layers = torch.stack(trees.grouped(distances, *settings), 1)
+        for upper, lower in pairwise(layers):
+            for own in lower.unique():
+                assert len(upper[lower == own].unique()) == 1, "a group lies inside one above it"
+        return [len(layer.unique()) for layer in layers]
+
+    assert counts(0.99, 3) == [1, 1, 1, 1], "one group has the best score"
+    assert counts(0.8, 3) == [1, 3, 3, 3], "and never fewer groups than a layer before"
+    assert counts(0.6, 2) == [1, 2, 3, 3], "one more group a layer"
+    assert counts(0.8, 1) == [1, 1, 1, 1]
+
+
+def test_fedtree_shares_the_first_layer_with_all_and_the_last_with_its_group():
+    key = "base_model.model.{}.layers.{}.q_proj.lora_{}.weight"
+    names = [
+        key.format(part, i, f) for part in ("text", "vision_tower") for i in (0, 1) for f in "AB"
+    ]
+    shapes = {"A": (2, 5), "B": (4, 2)}
+    initial = {n: torch.zeros(shapes[n.split("lora_")[1][0]]) for n in names}
+    order = [names[4:6], names[6:], names[:2], names[2:4]]
+    assert trees.layers(initial) == order, "the image side first"
+
+    def upload(k):
+        g = torch.Generator().manual_seed(k)
+        tree = {n: t + torch.randn(t.shape, generator=g) / 10 for n, t in initial.items()}
+        return {n: t + (10.0 * (k % 2) if n in order[3] else 0.0) for n, t in tree.items()}
+
+    algorithm, sent = branches(0.3, 3), {f"c{k}": upload(k) for k in range(5)}
+    uploads = [Upload(Visit(c, 1.0, round=1), tree) for c, tree in sent.items()]
+    state = algorithm.server.update(algorithm.init(initial), uploads, 1)
+    down = algorithm.send(state, Visit("c1", 1.0))
+    assert down.keys() == initial.keys()
+    for n in names:
+        mates = ("c1", "c3") if n in order[3] else sent
+        assert torch.allclose(down[n], sum(sent[c][n] for c in mates) / len(mates), atol=1e-5)
+    everyone = algorithm.send(state, Visit("new", 1.0))
+    assert close(everyone, {n: sum(t[n] for t in sent.values()) / 5 for n in names}, atol=1e-5)

@@ -14,6 +14,7 @@ from fedvlm.algorithms import checks
 from fedvlm.algorithms.auto import AutoConfig, auto
 from fedvlm.algorithms.averaging import Averaging, ServerStep, averaging
 from fedvlm.algorithms.base import Algorithm
+from fedvlm.algorithms.branches import BranchesConfig, branches
 from fedvlm.algorithms.client_terms import scaffold
 from fedvlm.algorithms.dual import fedalt, feddpa, pair
 from fedvlm.algorithms.entry import GROUP, HANDED_OVER, Entry, loaded
@@ -275,6 +276,14 @@ TABLE: dict[str, Entry] = {
         "FedLEASE, arXiv 2509.15087 (its groups, without router)",
         lambda c, lora: experts(c.experts),
         ExpertsConfig,
+        ranks=True,
+    ),
+    "fedtree": Entry(
+        "A and B",
+        "nothing",
+        "FedTreeLoRA, arXiv 2603.13282 (its tree, without mixing)",
+        lambda c, lora: branches(c.threshold, c.window),
+        BranchesConfig,
         ranks=True,
     ),
     "centralized": Entry(
