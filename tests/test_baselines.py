@@ -13,6 +13,7 @@ from fedvlm.algorithms.base import NOBODY, Upload, Visit
 from fedvlm.algorithms.branches import branches
 from fedvlm.algorithms.dendrogram import cuts, silhouette
 from fedvlm.algorithms.experts import experts
+from fedvlm.algorithms.relevance import relevance
 from fedvlm.algorithms.residual import corrected
 from fedvlm.algorithms.rotation import rotating, turned
 from fedvlm.tree import cut, pad, products
@@ -91,6 +92,41 @@ def test_ranks_without_overlap_are_not_turned():
     for by in ("A", "B"):  # a client that lacks the second rank
         one, other = (pad(cut(target(k), 0, 1), 0, 1) for k in (1, 2))
         assert cut(turned(one, other, by), 1, 2)[A].abs().max() < 1e-12
+
+
+# FedMosaic's RELA
+
+
+def test_relas_mean_weighs_the_others_by_the_cosines_of_decayed_changes():
+    algorithm = relevance(2, 0.5)
+    run = simulate(algorithm, clients(4), INITIAL, steps=2)
+    begin = dict.fromkeys(run.clients, cut(INITIAL, 1, 2))
+    trend = {}
+    for number in (1, 2, 3):
+        run.run(1, None if number != 2 else ["c0", "c2"])
+        for c in run.clients if number != 2 else ("c0", "c2"):
+            change = torch.cat([(run.uploads[c][n] - begin[c][n]).flatten() for n in (A, B)])
+            trend[c] = (trend[c] + change) / 2 if number > 1 else change
+            begin[c] = run.uploads[c]
+    others = ["c0", "c2", "c3"]
+    cosines = [torch.cosine_similarity(trend["c1"], trend[c], dim=0) for c in others]
+    weights = torch.softmax(torch.stack(cosines) / 0.5, 0)
+    down = algorithm.send(run.state, Visit("c1", 2.0))
+    for n in (A, B):
+        wanted = sum(w * begin[c][n] for w, c in zip(weights, others, strict=True))
+        assert torch.allclose(down[n], wanted, atol=1e-6)
+    assert close(cut(run.model("c1"), 0, 1), down, atol=0), "the first half is the download"
+    assert close(cut(run.model("c1"), 1, 2), run.kept["c1"], atol=0)
+
+
+def test_rela_favours_the_own_camp_and_ends_as_the_plain_mean():
+    cold, warm = (simulate(relevance(2, t), camps(), ZERO).run(1) for t in (0.01, 1e6))
+    assert close(cut(cold.model("a0"), 0, 1), cold.uploads["a1"], atol=1e-5)
+    sent = [warm.uploads[c] for c in ("a1", "b0", "b1")]
+    assert close(cut(warm.model("a0"), 0, 1), {n: sum(t[n] for t in sent) / 3 for n in (A, B)})
+    new = warm.algorithm.send(warm.state, Visit("new", 1.0))
+    total = sum(w * warm.uploads[c][B] for c, (w, _) in warm.clients.items())
+    assert torch.allclose(new[B], total / 6, atol=1e-6)
 
 
 # Clustering

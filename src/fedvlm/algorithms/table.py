@@ -22,6 +22,7 @@ from fedvlm.algorithms.exact import exact
 from fedvlm.algorithms.experts import ExpertsConfig, experts
 from fedvlm.algorithms.flex import ProductConfig, flexlora, hetlora, ranked
 from fedvlm.algorithms.mixing import DittoConfig, MixConfig, apfl, ditto, mixing
+from fedvlm.algorithms.relevance import RelevanceConfig, relevance
 from fedvlm.algorithms.residual import ResidualConfig, corrected
 from fedvlm.algorithms.rotation import rotating
 from fedvlm.algorithms.server import optimized
@@ -251,6 +252,15 @@ TABLE: dict[str, Entry] = {
         "its half of the ranks",
         "FedALT, arXiv 2503.11880 (without its mixer)",
         lambda c, lora: fedalt(lora.rank),
+        partial=checks.OWN_START,
+        check=checks.even_rank,
+    ),
+    "fedmosaic": Entry(
+        "its half of the ranks",
+        "its half of the ranks",
+        "RELA of FedMosaic, arXiv 2506.11024 (no gate, no Co-LoRA)",
+        lambda c, lora: relevance(lora.rank, c.temperature),
+        RelevanceConfig,
         partial=checks.OWN_START,
         check=checks.even_rank,
     ),
