@@ -24,7 +24,7 @@ from fedvlm.algorithms.base import Algorithm, Gathered, State, Upload, Visit
 from fedvlm.algorithms.dendrogram import cuts, silhouette
 from fedvlm.algorithms.sharing import sharing
 from fedvlm.algorithms.similarity import GROUP, average, last_upload, remembered, seen
-from fedvlm.settings.method import AlgorithmConfig
+from fedvlm.settings.method import LARGEST, AlgorithmConfig
 from fedvlm.tree import Tree, factor, named, plain
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 class ExpertsConfig(AlgorithmConfig):
     """Settings of ``fedlease``."""
 
-    experts: Annotated[int, Field(ge=2)] = Field(
+    experts: Annotated[int, Field(ge=2, le=LARGEST)] = Field(
         4, description="largest number of groups of clients; the silhouette chooses from 2 up to it"
     )
 

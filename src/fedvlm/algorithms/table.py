@@ -242,7 +242,7 @@ TABLE: dict[str, Entry] = {
     "feddpa": Entry(
         "half of the ranks",
         "the other half",
-        "FedDPA-T, arXiv 2403.19211 (fixed weights)",
+        "FedDPA-T, arXiv 2403.19211 (fixed weights: those by instance are no LoRA)",
         lambda c, lora: feddpa(lora.rank, server_lr=c.server_lr),
         ServerStep,
         check=checks.even_rank,
@@ -250,7 +250,7 @@ TABLE: dict[str, Entry] = {
     "fedalt": Entry(
         "its half of the ranks",
         "its half of the ranks",
-        "FedALT, arXiv 2503.11880 (without its mixer)",
+        "FedALT, arXiv 2503.11880 (without its mixer, which is no LoRA)",
         lambda c, lora: fedalt(lora.rank),
         partial=checks.OWN_START,
         check=checks.even_rank,
