@@ -80,9 +80,9 @@ def apart(state: State) -> Tensor:
     """The distances of the clients' last uploads in each layer, ``[layers, clients, clients]``."""
     import torch
 
-    trees = [last_upload(state, client) for client in seen(state)]
-    found = []
+    known, found = seen(state), []
     for names in layers(state):
+        trees = [last_upload(state, client, names) for client in known]
         flat = [
             torch.stack([tree[n].flatten().double() for tree in trees])
             for n in names

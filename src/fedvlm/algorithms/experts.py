@@ -64,9 +64,9 @@ def apart(state: State) -> Tensor:
     """The distances of the clients' last uploads, ``[clients, clients]``."""
     import torch
 
-    trees = [last_upload(state, client) for client in seen(state)]
-    found = []
-    for name in sorted(n for n in plain(state) if factor(n) == "B"):
+    names, found = sorted(n for n in plain(state) if factor(n) == "B"), []
+    trees = [last_upload(state, client, names) for client in seen(state)]
+    for name in names:
         flat = torch.stack([tree[name].flatten().double() for tree in trees])
         unit = torch.nn.functional.normalize(flat, dim=1)
         found.append((1 - unit @ unit.T).fill_diagonal_(0.0))

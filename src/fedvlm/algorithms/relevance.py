@@ -51,22 +51,24 @@ def relevance(ranks: int, temperature: float) -> Algorithm:
     def send(state: State, visit: Visit) -> Tree:
         import torch
 
-        others = [other for other in seen(state) if other != visit.client]
-        if not others or visit.client not in seen(state):
+        names, known = sorted(plain(state)), seen(state)
+        others = [other for other in known if other != visit.client]
+        if not others or visit.client not in known:
             return average(state, others) if others else plain(state)
-        own = _direction(state, visit.client)
-        cosines = torch.stack([own @ _direction(state, other) for other in others])
+        own = _direction(state, visit.client, names)
+        cosines = torch.stack([own @ _direction(state, other, names) for other in others])
         mean = Mean()
         for other, weight in zip(others, torch.softmax(cosines / temperature, 0), strict=True):
-            mean.add(last_upload(state, other), max(float(weight), 1e-30))
+            mean.add(last_upload(state, other, names), max(float(weight), 1e-30))
         return mean.tree()
 
     def gather(state: State, uploads: Sequence[Upload], round: int) -> Tree:
-        new = remembered(state, uploads)
-        for client in (upload.visit.client for upload in uploads):
-            again = client in seen(state)
-            begin = last_upload(state, client) if again else part(state, BEGIN)
-            for n, end in last_upload(new, client).items():
+        new, known, first = remembered(state, uploads), seen(state), part(state, BEGIN)
+        for upload in uploads:
+            client = upload.visit.client
+            again = client in known
+            begin = last_upload(state, client, first) if again else first
+            for n, end in upload.tree.items():
                 key, change = f"{TREND}/{n}/{client}", end - begin[n]
                 new[key] = (state[key] + change) / 2 if again else change
         return new
@@ -74,9 +76,9 @@ def relevance(ranks: int, temperature: float) -> Algorithm:
     return replace(base, init=init, send=send, server=Gathered(gather))
 
 
-def _direction(state: State, client: str) -> Tensor:
+def _direction(state: State, client: str, names: Sequence[str]) -> Tensor:
     """The decayed change of a client's uploads, as a flat vector of length 1."""
     import torch
 
-    flat = torch.cat([state[f"{TREND}/{n}/{client}"].flatten() for n in sorted(plain(state))])
+    flat = torch.cat([state[f"{TREND}/{n}/{client}"].flatten() for n in names])
     return torch.nn.functional.normalize(flat, dim=0)

@@ -138,17 +138,16 @@ def average(
         parts: client -> factor of its weight; None: 1.
         only: the names of the factors of the mean; empty: all.
     """
-    mean = Mean()
+    mean, names = Mean(), only or plain(state)
     for client in clients:
         weight = float(state[f"{WEIGHT}/{client}"]) * (parts[client] if parts else 1.0)
-        sent = last_upload(state, client)
-        mean.add({n: sent[n] for n in only} if only else sent, max(weight, 1e-30))
+        mean.add(last_upload(state, client, names), max(weight, 1e-30))
     return mean.tree()
 
 
-def last_upload(state: State, client: str) -> Tree:
-    """The last upload of a client that has sent one."""
-    return {n: state[f"{UPLOAD}/{n}/{client}"] for n in plain(state)}
+def last_upload(state: State, client: str, names: Iterable[str]) -> Tree:
+    """The factors of some names in the last upload of a client that has sent one."""
+    return {n: state[f"{UPLOAD}/{n}/{client}"] for n in names}
 
 
 def _changes(state: State) -> dict[str, Tensor]:
@@ -158,7 +157,7 @@ def _changes(state: State) -> dict[str, Tensor]:
     initial = dict(sorted(plain(state).items()))  # a fixed order, so that sums round the same way
     found = {}
     for client in seen(state):
-        sent = last_upload(state, client)
+        sent = last_upload(state, client, initial)
         flat = torch.cat([(sent[n] - t).flatten() for n, t in initial.items()])
         found[client] = torch.nn.functional.normalize(flat, dim=0)
     return found
