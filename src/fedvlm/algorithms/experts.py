@@ -8,8 +8,9 @@ the mean of its clients' uploads.
 A client here uses the expert of its own group only. The paper's router, which mixes up to M experts
 by the input, is not implemented: a mixture by input is no single LoRA. The paper groups once, after
 a warm-up of local training. Here the warm-up is round 1, and the server groups the last uploads of
-all clients anew after every round, so that clients that come later find a group. Fewer than three
-clients are one group, because the silhouette needs three.
+all clients anew after every round, so that clients that come later find a group. Clients of a group
+begin a round alike, so groups tend to stay. Fewer than three clients are one group, because the
+silhouette needs three.
 """
 
 from __future__ import annotations
