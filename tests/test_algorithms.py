@@ -53,11 +53,16 @@ SENDS = {
     "flora": "AB",
     "flexlora": "AB",
     "hetlora": "AB",
+    "lorafair": "AB",
+    "fedrot": "AB",
     "pair": "AB",
     "feddpa": "AB",
     "fedalt": "AB",
+    "fedmosaic": "AB",
     "similar": "AB",
     "clustered": "AB",
+    "fedlease": "AB",
+    "fedtree": "AB",
     "centralized": "AB",
     "centralized+name": "AB",
 }
@@ -67,10 +72,11 @@ KEEPS = dict.fromkeys(SENDS, "") | {
     "fedsa": "B",
     "auto": "B",
     **dict.fromkeys(("iat", "local", "scaffold", "mix", "ditto", "apfl"), "AB"),
-    **dict.fromkeys(("pair", "feddpa", "fedalt"), "AB"),
+    **dict.fromkeys(("pair", "feddpa", "fedalt", "fedmosaic"), "AB"),
 }
 TRAINS = {name: "B" if name in ("ffa", "rolora") else "AB" for name in SENDS}
-SENDS_WHAT_IT_KEEPS = {"auto", "mix", "fedalt", "scaffold"}  # the same tensors, or their change
+# The same tensors, or their change.
+SENDS_WHAT_IT_KEEPS = {"auto", "mix", "fedalt", "fedmosaic", "scaffold"}
 SENDS_AND_KEEPS_TWO_MODELS = {"ditto", "apfl", "pair", "feddpa"}
 VISIT = Visit("c", 3.0, round=1)
 LAST = Visit("c", 3.0, round=9, final=True)

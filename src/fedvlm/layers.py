@@ -64,7 +64,7 @@ def _condition(text: str) -> Callable[[str], bool]:
             raise ValueError(f"'{text}': layers are a number or a range, as in 2, 0-3 or 4-")
         first, dash, last = found.groups()
         top = int(last) if last else (10**9 if dash else int(first))
-        return lambda name: int(first) <= _layer(name) <= top
+        return lambda name: int(first) <= layer(name) <= top
     try:
         compiled = re.compile(text)
     except (re.error, OverflowError, RecursionError) as error:
@@ -72,7 +72,7 @@ def _condition(text: str) -> Callable[[str], bool]:
     return lambda name: bool(compiled.search(name))
 
 
-def _layer(name: str) -> int:
+def layer(name: str) -> int:
     """The number of a module's layer; -1 for a module outside the numbered layers."""
     return next((int(part) for part in name.split(".") if part.isdigit()), -1)
 

@@ -1,17 +1,19 @@
 """Two adapters a client, stored as one: the first half and the second half of the ranks.
 
 The sum of both adapters is trained and used, each with weight 1. Messages have half the size of
-LoRA's.
+LoRA's. Weights that depend on the input are not implemented for any of them: such a sum is no
+longer one LoRA, so it could not be merged, nor loaded by PEFT, and engines would need layers of
+their own.
 
 - ``pair``: a shared and a personal half, trained together. The server averages the shared half.
 - FedDPA-T, Yang et al., arXiv 2403.19211: a round first trains the shared half with the personal
-  half switched off, then the personal half beside the downloaded shared half. The paper weighs the
-  two halves by the similarity of an instance to the client's data (its code by 0.5 each in
-  training). These weights are not implemented.
+  half switched off, then the personal half beside the downloaded shared half. Not here: the paper
+  weighs the halves by the similarity of an instance to the client's data (its code by 0.5 each in
+  training).
 - FedALT, Bian et al., arXiv 2503.11880: the personal half is trained beside a frozen half. The
   frozen half is the mean of the other clients' personal halves, as last sent by each, with separate
-  means of A and of B. The paper's mixer, a gate that weighs the two halves by the input, is not
-  implemented. The server keeps the last half of every client.
+  means of A and of B. The server keeps the last half of every client. Not here: the paper's mixer,
+  a gate that weighs the two halves by the input.
 """
 
 from __future__ import annotations

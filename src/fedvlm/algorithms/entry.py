@@ -4,11 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from importlib.metadata import EntryPoint
 from typing import Any
 
 from fedvlm.algorithms.base import Algorithm
+from fedvlm.errors import FedVLMError
 from fedvlm.settings.method import AlgorithmConfig, LoraConfig
 from fedvlm.settings.sections import Config
+
+GROUP = "fedvlm.algorithms"
+"""The group of the entry points by which other packages add rows."""
 
 
 @dataclass(frozen=True)
@@ -43,3 +48,43 @@ class Entry:
     partial: str = ""
     check: Callable[[Config], str] = lambda config: ""
     fits: Callable[[Any, Iterable[str]], list[str]] = lambda settings, modules: []
+
+
+def loaded(point: EntryPoint) -> Entry:
+    """The row that an installed package adds.
+
+    Raises:
+        FedVLMError: it cannot be loaded, or it is no row.
+    """
+    name = point.name
+    try:
+        found = point.load()
+    except Exception as error:
+        raise FedVLMError(
+            f"algorithm '{name}' of the installed package cannot be loaded from '{point.value}': "
+            f"{type(error).__name__}: {error}"
+        ) from error
+    if not isinstance(found, Entry):
+        raise FedVLMError(
+            f"algorithm '{name}': '{point.value}' must be a fedvlm.Entry, got "
+            f"{type(found).__name__}"
+        )
+    if not (isinstance(found.settings, type) and issubclass(found.settings, AlgorithmConfig)):
+        raise FedVLMError(
+            f"algorithm '{name}': the settings of '{point.value}' must be a subclass of "
+            f"fedvlm.AlgorithmConfig, got {found.settings!r:.80}"
+        )
+    return found
+
+
+def _missing(config: AlgorithmConfig, lora: LoraConfig) -> Algorithm:
+    raise FedVLMError(
+        f"algorithm.name={config.name}: the algorithm of this run was given as an object; give it "
+        "again in Python (algorithm=... of fedvlm.resume, open_run and onboard), or install it as "
+        f"an entry point of the group '{GROUP}'"
+    )
+
+
+HANDED_OVER = Entry(
+    "what the object's work returns", "what the object keeps", "given as an object", _missing
+)

@@ -8,9 +8,10 @@
   names give the same algorithm. The paper's decomposition of B for unequal ranks is not
   implemented.
 - RoLoRA, arXiv 2502.01755: B is trained and shared in odd rounds, A in even rounds.
-- IAT, arXiv 2606.08687: the image encoder and the decoder keep different factors. Only the abstract
-  was available. In our reading, the encoder keeps A and the decoder keeps B, and the projector
-  belongs to the encoder. The paper's orthogonality regularizer is not implemented.
+- IAT, arXiv 2606.08687, segments medical images: the encoder keeps A and shares B, the decoder
+  keeps B and shares A. The transfer to a vision-language model is ours: the image side and the
+  projector take the encoder's map, the language model takes the decoder's. The paper's
+  orthogonality regularizer is not implemented. Known from the abstract and a summary.
 - Local training: share nothing.
 """
 

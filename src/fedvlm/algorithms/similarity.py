@@ -15,7 +15,7 @@ changes to the common initial adapter.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Annotated
 
@@ -124,17 +124,30 @@ def seen(state: State) -> list[str]:
     return sorted(part(state, WEIGHT))
 
 
-def average(state: State, clients: Iterable[str], parts: Mapping[str, float] | None = None) -> Tree:
-    """The mean of the last uploads of some clients, weighted by examples and by ``parts``."""
-    mean = Mean()
+def average(
+    state: State,
+    clients: Iterable[str],
+    parts: Mapping[str, float] | None = None,
+    only: Collection[str] = (),
+) -> Tree:
+    """The mean of the last uploads of some clients, weighted by examples and by ``parts``.
+
+    Args:
+        state: the state of the server.
+        clients: the clients of the mean.
+        parts: client -> factor of its weight; None: 1.
+        only: the names of the factors of the mean; empty: all.
+    """
+    mean, names = Mean(), only or plain(state)
     for client in clients:
         weight = float(state[f"{WEIGHT}/{client}"]) * (parts[client] if parts else 1.0)
-        mean.add(_upload(state, client), max(weight, 1e-30))
+        mean.add(last_upload(state, client, names), max(weight, 1e-30))
     return mean.tree()
 
 
-def _upload(state: State, client: str) -> Tree:
-    return {n: state[f"{UPLOAD}/{n}/{client}"] for n in plain(state)}
+def last_upload(state: State, client: str, names: Iterable[str]) -> Tree:
+    """The factors of some names in the last upload of a client that has sent one."""
+    return {n: state[f"{UPLOAD}/{n}/{client}"] for n in names}
 
 
 def _changes(state: State) -> dict[str, Tensor]:
@@ -144,7 +157,7 @@ def _changes(state: State) -> dict[str, Tensor]:
     initial = dict(sorted(plain(state).items()))  # a fixed order, so that sums round the same way
     found = {}
     for client in seen(state):
-        sent = _upload(state, client)
+        sent = last_upload(state, client, initial)
         flat = torch.cat([(sent[n] - t).flatten() for n, t in initial.items()])
         found[client] = torch.nn.functional.normalize(flat, dim=0)
     return found

@@ -14,13 +14,18 @@ from fedvlm.algorithms import checks
 from fedvlm.algorithms.auto import auto
 from fedvlm.algorithms.averaging import Averaging, ServerStep, averaging
 from fedvlm.algorithms.base import Algorithm
+from fedvlm.algorithms.branches import BranchesConfig, branches
 from fedvlm.algorithms.client_terms import scaffold
 from fedvlm.algorithms.dual import fedalt, feddpa, pair
 from fedvlm.algorithms.ending import ended
-from fedvlm.algorithms.entry import Entry
+from fedvlm.algorithms.entry import GROUP, HANDED_OVER, Entry, loaded
 from fedvlm.algorithms.exact import exact
+from fedvlm.algorithms.experts import ExpertsConfig, experts
 from fedvlm.algorithms.flex import ProductConfig, flexlora, hetlora, ranked
 from fedvlm.algorithms.mixing import DittoConfig, MixConfig, apfl, ditto, mixing
+from fedvlm.algorithms.relevance import RelevanceConfig, relevance
+from fedvlm.algorithms.residual import ResidualConfig, corrected
+from fedvlm.algorithms.rotation import rotating
 from fedvlm.algorithms.server import optimized
 from fedvlm.algorithms.sharing import IAT, ShareConfig, alternating, sharing
 from fedvlm.algorithms.similarity import ClusteredConfig, SimilarConfig, clustered, similar
@@ -34,8 +39,6 @@ ALIASES = {"fedavg": "lora", "fedit": "lora"}
 
 OWN = "own"
 """The name of an algorithm that was given as an object; ``own:LABEL`` in a comparison."""
-
-GROUP = "fedvlm.algorithms"
 
 
 def _shares(
@@ -99,7 +102,7 @@ TABLE: dict[str, Entry] = {
     "iat": Entry(
         "B of the image side, A of language",
         "the other factors",
-        "IAT, arXiv 2606.08687 (its map, without its regularizer)",
+        "IAT, arXiv 2606.08687 (for medical segmentation; its map, no regularizer)",
         _shares(IAT),
         Averaging,
         ranks=True,
@@ -196,6 +199,22 @@ TABLE: dict[str, Entry] = {
         ProductConfig,
         ranks=True,
     ),
+    "lorafair": Entry(
+        "A and B",
+        "nothing",
+        "LoRA-FAIR, arXiv 2411.14961 (by squared distance)",
+        lambda c, lora: averaging(corrected(c.ridge, server_lr=c.server_lr), c),
+        ResidualConfig,
+        ranks=True,
+    ),
+    "fedrot": Entry(
+        "A and B, turned to the download",
+        "nothing",
+        "FedRot-LoRA, arXiv 2602.23638 (full turns)",
+        lambda c, lora: averaging(rotating(server_lr=c.server_lr), c),
+        Averaging,
+        ranks=True,
+    ),
     "pair": Entry(
         "half of the ranks",
         "the other half",
@@ -207,7 +226,7 @@ TABLE: dict[str, Entry] = {
     "feddpa": Entry(
         "half of the ranks",
         "the other half",
-        "FedDPA-T, arXiv 2403.19211 (fixed weights)",
+        "FedDPA-T, arXiv 2403.19211 (fixed weights: those by instance are no LoRA)",
         lambda c, lora: feddpa(lora.rank, server_lr=c.server_lr),
         ServerStep,
         check=checks.even_rank,
@@ -215,8 +234,17 @@ TABLE: dict[str, Entry] = {
     "fedalt": Entry(
         "its half of the ranks",
         "its half of the ranks",
-        "FedALT, arXiv 2503.11880 (without its mixer)",
+        "FedALT, arXiv 2503.11880 (without its mixer, which is no LoRA)",
         lambda c, lora: fedalt(lora.rank),
+        partial=checks.OWN_START,
+        check=checks.even_rank,
+    ),
+    "fedmosaic": Entry(
+        "its half of the ranks",
+        "its half of the ranks",
+        "RELA of FedMosaic, arXiv 2506.11024 (no gate, no Co-LoRA)",
+        lambda c, lora: relevance(lora.rank, c.temperature),
+        RelevanceConfig,
         partial=checks.OWN_START,
         check=checks.even_rank,
     ),
@@ -234,6 +262,22 @@ TABLE: dict[str, Entry] = {
         "groups' means, cf. clustered FL, arXiv 1910.01991",
         lambda c, lora: clustered(c.clusters),
         ClusteredConfig,
+        ranks=True,
+    ),
+    "fedlease": Entry(
+        "A and B",
+        "nothing",
+        "FedLEASE, arXiv 2509.15087 (its groups, without router)",
+        lambda c, lora: experts(c.experts),
+        ExpertsConfig,
+        ranks=True,
+    ),
+    "fedtree": Entry(
+        "A and B",
+        "nothing",
+        "FedTreeLoRA, arXiv 2603.13282 (its tree, without mixing)",
+        lambda c, lora: branches(c.threshold, c.window),
+        BranchesConfig,
         ranks=True,
     ),
     "centralized": Entry(
@@ -274,24 +318,7 @@ def _outside(name: str) -> Entry:
     (point,) = list(entry_points(group=GROUP, name=name))[:1] or (None,)
     if point is None:
         raise KeyError(name)
-    try:
-        found = point.load()
-    except Exception as error:
-        raise FedVLMError(
-            f"algorithm '{name}' of the installed package cannot be loaded from '{point.value}': "
-            f"{type(error).__name__}: {error}"
-        ) from error
-    if not isinstance(found, Entry):
-        raise FedVLMError(
-            f"algorithm '{name}': '{point.value}' must be a fedvlm.Entry, got "
-            f"{type(found).__name__}"
-        )
-    if not (isinstance(found.settings, type) and issubclass(found.settings, AlgorithmConfig)):
-        raise FedVLMError(
-            f"algorithm '{name}': the settings of '{point.value}' must be a subclass of "
-            f"fedvlm.AlgorithmConfig, got {found.settings!r:.80}"
-        )
-    return found
+    return loaded(point)
 
 
 def names() -> list[str]:
@@ -371,16 +398,3 @@ def check_fit(config: AlgorithmConfig, adapter: Iterable[str]) -> None:
 
 def _spare(lora: LoraConfig) -> int:
     return 4 * lora.rank if lora.spare is None else lora.spare
-
-
-def _missing(config: AlgorithmConfig, lora: LoraConfig) -> Algorithm:
-    raise FedVLMError(
-        f"algorithm.name={config.name}: the algorithm of this run was given as an object; give it "
-        "again in Python (algorithm=... of fedvlm.resume, open_run and onboard), or install it as "
-        f"an entry point of the group '{GROUP}'"
-    )
-
-
-HANDED_OVER = Entry(
-    "what the object's work returns", "what the object keeps", "given as an object", _missing
-)
