@@ -23,6 +23,8 @@ COLUMNS = (
     "when",
     "mean",
     "worst10",
+    "steps",
+    "passes",
     "bytes_up",
     "rounds_to_90",
 )

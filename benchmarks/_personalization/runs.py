@@ -143,8 +143,9 @@ def measure(name: str, config: Config, tell: comparison.Tell) -> None:
         seconds = time.perf_counter() - began if whole else None
         lines = files.read_lines(folder / "metrics.jsonl")
         results = Results.read(folder)
+        scores = clients_of(results)
         loss = results.summary("personal", "loss")["mean"]
-        _write(folder / MEASURED, config, seconds, rows_of(results, lines), loss)
+        _write(folder / MEASURED, config, seconds, rows_of(results, lines), loss, scores)
         prune(folder)
     except Exception:
         files.write_text(folder / FAILED, traceback.format_exc())
@@ -174,7 +175,10 @@ def join(name: str, config: Config, tell: comparison.Tell) -> None:
 
 def rows_of(results: Results, lines: list[dict[str, Any]]) -> list[dict[str, Any]]:
     """The rows of a run in the raw results, without the columns that identify the run."""
-    metric, sent = results.metric, results.table["bytes"]["bytes_up"]["total"]
+    metric, table = results.metric, results.table
+    sent = {k: table[k] for k in ("steps", "passes")} | {
+        "bytes_up": table["bytes"]["bytes_up"]["total"]
+    }
     start = results.summary("untuned")
     found = [_row("untuned", "start", start, sent, None)]
     for name, (model, when) in MODELS.items():
@@ -185,6 +189,14 @@ def rows_of(results: Results, lines: list[dict[str, Any]]) -> list[dict[str, Any
                 curve[line["round"]] = summarize({c: s[metric] for c, s in clients.items()})["mean"]
         found.append(_row(model, when, results.summary(name), sent, rounds_to(curve)))
     return found
+
+
+def clients_of(results: Results) -> dict[str, dict[str, Any]]:
+    """Scores of the personal models: client -> every metric, and the number of scored rows."""
+    return {
+        client: dict(scores)
+        for client, scores in results.table["models"]["personal"]["clients"].items()
+    }
 
 
 def joined_rows(
@@ -198,7 +210,9 @@ def joined_rows(
         ("personal", "after", "personal"),
     ):
         scores = {str(k): site[name][config.metric] for k, site in enumerate(sites)}
-        found.append(_row(model, when, summarize(scores), 0, None))
+        found.append(
+            _row(model, when, summarize(scores), {"steps": 0, "passes": 0, "bytes_up": 0}, None)
+        )
     return found
 
 
@@ -211,14 +225,18 @@ def prune(folder: Path) -> None:
 
 
 def _row(
-    model: str, when: str, summary: Mapping[str, float], sent: float, rounds: int | None
+    model: str,
+    when: str,
+    summary: Mapping[str, float],
+    sent: Mapping[str, float],
+    rounds: int | None,
 ) -> dict[str, Any]:
     return {
         "model": model,
         "when": when,
         "mean": summary["mean"],
         "worst10": summary["worst10"],
-        "bytes_up": int(sent),
+        **{name: int(value) for name, value in sent.items()},
         "rounds_to_90": rounds,
     }
 
@@ -229,6 +247,7 @@ def _write(
     seconds: float | None,
     rows: list[dict[str, Any]],
     loss: float | None = None,
+    scores: Mapping[str, Any] | None = None,
 ) -> None:
     found = {
         "settings": digest(config),
@@ -237,6 +256,7 @@ def _write(
         "commit": _commit(),
         "loss": loss,
         "rows": rows,
+        "clients": scores or {},
     }
     (path.parent / FAILED).unlink(missing_ok=True)
     files.write_text(path, json.dumps(found, indent=1) + "\n")

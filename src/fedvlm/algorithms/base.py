@@ -146,7 +146,7 @@ class Trained(NamedTuple):
 
 @dataclass(frozen=True)
 class Score:
-    """Asks for the scores of adapters on the client's validation rows.
+    """Asks for the scores of adapters on the client's validation rows, at most 64 of them.
 
     The answer is a :class:`Validation` for each adapter, or ``()`` for a client without validation
     rows.

@@ -32,6 +32,8 @@ from fedvlm.settings.sections import Config
 from fedvlm.store.run import Store
 from fedvlm.tree import Tree, digest
 
+MOST_VALIDATED = 64  # validation rows of a client that a Score uses
+
 
 class Shell:
     """Clients on one model in memory, a pass of ``width`` clients at a time.
@@ -157,7 +159,7 @@ class Shell:
     def _validated(self, client: str, trees: Sequence[Tree]) -> tuple[Validation, ...]:
         for tree in trees:
             self._check_whole(client, tree)
-        rows = self.partition.splits[client].val
+        rows = self.partition.splits[client].val[:MOST_VALIDATED]
         self._passes[client] += len(rows) * len(trees)
         self.model.eval()
         with torch.no_grad():
