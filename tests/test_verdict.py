@@ -3,18 +3,33 @@
 from __future__ import annotations
 
 import json
+import sys
 
 import numpy as np
 import pytest
 
 import fedvlm
+from fedvlm.cli import demo
+from fedvlm.cli.app import main
 from fedvlm.cli.tables import print_comparison, unequal_steps
 from fedvlm.intervals import gain, paired
 from fedvlm.rounds.claims import SHARES, STAY, UNCLEAR, gains, steps, verdicts
 from fedvlm.rounds.comparison import Comparison
+from fedvlm.rounds.contenders import planned
 from fedvlm.rounds.results import Results
 
 ROWS = 60
+SMALL = (
+    "data.scenes.sites=2",
+    "data.scenes.rows=16",
+    "partition.min_rows=4",
+    "train.rounds=1",
+    "train.local_steps=1",
+    "eval.max_rows=3",
+    "eval.max_new_tokens=4",
+    "lora.rank=2",
+    "--jobs=1",
+)
 
 
 class Answered(Results):
@@ -228,3 +243,32 @@ def test_a_comparison_has_steps_passes_and_verdicts_in_its_files(small, tmp_path
     assert [v["client"] for v in found.verdicts] == ["site-0", "site-1", "site-2"]
     assert {v["n"] for v in found.verdicts} == {3}
     assert all(list(v["gains"]) == ["lora"] for v in found.verdicts)
+
+
+# The demo
+
+
+def test_the_demo_has_equal_budgets_and_curves_of_four_points_or_more():
+    runs = planned(demo.ALGORITHMS, demo.SETTINGS)
+    assert {"local", "lora", "auto"} < set(demo.ALGORITHMS)
+    assert all(f"  {name} " in demo.INTRODUCTION for name in demo.ALGORITHMS)
+    assert len({(c.train.steps(50), c.train.rounds, c.train.tuning) for c in runs.values()}) == 1
+    for config in runs.values():
+        assert config.train.rounds // config.eval.every >= 3, "and round 0"
+
+
+def test_a_small_demo_prints_a_verdict_for_each_site_and_fits_80_columns(
+    tmp_path, capsys, monkeypatch
+):
+    monkeypatch.setattr("fedvlm.cli.tables.console_for_tables", lambda: console(80))
+    monkeypatch.setattr(sys, "argv", ["fedvlm", "demo", f"output={tmp_path / 'd'}", *SMALL])
+    with pytest.raises(SystemExit) as stop:
+        main()
+    assert stop.value.code == 0
+    text = capsys.readouterr().out
+    assert all(name in text for name in demo.ALGORITHMS)
+    lines = text[text.index("Should a site take part?") :].splitlines()
+    assert [line.split()[0] for line in lines if line.startswith(" site-")] == ["site-0", "site-1"]
+    assert "unequal" not in text
+    assert text.rstrip().endswith(" s")
+    assert max(map(len, text[text.index("exact match on every") :].splitlines())) <= 80
