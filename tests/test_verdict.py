@@ -219,7 +219,9 @@ def test_the_tables_fit_80_columns_and_show_clear_gains_between_equal_steps_only
     assert "35.7 MB" in text
     lines = [line.split() for line in text.splitlines()]
     assert ["site-0", "share", "all", "lora", "+40.0", "+25.9", "to", "+51.5", "60"] in lines
-    assert any(line[:3] == ["site-1", "stay", "alone"] for line in lines)
+    assert any(
+        line[:3] == ["site-1", "stay", "alone"] and line[-2:] == ["lora", "-40.0"] for line in lines
+    )
     assert any(line[:4] == ["site-2", "no", "clear", "difference"] for line in lines)
 
 
