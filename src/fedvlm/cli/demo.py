@@ -1,4 +1,4 @@
-"""The settings of ``fedvlm demo``, small enough for two minutes on two cores."""
+"""The settings of ``fedvlm demo``: two to three minutes on two cores, most of it scoring."""
 
 from __future__ import annotations
 
