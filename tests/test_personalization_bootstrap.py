@@ -91,3 +91,9 @@ def test_a_ratio_over_nothing_is_infinite_and_not_an_error():
     found = bootstrap.ratio(pairs([0.5, 0.5]), pairs([0.0, 0.0]))
     assert (found.value, found.low, found.high) == (math.inf, math.inf, math.inf)
     assert math.isnan(bootstrap.ratio(pairs([0.0]), pairs([0.0])).value)
+
+
+def test_few_pairs_show_nothing_even_if_they_agree():
+    few = bootstrap.difference(pairs([0.3] * 5), pairs([0.2] * 5))
+    enough = bootstrap.difference(pairs([0.3] * 6), pairs([0.2] * 6))
+    assert (few.above(), enough.above(), enough.above(0.2)) == (False, True, False)

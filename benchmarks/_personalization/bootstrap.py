@@ -19,6 +19,8 @@ import numpy as np
 RESAMPLES = 10_000
 TAIL = 0.025  # share of the resamples outside the interval, at each end
 
+LEAST = 6  # pairs of a claim: six equal signs have a probability of 1/64 by chance, below TAIL
+
 Scores = Mapping[Any, float]  # pair (seed, client) -> score
 
 
@@ -39,6 +41,10 @@ class Estimate:
     low: float
     high: float
     pairs: int
+
+    def above(self, limit: float = 0.0) -> bool:
+        """Whether the interval lies above a limit. Fewer than :data:`LEAST` pairs show nothing."""
+        return self.pairs >= LEAST and self.low > limit
 
 
 def difference(ours: Scores, theirs: Scores) -> Estimate:

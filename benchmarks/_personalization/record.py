@@ -32,13 +32,18 @@ def unpack(file: Path, output: Path) -> int:
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(found, indent=1) + "\n")
-            new += path.name != RATES
+            new += path.name in (MEASURED, JOINS)
     return new
 
 
 def pack(output: Path, file: Path) -> None:
-    """Writes the rates and all compared runs of an output folder to a file, sorted by name."""
-    paths = sorted(path for name in (MEASURED, JOINS) for path in output.glob(f"runs/*/*/{name}"))
+    """Writes the rates and all compared runs of an output folder to a file, sorted by name.
+
+    Each run keeps the scores of its clients, so intervals can be computed from the file alone.
+    """
+    names = [f"runs/*/*/{name}" for name in (MEASURED, JOINS)]
+    names += [f"real/*/*/{MEASURED}", "real/*/cell.json"]
+    paths = sorted(path for name in names for path in output.glob(name))
     lines = []
     for path in [output / RATES, *paths]:
         if path.exists():

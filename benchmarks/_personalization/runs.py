@@ -168,7 +168,8 @@ def join(name: str, config: Config, tell: comparison.Tell) -> None:
                 onboard(folder, data, name=site)
             found.append(json.loads(there.read_text())["scores"])
         seconds = time.perf_counter() - began
-        _write(folder / JOINS, config, seconds, joined_rows(found, config))
+        clients = {f"new-{k}": site["personal"] for k, site in enumerate(found)}
+        _write(folder / JOINS, config, seconds, joined_rows(found, config), scores=clients)
     except Exception:
         files.write_text(folder / FAILED, traceback.format_exc())
 
