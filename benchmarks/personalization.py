@@ -60,12 +60,12 @@ MARKS = "<!-- written by benchmarks/personalization.py -->", "<!-- end of what i
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the requested part of the benchmark, and writes all results of the output folder."""
     asked = _parser().parse_args(words)
+    if own := real.asked(asked):
+        return _real(own, Path(asked.output), asked)
     if asked.quick:
         with tempfile.TemporaryDirectory() as folder:
             asked.publish = False
             return _benchmark(plans.quick(), plans.quick(), Path(folder), asked)
-    if own := real.asked(asked):
-        return _real(own, Path(asked.output), asked)
     form = plans.small() if asked.small else plans.whole() if asked.all else plans.main()
     form = filtered(form, asked)
     form = without_photos(form)
@@ -74,9 +74,12 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _real(own: real.Real, output: Path, asked: argparse.Namespace) -> int:
     """Runs a real cell, and writes all results of the output folder."""
-    size = [f"--{name}" for name in ("cells", "small", "all") if getattr(asked, name)]
+    size = [f"--{name}" for name in ("cells", "small", "all", "quick") if getattr(asked, name)]
     if size:
         raise FedVLMError(f"{', '.join(size)}: no meaning for the cell of --data")
+    if asked.add:
+        _add(output)
+    real.keep(own, output, dry=asked.dry_run)
     form = filtered(plans.Form((), cells.MAIN["algorithms"], real.SEEDS), asked)
     jobs = real.jobs(own, form.algorithms, form.seeds, output)
     found = [(job, read(job)) for job in jobs]
@@ -91,7 +94,6 @@ def _real(own: real.Real, output: Path, asked: argparse.Namespace) -> int:
     )
     if asked.dry_run:
         return 0
-    real.keep(own, output)
     failed = [] if asked.tables else do(todo, asked.jobs, _tell)
     _write(plans.whole(), output, asked.publish)
     for line in failed:
@@ -99,10 +101,14 @@ def _real(own: real.Real, output: Path, asked: argparse.Namespace) -> int:
     return 1 if failed else 0
 
 
+def _add(output: Path) -> None:
+    print(f"{record.unpack(RESULTS / record.NAME, output)} published runs count as done")
+
+
 def _benchmark(form: plans.Form, whole: plans.Form, output: Path, asked: argparse.Namespace) -> int:
     try:
         if asked.add:
-            print(f"{record.unpack(RESULTS / record.NAME, output)} published runs count as done")
+            _add(output)
         _announce(form, whole, output, asked.jobs)
         failed: list[str] = []
         if not (asked.dry_run or asked.tables):

@@ -195,8 +195,8 @@ def jobs(real: Real, algorithms: Sequence[str], seeds: Sequence[int], output: Pa
     ]
 
 
-def keep(real: Real, output: Path) -> None:
-    """Writes the settings of a cell into its folder.
+def keep(real: Real, output: Path, *, dry: bool = False) -> None:
+    """Writes the settings of a cell into its folder; ``dry``: only checks them.
 
     Raises:
         FedVLMError: the folder holds results of other settings.
@@ -204,13 +204,24 @@ def keep(real: Real, output: Path) -> None:
     path = output / FOLDER / real.cell.name / CELL
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-        if found != real.told:
+        if odd := _apart(found["settings"], real.told["settings"]):
             raise FedVLMError(
-                f"'{path.parent}' holds runs with other settings: {found['settings']}; use these, "
-                "or choose another folder with --output DIR"
+                f"'{path.parent}' holds runs with other settings: {', '.join(odd)}. Ask for the "
+                "same, or choose another folder with --output DIR"
             )
-        return
-    write_text(path, json.dumps(real.told, indent=1) + "\n")
+    elif not dry:
+        write_text(path, json.dumps(real.told, indent=1) + "\n")
+
+
+def _apart(there: Mapping[str, Any], here: Mapping[str, Any], head: str = "") -> list[str]:
+    found = []
+    for key in sorted(there.keys() | here.keys()):
+        one, other = there.get(key), here.get(key)
+        if isinstance(one, Mapping) and isinstance(other, Mapping):
+            found += _apart(one, other, f"{head}{key}.")
+        elif one != other:
+            found.append(f"{head}{key} is {one} there, and {other} was asked for")
+    return found
 
 
 def rows(output: Path) -> list[dict[str, Any]]:
@@ -229,7 +240,9 @@ def rows(output: Path) -> list[dict[str, Any]]:
 def stated(output: Path) -> str:
     """A sentence a cell about its settings."""
     lines = []
-    for cell, _, tree in _cells(output):
+    for cell, folder, tree in _cells(output):
+        if not any(folder.glob(f"*/{MEASURED}")):
+            continue
         train, score = tree["train"], tree["eval"]
         lines.append(
             f"- {cell.name}: `{tree['data']['path']}` by `{tree['partition']['column']}`, model "
