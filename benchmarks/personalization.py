@@ -45,7 +45,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from _common import ROOT
-from _personalization import bootstrap, cells, figures, pages, real, record, scores, targets
+from _personalization import (
+    cells,
+    figures,
+    pages,
+    real,
+    record,
+    scores,
+    taken,
+    targets,
+)
 from _personalization import plan as plans
 from _personalization.runs import Job, do, read
 from fedvlm.errors import FedVLMError
@@ -60,8 +69,14 @@ MARKS = "<!-- written by benchmarks/personalization.py -->", "<!-- end of what i
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the requested part of the benchmark, and writes all results of the output folder."""
     asked = _parser().parse_args(words)
+    output = Path(asked.output)
     if own := real.asked(asked):
-        return _real(own, Path(asked.output), asked)
+        return _real(own, output, asked)
+    if asked.take:
+        new = sum(taken.take(Path(folder), output) for folder in asked.take)
+        print(f"{new} runs are new in {output}")
+        _write(plans.whole(), output, asked.publish)
+        return 0
     if asked.quick:
         with tempfile.TemporaryDirectory() as folder:
             asked.publish = False
@@ -69,12 +84,13 @@ def main(words: Sequence[str] | None = None) -> int:
     form = plans.small() if asked.small else plans.whole() if asked.all else plans.main()
     form = filtered(form, asked)
     form = without_photos(form)
-    return _benchmark(form, plans.whole(), Path(asked.output), asked)
+    return _benchmark(form, plans.whole(), output, asked)
 
 
 def _real(own: real.Real, output: Path, asked: argparse.Namespace) -> int:
     """Runs a real cell, and writes all results of the output folder."""
-    size = [f"--{name}" for name in ("cells", "small", "all", "quick") if getattr(asked, name)]
+    odd = ("cells", "small", "all", "quick", "take")
+    size = [f"--{name}" for name in odd if getattr(asked, name)]
     if size:
         raise FedVLMError(f"{', '.join(size)}: no meaning for the cell of --data")
     if asked.add:
@@ -257,7 +273,7 @@ def _write(whole: plans.Form, output: Path, publish: bool) -> None:
     write_text(results / "personalization.csv", as_csv(rows))
     rates = plans.chosen(whole, output)
     before = sum(len(cells.rates(name)) for _, name in record.read_rates(output))
-    state = stated(done, todo, before)
+    state = stated(done, todo, before) if done else "No scenes and no photographs yet."
     if own:
         runs = {(r["regime"], r["rows_per_client"], r["algorithm"], r["seed"]) for r in own}
         state += f" Beside these, {len(runs)} runs in cells of other data."
@@ -271,7 +287,7 @@ def _write(whole: plans.Form, output: Path, publish: bool) -> None:
     if publish:
         record.pack(output, RESULTS / record.NAME)
         write_text(PAGE, placed(PAGE.read_text(encoding="utf-8"), text))
-    print(f"\n{text}\n\nwritten to {results}\n\n{ratio(rows)}", flush=True)
+    print(f"\n{text}\n\nwritten to {results}\n\n{targets.ratio(rows)}", flush=True)
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
@@ -353,7 +369,7 @@ def written(
 
 
 def _by_site(rows: Sequence[dict[str, Any]], own: str) -> str:
-    some = dict.fromkeys(scores.place(r) for r in rows if r["metric"] in real.METRICS[:1])
+    some = dict.fromkeys(scores.place(r) for r in rows if r["metric"] == real.METRIC)
     return f"{own}\n\n{pages.by_site(rows, some)}"
 
 
@@ -364,23 +380,6 @@ def placed(page: str, text: str) -> str:
     if not between.search(page):
         raise FedVLMError(f"'{PAGE}' has no line '{first}' with '{last}' below it: restore them")
     return between.sub(lambda _: f"{first}\n\n{text}\n\n{last}", page)
-
-
-def ratio(rows: Sequence[dict[str, Any]]) -> str:
-    """The last line: the default over LoRA of equal steps, on all cells and pairs with both."""
-    ours: dict[tuple[Any, ...], float] = {}
-    theirs: dict[tuple[Any, ...], float] = {}
-    for cell, own in scores.ranked(rows).items():
-        ours.update({(cell.name, *pair): s for pair, s in own.get(scores.DEFAULT, {}).items()})
-        theirs.update({(cell.name, *pair): s for pair, s in own.get("lora", {}).items()})
-    what = f"personal models of {scores.DEFAULT} / lora, equal steps"
-    pairs = ours.keys() & theirs.keys()
-    if not any(theirs[pair] for pair in pairs):
-        return f"RATIO nan {what}"
-    found = bootstrap.ratio(ours, theirs)
-    return (
-        f"RATIO {found.value:.3f} {what}, [{found.low:.3f}, {found.high:.3f}], {len(pairs)} pairs"
-    )
 
 
 if __name__ == "__main__":

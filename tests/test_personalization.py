@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -11,17 +12,18 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import personalization
-from _personalization import cells, real, record, runs
+from _personalization import cells, real, record, runs, taken
 from _personalization import plan as plans
 from _personalization.cells import Cell
 from _personalization.runs import Job
-from fedvlm.config import dump
+from fedvlm.config import dump, load
 from fedvlm.data.scenes import scenes
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds import comparison
 from fedvlm.store import files, sealed
 from fedvlm.store import run as store
 
+ROOT = Path(__file__).parents[1]
 MIXED = Cell("mixed", 1.0, 24)
 
 
@@ -111,7 +113,8 @@ def fake(monkeypatch):
             files.append_line(
                 folder / "metrics.jsonl", {"round": round_, "evaluation": models, "bytes_up": {}}
             )
-        summary = {"exact_match": {"mean": good, "worst10": 0.1}, "loss": {"mean": 1.0}}
+        share = {"mean": good, "worst10": 0.1}
+        summary = {"exact_match": share, "token_f1": share, "loss": {"mean": 1.0}}
         table = {
             "metric": "exact_match",
             "models": {
@@ -385,3 +388,39 @@ def test_real_cells_are_resumed_published_and_kept_apart(fake, parquet, tmp_path
     record.pack(here, file)
     assert record.unpack(file, there) == 4
     assert real.rows(there) == rows
+
+
+def test_finished_runs_of_a_comparison_become_a_real_cell(fake, parquet, tmp_path):
+    there, output = tmp_path / "compared", tmp_path / "output"
+    tree = {"data": {"path": str(parquet)}, "partition": {"kind": "column", "column": "site"}}
+    for name, more in (("auto", {}), ("lora", {}), ("lora", {"rounds": 16, "finish_steps": 20})):
+        folder = there / f"{name}-{len(more)}-seed-0"
+        one = tree | {"train": {"lr": 0.01} | more, "algorithm": {"name": name}}
+        comparison.run_one(name, load(one | {"output": str(folder)}), lambda event: None)
+        clients = [{"client": c, "train": list(range(30))} for c in "ab"]
+        files.write_text(folder / "partition.json", json.dumps({"clients": clients}))
+        environment = {"packages": {"fedvlm": "0.2.0"}}
+        files.write_text(folder / "environment.json", json.dumps(environment))
+    assert taken.take(there, output) == 3
+    assert taken.take(there, output) == 0
+    assert len(fake) == 3
+    rows = [r for r in real.rows(output) if r["when"] == "after" and r["model"] == "personal"]
+    assert [r["algorithm"] for r in rows] == ["auto", "lora", "lora+ft"]
+    assert "3 runs, measured on" in real.stated(output)
+    assert "of a run of fedvlm 0.2.0" in real.stated(output)
+    assert {(r["regime"], r["rows_per_client"]) for r in rows} == {("clinics-site-tiny", 30)}
+    with pytest.raises(FedVLMError, match="no finished run"):
+        taken.take(tmp_path / "nowhere", output)
+    odd = load(tree | {"train": {"batch_size": 2, "lr": 0.01}, "output": str(there / "odd")})
+    comparison.run_one("odd", odd, lambda event: None)
+    files.write_text(there / "odd" / "partition.json", json.dumps({"clients": clients}))
+    with pytest.raises(FedVLMError, match=r"train\.batch_size is 8 there, and 2"):
+        taken.take(there, output)
+
+
+def test_the_example_on_radiology_gives_all_algorithms_the_same_steps():
+    config = load(ROOT / "examples" / "vqarad.yaml")
+    strong = load(ROOT / "examples" / "vqarad.yaml", "train.rounds=20", "train.finish_steps=20")
+    steps = [c.train.rounds * c.train.local_steps + c.train.tuning for c in (config, strong)]
+    assert steps == [120, 120]
+    assert config.metric == real.METRIC

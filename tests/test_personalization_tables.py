@@ -150,7 +150,7 @@ def test_no_gain_is_printed_between_runs_of_unequal_steps():
     assert "unequal steps: `ditto`, `lora`" in pages.overview(rows)
     assert "no run of equal steps to compare with" in targets.targets(rows)
     assert "| `ditto` | 6 | 90.0 | unequal steps |" in pages.details(rows)
-    assert personalization.ratio(rows).startswith("RATIO nan ")
+    assert targets.ratio(rows).startswith("RATIO nan ")
     assert scores.gap(scores.scores(rows)[Cell("mixed", 1.0, 24)], {"ditto"}, "ditto") == (
         scores.UNEQUAL
     )
@@ -167,7 +167,7 @@ def test_the_tables_show_intervals_and_costs_and_do_not_rank_references():
     assert "| `lora` | 6 | 25.0 | -30.0 [-30.0, -30.0] |" in pages.details(rows)
     assert pages.seeds(rows) == "2 seeds"
     assert pages.seeds(rows + rows_of({"lora": (0.1,)}, "label")) == "1 to 2 seeds"
-    assert personalization.ratio(rows).startswith("RATIO 2.200 personal models of auto / lora")
+    assert targets.ratio(rows).startswith("RATIO 2.200 personal models of auto / lora")
 
 
 def test_a_lead_whose_interval_holds_zero_does_not_pay():

@@ -30,7 +30,6 @@ TEST = 40  # rows of a client for scores
 LEAST = 8  # training rows of a client, on average
 METRIC = "token_f1"
 """Accuracy without regard to case for answers of one word, such as yes and no."""
-METRICS = (METRIC, "exact_match")
 SMALL: dict[str, Any] = {
     "train": {"local_steps": 5, "batch_size": 4},
     "eval": {"every": 0, "max_rows": TEST, "max_new_tokens": 8, "metric": METRIC},
@@ -105,6 +104,13 @@ def options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--rows", type=int, help="training rows a client, on average; default: all")
     group.add_argument("--rounds", type=int, help=f"rounds of 5 steps; default: {ROUNDS}")
     group.add_argument("--target", help="lora.target; default: language")
+    group.add_argument(
+        "--take",
+        action="append",
+        default=[],
+        metavar="FOLDER",
+        help="instead of running: the finished runs of a folder of fedvlm compare",
+    )
     group.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of a run"
     )
@@ -204,7 +210,7 @@ def keep(real: Real, output: Path, *, dry: bool = False) -> None:
     path = output / FOLDER / real.cell.name / CELL
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-        if odd := _apart(found["settings"], real.told["settings"]):
+        if odd := apart(found["settings"], real.told["settings"]):
             raise FedVLMError(
                 f"'{path.parent}' holds runs with other settings: {', '.join(odd)}. Ask for the "
                 "same, or choose another folder with --output DIR"
@@ -213,12 +219,13 @@ def keep(real: Real, output: Path, *, dry: bool = False) -> None:
         write_text(path, json.dumps(real.told, indent=1) + "\n")
 
 
-def _apart(there: Mapping[str, Any], here: Mapping[str, Any], head: str = "") -> list[str]:
+def apart(there: Mapping[str, Any], here: Mapping[str, Any], head: str = "") -> list[str]:
+    """The leaves in which two trees of settings differ, as text."""
     found = []
     for key in sorted(there.keys() | here.keys()):
         one, other = there.get(key), here.get(key)
         if isinstance(one, Mapping) and isinstance(other, Mapping):
-            found += _apart(one, other, f"{head}{key}.")
+            found += apart(one, other, f"{head}{key}.")
         elif one != other:
             found.append(f"{head}{key} is {one} there, and {other} was asked for")
     return found
@@ -241,16 +248,21 @@ def stated(output: Path) -> str:
     """A sentence a cell about its settings."""
     lines = []
     for cell, folder, tree in _cells(output):
-        if not any(folder.glob(f"*/{MEASURED}")):
+        found = [
+            json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"*/{MEASURED}")
+        ]
+        if not found:
             continue
+        dates, commits = (sorted({one[key] for one in found}) for key in ("date", "commit"))
         train, score = tree["train"], tree["eval"]
         lines.append(
             f"- {cell.name}: `{tree['data']['path']}` by `{tree['partition']['column']}`, model "
             f"`{tree['model']['name']}`, LoRA on `{tree['lora']['target']}`, "
-            f"{train['rounds'] * train['local_steps']} steps a client in rounds of "
-            f"{train['local_steps']}, batches of {train['batch_size']}, learning rate "
+            f"{train['rounds']} rounds of {train['local_steps'] or 5} steps, batches of "
+            f"{train['batch_size']}, learning rate "
             f"{train['lr']:g} for all algorithms, not tuned; score: {score['metric']} on up to "
-            f"{score['max_rows']} rows a client."
+            f"{score['max_rows']} rows a client. {len(found)} runs, "
+            f"measured on {', '.join(dates)}, commit {', '.join(commits)}."
         )
     return "\n".join(lines)
 

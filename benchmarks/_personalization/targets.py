@@ -5,14 +5,16 @@ from __future__ import annotations
 import ast
 import io
 import tokenize
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from typing import Any
 
 from _common import ROOT
 from _personalization import ranks as ranking
-from _personalization.bootstrap import Estimate, difference, ratio
+from _personalization.bootstrap import Estimate, difference
+from _personalization.bootstrap import ratio as times
 from _personalization.cells import TUNED
 from _personalization.pages import percent, shown, table
-from _personalization.scores import DEFAULT, Row, Scores, parts, ranked, values
+from _personalization.scores import DEFAULT, Row, Scores, Values, parts, ranked, values
 from fedvlm.metrics import mean
 
 GAIN = 1.245  # personal models over lora, as the paper of plora reports
@@ -44,6 +46,23 @@ def targets(rows: Sequence[Row]) -> str:
     body = [(name, *(judge(own) if own else NONE for own in groups)) for name, judge in names]
     body.append((f"(f) half the lines of `{DEFAULT}`, {BEFORE[0]} in 0.1.0", length(), ""))
     return table(("target", "synthetic cells", "real cells"), body)
+
+
+def ratio(rows: Sequence[Row]) -> str:
+    """The last line: the default over LoRA of equal steps, on all cells and pairs with both."""
+    ours: dict[tuple[Any, ...], float] = {}
+    theirs: dict[tuple[Any, ...], float] = {}
+    for cell, own in ranked(rows).items():
+        ours.update({(cell.name, *pair): s for pair, s in own.get(DEFAULT, {}).items()})
+        theirs.update({(cell.name, *pair): s for pair, s in own.get("lora", {}).items()})
+    what = f"personal models of {DEFAULT} / lora, equal steps"
+    pairs = ours.keys() & theirs.keys()
+    if not any(theirs[pair] for pair in pairs):
+        return f"RATIO nan {what}"
+    found = times(ours, theirs)
+    return (
+        f"RATIO {found.value:.3f} {what}, [{found.low:.3f}, {found.high:.3f}], {len(pairs)} pairs"
+    )
 
 
 def compared(rows: Sequence[Row]) -> Scores:
@@ -87,10 +106,10 @@ def gain(own: Scores, than: str) -> str:
         if than not in found or not found[than].keys() & found[DEFAULT].keys():
             told.append(f"{cell.name}: no run of equal steps to compare with")
             continue
-        times = ratio(found[DEFAULT], found[than])
-        reached.append(times.value >= GAIN)
-        proven.append(times.above(GAIN))
-        told.append(f"{cell.name} {times.value:.2f} [{times.low:.2f}, {times.high:.2f}]")
+        over = times(found[DEFAULT], found[than])
+        reached.append(over.value >= GAIN)
+        proven.append(over.above(GAIN))
+        told.append(f"{cell.name} {over.value:.2f} [{over.low:.2f}, {over.high:.2f}]")
     if not reached:
         return "; ".join(told) or NONE
     verdict = _claim(all(proven)) if all(reached) else "**no**"
@@ -113,7 +132,7 @@ def below(own: Scores) -> str:
     return _of(len(some) - len(missed), len(some), "cells", "below in", missed)
 
 
-def lowest(own: Scores, worst: Mapping) -> str:
+def lowest(own: Scores, worst: Values) -> str:
     """Target (e), over the cells with the same algorithms. The unit is a run (cell, seed)."""
     names, cells = ranking.block(own)
     if DEFAULT not in names or len(names) < 2:
