@@ -358,6 +358,7 @@ def written(
             f"## What `{scores.DEFAULT}` was to reach",
             targets.targets(some),
             "## What pays",
+            pages.PAYS,
             pages.pays(some),
             "## All algorithms",
             pages.everyone(rows),

@@ -235,6 +235,14 @@ def test_published_results_are_extended_and_not_run_again(fake, tmp_path):
     assert file.stat().st_ino == written, "without news, the file is not rewritten"
 
 
+def test_published_runs_without_scores_of_clients_are_refused(tmp_path):
+    file = tmp_path / "old.jsonl"
+    files.write_text(file, json.dumps({"path": "runs/a/b/measured.json", "rows": []}) + "\n")
+    with pytest.raises(FedVLMError, match="leave out --add"):
+        record.unpack(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_clients_join_a_run_of_which_only_the_numbers_are_left(fake, tmp_path, monkeypatch):
     (job,) = everything(plans.Form((MIXED,), ("lora",), (0,)), tmp_path / "here")
     record.pack(tmp_path / "here", tmp_path / "all.jsonl")

@@ -91,6 +91,8 @@ def test_a_ratio_over_nothing_is_infinite_and_not_an_error():
     found = bootstrap.ratio(pairs([0.5, 0.5]), pairs([0.0, 0.0]))
     assert (found.value, found.low, found.high) == (math.inf, math.inf, math.inf)
     assert math.isnan(bootstrap.ratio(pairs([0.0]), pairs([0.0])).value)
+    some = bootstrap.ratio(pairs([0.0, 0.5]), pairs([0.0, 0.25]))
+    assert (some.value, some.low, some.high) == (2.0, 2.0, 2.0), "resamples of 0 / 0 do not count"
 
 
 def test_few_pairs_show_nothing_even_if_they_agree():

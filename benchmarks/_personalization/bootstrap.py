@@ -59,7 +59,8 @@ def difference(ours: Scores, theirs: Scores) -> Estimate:
 def ratio(ours: Scores, theirs: Scores) -> Estimate:
     """Mean of ``ours`` over mean of ``theirs``, over the common pairs.
 
-    A mean of 0 below gives infinity, or NaN where both means are 0.
+    A mean of 0 below gives infinity, or NaN where both means are 0. Such resamples of 0 over 0 do
+    not count.
 
     Raises:
         ValueError: there is no common pair.
@@ -86,18 +87,13 @@ def _difference(ours: tuple[float, ...], theirs: tuple[float, ...]) -> Estimate:
 
 
 def _estimate(value: float, resampled: np.ndarray, pairs: int) -> Estimate:
-    # Sorted by hand: a quantile between two resamples of infinity would be NaN.
-    ordered = np.sort(resampled)
-    cut = round(TAIL * (RESAMPLES - 1))
-    with np.errstate(invalid="ignore"):
-        error = float(resampled.std())
-    return Estimate(
-        float(value),
-        error if math.isfinite(error) else math.nan,
-        float(ordered[cut]),
-        float(ordered[-1 - cut]),
-        pairs,
-    )
+    counted = np.sort(resampled[~np.isnan(resampled)])
+    if not len(counted):
+        return Estimate(float(value), math.nan, math.nan, math.nan, pairs)
+    # No interpolation: between two infinite resamples it would give NaN.
+    cut = round(TAIL * (len(counted) - 1))
+    error = float(counted.std()) if np.isfinite(counted).all() else math.inf
+    return Estimate(float(value), error, float(counted[cut]), float(counted[-1 - cut]), pairs)
 
 
 @lru_cache(maxsize=64)

@@ -26,12 +26,16 @@ COSTS = {"steps": "steps", "passes": "passes", "bytes_up": "MB up", "seconds": "
 
 READING = f"""A pair is a client in a run (seed, client). A score is the mean over the pairs. Round
 brackets hold the difference to `{DEFAULT}` in points, with its 95 % interval by a paired bootstrap
-over the pairs. A lead is claimed where this interval lies above zero, and of at least
-{LEAST} pairs. Bold: the best of the cell, or within one standard error of it. Rows are scored test
+over the pairs. A lead is claimed where this interval lies above zero, with {LEAST} pairs or more.
+Bold: the best of the cell, or within one standard error of it. Rows are scored test
 rows of all pairs. Steps are the optimizer steps of all clients in a run. An algorithm with another
 number of steps has a score, and neither a difference nor a rank. Passes are the rows that went
 forward through the model in training and in choices. Seconds are the wall time of a run beside
 other runs on the same machine."""
+
+
+PAYS = """Collaboration: the lead of the best algorithm over `local`. Personalization: its lead over
+`lora`. The best algorithm is chosen by the same scores, so its lead is a little too large."""
 
 
 def seeds(rows: Sequence[Row]) -> str:

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from _personalization.runs import JOINS, MEASURED
+from fedvlm.errors import FedVLMError
 from fedvlm.store.files import write_text
 
 RATES = "rates.json"
@@ -24,10 +25,18 @@ def unpack(file: Path, output: Path) -> int:
 
     Returns:
         The number of runs that are new in the folder.
+
+    Raises:
+        FedVLMError: a run has no scores of its clients, so it is from before equal budgets.
     """
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if any("rows" in found and "clients" not in found for found in lines):
+        raise FedVLMError(
+            f"'{file}' holds runs without the scores of their clients, which no longer compare: "
+            "leave out --add, and publish new runs"
+        )
     new = 0
-    for line in file.read_text(encoding="utf-8").splitlines():
-        found = json.loads(line)
+    for found in lines:
         path = output / found.pop("path")
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
