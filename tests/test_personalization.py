@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -11,16 +12,18 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import personalization
-from _personalization import cells, record, runs
+from _personalization import cells, real, record, runs, taken
 from _personalization import plan as plans
 from _personalization.cells import Cell
 from _personalization.runs import Job
-from fedvlm.config import dump
+from fedvlm.config import dump, load
+from fedvlm.data.scenes import scenes
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds import comparison
 from fedvlm.store import files, sealed
 from fedvlm.store import run as store
 
+ROOT = Path(__file__).parents[1]
 MIXED = Cell("mixed", 1.0, 24)
 
 
@@ -42,8 +45,9 @@ def test_every_cell_gives_settings_that_a_run_takes(cell, tmp_path):
     config = cells.run_config(cell, "scaffold", 0.1, 3, tmp_path, {})
     assert config.train.optimizer == "sgd"
     assert config.train.lr == 0.1
-    total = cell.rows + cells.VALIDATION + cells.TEST
-    assert round(config.data.test_fraction * total) == cells.TEST
+    test = cells.FEW_TEST if cell.regime == "partial" else cells.TEST
+    total = cell.rows + cells.VALIDATION + test
+    assert round(config.data.test_fraction * total) == test
     assert round(config.data.val_fraction * total) == cells.VALIDATION
     assert Job(cell, "scaffold", 0.1, 3, tmp_path, {}).steps >= 240
 
@@ -51,7 +55,7 @@ def test_every_cell_gives_settings_that_a_run_takes(cell, tmp_path):
 def test_rates_are_tuned_with_the_same_budget_on_validation_rows(tmp_path):
     form = plans.small()
     jobs = list(plans.tuning(form, tmp_path))
-    assert len(jobs) == 2 * 2 * len(form.algorithms), "two kinds of regime, two rates, one seed"
+    assert len(jobs) == 2 * 3 * len(form.algorithms), "two kinds of regime, three rates, one seed"
     assert all(job.config.eval.split == "val" and job.config.eval.every == 0 for job in jobs)
     assert len({job.folder for job in jobs}) == len(jobs)
     assert {job.seed for job in jobs} == {0}
@@ -62,7 +66,7 @@ def test_the_small_form_is_a_part_of_the_whole(tmp_path):
     rates |= {("differ", a): 0.01 for a in cells.ALGORITHMS}
     rates |= {("photos", a): 0.01 for a in cells.ALGORITHMS}
     every = {job.folder: job for job in plans.runs(plans.whole(), rates, tmp_path)}
-    for form, count in ((plans.small(), 2 * 4 * 2), (plans.main(), 12 * 8 * 5)):
+    for form, count in ((plans.small(), 2 * 4 * 2), (plans.main(), 8 * 6 * 5)):
         some = {job.folder: job.config for job in plans.runs(form, rates, tmp_path)}
         assert len(some) == count
         assert all(every[folder].config == config for folder, config in some.items())
@@ -103,16 +107,22 @@ def fake(monkeypatch):
         store.check_fresh(folder)
         files.write_text(folder / store.CONFIG, dump(config))
         good = 0.2 + 10 * config.train.lr
-        models = {key: {"a": {"exact_match": good}, "b": {"exact_match": 0.1}} for key in MODELS}
+        clients = {"a": scored(good), "b": scored(0.1)}
+        models = dict.fromkeys(MODELS, clients)
         for round_ in (0, 2, 4):
             files.append_line(
                 folder / "metrics.jsonl", {"round": round_, "evaluation": models, "bytes_up": {}}
             )
-        summary = {"exact_match": {"mean": good, "worst10": 0.1}, "loss": {"mean": 1.0}}
+        share = {"mean": good, "worst10": 0.1}
+        summary = {"exact_match": share, "token_f1": share, "loss": {"mean": 1.0}}
         table = {
             "metric": "exact_match",
-            "models": {key: {"summary": summary} for key in ("untuned", *MODELS)},
+            "models": {
+                key: {"summary": summary, "clients": clients} for key in ("untuned", *MODELS)
+            },
             "bytes": {"bytes_up": {"total": 1234}},
+            "steps": 240,
+            "passes": 960,
         }
         (folder / "personal").mkdir()
         sealed.write(folder / store.CHECKPOINT, {"round": 4, "files": {}})
@@ -124,6 +134,10 @@ def fake(monkeypatch):
 
 
 MODELS = tuple(runs.MODELS)
+
+
+def scored(value: float) -> dict[str, float]:
+    return {"exact_match": value, "token_f1": value, "examples": 24}
 
 
 def small_form(**changes) -> plans.Form:
@@ -140,15 +154,15 @@ def everything(form: plans.Form, output: Path) -> list[Job]:
 def test_what_is_measured_is_not_run_again(fake, tmp_path):
     form = small_form()
     jobs = everything(form, tmp_path)
-    assert len(fake) == 2 * 2 + 2 * 2
+    assert len(fake) == 2 * 3 + 2 * 2
     assert not (jobs[0].folder / "personal").exists(), "files without further use are removed"
     rows = plans.rows(jobs)
     assert len(rows) == 2 * 2 * 5
     everything(form, tmp_path)
-    assert len(fake) == 8
+    assert len(fake) == 10
     wider = plans.Form((MIXED,), ("lora", "plora", "local"), (0, 1))
     everything(wider, tmp_path)
-    assert len(fake) == 8 + 2 + 2, "a new algorithm adds only its own runs"
+    assert len(fake) == 10 + 3 + 2, "a new algorithm adds only its own runs"
 
 
 def test_a_run_that_was_killed_before_it_was_measured_is_measured_and_not_run_again(fake, tmp_path):
@@ -157,8 +171,10 @@ def test_a_run_that_was_killed_before_it_was_measured_is_measured_and_not_run_ag
     jobs[0].record.unlink()
     assert len(plans.rows(jobs)) == len(rows) - 5
     runs.do(jobs, 1)
-    assert len(fake) == 8
-    assert plans.rows(jobs) == rows
+    assert len(fake) == 10
+    again = plans.rows(jobs)
+    assert {row["seconds"] for row in again[10:15]} == {None}, "its time is not known"
+    assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in rows]
 
 
 def test_a_run_that_fails_is_named_and_tried_again(fake, tmp_path, monkeypatch):
@@ -190,8 +206,8 @@ def test_results_of_other_settings_are_refused(fake, tmp_path):
 def test_the_rate_of_the_best_validation_score_is_taken(fake, tmp_path):
     everything(small_form(), tmp_path)
     assert plans.chosen(small_form(), tmp_path) == {
-        ("differ", "lora"): 0.005,
-        ("differ", "plora"): 0.005,
+        ("differ", "lora"): 0.01,
+        ("differ", "plora"): 0.01,
     }
 
 
@@ -206,15 +222,25 @@ def test_published_results_are_extended_and_not_run_again(fake, tmp_path):
     assert plans.rows(everything(form, there)) == rows
     assert len(fake) == ran, "nothing is run again, not even for learning rates"
     everything(plans.Form((MIXED,), ("lora", "plora", "local"), (0,)), there)
-    assert len(fake) == ran + 2 + 1
+    assert len(fake) == ran + 3 + 1
     record.pack(there, file)
     assert len(file.read_text().splitlines()) == 1 + 4 + 1
     assert record.unpack(file, there) == 0
+    again = plans.rows(everything(form, there))
+    assert [r["scores"] for r in again] == [r["scores"] for r in rows], "clients survive"
     assert {a for _, a in record.read_rates(there)} == {"lora", "plora"}, "published rates are kept"
     file = there / record.RATES
     written = file.stat().st_ino
     record.keep_rates(there, record.read_rates(there))
     assert file.stat().st_ino == written, "without news, the file is not rewritten"
+
+
+def test_published_runs_without_scores_of_clients_are_refused(tmp_path):
+    file = tmp_path / "old.jsonl"
+    files.write_text(file, json.dumps({"path": "runs/a/b/measured.json", "rows": []}) + "\n")
+    with pytest.raises(FedVLMError, match="leave out --add"):
+        record.unpack(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_clients_join_a_run_of_which_only_the_numbers_are_left(fake, tmp_path, monkeypatch):
@@ -234,10 +260,11 @@ def test_the_raw_results_have_exactly_the_promised_columns(fake, tmp_path):
     rows = plans.rows(everything(small_form(), tmp_path))
     lines = personalization.as_csv(rows).splitlines()
     assert lines[0] == (
-        "regime,strength,rows_per_client,algorithm,seed,model,when,mean,worst10,bytes_up,"
-        "rounds_to_90"
+        "regime,strength,rows_per_client,algorithm,seed,model,when,mean,worst10,steps,passes,"
+        "bytes_up,rounds_to_90,seconds,clients,rows"
     )
-    assert lines[1] == "mixed,1,24,plora,0,untuned,start,0.25,0.1,1234,"
+    assert lines[1].startswith("mixed,1,24,plora,0,untuned,start,0.3,0.1,240,960,1234,,")
+    assert lines[1].endswith(",2,48")
     assert len(lines) == 1 + len(rows)
 
 
@@ -251,12 +278,12 @@ def test_a_part_of_the_benchmark_says_that_it_is_one(fake, tmp_path):
     federated = len(cells.ALGORITHMS) - len(cells.REFERENCES)
     joined = len(joining) * federated * cells.SEEDS
     assert (len(done), len(done) + len(todo)) == (
-        4 + 4,
+        4 + 6,
         sum(plans.number_of_runs(plans.whole())) + joined,
     )
     state, total = personalization.stated(done, todo), len([j for j in todo if not j.tunes]) + 4
     assert "A part of all that there is" in state
-    assert f"4 of {total} results, 4 runs for learning rates" in state
+    assert f"4 of {total} results, 6 runs for learning rates" in state
     assert "Cells: mixed-1-24. Algorithms: plora, lora. Seeds: 0, 1." in state
 
 
@@ -298,3 +325,110 @@ def test_real_runs_are_measured_drawn_and_joined(tmp_path):
     for path in personalization.figures.draw(rows, tmp_path, "two cells"):
         assert path.stat().st_size > 10_000
     assert runs.do(jobs, 1) == []
+
+
+# Cells of other data
+
+
+@pytest.fixture(scope="module")
+def parquet(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("data") / "clinics.parquet"
+    scenes(sites=3, rows=80, style="mixed", strength=1.0, seed=0).to_parquet(path)
+    return path
+
+
+def own(parquet: Path, *words: str) -> real.Real | None:
+    options = ["--data", str(parquet), "--by", "site", "--model", "tiny", "--rate", "0.003"]
+    return real.asked(personalization._parser().parse_args([*options, *words]))
+
+
+def test_a_real_cell_has_rows_of_each_kind_and_the_same_steps_for_all(parquet, tmp_path):
+    found = own(parquet, "--rows", "20", "--rounds", "8", "--target", r"text_model\.layers\.2.*")
+    assert found.cell.name == "clinics-site-tiny-20"
+    jobs = {job.algorithm: job for job in real.jobs(found, cells.MAIN["algorithms"], [3], tmp_path)}
+    for job in jobs.values():
+        data, train = job.config.data, job.config.train
+        assert data.max_rows == 3 * (20 + cells.VALIDATION + real.TEST)
+        assert round(data.test_fraction * data.max_rows) == 3 * real.TEST
+        assert train.rounds * train.local_steps + train.tuning == 40
+        assert (job.config.metric, job.config.seed, train.lr) == ("token_f1", 3, 0.003)
+        assert job.config.lora.target == r"text_model\.layers\.2.*"
+    assert jobs["lora+ft"].config.train.tuning == 10
+    assert own(parquet).cell.rows == 80 - cells.VALIDATION - real.TEST, "all rows"
+    more = own(parquet, "--set", "model.dtype=bfloat16", "--set", "eval.max_new_tokens=4")
+    (job,) = real.jobs(more, ["auto"], [0], tmp_path)
+    assert (job.config.model.dtype, job.config.eval.max_new_tokens) == ("bfloat16", 4)
+
+
+def test_impossible_real_cells_are_refused(parquet):
+    with pytest.raises(FedVLMError, match=r"28 to train. --rows has to be 8 to 28 \(got 29\)"):
+        own(parquet, "--rows", "29")
+    with pytest.raises(FedVLMError, match=r"--rounds has to be at least 2 \(got 1\)"):
+        own(parquet, "--rounds", "1")
+    with pytest.raises(FedVLMError, match="no column 'ward'"):
+        own(parquet, "--by", "ward")
+    for words, text in (
+        (["--rows", "20"], "--rows: no meaning without --data"),
+        (["--data", str(parquet), "--by", "site"], "--data needs --model, --rate as well"),
+    ):
+        with pytest.raises(FedVLMError, match=text):
+            real.asked(personalization._parser().parse_args(words))
+    assert real.asked(personalization._parser().parse_args([])) is None
+
+
+def test_real_cells_are_resumed_published_and_kept_apart(fake, parquet, tmp_path):
+    here, there, file = tmp_path / "here", tmp_path / "there", tmp_path / "all.jsonl"
+    words = ["--data", str(parquet), "--by", "site", "--model", "tiny", "--rate", "0.003"]
+    words += ["--jobs", "1", "--algorithms", "lora,lora+ft", "--output", str(here)]
+    assert personalization.main([*words, "--seeds", "0"]) == 0
+    assert personalization.main([*words, "--seeds", "0,1"]) == 0
+    assert len(fake) == 4, "seed 0 is not run again"
+    rows = real.rows(here)
+    assert {(r["algorithm"], r["seed"]) for r in rows} == {
+        (a, s) for a in ("lora", "lora+ft") for s in (0, 1)
+    }
+    assert {(r["metric"], r["rows"]) for r in rows} == {("token_f1", 48)}
+    assert str(parquet.parent) not in (here / "real/clinics-site-tiny-28/cell.json").read_text()
+    with pytest.raises(FedVLMError, match=r"train\.rounds is 8 there, and 4 was asked"):
+        personalization.main([*words, "--rounds", "4"])
+    assert "clinics.parquet" in real.stated(here)
+    assert "## Real cells" in personalization.written(rows, "", {}, ".", real.stated(here))
+    record.pack(here, file)
+    assert record.unpack(file, there) == 4
+    assert real.rows(there) == rows
+
+
+def test_finished_runs_of_a_comparison_become_a_real_cell(fake, parquet, tmp_path):
+    there, output = tmp_path / "compared", tmp_path / "output"
+    tree = {"data": {"path": str(parquet)}, "partition": {"kind": "column", "column": "site"}}
+    for name, more in (("auto", {}), ("lora", {}), ("lora", {"rounds": 16, "finish_steps": 20})):
+        folder = there / f"{name}-{len(more)}-seed-0"
+        one = tree | {"train": {"lr": 0.01} | more, "algorithm": {"name": name}}
+        comparison.run_one(name, load(one | {"output": str(folder)}), lambda event: None)
+        clients = [{"client": c, "train": list(range(30))} for c in "ab"]
+        files.write_text(folder / "partition.json", json.dumps({"clients": clients}))
+        environment = {"packages": {"fedvlm": "0.2.0"}}
+        files.write_text(folder / "environment.json", json.dumps(environment))
+    assert taken.take(there, output) == 3
+    assert taken.take(there, output) == 0
+    assert len(fake) == 3
+    rows = [r for r in real.rows(output) if r["when"] == "after" and r["model"] == "personal"]
+    assert [r["algorithm"] for r in rows] == ["auto", "lora", "lora+ft"]
+    assert "3 runs, measured on" in real.stated(output)
+    assert "of a run of fedvlm 0.2.0" in real.stated(output)
+    assert {(r["regime"], r["rows_per_client"]) for r in rows} == {("clinics-site-tiny", 30)}
+    with pytest.raises(FedVLMError, match="no finished run"):
+        taken.take(tmp_path / "nowhere", output)
+    odd = load(tree | {"train": {"batch_size": 2, "lr": 0.01}, "output": str(there / "odd")})
+    comparison.run_one("odd", odd, lambda event: None)
+    files.write_text(there / "odd" / "partition.json", json.dumps({"clients": clients}))
+    with pytest.raises(FedVLMError, match=r"train\.batch_size is 8 there, and 2"):
+        taken.take(there, output)
+
+
+def test_the_example_on_radiology_gives_all_algorithms_the_same_steps():
+    config = load(ROOT / "examples" / "vqarad.yaml")
+    strong = load(ROOT / "examples" / "vqarad.yaml", "train.rounds=20", "train.finish_steps=20")
+    steps = [c.train.rounds * c.train.local_steps + c.train.tuning for c in (config, strong)]
+    assert steps == [120, 120]
+    assert config.metric == real.METRIC
