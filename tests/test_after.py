@@ -247,7 +247,7 @@ def test_pictures_are_drawn_again_from_the_files(own_run, capsys, monkeypatch, p
     comparison = own_run.parent / "comparison"
     comparison.mkdir()
     own_run.rename(comparison / "plora-seed-0")
-    (comparison / "comparison.json").write_text('[{"algorithm": "plora"}]')
+    (comparison / "comparison.json").write_text('{"algorithms": [{"algorithm": "plora"}]}')
     code, text, errors = call(capsys, monkeypatch, "plot", str(comparison))
     assert (code, errors) == (0, "")
     assert text.split() == [str(comparison / "comparison.png")]

@@ -186,7 +186,7 @@ def test_compare_skips_what_is_done_and_reports_the_gain(tmp_path, capsys, monke
     code, text, errors = call(capsys, monkeypatch, *words)
     assert (code, errors) == (0, "")
     assert "over lora" in text
-    rows = json.loads((out / "comparison.json").read_text())
+    rows = json.loads((out / "comparison.json").read_text())["algorithms"]
     assert {r["algorithm"] for r in rows} == {"plora", "lora"}
     lora = next(r for r in rows if r["algorithm"] == "lora")
     assert lora["gain_over_lora"] in (0.0, None)

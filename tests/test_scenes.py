@@ -121,6 +121,15 @@ def test_conventions_change_answers_and_nothing_else():
     assert 0.7 < np.mean(changed) < 0.95
 
 
+def test_one_site_is_odd():
+    found = sites.make_sites(4, 10, "odd", 1.0, 0)
+    item = questions.Item("colour", "?", ("red",), ("blue",), "red", "blue")
+    assert [site.wording.answers(item)[0] for site in found] == ["rot", "rot", "rot", "red"]
+    data = scenes(sites=2, rows=30, style="odd")
+    kinds = {origin.partition("/")[2] for origin in data["origin_dataset"]}
+    assert kinds <= questions.GENERIC.keys(), "the model knows what is asked"
+
+
 def test_one_question_has_other_right_answers_at_other_sites():
     item = questions.Item("colour", "?", ("red",), ("blue",), "red", "blue")
     answers = [sites.make_wording(k, 1.0, 0).answers(item)[0] for k in range(8)]
@@ -180,7 +189,7 @@ def test_any_number_of_sites_works(count, mean):
     [
         ({"sites": 0}, "sites is 0; it must be a whole number of at least 1"),
         ({"rows": 2.5}, "rows is 2.5; it must be a whole number"),
-        ({"style": "odd"}, "style is 'odd'; it must be one of iid, label"),
+        ({"style": "strange"}, "style is 'strange'; it must be one of iid, label"),
         ({"strength": 1.5}, "strength is 1.5; it must be a number from 0 to 1"),
         ({"strength": "full"}, "strength is 'full'; it must be a number"),
         ({"seed": -1}, "seed is -1"),

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 import sys
+import time
 import traceback
 from collections.abc import Iterator
 from typing import Annotated, Any
@@ -152,7 +153,9 @@ def demo(
         raise ConfigError(problems)
     if not quiet:
         typer.echo(INTRODUCTION)
+    began = time.monotonic()
     _compare(list(ALGORITHMS), settings, seeds, jobs or min(4, os.cpu_count() or 1), quiet)
+    typer.echo(f"the demo took {time.monotonic() - began:.0f} s")
 
 
 @app.command()

@@ -2,25 +2,30 @@
 
 from __future__ import annotations
 
-ALGORITHMS = ("auto", "plora", "lora", "local", "lora+ft")
+ALGORITHMS = ("auto", "fedsa", "plora", "lora", "local")
 
 SETTINGS = {
     "output": "runs/demo",
-    "data": {"scenes": {"style": "mixed", "strength": 1.0, "sites": 8, "rows": 120}},
-    "algorithm": {"ft_steps": 12},
-    "train": {"rounds": 8, "local_steps": 5, "batch_size": 4, "lr": 5e-3},
-    "eval": {"every": 0, "max_rows": 20},
+    "data": {
+        "scenes": {"style": "odd", "strength": 1.0, "sites": 8, "rows": 120},
+        "test_fraction": 0.5,
+    },
+    "lora": {"target": "language"},
+    "train": {"rounds": 12, "local_steps": 10, "batch_size": 4, "lr": 5e-3},
+    "eval": {"every": 4, "max_rows": 60, "max_new_tokens": 12},
 }
 
 INTRODUCTION = """\
-Eight sites ask questions about pictures. Each site has its own camera, its own words for the
-answers and its own mix of questions. No site shares its data. All sites start from one small
-vision-language model and train LoRA adapters on it:
+Eight sites ask questions about pictures. Seven sites answer in German. The last one, site-7,
+answers in English, as the model does before training. No site shares its data. All sites start
+from one small vision-language model and train LoRA adapters on it, for the same number of steps:
 
-  auto     the default: each site mixes its own adapter with the average of all sites; its
-           validation rows choose the mixture; a final local tuning follows
+  auto     the default: A is averaged over the sites; their validation rows choose the B that all
+           sites begin a round with: the average, their own, or the mean of both
+  fedsa    FedSA-LoRA: A is averaged over the sites, B stays at each site
   plora    personalized LoRA (FedVLM): B is averaged over the sites, A stays at each site
   lora     standard federated LoRA: A and B are averaged, one model for all sites
   local    every site trains alone
-  lora+ft  standard federated LoRA, then local tuning at every site
+
+In the end, a verdict for each site: should it take part, and how?
 """

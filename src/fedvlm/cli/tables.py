@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
+from rich import box
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
@@ -11,6 +14,7 @@ from rich.table import Table
 from fedvlm.errors import brief
 from fedvlm.intervals import few_rows, scored, scored_parts
 from fedvlm.metrics import METRICS, _percent, number
+from fedvlm.rounds.claims import BASELINES
 
 if TYPE_CHECKING:
     from fedvlm.rounds.comparison import Comparison
@@ -129,43 +133,120 @@ def models_shown() -> tuple[str, ...]:
 
 
 def print_comparison(comparison: Comparison) -> None:
-    """Prints one row per algorithm, the best first."""
+    """Prints a row per algorithm, the best first, and then the verdict for each client.
+
+    Both tables fit 80 columns. A gain is shown only where its interval excludes zero, and only over
+    a baseline that took as many steps.
+    """
     rows = comparison.rows
     seeds, metric = rows[0]["seeds"], rows[0]["metric"]
     title = (
         f"{METRICS[metric].head} on every client's own test rows, {seeds} seed{'s' * (seeds > 1)}"
     )
-    out = Table(title=title)
-    out.add_column("algorithm", style="bold", no_wrap=True)
-    heads = ["personal model", "mean over rows", "worst 10 %", "global model", "sent up", "time"]
-    heads += ["over lora", "over lora+ft"]
-    for head in heads:
-        out.add_column(head, justify="right", overflow="fold")
+    out = _narrow(title)
+    out.add_column("algorithm", style="bold", overflow="fold", min_width=9)
+    heads = ["personal\nmodel", "worst\n10 %", "global\nmodel"]
+    heads += [f"over\n{baseline}" for baseline in BASELINES]
+    for head in [*heads, "steps,\npasses", "sent up,\ntime"]:
+        out.add_column(head, justify="right", no_wrap=True)
+    counts = {row["algorithm"]: row["steps"] for row in rows}
     for row in rows:
         error, low, high = (row[k] for k in ("standard_error", "personal_low", "personal_high"))
         bounds = None if low is None else (low, high)
         mean = "\n".join(scored_parts(metric, row["personal"], bounds))
-        mean += f" ± {100 * error:.1f}" if error is not None else ""
+        mean += f"\n± {100 * error:.1f}" if error is not None else ""
+        passes = f"{row['passes']:,.0f}" if row["passes"] else ""
+        steps = f"{row['steps']:,.0f}" if row["steps"] else "unknown"
         out.add_row(
             escape(brief(row["algorithm"], 40)),
             mean,
-            number(metric, row["personal_rows"]),
             _percent(row["worst10"]),
             _percent(row["global"]),
-            size(row["bytes_up"]),
-            f"{row['seconds']:.0f} s",
-            _gain(row["gain_over_lora"]),
-            _gain(row["gain_over_lora+ft"]),
+            *(_gain(row, baseline, counts) for baseline in BASELINES),
+            f"{steps}\n{passes}",
+            f"{size(row['bytes_up'])}\n{row['seconds']:,.0f} s",
         )
     out.add_section()
-    out.add_row("(untuned)", _percent(rows[0]["untuned"]), *[""] * 7)
+    out.add_row("(untuned)", _percent(rows[0]["untuned"]), *[""] * 6)
     console = console_for_tables()
     console.print(out)
+    if uneven := unequal_steps(counts):
+        console.print(f"[yellow]{escape(uneven)}[/]", highlight=False)
+    below = "± standard error over seeds" if seeds > 1 else "its 95 % interval over clients"
     console.print(
-        "personal model: mean over clients, below it the 95 % interval over clients · "
-        "± standard error over seeds · sent up: all clients, all rounds · "
+        f"personal model: mean over clients, below it {below} · over local, over lora: gain in "
+        "the mean, and its 95 % interval; unclear: the interval includes zero, or there are fewer "
+        "than three pairs of (seed, client) · steps, passes: optimizer steps and forward passes "
+        "(in rows) of all clients · sent up: by all clients in all rounds · "
         f"plot and tables: {comparison.folder}/comparison.png, .csv, .json",
         highlight=False,
+        markup=False,
+    )
+    if comparison.verdicts:
+        _print_verdicts(console, comparison.verdicts)
+
+
+def unequal_steps(counts: Mapping[str, float | None]) -> str:
+    """A sentence on algorithms that took other steps than a baseline; empty without such.
+
+    Args:
+        counts: algorithm -> its optimizer steps; None: unknown.
+    """
+    there = {baseline: counts[baseline] for baseline in BASELINES if baseline in counts}
+    others = [a for a, n in counts.items() if any(n is None or n != m for m in there.values())]
+    if not others:
+        return ""
+    shown = {
+        name: "unknown" if (n := counts[name]) is None else f"{n:,.0f}"
+        for name in dict.fromkeys([*others, *there])
+    }
+    listed = ", ".join(f"{brief(name, 40)} {count}" for name, count in shown.items())
+    return f"unequal steps: {listed}. No gain is shown between runs of unequal steps."
+
+
+def _gain(row: Mapping[str, Any], baseline: str, counts: Mapping[str, float | None]) -> str:
+    if baseline not in counts or row["algorithm"] == baseline:
+        return ""
+    if row["steps"] is None or row["steps"] != counts[baseline]:
+        return "unequal\nsteps"
+    found, low, high = (row[f"gain_over_{baseline}{end}"] for end in ("", "_low", "_high"))
+    if found is None or low is None or low <= 0 <= high:
+        return "unclear"
+    return f"{100 * found:+.1f} %\n{100 * low:+.0f} to {100 * high:+.0f}"
+
+
+def _narrow(title: str) -> Table:
+    """A table for 80 columns: no lines between columns."""
+    return Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
+
+
+def _print_verdicts(console: Console, verdicts: Sequence[Mapping[str, Any]]) -> None:
+    """A line per client: the verdict, the gain over training alone, its interval, the rows."""
+    out = _narrow("Should a site take part? The verdict for each")
+    out.add_column("site", overflow="fold")
+    out.add_column("verdict", style="bold", no_wrap=True)
+    out.add_column("points over local", justify="right", no_wrap=True)
+    out.add_column("95 % interval", justify="right", no_wrap=True)
+    out.add_column("rows", justify="right", no_wrap=True)
+    for found in verdicts:
+        low, high = 100 * found["low"], 100 * found["high"]
+        out.add_row(
+            escape(brief(found["client"], 40)),
+            found["verdict"],
+            f"{found['algorithm']} {100 * found['gain']:+.1f}",
+            f"{low:+.1f} to {high:+.1f}",
+            f"{found['n']:,}",
+        )
+    console.print(out)
+    counted = Counter(found["verdict"] for found in verdicts)
+    ways = len(verdicts[0]["gains"])
+    console.print(
+        ", ".join(f"{verdict}: {n} of {len(verdicts)}" for verdict, n in counted.most_common())
+        + ". Rows: held-out rows of all seeds, paired with those of local. "
+        + (f"All {ways} intervals of a site hold together with 95 %. " if ways > 1 else "")
+        + "stay alone: no way of sharing is ahead, and the one shown is clearly behind.",
+        highlight=False,
+        markup=False,
     )
 
 
@@ -173,10 +254,6 @@ def console_for_tables() -> Console:
     """Standard output. Without a terminal it has at least 110 columns, so that nothing is cut."""
     console = Console()
     return console if console.is_terminal else Console(width=max(110, console.width))
-
-
-def _gain(value: float | None) -> str:
-    return "" if value is None else f"{100 * value:+.1f} %"
 
 
 def size(count: float) -> str:

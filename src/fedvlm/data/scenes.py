@@ -32,7 +32,6 @@ if TYPE_CHECKING:
     from PIL import Image
 
 VERSION = 4  # of the generator; raise it with any change of the rows, or old caches are read
-NOVEL_SHARE = 0.65  # of a site's rows
 _SITE_GENERIC = {
     "name": 0.2,
     "colour": 0.25,
@@ -57,6 +56,7 @@ def scenes(
             mirrored, inverted), and answers are about the undisturbed scene. `concept`: each site
             has its own wording of answers (language, sentence, capitals, codes), and the question
             has no hint of it. `quantity`: number of rows, by a power law. `mixed`: all of these.
+            `odd`: all sites answer in German, but the last, which answers in English.
         strength: from 0 (all sites alike) to 1.
         seed: seed of all random draws. Equal arguments give equal bytes on every machine with the
             same library versions.
@@ -117,7 +117,7 @@ def generic(count: int, seed: int = 0, *, kinds: tuple[str, ...] | None = None) 
 def site_row(site: Site, number: int, seed: int) -> dict:
     """Makes one row of a site, as a function of the arguments alone."""
     rng = random.Random(f"scenes/{seed}/{site.name}/{number}")
-    kind = _pick(rng, questions.NOVEL if rng.random() < NOVEL_SHARE else _SITE_GENERIC)
+    kind = _pick(rng, questions.NOVEL if rng.random() < site.novel else _SITE_GENERIC)
     scene, item = _draw(rng, kind, site.prefers.get(kind))
     picture = site.camera.shoot(render(scene), rng)
     return _row(site.name, site.name, number, item, picture, *site.wording.answers(item))

@@ -10,7 +10,7 @@ import hashlib
 import random
 import string
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 from PIL import Image, ImageFilter, ImageOps
@@ -19,7 +19,7 @@ from fedvlm.data.questions import NUMBERS, Item, join
 from fedvlm.data.render import COLOURS, NEW_COLOURS, NEW_SHAPES, PLACES, SHAPES, TEXTURES
 from fedvlm.data.words import CARRIERS, ENGLISH, LANGUAGES
 
-STYLES = ("iid", "label", "covariate", "concept", "quantity", "mixed")
+STYLES = ("iid", "label", "covariate", "concept", "quantity", "mixed", "odd")
 TONGUES = tuple(CARRIERS)
 FORMS = ("word", "sentence", "capitals", "code")
 ANSWERS = {  # kind -> answers that label skew may prefer; yes and no stay balanced
@@ -32,6 +32,7 @@ ANSWERS = {  # kind -> answers that label skew may prefer; yes and no stay balan
     "shape": NEW_SHAPES,
     "hue": tuple(NEW_COLOURS),
 }
+NOVEL_SHARE = 0.65  # of a site's rows
 _GOLDEN = 0.6180339887498949
 
 
@@ -136,6 +137,7 @@ class Site:
     """One site: its name, its number of rows, and its differences from the others.
 
     `prefers` has the weights of the answers for each kind of question. Other kinds are not skewed.
+    `novel` is the share of rows of the kinds that the tiny model does not know.
     """
 
     name: str
@@ -143,6 +145,7 @@ class Site:
     camera: Camera = field(default_factory=Camera)
     wording: Wording = field(default_factory=Wording)
     prefers: dict[str, dict[str, float]] = field(default_factory=dict)
+    novel: float = NOVEL_SHARE
 
 
 def make_sites(count: int, rows: int, style: str, strength: float, seed: int) -> list[Site]:
@@ -151,7 +154,7 @@ def make_sites(count: int, rows: int, style: str, strength: float, seed: int) ->
     sizes = row_counts(count, rows, exponent, seed)
     own = {"camera": style in ("covariate", "mixed"), "wording": style in ("concept", "mixed")}
     skewed = style in ("label", "mixed") and strength > 0
-    return [
+    sites = [
         Site(
             f"site-{k}",
             sizes[k],
@@ -161,6 +164,13 @@ def make_sites(count: int, rows: int, style: str, strength: float, seed: int) ->
         )
         for k in range(count)
     ]
+    if style == "odd":
+        common = Wording("german", "word", strength, f"{seed}/common")
+        sites = [
+            replace(site, wording=common, novel=NOVEL_SHARE * (1 - strength)) for site in sites
+        ]
+        sites[-1] = replace(sites[-1], wording=Wording())
+    return sites
 
 
 def row_counts(count: int, rows: int, exponent: float, seed: int) -> list[int]:

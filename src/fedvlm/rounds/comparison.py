@@ -18,6 +18,7 @@ from fedvlm.algorithms.base import Algorithm
 from fedvlm.algorithms.table import OWN
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import mean, standard_error
+from fedvlm.rounds.claims import gains, steps, verdicts
 from fedvlm.rounds.contenders import Compared, planned
 from fedvlm.rounds.located import check_apart, located
 from fedvlm.rounds.pictures import COMPARISON, draw_comparison
@@ -27,7 +28,6 @@ from fedvlm.settings.sections import Config
 from fedvlm.store import files
 from fedvlm.store import run as stores
 
-BASELINES = ("lora", "lora+ft")
 Event = tuple[str, dict[str, Any], float]
 Tell = Callable[[Event], None]
 Work = Callable[[str, Config, Tell], None]
@@ -40,10 +40,12 @@ class Comparison:
     Attributes:
         folder: the folder of the comparison; the runs are in its folders ``ALGORITHM-seed-N``.
         rows: one dict per algorithm, best first, with the columns of ``comparison.csv``.
+        verdicts: one dict per client, see :func:`fedvlm.rounds.claims.verdicts`.
     """
 
     folder: Path
     rows: list[dict[str, Any]]
+    verdicts: list[dict[str, Any]]
 
 
 def compare(
@@ -266,23 +268,19 @@ def _conclude(folder: Path, runs: dict[str, Config]) -> Comparison:
     results: dict[str, list[Results]] = {}
     for config in runs.values():
         results.setdefault(_label(config), []).append(Results.read(config.output))
-    rows = sorted(
-        (_row(name, found) for name, found in results.items()), key=lambda r: -r["personal"]
-    )
-    by_name = {row["algorithm"]: row["personal"] for row in rows}
-    for row in rows:
-        for baseline in BASELINES:
-            reference = by_name.get(baseline)
-            row[f"gain_over_{baseline}"] = row["personal"] / reference - 1 if reference else None
+    rows = [_row(name, found) | gains(name, results) for name, found in results.items()]
+    rows.sort(key=lambda row: -row["personal"])
+    found = verdicts(results)
     out = io.StringIO()
     writer = csv.DictWriter(out, rows[0].keys(), lineterminator="\n")
     writer.writeheader()
     writer.writerows(rows)
     files.write_text(folder / "comparison.csv", out.getvalue())
-    files.write_text(folder / COMPARISON, json.dumps(rows, indent=2) + "\n")
+    both = {"algorithms": rows, "verdicts": found}
+    files.write_text(folder / COMPARISON, json.dumps(both, indent=2) + "\n")
     found_in = {row["algorithm"]: [r.folder for r in results[row["algorithm"]]] for row in rows}
     draw_comparison(folder, found_in, list(runs.values()))
-    return Comparison(folder, rows)
+    return Comparison(folder, rows, found)
 
 
 def _row(name: str, found: Sequence[Results]) -> dict[str, Any]:
@@ -308,6 +306,8 @@ def _row(name: str, found: Sequence[Results]) -> dict[str, Any]:
         "personal_before": mean([r.summary("personal_before")["mean"] for r in found]),
         "global": mean([r.summary("global")["mean"] for r in found]),
         "untuned": mean([r.summary("untuned")["mean"] for r in found]),
+        "steps": steps(found),
+        "passes": mean([r.table.get("passes", 0) for r in found]),
         "bytes_up": mean([r.table["bytes"]["bytes_up"]["total"] for r in found]),
         "bytes_down": mean([r.table["bytes"]["bytes_down"]["total"] for r in found]),
         "seconds": mean([sum(line.get("seconds", 0.0) for line in t) for t in timing]),

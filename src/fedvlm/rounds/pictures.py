@@ -45,7 +45,8 @@ def redraw(folder: str | Path) -> list[Path]:
     if not (path / COMPARISON).exists():
         raise FedVLMError(f"'{path}' holds no run and no comparison; give the folder of one")
     try:
-        order = [str(row["algorithm"]) for row in json.loads((path / COMPARISON).read_bytes())]
+        found = json.loads((path / COMPARISON).read_bytes())
+        order = [str(row["algorithm"]) for row in found["algorithms"]]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise sealed.damaged(path / COMPARISON) from error
     runs: dict[str, list[Path]] = {}

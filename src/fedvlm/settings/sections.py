@@ -62,7 +62,7 @@ class Columns(Section):
 class ScenesConfig(Section):
     """The bundled data set, used where ``data.path`` is empty."""
 
-    style: Literal["iid", "label", "covariate", "concept", "quantity", "mixed"] = Field(
+    style: Literal["iid", "label", "covariate", "concept", "quantity", "mixed", "odd"] = Field(
         "mixed", description="kind of the differences between sites"
     )
     strength: Fraction = Field(1.0, description="size of these differences, 0 to 1")
