@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -419,11 +420,17 @@ def test_finished_runs_of_a_comparison_become_a_real_cell(fake, parquet, tmp_pat
     assert {(r["regime"], r["rows_per_client"]) for r in rows} == {("clinics-site-tiny", 30)}
     with pytest.raises(FedVLMError, match="no finished run"):
         taken.take(tmp_path / "nowhere", output)
-    odd = load(tree | {"train": {"batch_size": 2, "lr": 0.01}, "output": str(there / "odd")})
-    comparison.run_one("odd", odd, lambda event: None)
-    files.write_text(there / "odd" / "partition.json", json.dumps({"clients": clients}))
-    with pytest.raises(FedVLMError, match=r"train\.batch_size is 8 there, and 2"):
-        taken.take(there, output)
+    for more, text in (
+        ({"batch_size": 2}, r"train\.batch_size is 8 there, and 2"),
+        ({"rounds": 16, "finish_steps": 20}, "train.finish_steps is None there, and 20"),
+    ):
+        odd = load(tree | {"train": more | {"lr": 0.01}, "output": str(there / str(len(more)))})
+        comparison.run_one("odd", odd, lambda event: None)
+        one = there / str(len(more)) / "partition.json"
+        files.write_text(one, json.dumps({"clients": clients}))
+        with pytest.raises(FedVLMError, match=text):
+            taken.take(there, output)
+        shutil.rmtree(one.parent)
 
 
 def test_the_example_on_radiology_gives_all_algorithms_the_same_steps():
