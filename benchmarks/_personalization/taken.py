@@ -41,13 +41,13 @@ def _one(folder: Path, output: Path) -> bool:
     config = load(folder / "config.yaml")
     cell = real.Real(_cell(config, folder), _settings(config), config.train.lr)
     where = output / real.FOLDER / cell.cell.name
-    _check(cell, where / real.CELL)
-    name = config.algorithm.name
-    arm = TUNED if name == "lora" and config.train.tuning else name
+    there = _there(where / real.CELL)
+    arm = _arm(config, there)
+    _check(cell, there, where, length=arm != TUNED)
     target = where / f"{arm}-{config.train.lr:g}-seed-{config.seed}" / runs.MEASURED
     if target.exists():
         return False
-    if not (where / real.CELL).exists():
+    if there is None:
         real.keep(cell, output)
     results = Results.read(folder)
     results = dataclasses.replace(results, table=results.table | {"metric": real.METRIC})
@@ -74,18 +74,39 @@ def _settings(config: Config) -> dict[str, Any]:
     return tree
 
 
-def _check(cell: real.Real, path: Path) -> None:
-    """Refuses a run of other settings; rounds and tuning may differ, and show as steps."""
+def _there(path: Path) -> dict[str, Any] | None:
+    """The settings of the cell; None for a new one, which gets those of its first run."""
     if not path.exists():
-        return
-    there = json.loads(path.read_text(encoding="utf-8"))["settings"]
-    if odd := real.apart(*(_without_length(tree) for tree in (there, cell.told["settings"]))):
+        return None
+    settings: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))["settings"]
+    return settings
+
+
+def _arm(config: Config, there: Mapping[str, Any] | None) -> str:
+    """The name in the tables: lora with other steps of local tuning than the cell is `lora+ft`."""
+    name = config.algorithm.name
+    usual = config.train.finish_steps if there is None else there["train"].get("finish_steps")
+    return TUNED if name == "lora" and config.train.finish_steps != usual else name
+
+
+def _check(cell: real.Real, there: Mapping[str, Any] | None, where: Path, *, length: bool) -> None:
+    """Refuses a run of other settings than the cell has.
+
+    Args:
+        cell: the cell with the settings of the run.
+        there: the settings of the cell.
+        where: the folder of the cell.
+        length: whether rounds and tuning have to agree as well.
+    """
+    trees = [dict(cell.told["settings"] if there is None else there), dict(cell.told["settings"])]
+    if not length:
+        trees = [tree | {"train": _without_length(tree["train"])} for tree in trees]
+    if odd := real.apart(*trees):
         raise FedVLMError(
-            f"'{path.parent}' holds runs with other settings: {', '.join(odd)}. Choose another "
-            "folder with --output DIR"
+            f"'{where}' holds runs with other settings: {', '.join(odd)}. Choose another folder "
+            "with --output DIR"
         )
 
 
-def _without_length(tree: Mapping[str, Any]) -> dict[str, Any]:
-    train = {k: v for k, v in tree["train"].items() if k not in LENGTH}
-    return {**tree, "train": train}
+def _without_length(train: Mapping[str, Any]) -> dict[str, Any]:
+    return {k: v for k, v in train.items() if k not in LENGTH}
