@@ -7,12 +7,12 @@ ALGORITHMS = ("auto", "fedsa", "plora", "lora", "local")
 SETTINGS = {
     "output": "runs/demo",
     "data": {
-        "scenes": {"style": "odd", "strength": 1.0, "sites": 8, "rows": 120},
+        "scenes": {"style": "odd", "strength": 1.0, "sites": 8, "rows": 100},
         "test_fraction": 0.5,
     },
     "lora": {"target": "language"},
     "train": {"rounds": 12, "local_steps": 10, "batch_size": 4, "lr": 5e-3},
-    "eval": {"every": 4, "max_rows": 60, "max_new_tokens": 12},
+    "eval": {"every": 6, "max_rows": 50, "max_new_tokens": 18},
 }
 
 INTRODUCTION = """\

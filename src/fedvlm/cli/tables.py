@@ -215,19 +215,27 @@ def _gain(row: Mapping[str, Any], baseline: str, counts: Mapping[str, float | No
     return f"{100 * found:+.1f} %\n{100 * low:+.0f} to {100 * high:+.0f}"
 
 
+def _harm(gains: Mapping[str, Mapping[str, float]]) -> str:
+    """The way of sharing that is furthest behind training alone, of those that are clearly so."""
+    behind = {name: found["gain"] for name, found in gains.items() if found["high"] < 0}
+    if not behind:
+        return ""
+    name = min(behind, key=lambda name: behind[name])
+    return f"{name} {100 * behind[name]:+.1f}"
+
+
 def _narrow(title: str) -> Table:
     """A table for 80 columns: no lines between columns."""
     return Table(title=title, box=box.SIMPLE_HEAD, collapse_padding=True, pad_edge=False)
 
 
 def _print_verdicts(console: Console, verdicts: Sequence[Mapping[str, Any]]) -> None:
-    """A line per client: the verdict, the gain over training alone, its interval, the rows."""
+    """A line per client: the verdict, the gain that decides, and the way of sharing to avoid."""
     out = _narrow("Should a site take part? The verdict for each")
     out.add_column("site", overflow="fold")
     out.add_column("verdict", style="bold", no_wrap=True)
-    out.add_column("points over local", justify="right", no_wrap=True)
-    out.add_column("95 % interval", justify="right", no_wrap=True)
-    out.add_column("rows", justify="right", no_wrap=True)
+    for head in ("points\nover local", "95 %\ninterval", "rows", "clearly\nharmful"):
+        out.add_column(head, justify="right", no_wrap=True)
     for found in verdicts:
         low, high = 100 * found["low"], 100 * found["high"]
         out.add_row(
@@ -236,6 +244,7 @@ def _print_verdicts(console: Console, verdicts: Sequence[Mapping[str, Any]]) -> 
             f"{found['algorithm']} {100 * found['gain']:+.1f}",
             f"{low:+.1f} to {high:+.1f}",
             f"{found['n']:,}",
+            _harm(found["gains"]),
         )
     console.print(out)
     counted = Counter(found["verdict"] for found in verdicts)
@@ -244,7 +253,8 @@ def _print_verdicts(console: Console, verdicts: Sequence[Mapping[str, Any]]) -> 
         ", ".join(f"{verdict}: {n} of {len(verdicts)}" for verdict, n in counted.most_common())
         + ". Rows: held-out rows of all seeds, paired with those of local. "
         + (f"All {ways} intervals of a site hold together with 95 %. " if ways > 1 else "")
-        + "stay alone: no way of sharing is ahead, and the one shown is clearly behind.",
+        + "stay alone: no way of sharing is ahead, and the one shown is clearly behind. Clearly "
+        "harmful: the way that is furthest behind local, where its interval excludes zero.",
         highlight=False,
         markup=False,
     )
