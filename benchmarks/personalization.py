@@ -2,17 +2,23 @@
 
 A cell is a regime (the kind of difference between sites), a strength, and a number of training rows
 a client. In a cell all algorithms get the same rows, partitions, cohorts, batches and initial
-weights, with five seeds. Validation chooses the learning rate of each algorithm, from two rates
-with one seed, once for each kind of regime: sites that are alike, sites that differ, photographs.
-The output folder keeps finished runs. The next start skips them, also after kill -9 or with other
-filters.
+weights, the same number of optimizer steps and the same ending, with five seeds. Validation chooses
+the learning rate of each algorithm, from three rates with one seed, once for each kind of regime:
+sites that are alike, sites that differ, photographs. Differences have 95 % intervals by a paired
+bootstrap over (seed, client). The output folder keeps finished runs. The next start skips them,
+also after kill -9 or with other filters.
 
-    python benchmarks/personalization.py            # 12 cells, 8 algorithms, 5 seeds
+    python benchmarks/personalization.py            # 8 cells, 6 algorithms, 5 seeds
     python benchmarks/personalization.py --small    # a part of them, with the same settings
     python benchmarks/personalization.py --all      # every cell, every algorithm
     python benchmarks/personalization.py --cells mixed-1-80 --algorithms lora,plora --seeds 0,1
     python benchmarks/personalization.py --dry-run  # print the remaining work and its time
     python benchmarks/personalization.py --add --publish  # run and publish unpublished results only
+
+A real cell is any data and any model of yours. It has one learning rate and takes 8 rounds of 5
+steps, a form for two CPU cores:
+
+    python benchmarks/personalization.py --data vqarad.parquet --by site6 --model MODEL --rate 0.001
 
 The script writes personalization.csv, personalization.md and two figures to the output folder. With
 `--publish` it writes them to benchmarks/results and docs/personalization.md, and all measurements
@@ -39,7 +45,16 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 from _common import ROOT
-from _personalization import cells, figures, pages, record, targets
+from _personalization import (
+    cells,
+    figures,
+    pages,
+    real,
+    record,
+    scores,
+    taken,
+    targets,
+)
 from _personalization import plan as plans
 from _personalization.runs import Job, do, read
 from fedvlm.errors import FedVLMError
@@ -54,6 +69,14 @@ MARKS = "<!-- written by benchmarks/personalization.py -->", "<!-- end of what i
 def main(words: Sequence[str] | None = None) -> int:
     """Runs the requested part of the benchmark, and writes all results of the output folder."""
     asked = _parser().parse_args(words)
+    output = Path(asked.output)
+    if own := real.asked(asked):
+        return _real(own, output, asked)
+    if asked.take:
+        new = sum(taken.take(Path(folder), output) for folder in asked.take)
+        print(f"{new} runs are new in {output}")
+        _write(plans.whole(), output, asked.publish)
+        return 0
     if asked.quick:
         with tempfile.TemporaryDirectory() as folder:
             asked.publish = False
@@ -61,13 +84,47 @@ def main(words: Sequence[str] | None = None) -> int:
     form = plans.small() if asked.small else plans.whole() if asked.all else plans.main()
     form = filtered(form, asked)
     form = without_photos(form)
-    return _benchmark(form, plans.whole(), Path(asked.output), asked)
+    return _benchmark(form, plans.whole(), output, asked)
+
+
+def _real(own: real.Real, output: Path, asked: argparse.Namespace) -> int:
+    """Runs a real cell, and writes all results of the output folder."""
+    odd = ("cells", "small", "all", "quick", "take")
+    size = [f"--{name}" for name in odd if getattr(asked, name)]
+    if size:
+        raise FedVLMError(f"{', '.join(size)}: no meaning for the cell of --data")
+    if asked.add:
+        _add(output)
+    real.keep(own, output, dry=asked.dry_run)
+    form = filtered(plans.Form((), cells.MAIN["algorithms"], real.SEEDS), asked)
+    jobs = real.jobs(own, form.algorithms, form.seeds, output)
+    found = [(job, read(job)) for job in jobs]
+    taken = [(job, record["seconds"]) for job, record in found if record and record["seconds"]]
+    todo = [job for job, record in found if record is None]
+    minutes = plans.seconds(todo, taken, real.SECONDS_A_STEP) / 60 / asked.jobs
+    print(
+        f"{own.cell.name}: {len(todo)} runs to do, {len(jobs) - len(todo)} done; about "
+        f"{minutes:.0f} minutes with {asked.jobs} at a time, by "
+        f"{f'{len(taken)} runs measured here' if taken else 'a guess'}",
+        flush=True,
+    )
+    if asked.dry_run:
+        return 0
+    failed = [] if asked.tables else do(todo, asked.jobs, _tell)
+    _write(plans.whole(), output, asked.publish)
+    for line in failed:
+        print(f"FAILED {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _add(output: Path) -> None:
+    print(f"{record.unpack(RESULTS / record.NAME, output)} published runs count as done")
 
 
 def _benchmark(form: plans.Form, whole: plans.Form, output: Path, asked: argparse.Namespace) -> int:
     try:
         if asked.add:
-            print(f"{record.unpack(RESULTS / record.NAME, output)} published runs count as done")
+            _add(output)
         _announce(form, whole, output, asked.jobs)
         failed: list[str] = []
         if not (asked.dry_run or asked.tables):
@@ -113,6 +170,7 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--publish", action="store_true", help="write the results into this repository"
     )
+    real.options(parser)
     return parser
 
 
@@ -199,38 +257,43 @@ def split(form: plans.Form, output: Path) -> tuple[list[tuple[Job, dict[str, Any
 def _tell(event: tuple[str, dict[str, Any], float]) -> None:
     name, line, seconds = event
     if line["evaluation"] and line["round"]:
-        scores = [s["exact_match"] for s in line["evaluation"]["personal"].values()]
-        print(f"{name}: round {line['round']}, {mean(scores):.3f}, {seconds:.1f} s", flush=True)
+        found = [s["exact_match"] for s in line["evaluation"]["personal"].values()]
+        print(f"{name}: round {line['round']}, {mean(found):.3f}, {seconds:.1f} s", flush=True)
 
 
 def _write(whole: plans.Form, output: Path, publish: bool) -> None:
     """Writes the raw results, the tables and the figures of all measurements in a folder."""
     done, todo = split(whole, output)
-    rows = plans.rows(job for job, _ in done if not job.tunes)
+    own = real.rows(output)
+    rows = [*plans.rows(job for job, _ in done if not job.tunes), *own]
     if not rows:
         print("nothing is measured yet")
         return
     results = RESULTS if publish else output
     write_text(results / "personalization.csv", as_csv(rows))
     rates = plans.chosen(whole, output)
-    state = stated(done, todo, 2 * len(record.read_rates(output)))
+    before = sum(len(cells.rates(name)) for _, name in record.read_rates(output))
+    state = stated(done, todo, before) if done else "No scenes and no photographs yet."
+    if own:
+        runs = {(r["regime"], r["rows_per_client"], r["algorithm"], r["seed"]) for r in own}
+        state += f" Beside these, {len(runs)} runs in cells of other data."
     images = PAGE.parent / "images" if publish else output
     part = ", a part of all that there is" if todo else ""
-    figures.draw(pages.main(rows), images, f"Personalization{part}: {pages.seeds(rows)}")
-    text = written(rows, state, rates, "images" if publish else ".")
+    figures.draw(scores.main(rows), images, f"Personalization{part}: {pages.seeds(rows)}")
+    text = written(rows, state, rates, "images" if publish else ".", real.stated(output))
     write_text(
         results / "personalization.md", f"# Personalization\n\n{state}\n\n{pages.details(rows)}\n"
     )
     if publish:
         record.pack(output, RESULTS / record.NAME)
         write_text(PAGE, placed(PAGE.read_text(encoding="utf-8"), text))
-    print(f"\n{text}\n\nwritten to {results}\n\n{ratio(rows)}", flush=True)
+    print(f"\n{text}\n\nwritten to {results}\n\n{targets.ratio(rows)}", flush=True)
 
 
 def as_csv(rows: Sequence[dict[str, Any]]) -> str:
     """The raw results as CSV. A field without a number is empty."""
     out = io.StringIO()
-    writer = csv.DictWriter(out, plans.COLUMNS, lineterminator="\n")
+    writer = csv.DictWriter(out, plans.COLUMNS, extrasaction="ignore", lineterminator="\n")
     writer.writeheader()
     for row in rows:
         writer.writerow({k: f"{v:.6g}" if isinstance(v, float) else v for k, v in row.items()})
@@ -266,31 +329,49 @@ def _list(words: Any) -> str:
     return ", ".join(dict.fromkeys(words))
 
 
-def written(rows: Sequence[dict[str, Any]], state: str, rates: Any, images: str) -> str:
-    """The generated part of the page."""
-    some = pages.main(rows)
-    enough, few = pages.judged(some)
-    apart = ["### Cells with one or two seeds, not counted above", pages.overview(few)]
+def written(
+    rows: Sequence[dict[str, Any]], state: str, rates: Any, images: str, own: str = ""
+) -> str:
+    """The generated part of the page.
+
+    Args:
+        rows: the raw results.
+        state: a paragraph about finished and missing results.
+        rates: the chosen learning rates.
+        images: folder of the figures.
+        own: sentences about the cells of the user's data.
+    """
+    some = scores.main(rows)
+    found = {"Overview": scores.parts(some)[0], "Real cells": scores.parts(some)[1]}
+    shown = [
+        f"## {title}\n\n{pages.overview(part)}\n\n{pages.matrix(part)}"
+        + (f"\n\n{_by_site(part, own)}" if title == "Real cells" and own else "")
+        for title, part in found.items()
+        if part
+    ]
     return "\n\n".join(
         [
             state,
+            pages.READING,
             f"![Algorithms by cells]({images}/personalization-overview.png)",
-            "## Overview",
-            pages.overview(enough),
-            *(apart if few else []),
-            f"## What `{targets.DEFAULT}` was to reach",
-            targets.targets(enough),
+            *shown,
+            f"## What `{scores.DEFAULT}` was to reach",
+            targets.targets(some),
             "## What pays",
+            pages.PAYS,
             pages.pays(some),
             "## All algorithms",
             pages.everyone(rows),
-            "## By regime",
-            pages.regimes(some),
             f"![A panel a cell]({images}/personalization-cells.png)",
             "## Learning rates",
             pages.rates(rates),
         ]
     )
+
+
+def _by_site(rows: Sequence[dict[str, Any]], own: str) -> str:
+    some = dict.fromkeys(scores.place(r) for r in rows if r["metric"] == real.METRIC)
+    return f"{own}\n\n{pages.by_site(rows, some)}"
 
 
 def placed(page: str, text: str) -> str:
@@ -300,20 +381,6 @@ def placed(page: str, text: str) -> str:
     if not between.search(page):
         raise FedVLMError(f"'{PAGE}' has no line '{first}' with '{last}' below it: restore them")
     return between.sub(lambda _: f"{first}\n\n{text}\n\n{last}", page)
-
-
-def ratio(rows: Sequence[dict[str, Any]]) -> str:
-    """The last line: personalized LoRA over LoRA, on all cells and seeds with both."""
-    found = pages.scores(rows)
-    pairs = [
-        (scores["plora"][seed], scores["lora"][seed])
-        for scores in found.values()
-        for seed in scores.get("plora", {}).keys() & scores.get("lora", {}).keys()
-    ]
-    if not pairs or not sum(lora for _, lora in pairs):
-        return "RATIO nan personal models of plora / lora, exact match"
-    over = sum(plora for plora, _ in pairs) / sum(lora for _, lora in pairs)
-    return f"RATIO {over:.3f} personal models of plora / lora, exact match, {len(pairs)} pairs"
 
 
 if __name__ == "__main__":

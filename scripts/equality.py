@@ -43,15 +43,12 @@ BASE: Settings = {
     "engine": {"threads": 1},
 }
 ALGORITHMS = """
-    auto plora lora fedsa ffa fedalora rolora iat share local lora+ft lora+es fedprox scaffold mix
-    ditto apfl fedex flora flexlora hetlora pair feddpa fedalt similar clustered centralized
-    centralized+name
+    auto plora lora fedsa ffa fedalora rolora iat share local fedprox scaffold mix ditto
+    apfl fedex flora flexlora hetlora lorafair fedrot pair feddpa fedalt fedmosaic similar clustered
+    fedlease fedtree centralized centralized+name
 """
 OWN: dict[str, Settings] = {  # what an algorithm needs; no other is given it
-    "auto": {"algorithm": {"ft_steps": 4, "ft_checks": 2}},
     "share": {"algorithm": {"share": {"part:vision": "B", "layer:1-2": "AB"}}},
-    "lora+ft": {"algorithm": {"ft_steps": 3}},
-    "lora+es": {"algorithm": {"ft_steps": 4, "ft_checks": 2}},
     "scaffold": {"train": {"optimizer": "sgd", "lr": 0.1}},
 }
 PRODUCTS = ("fedex", "flora", "flexlora")
@@ -116,7 +113,7 @@ def all_cases(engine: str) -> Iterator[Case]:
         for name in ("plora", "auto", "lora"):
             yield case(f"{text}, {{}}", name, {"objective": section})
     for text, section in WIRES.items():
-        names = ["lora", "plora", "rolora", "scaffold", "ditto", "lora+ft", "hetlora"]
+        names = ["lora", "plora", "rolora", "scaffold", "ditto", "hetlora"]
         names += {"bf16": ["auto"], "int8": ["auto", "flexlora"], "topk": []}[text]
         for name in names:  # auto and flexlora refuse topk
             leak = "the old auto was shown the rest that int8 keeps, under names unsent/..."

@@ -57,7 +57,7 @@ def _key(rng: random.Random) -> str:
     from fedvlm.config import _keys
     from fedvlm.settings.sections import Config
 
-    keys = [*_keys(Config), "algorithm.share", "algorithm.ft_steps", "lora.ranks.a"]
+    keys = [*_keys(Config), "algorithm.share", "algorithm.server_lr", "lora.ranks.a"]
     key = rng.choice(keys)
     odd = rng.random()
     return key if odd < 0.9 else spoiled(rng, key.encode(), 1).decode("utf-8", "surrogateescape")

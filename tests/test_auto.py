@@ -64,12 +64,12 @@ def test_a_vote_holds_the_doubt_of_each_candidate_and_an_abstention_counts_nothi
         "0": 0.25,
         "1": 0.5,
         "2": 0.75,
-        "voters": 1.0,
+        "3": 1.0,
     }
     for nothing in ({}, mine):  # no own B yet, or no validation rows
         vote = part(round_of(FIRST, down(1, 2, 2), nothing)[1].up, DOUBTS)
-        assert vote["voters"] == 0
-        assert vote.keys() == {"0", "1", "2", "voters"}, "the form of an upload does not tell"
+        assert vote["3"] == 0
+        assert vote.keys() == {"0", "1", "2", "3"}, "the form of an upload does not tell"
 
 
 def test_the_candidate_of_the_least_mean_doubt_is_chosen_and_kept_without_votes():
@@ -79,7 +79,7 @@ def test_the_candidate_of_the_least_mean_doubt_is_chosen_and_kept_without_votes(
 
     def after(state, doubts):
         mean = {**INITIAL, **{f"{DOUBTS}/{k}": torch.tensor(d) for k, d in enumerate(doubts)}}
-        mean[f"{DOUBTS}/voters"] = torch.tensor(float(any(doubts)))
+        mean[f"{DOUBTS}/3"] = torch.tensor(float(any(doubts)))
         return {**state, **algorithm.server.update(state, mean, 2)}
 
     state = after(state, (0.5, 0.2, 0.3))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import sys
 from pathlib import Path
 
@@ -42,8 +43,9 @@ def test_every_cell_gives_settings_that_a_run_takes(cell, tmp_path):
     config = cells.run_config(cell, "scaffold", 0.1, 3, tmp_path, {})
     assert config.train.optimizer == "sgd"
     assert config.train.lr == 0.1
-    total = cell.rows + cells.VALIDATION + cells.TEST
-    assert round(config.data.test_fraction * total) == cells.TEST
+    test = cells.FEW_TEST if cell.regime == "partial" else cells.TEST
+    total = cell.rows + cells.VALIDATION + test
+    assert round(config.data.test_fraction * total) == test
     assert round(config.data.val_fraction * total) == cells.VALIDATION
     assert Job(cell, "scaffold", 0.1, 3, tmp_path, {}).steps >= 240
 
@@ -51,7 +53,7 @@ def test_every_cell_gives_settings_that_a_run_takes(cell, tmp_path):
 def test_rates_are_tuned_with_the_same_budget_on_validation_rows(tmp_path):
     form = plans.small()
     jobs = list(plans.tuning(form, tmp_path))
-    assert len(jobs) == 2 * 2 * len(form.algorithms), "two kinds of regime, two rates, one seed"
+    assert len(jobs) == 2 * 3 * len(form.algorithms), "two kinds of regime, three rates, one seed"
     assert all(job.config.eval.split == "val" and job.config.eval.every == 0 for job in jobs)
     assert len({job.folder for job in jobs}) == len(jobs)
     assert {job.seed for job in jobs} == {0}
@@ -62,7 +64,7 @@ def test_the_small_form_is_a_part_of_the_whole(tmp_path):
     rates |= {("differ", a): 0.01 for a in cells.ALGORITHMS}
     rates |= {("photos", a): 0.01 for a in cells.ALGORITHMS}
     every = {job.folder: job for job in plans.runs(plans.whole(), rates, tmp_path)}
-    for form, count in ((plans.small(), 2 * 4 * 2), (plans.main(), 12 * 8 * 5)):
+    for form, count in ((plans.small(), 2 * 4 * 2), (plans.main(), 8 * 6 * 5)):
         some = {job.folder: job.config for job in plans.runs(form, rates, tmp_path)}
         assert len(some) == count
         assert all(every[folder].config == config for folder, config in some.items())
@@ -103,16 +105,22 @@ def fake(monkeypatch):
         store.check_fresh(folder)
         files.write_text(folder / store.CONFIG, dump(config))
         good = 0.2 + 10 * config.train.lr
-        models = {key: {"a": {"exact_match": good}, "b": {"exact_match": 0.1}} for key in MODELS}
+        clients = {"a": scored(good), "b": scored(0.1)}
+        models = dict.fromkeys(MODELS, clients)
         for round_ in (0, 2, 4):
             files.append_line(
                 folder / "metrics.jsonl", {"round": round_, "evaluation": models, "bytes_up": {}}
             )
-        summary = {"exact_match": {"mean": good, "worst10": 0.1}, "loss": {"mean": 1.0}}
+        share = {"mean": good, "worst10": 0.1}
+        summary = {"exact_match": share, "token_f1": share, "loss": {"mean": 1.0}}
         table = {
             "metric": "exact_match",
-            "models": {key: {"summary": summary} for key in ("untuned", *MODELS)},
+            "models": {
+                key: {"summary": summary, "clients": clients} for key in ("untuned", *MODELS)
+            },
             "bytes": {"bytes_up": {"total": 1234}},
+            "steps": 240,
+            "passes": 960,
         }
         (folder / "personal").mkdir()
         sealed.write(folder / store.CHECKPOINT, {"round": 4, "files": {}})
@@ -124,6 +132,10 @@ def fake(monkeypatch):
 
 
 MODELS = tuple(runs.MODELS)
+
+
+def scored(value: float) -> dict[str, float]:
+    return {"exact_match": value, "token_f1": value, "examples": 24}
 
 
 def small_form(**changes) -> plans.Form:
@@ -140,15 +152,15 @@ def everything(form: plans.Form, output: Path) -> list[Job]:
 def test_what_is_measured_is_not_run_again(fake, tmp_path):
     form = small_form()
     jobs = everything(form, tmp_path)
-    assert len(fake) == 2 * 2 + 2 * 2
+    assert len(fake) == 2 * 3 + 2 * 2
     assert not (jobs[0].folder / "personal").exists(), "files without further use are removed"
     rows = plans.rows(jobs)
     assert len(rows) == 2 * 2 * 5
     everything(form, tmp_path)
-    assert len(fake) == 8
+    assert len(fake) == 10
     wider = plans.Form((MIXED,), ("lora", "plora", "local"), (0, 1))
     everything(wider, tmp_path)
-    assert len(fake) == 8 + 2 + 2, "a new algorithm adds only its own runs"
+    assert len(fake) == 10 + 3 + 2, "a new algorithm adds only its own runs"
 
 
 def test_a_run_that_was_killed_before_it_was_measured_is_measured_and_not_run_again(fake, tmp_path):
@@ -157,8 +169,10 @@ def test_a_run_that_was_killed_before_it_was_measured_is_measured_and_not_run_ag
     jobs[0].record.unlink()
     assert len(plans.rows(jobs)) == len(rows) - 5
     runs.do(jobs, 1)
-    assert len(fake) == 8
-    assert plans.rows(jobs) == rows
+    assert len(fake) == 10
+    again = plans.rows(jobs)
+    assert {row["seconds"] for row in again[10:15]} == {None}, "its time is not known"
+    assert [row | {"seconds": 0} for row in again] == [row | {"seconds": 0} for row in rows]
 
 
 def test_a_run_that_fails_is_named_and_tried_again(fake, tmp_path, monkeypatch):
@@ -190,8 +204,8 @@ def test_results_of_other_settings_are_refused(fake, tmp_path):
 def test_the_rate_of_the_best_validation_score_is_taken(fake, tmp_path):
     everything(small_form(), tmp_path)
     assert plans.chosen(small_form(), tmp_path) == {
-        ("differ", "lora"): 0.005,
-        ("differ", "plora"): 0.005,
+        ("differ", "lora"): 0.01,
+        ("differ", "plora"): 0.01,
     }
 
 
@@ -206,15 +220,25 @@ def test_published_results_are_extended_and_not_run_again(fake, tmp_path):
     assert plans.rows(everything(form, there)) == rows
     assert len(fake) == ran, "nothing is run again, not even for learning rates"
     everything(plans.Form((MIXED,), ("lora", "plora", "local"), (0,)), there)
-    assert len(fake) == ran + 2 + 1
+    assert len(fake) == ran + 3 + 1
     record.pack(there, file)
     assert len(file.read_text().splitlines()) == 1 + 4 + 1
     assert record.unpack(file, there) == 0
+    again = plans.rows(everything(form, there))
+    assert [r["scores"] for r in again] == [r["scores"] for r in rows], "clients survive"
     assert {a for _, a in record.read_rates(there)} == {"lora", "plora"}, "published rates are kept"
     file = there / record.RATES
     written = file.stat().st_ino
     record.keep_rates(there, record.read_rates(there))
     assert file.stat().st_ino == written, "without news, the file is not rewritten"
+
+
+def test_published_runs_without_scores_of_clients_are_refused(tmp_path):
+    file = tmp_path / "old.jsonl"
+    files.write_text(file, json.dumps({"path": "runs/a/b/measured.json", "rows": []}) + "\n")
+    with pytest.raises(FedVLMError, match="leave out --add"):
+        record.unpack(file, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
 
 
 def test_clients_join_a_run_of_which_only_the_numbers_are_left(fake, tmp_path, monkeypatch):
@@ -234,10 +258,11 @@ def test_the_raw_results_have_exactly_the_promised_columns(fake, tmp_path):
     rows = plans.rows(everything(small_form(), tmp_path))
     lines = personalization.as_csv(rows).splitlines()
     assert lines[0] == (
-        "regime,strength,rows_per_client,algorithm,seed,model,when,mean,worst10,bytes_up,"
-        "rounds_to_90"
+        "regime,strength,rows_per_client,algorithm,seed,model,when,mean,worst10,steps,passes,"
+        "bytes_up,rounds_to_90,seconds,clients,rows"
     )
-    assert lines[1] == "mixed,1,24,plora,0,untuned,start,0.25,0.1,1234,"
+    assert lines[1].startswith("mixed,1,24,plora,0,untuned,start,0.3,0.1,240,960,1234,,")
+    assert lines[1].endswith(",2,48")
     assert len(lines) == 1 + len(rows)
 
 
@@ -251,12 +276,12 @@ def test_a_part_of_the_benchmark_says_that_it_is_one(fake, tmp_path):
     federated = len(cells.ALGORITHMS) - len(cells.REFERENCES)
     joined = len(joining) * federated * cells.SEEDS
     assert (len(done), len(done) + len(todo)) == (
-        4 + 4,
+        4 + 6,
         sum(plans.number_of_runs(plans.whole())) + joined,
     )
     state, total = personalization.stated(done, todo), len([j for j in todo if not j.tunes]) + 4
     assert "A part of all that there is" in state
-    assert f"4 of {total} results, 4 runs for learning rates" in state
+    assert f"4 of {total} results, 6 runs for learning rates" in state
     assert "Cells: mixed-1-24. Algorithms: plora, lora. Seeds: 0, 1." in state
 
 

@@ -27,6 +27,9 @@ COLUMNS = (
     "passes",
     "bytes_up",
     "rounds_to_90",
+    "seconds",
+    "clients",
+    "rows",
 )
 TUNING: dict[str, Any] = {"eval": {"split": "val", "every": 0}}
 TUNING_SEED = 0
@@ -81,11 +84,11 @@ def quick() -> Form:
         "data": {"scenes": {"sites": 3}},
         "lora": {"rank": 2, "alpha": 4},
     }
-    return Form((Cell("iid", 0.0, 24),), ("lora", "plora"), (0,), extra, rate=0.002)
+    return Form((Cell("iid", 0.0, 24),), ("auto", "lora"), (0,), extra, rate=0.002)
 
 
 def tuning(form: Form, output: Path) -> Iterator[Job]:
-    """The runs that choose learning rates: two an algorithm and kind of regime, one seed.
+    """The runs that choose learning rates: three an algorithm and kind of regime, one seed.
 
     Algorithms with a chosen rate are left out.
     """
@@ -153,25 +156,51 @@ def rows(jobs: Iterable[Job]) -> list[dict[str, Any]]:
     """The raw results of the finished jobs."""
     found = []
     for job in jobs:
-        where = {
-            "regime": job.cell.regime,
-            "strength": job.cell.strength,
-            "rows_per_client": job.cell.rows,
-            "algorithm": job.algorithm,
-            "seed": job.seed,
-        }
-        found += [where | row for row in (read(job) or {"rows": []})["rows"]]
+        if record := read(job):
+            found += rows_of(job.cell, job.algorithm, job.seed, record, job.config.metric)
+    return ordered(found)
+
+
+def rows_of(
+    cell: Cell, algorithm: str, seed: int, record: Mapping[str, Any], metric: str
+) -> list[dict[str, Any]]:
+    """The raw results of a run.
+
+    Beside :data:`COLUMNS`, a row holds `metric`, the name of its score, and `scores`: the scores of
+    each client's personal model.
+    """
+    clients = record["clients"]
+    run = {
+        "regime": cell.regime,
+        "strength": cell.strength,
+        "rows_per_client": cell.rows,
+        "algorithm": algorithm,
+        "seed": seed,
+        "seconds": record["seconds"],
+        "clients": len(clients),
+        "rows": int(sum(own["examples"] for own in clients.values())),
+        "metric": metric,
+        "scores": clients,
+    }
+    return [run | row for row in record["rows"]]
+
+
+def ordered(found: Iterable[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Raw results by cell, algorithm and seed."""
     return sorted(found, key=_order)
 
 
 def _order(row: Mapping[str, Any]) -> tuple[Any, ...]:
     strength = -1.0 if row["strength"] is None else row["strength"]
-    names = [cell.regime for cell in cells.full()]
-    place = names.index(row["regime"]), strength, row["rows_per_client"]
+    names = list(dict.fromkeys(cell.regime for cell in cells.full()))
+    known = names.index(row["regime"]) if row["regime"] in names else len(names)
+    place = known, row["regime"], strength, row["rows_per_client"]
     return *place, cells.ALGORITHMS.index(row["algorithm"]), row["seed"]
 
 
-def seconds(todo: Iterable[Job], done: Iterable[tuple[Job, float]]) -> float:
+def seconds(
+    todo: Iterable[Job], done: Iterable[tuple[Job, float]], guess: float = SECONDS_A_STEP
+) -> float:
     """Estimates the seconds of jobs that run one after another.
 
     The estimate uses the median time of a step in the same cell, or in all cells.
@@ -179,12 +208,13 @@ def seconds(todo: Iterable[Job], done: Iterable[tuple[Job, float]]) -> float:
     Args:
         todo: the remaining jobs.
         done: finished jobs and their seconds.
+        guess: seconds of a step, where no job is finished.
     """
     found: dict[tuple[str, bool] | None, list[float]] = {}
     for job, taken in done:
         for key in (_alike(job), None):
             found.setdefault(key, []).append(taken / job.steps)
-    usual = statistics.median(found.get(None, [SECONDS_A_STEP]))
+    usual = statistics.median(found.get(None, [guess]))
     typical = {key: statistics.median(each) for key, each in found.items()}
     return sum(typical.get(_alike(job), usual) * job.steps for job in todo)
 

@@ -1,22 +1,22 @@
 """Ranks over the cells of the personalization benchmark, with ties.
 
-Seeds are pairs: with one seed all algorithms have the same rows, partition and initial weights. So
-the comparison of two algorithms uses the mean of their differences over the seeds. They are tied
-where that mean is within one standard error of zero. A single seed has no standard error. Then
-only equal means are tied.
+Two algorithms are compared by the scores of the same clients in the same runs
+(:mod:`_personalization.bootstrap`). They are tied where the mean of the differences is within one
+standard error of zero.
 """
 
 from __future__ import annotations
 
-import math
+from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from fedvlm.metrics import mean, standard_error
+from _personalization.bootstrap import difference
+from fedvlm.metrics import mean
 
-Seeds = Mapping[int, float]  # seed -> score
-Scores = Mapping[str, Seeds]  # algorithm -> scores by seed, in one cell
+Pairs = Mapping[Any, float]  # (seed, client) -> score
+Scores = Mapping[str, Pairs]  # algorithm -> its scores in one cell
 ROUNDING = 1e-12
 
 
@@ -28,17 +28,15 @@ class Overview:
         algorithm: name of the algorithm.
         rank: average rank over the cells; 1 is the best.
         won: number of cells in which it is the best or tied with the best.
-        cells: number of compared cells.
         mean: mean score over the cells.
-        worst10: mean over the cells of the scores of its worst clients.
+        places: cell -> rank.
     """
 
     algorithm: str
     rank: float
     won: int
-    cells: int
     mean: float
-    worst10: float
+    places: Mapping[Any, float]
 
 
 def rounds_to(curve: Mapping[int, float], share: float = 0.9) -> int | None:
@@ -49,17 +47,10 @@ def rounds_to(curve: Mapping[int, float], share: float = 0.9) -> int | None:
     return next(round_ for round_ in sorted(curve) if curve[round_] >= goal - ROUNDING)
 
 
-def lead(ours: Seeds, theirs: Seeds) -> tuple[float, float]:
-    """Mean of ``ours - theirs`` over the common seeds, and its standard error (one seed: 0)."""
-    pairs = [ours[seed] - theirs[seed] for seed in sorted(ours.keys() & theirs.keys())]
-    error = standard_error(pairs)
-    return mean(pairs), 0.0 if math.isnan(error) else error
-
-
-def beats(ours: Seeds, theirs: Seeds, errors: float = 1.0) -> bool:
-    """Whether the lead of ``ours`` is larger than a number of standard errors."""
-    ahead, error = lead(ours, theirs)
-    return ahead > errors * error + ROUNDING
+def beats(ours: Pairs, theirs: Pairs) -> bool:
+    """Whether the lead of ``ours`` is larger than one standard error."""
+    lead = difference(ours, theirs)
+    return lead.value > lead.error + ROUNDING
 
 
 def ranks(scores: Scores) -> dict[str, float]:
@@ -74,45 +65,49 @@ def ranks(scores: Scores) -> dict[str, float]:
 
 
 def best(scores: Scores) -> str:
-    """The algorithm with the highest mean over its seeds; the first one of equal means."""
+    """The algorithm with the highest mean over its pairs; the first one of equal means."""
     return max(scores, key=lambda name: mean(scores[name].values()))
 
 
 def winners(scores: Scores) -> set[str]:
     """The best algorithm, and the algorithms that it does not beat."""
+    if not scores:
+        return set()
     top = scores[best(scores)]
     return {name for name, own in scores.items() if not beats(top, own)}
 
 
-def clearly_behind(scores: Scores, name: str) -> bool:
-    """Whether the best algorithm leads the named one by more than two standard errors."""
-    return name in scores and beats(scores[best(scores)], scores[name], errors=2.0)
+def common(scores: Scores) -> dict[str, dict[Any, float]]:
+    """The scores in the pairs that all algorithms of a cell have."""
+    shared = frozenset.intersection(*map(frozenset, scores.values())) if scores else frozenset()
+    return {name: {p: s for p, s in own.items() if p in shared} for name, own in scores.items()}
 
 
-def complete(cells: Mapping[Any, Scores], algorithms: Iterable[str]) -> list[Any]:
-    """The cells in which all given algorithms have the same seeds."""
-    names = list(algorithms)
-    return [
-        cell
-        for cell, scores in cells.items()
-        if all(name in scores for name in names)
-        and len({frozenset(scores[name]) for name in names}) == 1
-    ]
+def block(cells: Mapping[Any, Scores]) -> tuple[list[str], list[Any]]:
+    """The largest block of the results: algorithms, and the cells with common pairs of them all.
 
-
-def overview(
-    cells: Mapping[Any, Scores], worst: Mapping[Any, Scores], algorithms: Sequence[str]
-) -> list[Overview]:
-    """The algorithms over all complete cells, the best average rank first.
-
-    Args:
-        cells: cell -> algorithm -> seed -> mean over the clients.
-        worst: the same for the worst tenth of the clients.
-        algorithms: the algorithms to rank.
+    The most frequent algorithms come first. The block has as many results (algorithms times cells)
+    as possible, of at least two algorithms where there are two.
     """
-    compared = {c: {a: cells[c][a] for a in algorithms} for c in complete(cells, algorithms)}
-    if not compared:
-        return []
+    count = Counter(name for scores in cells.values() for name in scores)
+    order = [name for name, _ in count.most_common()]
+    found: tuple[list[str], list[Any]] = order[:1], [c for c in cells if order[0] in cells[c]]
+    for number in range(2, len(order) + 1):
+        names = order[:number]
+        some = [c for c, own in cells.items() if _complete(own, names)]
+        if some and (len(found[0]) < 2 or number * len(some) >= len(found[0]) * len(found[1])):
+            found = names, some
+    return found
+
+
+def _complete(scores: Scores, names: Iterable[str]) -> bool:
+    some = {name: scores.get(name, {}) for name in names}
+    return all(common(some).values())
+
+
+def overview(cells: Mapping[Any, Scores], algorithms: Sequence[str]) -> list[Overview]:
+    """The algorithms over cells that have them all, the best average rank first."""
+    compared = {c: common({a: scores[a] for a in algorithms}) for c, scores in cells.items()}
     placed = {c: ranks(scores) for c, scores in compared.items()}
     won = {c: winners(scores) for c, scores in compared.items()}
     found = [
@@ -120,9 +115,8 @@ def overview(
             name,
             mean(place[name] for place in placed.values()),
             sum(name in names for names in won.values()),
-            len(compared),
             mean(mean(scores[name].values()) for scores in compared.values()),
-            mean(mean(worst[c][name].values()) for c in compared),
+            {c: place[name] for c, place in placed.items()},
         )
         for name in algorithms
     ]

@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from _personalization.runs import JOINS, MEASURED
+from fedvlm.errors import FedVLMError
 from fedvlm.store.files import write_text
 
 RATES = "rates.json"
@@ -24,21 +25,34 @@ def unpack(file: Path, output: Path) -> int:
 
     Returns:
         The number of runs that are new in the folder.
+
+    Raises:
+        FedVLMError: a run has no scores of its clients, so it is from before equal budgets.
     """
+    lines = [json.loads(line) for line in file.read_text(encoding="utf-8").splitlines()]
+    if any("rows" in found and "clients" not in found for found in lines):
+        raise FedVLMError(
+            f"'{file}' holds runs without the scores of their clients, which no longer compare: "
+            "leave out --add, and publish new runs"
+        )
     new = 0
-    for line in file.read_text(encoding="utf-8").splitlines():
-        found = json.loads(line)
+    for found in lines:
         path = output / found.pop("path")
         if not path.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             write_text(path, json.dumps(found, indent=1) + "\n")
-            new += path.name != RATES
+            new += path.name in (MEASURED, JOINS)
     return new
 
 
 def pack(output: Path, file: Path) -> None:
-    """Writes the rates and all compared runs of an output folder to a file, sorted by name."""
-    paths = sorted(path for name in (MEASURED, JOINS) for path in output.glob(f"runs/*/*/{name}"))
+    """Writes the rates and all compared runs of an output folder to a file, sorted by name.
+
+    Each run keeps the scores of its clients, so intervals can be computed from the file alone.
+    """
+    names = [f"runs/*/*/{name}" for name in (MEASURED, JOINS)]
+    names += [f"real/*/*/{MEASURED}", "real/*/cell.json"]
+    paths = sorted(path for name in names for path in output.glob(name))
     lines = []
     for path in [output / RATES, *paths]:
         if path.exists():

@@ -145,7 +145,7 @@ def measure(name: str, config: Config, tell: comparison.Tell) -> None:
         results = Results.read(folder)
         scores = clients_of(results)
         loss = results.summary("personal", "loss")["mean"]
-        _write(folder / MEASURED, config, seconds, rows_of(results, lines), loss, scores)
+        write(folder / MEASURED, config, seconds, rows_of(results, lines), loss, scores)
         prune(folder)
     except Exception:
         files.write_text(folder / FAILED, traceback.format_exc())
@@ -168,7 +168,8 @@ def join(name: str, config: Config, tell: comparison.Tell) -> None:
                 onboard(folder, data, name=site)
             found.append(json.loads(there.read_text())["scores"])
         seconds = time.perf_counter() - began
-        _write(folder / JOINS, config, seconds, joined_rows(found, config))
+        clients = {f"new-{k}": site["personal"] for k, site in enumerate(found)}
+        write(folder / JOINS, config, seconds, joined_rows(found, config), scores=clients)
     except Exception:
         files.write_text(folder / FAILED, traceback.format_exc())
 
@@ -241,19 +242,31 @@ def _row(
     }
 
 
-def _write(
+def write(
     path: Path,
     config: Config,
     seconds: float | None,
     rows: list[dict[str, Any]],
     loss: float | None = None,
     scores: Mapping[str, Any] | None = None,
+    commit: str | None = None,
 ) -> None:
+    """Writes the measurements of a run to ``path``.
+
+    Args:
+        path: the file.
+        config: the settings of the run.
+        seconds: wall time; None: not known, such as for a resumed run.
+        rows: its rows in the raw results.
+        loss: mean loss of the personal models.
+        scores: client -> scores of its personal model.
+        commit: the code of the run; None: the code of this process.
+    """
     found = {
         "settings": digest(config),
         "seconds": seconds,
         "date": str(datetime.date.today()),
-        "commit": _commit(),
+        "commit": commit or _commit(),
         "loss": loss,
         "rows": rows,
         "clients": scores or {},

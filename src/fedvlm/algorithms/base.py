@@ -290,7 +290,8 @@ class Algorithm:
         work: client, ``(local) -> generator`` of :class:`Train` and :class:`Score`, which returns
             :class:`Sent`.
         server: how uploads become the next state: :class:`Averaged` or :class:`Gathered`.
-        final: whether an extra round with all clients follows the last round, for tuning.
+        final: whether an extra round with all clients follows the last round. The ending of a run
+            adds it (:mod:`fedvlm.algorithms.ending`); an algorithm with ``final`` has its own.
     """
 
     init: Init

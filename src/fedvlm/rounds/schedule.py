@@ -22,7 +22,7 @@ class Round:
             before the first round.
         cohort: the clients that take part.
         evaluate: whether clients are scored after the round.
-        final: whether this is the final round, local tuning with all clients.
+        final: whether this is the final round of all clients, without uploads.
     """
 
     number: int
