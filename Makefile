@@ -35,7 +35,7 @@ help: ## print this list
 	@echo "  TORCH_INDEX=https://download.pytorch.org/whl/cpu"
 	@echo "                           take PyTorch without CUDA (Linux; smaller)"
 
-demo: $(VENV)/.stamp-run ## set up, then compare algorithms on eight small sites (2 minutes)
+demo: $(VENV)/.stamp-run ## set up, then compare algorithms on eight small sites (3 minutes)
 	$(BIN)/fedvlm demo
 
 test: export HF_HUB_OFFLINE = 1

@@ -216,7 +216,7 @@ def test_compare_in_two_processes_gives_the_same_scores(tmp_path):
     clock = "seconds"
     assert [{**r, clock: 0} for r in alone.rows] == [{**r, clock: 0} for r in both.rows]
     assert {(name, line["round"]) for name, line, _ in told} == {
-        (f"{n} seed 0", r) for n in names for r in (0, 1, 2)
+        (f"{n} seed 0", r) for n in names for r in (0, 1, 2, 3)
     }
 
 

@@ -190,7 +190,7 @@ def test_adapters_beside_one_another_have_the_scores_they_have_alone(small, tmp_
         alone = [engine._validate([tree], rows)[0] for tree in trees]
     assert np.allclose(found, alone, rtol=1e-5)
     assert len({one.loss for one in found}) == 3
-    assert all(0 < one.wrong <= 1 for one in found)
+    assert all(0 < one.doubt <= 1 for one in found)
 
 
 @pytest.mark.parametrize("family", families.FAMILIES)

@@ -109,7 +109,7 @@ def test_rewards_are_log_ratios_to_the_model_with_its_adapter_off(tuned):
     margin = rewards[:3] - rewards[3:]
     assert terms.metrics["reward_margin"].tolist() == pytest.approx(margin.tolist(), abs=1e-5)
     assert terms.metrics["reward_accuracy"].tolist() == [float(m > 0) for m in margin]
-    assert terms.wrong.tolist() == [float(m < 0) for m in margin]
+    assert terms.doubt.tolist() == pytest.approx(torch.sigmoid(-margin).tolist())
     assert terms.loss.tolist() == pytest.approx((-F.logsigmoid(margin)).tolist(), abs=1e-5)
     assert margin.abs().min() > 1e-3
 

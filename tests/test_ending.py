@@ -14,7 +14,7 @@ from fedvlm.algorithms.sharing import alternating
 from fedvlm.algorithms.table import build
 from fedvlm.config import load
 from fedvlm.settings.method import AlgorithmConfig
-from fedvlm.settings.sections import TrainConfig
+from fedvlm.settings.train import TrainConfig
 from fedvlm.tree import part
 from toy import FEDAVG, INITIAL, LOCAL, A, B, clients, close
 

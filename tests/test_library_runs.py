@@ -73,7 +73,8 @@ def test_a_stopped_run_resumes_to_the_same_bytes(small, tmp_path, name):
 def test_centralized_training_is_one_client_with_all_rows(small):
     """The steps equal those of one site with the rows of all three sites."""
     tree = settings(small, "centralized")
-    tree["train"] |= {"rounds": 1, "local_steps": 2, "clients_per_round": None}
+    tree["train"] |= {"rounds": 1, "local_steps": 2, "clients_per_round": None, "finish_steps": 0}
+    tree["train"]["average"] = "none"
     config = fedvlm.load_config(tree)
     engine, partition, _ = preparing.prepare(config)
     rows = np.concatenate([partition.splits[c].train for c in partition.clients])

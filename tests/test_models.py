@@ -69,17 +69,18 @@ def test_the_loss_is_the_models_own(loaded, collator):
     with torch.no_grad():
         theirs = loaded.model(**batch).loss
         ours = sft_terms(loaded.model, batch).mean()
-        nll, tokens, wrong = answer_nll(loaded.model, batch)
+        nll, tokens, doubt = answer_nll(loaded.model, batch)
         alone = [answer_nll(loaded.model, collator.training([i]))[0].item() for i in (0, 1)]
     assert ours.item() == pytest.approx(theirs.item(), rel=1e-5)
     assert tokens.tolist() == (batch["labels"] != IGNORE).sum(1).tolist()
     assert nll.tolist() == pytest.approx(alone, rel=1e-4), "padding changes nothing"
     with torch.no_grad():
-        likeliest = loaded.model(**batch).logits[:, :-1].argmax(-1)
+        logits = loaded.model(**batch).logits[:, :-1].double()
     labels = batch["labels"][:, 1:]
-    missed = (likeliest != labels) & (labels != IGNORE)
-    assert wrong.tolist() == missed.sum(1).tolist()
-    assert 0 < wrong.sum() <= tokens.sum()
+    right = logits.softmax(-1).gather(2, labels.clamp(min=0)[..., None])[..., 0]
+    expected = torch.where(labels != IGNORE, 1 - right, 0.0).sum(1)
+    assert doubt.tolist() == pytest.approx(expected.tolist(), abs=1e-4)
+    assert 0 < doubt.sum() < tokens.sum()
 
 
 def test_decoding_in_a_batch_equals_decoding_alone(loaded, collator):

@@ -39,7 +39,6 @@ _HOMES = {
     "Train": "fedvlm.algorithms.base",
     "Visit": "fedvlm.algorithms.base",
     "sharing": "fedvlm.algorithms.sharing",
-    "tuned": "fedvlm.algorithms.tuning",
     "FedVLMError": "fedvlm.errors",
     "ConfigError": "fedvlm.errors",
     "DataError": "fedvlm.errors",
@@ -75,7 +74,6 @@ __all__ = [
     "scenes",
     "sharing",
     "simulate",
-    "tuned",
 ]
 
 if TYPE_CHECKING:
@@ -97,7 +95,6 @@ if TYPE_CHECKING:
     )
     from fedvlm.algorithms.entry import Entry
     from fedvlm.algorithms.sharing import sharing
-    from fedvlm.algorithms.tuning import tuned
     from fedvlm.config import load as load_config
     from fedvlm.data.scenes import scenes
     from fedvlm.engines.simulate import simulate

@@ -42,8 +42,9 @@ def auto(*, server_lr: float = 1.0) -> Algorithm:
         if local.visit.round >= FIRST and (local.visit.round - FIRST) % EVERY == 0:
             trees = [begun(local.begin, local.down, local.mine, share) for share in OWN]
             found = [s.doubt for s in (yield Score(trees))] if local.mine else []
-            told = dict(enumerate([*(found or [0.0] * len(OWN)), float(bool(found))]))
-            vote = named(DOUBTS, {str(k): torch.tensor(number) for k, number in told.items()})
+            told = enumerate([*(found or [0.0] * len(OWN)), float(bool(found))])
+            like = next(iter(local.begin.values()))
+            vote = named(DOUBTS, {str(k): like.new_tensor(number) for k, number in told})
         end, _ = yield Train(local.begin)
         return Sent({**end, **vote}, {n: t for n, t in end.items() if factor(n) == "B"})
 

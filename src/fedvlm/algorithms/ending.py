@@ -25,7 +25,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedvlm.algorithms.base import Algorithm, Local, Program, Score, Sent, Train, everything
-from fedvlm.settings.sections import TrainConfig
+from fedvlm.settings.train import TrainConfig
 from fedvlm.tree import Mean, Select, Tree, named, part
 
 HEAD = "ending."  # of the names of all tensors that belong to the ending

@@ -31,7 +31,8 @@ from fedvlm.algorithms.sharing import IAT, ShareConfig, alternating, sharing
 from fedvlm.algorithms.similarity import ClusteredConfig, SimilarConfig, clustered, similar
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.settings.method import AlgorithmConfig, LoraConfig
-from fedvlm.settings.sections import Config, TrainConfig
+from fedvlm.settings.sections import Config
+from fedvlm.settings.train import TrainConfig
 from fedvlm.tree import module
 
 ALIASES = {"fedavg": "lora", "fedit": "lora"}

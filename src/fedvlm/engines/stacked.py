@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from fedvlm.settings.sections import TrainConfig
+from fedvlm.settings.train import TrainConfig
 from fedvlm.tree import factor
 
 
