@@ -80,6 +80,7 @@ def test_the_candidate_of_the_least_mean_doubt_is_chosen_and_kept_without_votes(
     def after(state, doubts):
         mean = {**INITIAL, **{f"{DOUBTS}/{k}": torch.tensor(d) for k, d in enumerate(doubts)}}
         mean[f"{DOUBTS}/3"] = torch.tensor(float(any(doubts)))
+        mean = dict(reversed(mean.items()))  # a message from the wire has no order
         return {**state, **algorithm.server.update(state, mean, 2)}
 
     state = after(state, (0.5, 0.2, 0.3))

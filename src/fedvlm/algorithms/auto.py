@@ -50,7 +50,7 @@ def auto(*, server_lr: float = 1.0) -> Algorithm:
 
     def update(state: Tree, mean: Tree, round: int) -> Tree:
         changes = average(plain(state), plain(mean), round)
-        *doubts, voters = part(mean, DOUBTS).values() or [torch.tensor(0.0)]
+        *doubts, voters = (t for _, t in sorted(part(mean, DOUBTS).items() or [("", 0.0)]))
         if voters > 0:
             changes[CHOICE] = torch.tensor(doubts.index(min(doubts)))
         return changes

@@ -64,7 +64,8 @@ def ended(algorithm: Algorithm, train: TrainConfig) -> Algorithm:
             return Sent(sent.up, {**sent.keep, **average})
         begin = part(average, AVERAGE) or local.begin
         points = yield from stretches(begin, steps, POINTS, resume=True)
-        return Sent({}, named(TUNED, points[-1] if kind == "none" else averages(points)[-1]))
+        tuned = points[-1] if kind == "none" else averages(points)[-1]
+        return Sent({}, {**without(local.mine), **named(TUNED, tuned)})
 
     return replace(algorithm, model=model, work=work, final=True)
 

@@ -364,9 +364,8 @@ def of_run(config: Config, given: Algorithm | None = None) -> Algorithm:
         config: the configuration of the run.
         given: the algorithm as an object; None: the configured algorithm.
     """
-    if given is not None:
-        return ended(given, config.train)
-    return build(config.algorithm, config.lora, config.train)
+    train = config.train
+    return ended(given, train) if given else build(config.algorithm, config.lora, train)
 
 
 def taken(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
