@@ -50,9 +50,9 @@ def auto(*, server_lr: float = 1.0) -> Algorithm:
 
     def update(state: Tree, mean: Tree, round: int) -> Tree:
         changes = average(plain(state), plain(mean), round)
-        *doubts, voters = (t for _, t in sorted(part(mean, DOUBTS).items() or [("", 0.0)]))
-        if voters > 0:
-            changes[CHOICE] = torch.tensor(doubts.index(min(doubts)))
+        votes = {int(k): float(t) for k, t in part(mean, DOUBTS).items()}
+        if votes.get(len(OWN), 0.0) > 0:  # the last number counts the voters
+            changes[CHOICE] = torch.tensor(min(range(len(OWN)), key=votes.__getitem__))
         return changes
 
     server = replace(both.server, update=update)
