@@ -14,6 +14,7 @@ from __future__ import annotations
 from dataclasses import replace
 
 from fedvlm.algorithms.base import Algorithm, Averaged, Local, Program, Score, Sent, Train
+from fedvlm.algorithms.mixing import blend
 from fedvlm.algorithms.sharing import sharing
 from fedvlm.tree import Tree, factor, named, part, plain
 
@@ -62,5 +63,4 @@ def auto(*, server_lr: float = 1.0) -> Algorithm:
 
 def begun(whole: Tree, down: Tree, mine: Tree, share: float) -> Tree:
     """The download, with a share of the client's own B; ``whole`` has the other tensors."""
-    own = {name: down[name].lerp(tensor, share) for name, tensor in mine.items()}
-    return {**whole, **plain(down), **own}
+    return {**whole, **blend({"A": 1.0, "B": 1.0 - share}, plain(down), mine)}

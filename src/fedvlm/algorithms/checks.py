@@ -29,11 +29,11 @@ def plain_sgd(config: Config) -> str:
 
 
 def validation(config: Config) -> str:
-    """Requires validation rows, because the algorithm chooses by their loss."""
+    """Requires validation rows, because the algorithm chooses by them."""
     if config.data.val_fraction:
         return ""
     return (
-        "it needs the loss on validation rows: data.val_fraction must be above 0"
+        "its clients vote with validation rows: data.val_fraction must be above 0"
         " (or choose another algorithm: plora needs no validation rows)"
     )
 
