@@ -139,7 +139,7 @@ def test_mistakes_are_one_message_and_exit_code_2(tmp_path, capsys, monkeypatch)
 
 
 def test_without_nvflare_the_command_says_what_to_install(capsys, monkeypatch):
-    monkeypatch.setattr("fedvlm.cli.deploy.find_spec", lambda name: None)
+    monkeypatch.setattr("fedvlm.cli.options.find_spec", lambda name: None)
     code, _, errors = call(capsys, monkeypatch, "deploy", "status")
     assert code == 2
     assert "pip install 'fedvlm[deploy]'" in errors

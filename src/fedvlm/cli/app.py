@@ -16,6 +16,7 @@ import typer
 
 from fedvlm import processes
 from fedvlm.cli import deploy as cli_deploy
+from fedvlm.cli import site as cli_site
 from fedvlm.cli.options import QuietOption, Words, parse
 from fedvlm.errors import ConfigError, FedVLMError, cut, one_record, shown
 
@@ -304,7 +305,7 @@ def algorithms(
 
 
 app.add_typer(cli_deploy.deploy, name="deploy")
-app.add_typer(cli_deploy.site, name="site")
+app.add_typer(cli_site.site, name="site")
 
 
 def main() -> None:

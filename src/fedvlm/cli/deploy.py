@@ -1,33 +1,27 @@
-"""``fedvlm deploy`` and ``fedvlm site``: runs over real machines."""
+"""``fedvlm deploy``: runs over real machines, seen from the server."""
 
 from __future__ import annotations
 
 import sys
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
-from fedvlm.cli.options import QuietOption, Words, parse
-from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.cli.options import QuietOption, Words, needs_nvflare, parse
+from fedvlm.errors import ConfigError
 
 HOME = "federation"
 STAYED = "personal adapters and all answers stay at the sites, in STATE/runs/"
 
 deploy = typer.Typer(no_args_is_help=True, help="Run over real machines with NVFlare.")
-site = typer.Typer(no_args_is_help=True, help="Take part in runs with one site's rows.")
 
 Folder = Annotated[
     str, typer.Option("--federation", "-f", metavar="DIR", help="the folder of 'deploy init'")
 ]
 
 
-@deploy.callback()
-@site.callback()
-def _installed() -> None:
-    if find_spec("nvflare") is None:
-        raise FedVLMError("this needs NVFlare: pip install 'fedvlm[deploy]'")
+deploy.callback()(needs_nvflare)
 
 
 @deploy.command()
@@ -157,32 +151,6 @@ def demo(
     tell = (lambda event: None) if quiet else Shown().tell
     print_run(show(Path(to), list(words or []), tell))
     typer.echo(STAYED)
-
-
-@site.command()
-def start(
-    kit: Annotated[str, typer.Argument(metavar="KIT.zip", help="this site's start-up kit")],
-    data: Annotated[str, typer.Option(help="this site's rows: parquet, JSONL or a folder")],
-    state: Annotated[
-        str, typer.Option(metavar="DIR", help="folder for personal state, models and logs")
-    ],
-    policy: Annotated[
-        str | None, typer.Option(metavar="FILE", help="limits what a run may ask of this site")
-    ] = None,
-    systemd: Annotated[
-        bool, typer.Option("--systemd", help="print a systemd unit and exit")
-    ] = False,
-) -> None:
-    """Take part in runs with this site's rows until stopped.
-
-    The command stays in the foreground.
-    """
-    from fedvlm.deploy.nvflare.processes import start_site, systemd_unit
-
-    if systemd:
-        typer.echo(systemd_unit(kit, data, state, policy), nl=False)
-        return
-    start_site(kit, data, Path(state), policy, typer.echo)
 
 
 class Shown:

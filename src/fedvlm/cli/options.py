@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+from importlib.util import find_spec
 from typing import Annotated
 
 import typer
+
+from fedvlm.errors import FedVLMError
 
 Words = Annotated[
     list[str] | None,
@@ -22,3 +25,9 @@ def parse(words: list[str] | None) -> tuple[str | None, list[str]]:
     words = list(words or [])
     source = words.pop(0) if words and "=" not in words[0] else None
     return source, words
+
+
+def needs_nvflare() -> None:
+    """Refuses a command that needs NVFlare where it is not installed."""
+    if find_spec("nvflare") is None:
+        raise FedVLMError("this needs NVFlare: pip install 'fedvlm[deploy]'")
