@@ -31,7 +31,7 @@ from fedvlm.store import files
 from fedvlm.store import run as store
 
 ROUNDS = 12
-MORE = ("train.local_steps=40", f"train.rounds={ROUNDS}", "eval.max_rows=4")
+MORE = ("train.local_steps=40", f"train.rounds={ROUNDS}", "eval.max_rows=10")
 AWAY = 15.0  # seconds until a site that was killed is started again
 PATIENCE = 300.0  # seconds for anything
 WORKER, JOB = "engines.nvflare.worker", "client.worker_process"
@@ -43,6 +43,7 @@ class Faults:
     def __init__(self, folder: Path, started: Started):
         self.folder, self.started = folder, started
         rows(folder / "data")
+        files.write_text(folder / "policy.yml", "score_step: 0\n")  # losses are compared exactly
         data = folder / "data" / "all.parquet"
         self.settings = configs.load(
             SETTINGS, *MORE, f"output={folder / 'run'}", f"data.path={data}"
@@ -58,6 +59,7 @@ class Faults:
     def join(self, site: str) -> None:
         data = str(self.folder / "data" / f"{site}.parquet")
         words = (str(self.kits[site]), "--data", data, "--state", str(self.state(site)))
+        words += ("--policy", str(self.folder / "policy.yml"))
         self.started.start(site, "site", "start", *words)
 
     def run(self, *words: str) -> subprocess.Popen[bytes]:

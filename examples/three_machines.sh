@@ -135,8 +135,8 @@ done
 say "4. a run, ended by a person after some rounds, and resumed"
 cat >"$work/fl/config.yaml" <<'CONFIG'
 algorithm: {name: plora}
-train: {rounds: 20, local_steps: 2, batch_size: 4, lr: 5.0e-3}
-eval: {every: 0, max_rows: 4, max_new_tokens: 4}
+train: {rounds: 20, local_steps: 5, batch_size: 4, lr: 5.0e-3}
+eval: {every: 0, max_rows: 10, max_new_tokens: 4}
 CONFIG
 fedvlm fl deploy status
 start fl run deploy run config.yaml train.rounds=12

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from fedvlm.rounds import federate
+from sites import written
 
 if TYPE_CHECKING:
     from fedvlm.deploy.nvflare.demo import Started
@@ -36,8 +37,10 @@ def serve(started: Started, home: Path) -> None:
 
 
 def begin(started: Started, name: str, kit: Path, rows: Path, state: Path) -> None:
-    """Starts a site."""
+    """Starts a site, with a policy for few rows."""
+    policy = written(rows.parent / "policy.yml")
     words = ("site", "start", str(kit), "--data", str(rows), "--state", str(state))
+    words += ("--policy", policy)
     started.start(name, *words)
 
 

@@ -4,6 +4,8 @@ import json
 import threading
 import time
 
+import yaml
+
 from fedvlm.config import load
 from fedvlm.deploy.remote import Limits, Remote, Unanswered
 from fedvlm.deploy.worker import Worker
@@ -22,6 +24,16 @@ SETTINGS = {
     "engine": {"threads": 1, "clients": 1},
 }
 
+FEW = {"train_rows": 1, "scored_rows": 1, "score_step": 0}
+"""A policy for runs on few rows, whose scores are compared exactly."""
+
+
+def written(path, **policy):
+    """Writes a site's policy, :data:`FEW` with other settings, and returns its path."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(yaml.safe_dump(FEW | policy))
+    return str(path)
+
 
 def config(data, *overrides):
     return load(SETTINGS, f"data.path={data / 'all.parquet'}", *overrides)
@@ -31,6 +43,7 @@ class Here:
     """The workers of all sites, in this process. The sites in ``down`` do not answer."""
 
     def __init__(self, data, state, policy=None, sites=SITES):
+        policy = policy or written(state / "policy.yml")
         self.own = {s: {"name": s, "data": str(data / f"{s}.parquet")} for s in sites}
         self.own = {s: o | {"state": str(state / s), "policy": policy} for s, o in self.own.items()}
         self.workers = {s: Worker(own) for s, own in self.own.items()}

@@ -24,7 +24,7 @@ needed = pytest.mark.skipif(
     find_spec("nvflare") is None, reason="needs NVFlare: pip install 'fedvlm[deploy]'"
 )
 SITES = ("north", "south", "west")
-SMALL = ("train.rounds=2", "train.local_steps=2", "eval.max_rows=4", "eval.max_new_tokens=4")
+SMALL = ("train.rounds=2", "eval.max_new_tokens=4")
 EXACT = "model.dtype=float64"  # in single precision AdamW amplifies rounding errors
 
 
@@ -56,7 +56,8 @@ def test_a_deployed_run_has_the_adapters_and_scores_of_one_process(demo, tmp_pat
     for model in ("untuned", "global", "personal"):
         for site in SITES:
             theirs = there["models"][model]["clients"][site]
-            assert theirs == pytest.approx(here.table["models"][model]["clients"][site], abs=1e-4)
+            mine = here.table["models"][model]["clients"][site]
+            assert theirs == pytest.approx(mine, abs=0.005 + 1e-4), "sites round to 0.01"
     pairs = [(here.adapter(), folder / "run" / "adapters" / "global")]
     pairs += [(here.adapter(s), state(folder, s) / "adapters" / "personal") for s in SITES]
     for mine, theirs in pairs:

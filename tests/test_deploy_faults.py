@@ -13,7 +13,7 @@ import fedvlm
 from fedvlm import config as configs
 from fedvlm.deploy.nvflare.project import provision
 from fedvlm.deploy.remote import Limits, Remote, Unanswered
-from fedvlm.deploy.site import SiteStore
+from fedvlm.deploy.sitestore import SiteStore
 from fedvlm.deploy.worker import Worker
 from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Quiet
@@ -123,6 +123,7 @@ def alone(run, tmp_path_factory):
                 "name": site,
                 "data": str(folder / "data" / f"{site}.parquet"),
                 "state": str(to / site),
+                "policy": str(folder / "data" / "policy.yml"),
             }
         )
         for site in HONEST

@@ -64,7 +64,7 @@ def test_a_policy_may_name_an_algorithm_by_an_alias(tmp_path):
         ("algorithms: [nope]", "there is no 'nope'"),
         ("models: {a: {path: /m, sha256: abc}}", "models.a.sha256"),
         ("models: {a: {sha256: x}}", "models.a.path"),
-        ("set: {train.lr: 1}", "a site sets model, data, engine only"),
+        ("set: {train.lr: 1}", "a site sets model, data, engine, eval only"),
     ],
 )
 def test_a_wrong_policy_says_what_is_wrong(text, said, tmp_path):

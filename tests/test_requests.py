@@ -8,7 +8,7 @@ import pytest
 
 import fedvlm
 from fedvlm.deploy.worker import Worker
-from sites import config
+from sites import config, written
 
 NAN = float("nan")
 
@@ -18,7 +18,8 @@ def worker(tmp_path_factory):
     """A worker that has opened a run."""
     folder = tmp_path_factory.mktemp("site")
     fedvlm.scenes(sites=1, rows=24).to_parquet(folder / "rows.parquet")
-    found = Worker({"name": "s", "data": str(folder / "rows.parquet"), "state": str(folder / "s")})
+    own = {"name": "s", "data": str(folder / "rows.parquet"), "state": str(folder / "s")}
+    found = Worker(own | {"policy": written(folder / "policy.yml")})
     opened, _ = found.perform(
         {"do": "open", "run": "r", "config": config(folder).model_dump()}, b""
     )
@@ -51,6 +52,12 @@ def test_a_site_reads_no_file_of_its_own_for_a_server(tmp_path):
         ({"do": "score", "kind": "foo"}, "a model is one of global, personal, end, got 'foo'"),
         ({"do": "score", "kind": ["end"]}, "a model is one of"),
         ({"do": "export", "kind": "end", "name": "x"}, "a model is one of global, personal"),
+        (
+            {"do": "export", "kind": "personal", "name": "initial"},
+            "name is one of global, personal",
+        ),
+        ({"do": "answer", "kind": "personal", "name": "../x"}, "name is one of untuned, global"),
+        ({"do": "score", "kind": "end", "round": 1}, "no result of round 1"),
     ],
 )
 def test_a_site_refuses_a_request_of_another_form(worker, changed, said):

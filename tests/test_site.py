@@ -5,7 +5,6 @@ import shutil
 
 import pytest
 import torch
-import yaml
 
 import fedvlm
 from fedvlm import tree
@@ -21,7 +20,7 @@ from fedvlm.errors import FedVLMError
 from fedvlm.rounds import federate
 from fedvlm.store import files
 from fedvlm.store import run as store
-from sites import SITES, Here, Keeping, config, deployed
+from sites import FEW, SITES, Here, Keeping, config, deployed, written
 
 
 @pytest.fixture(scope="module")
@@ -212,7 +211,7 @@ def test_damaged_state_is_named_and_not_used(both, tmp_path):
 
 
 def SiteCopy(folder, to):
-    from fedvlm.deploy.site import SiteStore
+    from fedvlm.deploy.sitestore import SiteStore
 
     shutil.copytree(folder / "rounds", to / "rounds")
     return SiteStore(to)
@@ -339,15 +338,14 @@ def test_a_full_disk_loses_nothing_and_the_round_can_be_done_again(data, tmp_pat
 
 
 def test_a_site_refuses_what_its_policy_does_not_allow(data, tmp_path):
-    policy = Policy(rounds=1, algorithms=["lora"], models={"other": "x"})
+    policy = Policy(**FEW, rounds=1, algorithms=["lora"], models={"other": "x"})
     with pytest.raises(Refused) as error:
         policy.check(config(data))
     for part in ("2 rounds", "algorithm 'plora'", "model 'tiny'"):
         assert part in str(error.value)
-    file = tmp_path / "policy.yml"
-    file.write_text(yaml.safe_dump({"bytes_per_round": 100}))
+    file = written(tmp_path / "policy.yml", bytes_per_round=100)
     own = {"name": "site-0", "data": str(data / "site-0.parquet"), "state": str(tmp_path / "s")}
-    worker = Worker(own | {"policy": str(file)})
+    worker = Worker(own | {"policy": file})
     opened, _ = worker.perform({"do": "open", "run": "r", "config": config(data).model_dump()}, b"")
     assert opened["rows"]["train"] > 0
     algorithm = build(config(data).algorithm)
@@ -361,7 +359,8 @@ def test_a_site_refuses_what_its_policy_does_not_allow(data, tmp_path):
 
 def test_a_site_may_keep_its_row_count_to_itself(data, tmp_path):
     settings = config(data)
-    site = Site("s", settings, str(data / "site-0.parquet"), tmp_path, Policy(tell_rows=False))
+    policy = Policy(**FEW, tell_rows=False)
+    site = Site("s", settings, str(data / "site-0.parquet"), tmp_path / "run", policy)
     assert "rows" not in site.described()
     assert "examples" not in site.score("global", 0, site.algorithm.init(site.engine.adapter))
 
@@ -373,7 +372,7 @@ def test_a_download_to_be_scored_is_checked_as_one_to_be_trained(both):
     down = load(LAST["site-1"])
     name = next(iter(down))
     for do in ("score", "answer", "export"):
-        header = {"do": do, "kind": "global", "round": 2, "name": "x"}
+        header = {"do": do, "kind": "global", "round": 1, "name": "global"}
         assert "error" not in call("site-1", header, save(down), 9)[0]
         for wrong in (down | {name: down[name] * NAN}, {n: down[n] for n in down if n != name}):
             refused, _ = call("site-1", header, save(wrong), 9)

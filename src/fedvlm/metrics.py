@@ -49,6 +49,13 @@ def measured(objective: str) -> set[str]:
     return {n for n in METRICS if objective == "dpo" or not n.startswith("reward_")}
 
 
+def rounded(value: float, step: float) -> float:
+    """The multiple of ``step`` that is nearest to a value; the value itself where ``step`` is 0."""
+    if not step or not math.isfinite(value / step):
+        return value
+    return round(step * round(value / step), 12)
+
+
 def score_texts(predictions: Sequence[str], references: Sequence[str]) -> list[dict[str, float]]:
     """Scores every prediction against its reference; all but ``length`` are between 0 and 1.
 

@@ -178,7 +178,8 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
     that most images land in the same split everywhere. If ``partition.splits`` is ``alone``, a
     client's split depends on its own rows only.
 
-    The result depends only on the rows, the sections ``data`` and ``partition``, and ``seed``.
+    The result depends only on the rows, the sections ``data`` and ``partition``, and ``seed``. The
+    split of a client's rows uses ``data.split_seed`` instead of ``seed`` where it is set.
 
     Raises:
         DataError: a column does not exist, there are too few rows, a client is too small, or lists
@@ -193,8 +194,8 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
     as_text = label in ("answer", "question", "rejected")
     if settings.clusters:
         label = "answer cluster"
-        seed = int(_rng(config.seed, "clusters").integers(2**31))
-        codes, names = cluster_codes(values.tolist(), settings.clusters, seed)
+        drawn = int(_rng(config.seed, "clusters").integers(2**31))
+        codes, names = cluster_codes(values.tolist(), settings.clusters, drawn)
     else:
         codes, names = binned_codes(values, as_text=as_text)
     if kind == "column":
@@ -207,13 +208,14 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
     else:
         parts = _assigned(codes, kind, config, least)
     groups = image_groups(rows)
-    rank = _rng(config.seed, "split").permutation(groups.max() + 1)
+    seed = config.seed if config.data.split_seed is None else config.data.split_seed
+    rank = _rng(seed, "split").permutation(groups.max() + 1)
     splits = {}
     for name, part in parts.items():
         own, order = groups[part], rank
         if settings.splits == "alone":
             own = np.unique(own, return_inverse=True)[1]
-            order = _rng(config.seed, "split").permutation(own.max() + 1)
+            order = _rng(seed, "split").permutation(own.max() + 1)
         splits[name] = _split(name, part, order[own], own, config)
     _warn_of_shared_images(splits, groups)
     if "image_path" in rows.column_names:

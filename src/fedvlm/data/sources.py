@@ -68,7 +68,8 @@ def load_rows(
 
     Args:
         data: the ``data`` section of the configuration.
-        seed: seed of the bundled scenes, and of the sample of ``data.max_rows`` rows.
+        seed: seed of the bundled scenes, and of the sample of ``data.max_rows`` rows unless
+            ``data.split_seed`` is set.
         pairs: every row needs a rejected answer too, for training on preferences (DPO).
         answers: every row needs an answer. If False, answers may be empty or their column missing.
         question: text that replaces the question of every row.
@@ -104,7 +105,7 @@ def load_rows(
             if role in needed or (role == "answer" and data.columns.answer in rows.column_names)
         )
         rows = _canonical(rows, data, root, roles, numbers, by)
-        rows = _sample(rows, data.max_rows, seed)
+        rows = _sample(rows, data.max_rows, seed if data.split_seed is None else data.split_seed)
         return _without_bad_rows(rows, data, needed, problems)
 
 

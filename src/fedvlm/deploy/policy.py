@@ -6,22 +6,21 @@ import hashlib
 import json
 import re
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 from pydantic import Field, field_validator
 
 from fedvlm import config as configs
 from fedvlm.algorithms.table import ALIASES, find, names
-from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.deploy import limits
+from fedvlm.deploy.limits import Refused as Refused
+from fedvlm.errors import ConfigError
 from fedvlm.settings.method import Positive, Section
-from fedvlm.settings.sections import Config
+from fedvlm.settings.sections import Config, EvalConfig
 
-SETTABLE = ("model", "data", "engine")
-"""Sections of a run's configuration in which a site may set its own values."""
-
-
-class Refused(FedVLMError):
-    """A site refuses a request; the server gets the message."""
+SETTABLE = ("model", "data", "engine", "eval")
+"""Sections of a run's configuration in which a site may set its own values. The section ``data``
+never comes from the server: what a site does not set has fedvlm's default."""
 
 
 class Allowed(Section):
@@ -36,7 +35,7 @@ class Allowed(Section):
 
 
 class Policy(Section):
-    """The site's file. A missing setting allows everything, except that models must be named."""
+    """The site's file: what the server may ask of this site. A missing setting has its default."""
 
     models: dict[str, Allowed] = Field(
         {"tiny": Allowed(path="tiny")},
@@ -45,12 +44,30 @@ class Policy(Section):
     algorithms: list[str] | None = Field(
         None, description="names of allowed algorithms; empty: all"
     )
-    rounds: Positive | None = Field(None, description="most rounds of a run; empty: any number")
-    bytes_per_round: Positive | None = Field(
-        None, description="most bytes of one message up or down; empty: any size"
+    train_rows: Positive = Field(
+        20, description="fewest rows to train on, at the site and in one round (batch size x steps)"
     )
-    dp_required: bool = Field(False, description="refuse runs without differential privacy")
+    scored_rows: Positive = Field(
+        10, description="fewest rows that a score is a mean of; a multiple of it is scored"
+    )
+    scores: Positive = Field(100, description="most scorings of a run")
+    score_step: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="step to which scores and losses are rounded; 0: not rounded"
+    )
     tell_rows: bool = Field(True, description="whether the server learns the number of rows")
+    dp_required: bool = Field(False, description="refuse runs without differential privacy")
+    rounds: Positive | None = Field(
+        1000, description="most rounds of a run; empty: any number, as with the next six"
+    )
+    steps: Positive | None = Field(100_000, description="most optimizer steps of a run")
+    batch: Positive | None = Field(256, description="most rows of a batch, trained or scored")
+    rank: Positive | None = Field(256, description="largest rank, spare ranks included")
+    new_tokens: Positive | None = Field(512, description="most new tokens of an answer")
+    bytes_per_round: Positive | None = Field(
+        2**30, description="most bytes of one message up or down"
+    )
+    disk: Positive | None = Field(20 * 2**30, description="most bytes of a run's folder")
+    runs: Positive | None = Field(100, description="most runs kept at the site; empty: any number")
     set: dict[str, Any] = Field(
         {},
         description="the site's settings, such as model.device: cuda or data.columns.answer: label",
@@ -70,9 +87,7 @@ class Policy(Section):
             Refused: names everything that is not allowed.
         """
         wrong = []
-        name, rounds = config.algorithm.name, config.train.rounds
-        if self.rounds is not None and rounds > self.rounds:
-            wrong.append(f"{rounds} rounds (train.rounds), and the limit is {self.rounds}")
+        name = config.algorithm.name
         allowed = [ALIASES.get(one, one) for one in self.algorithms or ()]
         if self.algorithms is not None and name not in allowed:
             wrong.append(f"algorithm '{name}', but the site allows {', '.join(self.algorithms)}")
@@ -86,35 +101,33 @@ class Policy(Section):
                 "training without differential privacy, which the site requires (dp_required) but "
                 "this version of fedvlm does not have"
             )
+        wrong += limits.exceeded(self, self._own(config, None, "here", config.model.name))
         if wrong:
             raise Refused("the site's policy refuses this run: it asks for " + "; for ".join(wrong))
-
-    def check_bytes(self, size: int, way: str) -> None:
-        """Refuses a message that is too large; ``way`` is up or down."""
-        if self.bytes_per_round is not None and size > self.bytes_per_round:
-            raise Refused(
-                f"the site's policy refuses this run: {size} bytes {way} in a round, and the limit "
-                f"is {self.bytes_per_round} (bytes_per_round)"
-            )
 
     def localized(self, config: Config, data: str, folder: Path) -> Config:
         """A run's settings for this site: the site's data, paths and device, and one client.
 
         Args:
-            config: the settings from the server; no path in them is used.
+            config: the settings from the server; no path in them is used, and nothing of ``data``.
             data: path of the site's rows.
             folder: folder of the run's state.
 
         Raises:
             Refused: the model's weights differ from those in the policy.
         """
+        return self._own(config, data, str(folder), self._path(config.model.name))
+
+    def _own(self, config: Config, data: str | None, output: str, model: str) -> Config:
+        """The settings as they hold at this site; see :meth:`localized`."""
         tree = config.model_dump()
-        tree["output"] = str(folder)
-        tree["model"]["name"] = self._path(config.model.name)
-        tree["data"] |= {"path": data, "split": "train"}
+        tree["output"] = output
+        tree["model"] |= {"name": model, "device": "auto"}
+        tree["data"] = {"path": data, "split_seed": 0}
+        tree["eval"]["group_by"] = EvalConfig().group_by
         tree["partition"] = {"kind": "iid", "clients": 1, "min_rows": 2, "splits": "alone"}
         tree["engine"] = {"name": tree["engine"]["name"], "clients": 1}
-        tree["train"]["clients_per_round"] = None
+        tree["train"] |= {"clients_per_round": None, "finish_steps": config.train.tuning}
         return configs.load(
             tree, *(f"{key}={json.dumps(value)}" for key, value in self.set.items())
         )

@@ -39,7 +39,6 @@ Call = Callable[[str, dict[str, Any], bytes, float], tuple[dict[str, Any], bytes
 The tensors may be left for a second call. Then the header has ``kept``, the number to fetch.
 """
 
-
 PING = 5.0  # seconds for a site that failed to report that it is back
 FETCH = 60.0  # least seconds for fetching the tensors of an answer, even after a slow answer
 
@@ -50,6 +49,10 @@ MALFORMED = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
 
 class Unanswered(Exception):
     """A site gave no answer, or an invalid answer."""
+
+
+class Declined(Unanswered):
+    """A site refuses a request. It works, and is asked again in the next round."""
 
 
 class Gone(Unanswered):
@@ -306,7 +309,8 @@ class Remote:
     def _ask(self, site: str, header: dict[str, Any], blob: bytes, limit: float) -> Any:
         answer, tensors = self._call(site, header, blob, limit)
         if "error" in answer:
-            raise Unanswered(f"{answer['error']}: {answer.get('message', '')}"[:2000])
+            kind = Declined if answer["error"] == "refused" else Unanswered
+            raise kind(f"{answer['error']}: {answer.get('message', '')}"[:2000])
         if len(tensors) > self.limits.max_bytes:
             raise Unanswered(f"{len(tensors)} bytes are more than {self.limits.max_bytes}")
         return answer, tensors
@@ -330,8 +334,8 @@ class Remote:
     def _failed(self, site: str, error: Unanswered) -> None:
         """Leaves a site out of the next rounds: none after one failure, then 1, 2, 4, at most 8."""
         bench = self._bench[site]
-        bench.failures += 1
-        bench.until = self._round + 1 + min(8, 2 ** (bench.failures - 1) // 2)
+        bench.failures += not isinstance(error, Declined)
+        bench.until = self._round + 1 + min(8, 2 ** max(0, bench.failures - 1) // 2)
         self._tell(
             {
                 "event": "failed",

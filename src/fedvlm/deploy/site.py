@@ -3,23 +3,25 @@
 Every round is idempotent: a repeated request gets the saved reply. So a server that has lost a
 reply may ask again. Layout of a run's folder at a site::
 
+    run.json  asked.json  personal.json  data.json  the ledger, personal names, digests of the rows
     rounds/00007/  upload, mine, end (.safetensors) and reply.json, written whole or not at all
     answers/  adapters/                             the answers of the site's models, and the models
 """
 
 from __future__ import annotations
 
-import errno
 import json
-import shutil
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+import logging
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from fedvlm.algorithms.base import NOBODY, Visit
 from fedvlm.data.fingerprint import content
+from fedvlm.deploy import limits
+from fedvlm.deploy.ledger import Ledger
 from fedvlm.deploy.policy import Policy, Refused
+from fedvlm.deploy.sitestore import SiteStore, Version
 from fedvlm.engines.base import Models, Scores
 from fedvlm.engines.wire import Task
 from fedvlm.errors import FedVLMError
@@ -27,131 +29,13 @@ from fedvlm.rounds import prepare as preparing
 from fedvlm.rounds.results import write_answers
 from fedvlm.rounds.schedule import standing
 from fedvlm.settings.sections import Config
-from fedvlm.store import files, sealed
-from fedvlm.store import run as stores
-from fedvlm.store.files import sync
+from fedvlm.store import sealed
 from fedvlm.tree import Tree, digest, saved_bytes
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
 
-KEPT = 2  # versions of the personal state: the last two rounds
-PARTS = ("upload", "mine", "end")
-
-
-@dataclass(frozen=True)
-class Version:
-    """The result of a site's round, as stored on its disk.
-
-    Attributes:
-        round: the round.
-        down: the digest of the server's download.
-        loss: mean training loss.
-        weight: the number of training examples.
-        trees: ``upload``, ``mine`` (the personal state) and ``end`` (the model after training).
-    """
-
-    round: int
-    down: str
-    loss: float
-    weight: float
-    trees: Mapping[str, Tree]
-
-
-class SiteStore(stores.Store):
-    """The personal state of one client, one version a round; the last two versions are kept.
-
-    Attributes:
-        before: training begins with the newest version before this round; None: with the newest.
-        fresh: the new personal state of the current round, until it is saved.
-    """
-
-    def __init__(self, folder: str | Path):
-        super().__init__(folder)
-        self.before: int | None = None
-        self.fresh: Tree = {}
-
-    def rounds(self) -> list[int]:
-        """The rounds with a stored version, the newest last."""
-        names = (path.name for path in (self.folder / "rounds").glob("*"))
-        return sorted(int(name) for name in names if name.isdigit())  # .tmp: unfinished
-
-    def version(self, round_: int) -> Version | None:
-        """The stored version of a round; None if there is none.
-
-        Raises:
-            FedVLMError: its files are damaged.
-        """
-        folder = self._of(round_)
-        if not folder.exists():
-            return None
-        try:
-            about = sealed.read(folder / "reply.json")
-            trees = {name: files.load_tree(folder / f"{name}.safetensors") for name in PARTS}
-            whole = {name: digest(tree) for name, tree in trees.items()} == about["digests"]
-        except Exception as error:
-            raise self._damaged(round_) from error
-        if not whole:
-            raise self._damaged(round_)
-        return Version(round_, about["down"], about["loss"], about["weight"], trees)
-
-    def save(self, version: Version) -> None:
-        """Adds a version, whole or not at all, and keeps the version before it; drops older ones.
-
-        Raises:
-            FedVLMError: the disk is full.
-        """
-        for scratch in (self.folder / "rounds").glob("*.tmp"):  # a killed process left it
-            shutil.rmtree(scratch, ignore_errors=True)
-        scratch = self._of(version.round).with_suffix(".tmp")
-        try:
-            self._write(version, scratch)
-        except OSError as error:
-            shutil.rmtree(scratch, ignore_errors=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise FedVLMError(
-                    f"the site's disk is full, and round {version.round} is not kept there, but "
-                    "earlier rounds are. The site takes part again when its disk has room"
-                ) from error
-            raise
-
-    def _write(self, version: Version, scratch: Path) -> None:
-        folder = self._of(version.round)
-        for name, tree in version.trees.items():
-            files.save_tree(scratch / f"{name}.safetensors", tree)
-        about = {
-            "round": version.round,
-            "down": version.down,
-            "loss": version.loss,
-            "weight": version.weight,
-            "digests": {name: digest(tree) for name, tree in version.trees.items()},
-        }
-        sealed.write(scratch / "reply.json", about)
-        for path in scratch.iterdir():
-            sync(path)
-        if folder.exists():  # the round was done with another download
-            shutil.rmtree(folder)
-        scratch.rename(folder)
-        sync(folder.parent)
-        for old in self.rounds()[:-KEPT]:
-            shutil.rmtree(self._of(old))
-
-    def personal(self, clients: Sequence[str]) -> list[Tree]:
-        known = [n for n in self.rounds() if self.before is None or n < self.before]
-        found = self.version(known[-1]) if known else None
-        return [dict(found.trees["mine"]) if found else {} for _ in clients]
-
-    def keep(self, round_: int, position: int, kept: Mapping[str, Tree]) -> None:
-        (self.fresh,) = kept.values()
-
-    def _of(self, round_: int) -> Path:
-        return self.folder / "rounds" / f"{round_:05d}"
-
-    def _damaged(self, round_: int) -> FedVLMError:
-        return FedVLMError(
-            f"the personal state of round {round_} in '{self._of(round_)}' is damaged: restore it, "
-            "or remove this folder to continue from the previous round"
-        )
+logger = logging.getLogger("fedvlm")
 
 
 class Site:
@@ -171,19 +55,25 @@ class Site:
 
     def __init__(self, name: str, config: Config, data: str, folder: Path, policy: Policy):
         policy.check(config)
+        self.ledger = Ledger(folder)
+        self.ledger.begin(folder.name, limits.digest_of(config))
         self.name, self.policy, self.folder = name, policy, folder
         self.config = policy.localized(config, data, folder)
         self.store = SiteStore(folder)
         self.engine, own, _ = preparing.prepare(self.config, None, self._divided, self.store)
+        self.engine.score_step = policy.score_step
         self._check_rows(self.engine.collator.rows)
         self.rows = own.counts()[name]
         self.algorithm = self.engine.algorithm
 
     def _divided(self, config: Config, rows: Any) -> Partition:
-        """The partition of the site's rows, which has one client."""
+        """The partition of the site's rows that the run may use, which has one client."""
         whole = preparing.partitioned(config, rows)
         (split,), (skew,) = whole.splits.values(), whole.skew.values()
         name = self.name
+        counts = {part: len(getattr(split, part)) for part in ("train", "val", "test")}
+        logger.info("rows of site '%s': %s", name, counts)
+        split = limits.admitted(self.policy, config, split)
         return replace(whole, clients=(name,), splits={name: split}, skew={name: skew})
 
     def _check_rows(self, rows: Any) -> None:
@@ -212,11 +102,13 @@ class Site:
             sampled: the cohort's share of all clients' examples, according to the server.
 
         Raises:
-            Refused: the message is too large, or the round is over.
+            Refused: there is no such round, it is over or was repeated too often; a message or the
+                run's folder is too large; the upload holds a personal tensor.
             FedVLMError: training failed, or the state cannot be read or written.
         """
         if round_ < 1:
             raise Refused(f"training begins with round 1, got {round_}")
+        visit = self._visit(round_, sampled)
         self.store.before = None
         self._arrived(down)
         sent, rounds = digest(down), self.store.rounds()
@@ -229,30 +121,53 @@ class Site:
                 f"round {round_} is over: this site has done round {rounds[-1]}, and cannot repeat "
                 "an earlier round with another download"
             )
+        self.ledger.training(round_, sent, rounds[-1] if rounds else 0)
         self.store.before = round_
         try:
-            task = Task(self._visit(round_, sampled), down, rated=True)
+            task = Task(visit, down, rated=True)
             (reply,) = self.engine.train([task])
         finally:
             self.store.before = None
         end = self.engine.ended[self.name]
-        self.policy.check_bytes(saved_bytes(reply.upload), "up")
+        self._check_upload(reply.upload)
         trees = {"upload": reply.upload, "mine": self.store.fresh, "end": end}
         version = Version(round_, sent, reply.loss, reply.weight, trees)
+        limits.check_disk(self.policy, self.folder, sum(map(saved_bytes, trees.values())))
         self.store.save(version)
         return version
 
+    def _check_upload(self, upload: Tree) -> None:
+        """Refuses an upload that is too large, or that holds a tensor that was ever personal."""
+        limits.check_bytes(self.policy, saved_bytes(upload), "up")
+        personal = sorted(upload.keys() & self.store.personal_names())
+        if personal:
+            raise Refused(
+                f"the upload would hold '{personal[0]}' and {len(personal) - 1} more tensors that "
+                "are personal in this run; they never leave the site"
+            )
+
     def score(self, kind: Literal["global", "personal", "end"], round_: int, down: Tree) -> Scores:
-        """Scores of one of the client's models on its held-out rows."""
-        scores = self.engine.score(self._models(kind, round_, down))[self.name]
-        if not self.policy.tell_rows:
-            scores.pop("examples", None)
+        """Scores of one of the client's models on its held-out rows, rounded.
+
+        Each model of a round is scored once. The same question gets the same answer again.
+
+        Raises:
+            Refused: the question is another one than before, or one too many.
+        """
+        models = self._models(kind, round_, down)
+        sent = self._trained(round_).down if kind == "end" else digest(down)
+        saved = self.ledger.scoring(kind, round_, sent, self.policy.scores)
+        if saved:
+            return saved
+        scores = limits.told(self.policy, self.engine.score(models)[self.name])
+        self.ledger.scored(kind, round_, sent, scores)
         return scores
 
     def answer(
         self, name: str, kind: Literal["global", "personal"], round_: int, down: Tree
     ) -> None:
         """Writes a model's answers to the held-out rows; they stay at the site."""
+        limits.check_disk(self.policy, self.folder)
         found = self.engine.answer(name, self._models(kind, round_, down))
         write_answers(self.folder, name, found)
 
@@ -260,6 +175,7 @@ class Site:
         self, name: str, kind: Literal["global", "personal"], round_: int, down: Tree
     ) -> None:
         """Writes a model as a PEFT folder at the site."""
+        limits.check_disk(self.policy, self.folder)
         folder = self.folder / "adapters" / name
         self.engine.export(self._models(kind, round_, down), {self.name: folder})
 
@@ -275,9 +191,7 @@ class Site:
 
     def _models(self, kind: Any, round_: int, down: Tree) -> Models:
         if kind == "end":
-            saved = self.store.version(round_)
-            if self.name not in self.engine.ended and saved:
-                self.engine.ended[self.name] = dict(saved.trees["end"])
+            self.engine.ended[self.name] = dict(self._trained(round_).trees["end"])
         else:
             self._arrived(down)
             nobody = replace(self._visit(round_), client=NOBODY.client)
@@ -285,13 +199,24 @@ class Site:
             self.engine.forms.check_download(asked, down, self.name)
         return Models(kind, [(self._visit(round_), down)])
 
+    def _trained(self, round_: int) -> Version:
+        """The stored result of a round.
+
+        Raises:
+            Refused: there is none.
+        """
+        found = self.store.version(round_) if round_ in self.store.rounds() else None
+        if found is None:
+            raise Refused(f"this site has no result of round {round_}, of which a model is asked")
+        return found
+
     def _arrived(self, down: Tree) -> None:
         """Checks the size of every download; the engine checks its form when it trains.
 
         Raises:
             Refused: the download is too large.
         """
-        self.policy.check_bytes(saved_bytes(down), "down")
+        limits.check_bytes(self.policy, saved_bytes(down), "down")
 
     def _visit(self, round_: int, sampled: float = 1.0) -> Visit:
         """This client in a round. The site's settings determine the final round.

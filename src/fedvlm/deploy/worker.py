@@ -5,10 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import queue
+import re
 import socket
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +32,7 @@ class Worker:
     def __init__(self, own: dict[str, Any]):
         self.own = own
         self.site: Any = None
+        self._models: list[str] = []  # the places of the models in the policy
         self._lock: Any = None
 
     def perform(self, asked: dict[str, Any], blob: bytes) -> Message:
@@ -40,7 +43,7 @@ class Worker:
             return self._perform(asked, blob)
         except Refused as error:
             logger.warning("refused: %s", error)
-            return {"error": "refused", "message": str(error)}, b""
+            return {"error": "refused", "message": self._hidden(str(error))}, b""
         except Exception as error:
             # Details of the rows stay in the site's log. The server gets the kind of error only.
             if isinstance(error, FedVLMError):
@@ -49,10 +52,19 @@ class Worker:
                 logger.exception("'%s' failed", asked.get("do"))
             told = isinstance(error, FedVLMError) and not isinstance(error, DataError)
             message = str(error) if told else f"{type(error).__name__}; see the site's log"
-            return {"error": "failed", "message": message}, b""
+            return {"error": "failed", "message": self._hidden(message)}, b""
+
+    def _hidden(self, message: str) -> str:
+        """A message without the paths of this site."""
+        places = [
+            str(self.own[key]) for key in ("data", "state", "policy", "log") if key in self.own
+        ]
+        return hidden(message, places + self._models)
 
     def _perform(self, asked: dict[str, Any], blob: bytes) -> Message:
         from safetensors.torch import load, save
+
+        from fedvlm.metrics import rounded
 
         do, site = asked["do"], self.site
         if do == "open":
@@ -66,7 +78,8 @@ class Worker:
         if do == "train":
             began = time.perf_counter()
             done = site.train(_round(asked), down, _share(asked))
-            about = {"loss": done.loss, "seconds": round(time.perf_counter() - began, 3)}
+            loss = rounded(done.loss, site.policy.score_step)
+            about = {"loss": loss, "seconds": round(time.perf_counter() - began, 3)}
             logger.info("round %d: loss %.3f, %.1f s", done.round, done.loss, about["seconds"])
             return about, save(done.trees["upload"]) if done.trees["upload"] else b""
         if do == "score":
@@ -74,16 +87,17 @@ class Worker:
             return {"scores": site.score(kind, _round(asked), down)}, b""
         if do == "answer":
             kind = _kind(asked, "global", "personal")
-            site.answer(_plain(asked["name"]), kind, _round(asked), down)
+            site.answer(_name(asked, "untuned", "global", "personal"), kind, _round(asked), down)
         elif do == "export":
             kind = _kind(asked, "global", "personal")
-            site.export(_plain(asked["name"]), kind, _round(asked), down)
+            site.export(_name(asked, "global", "personal"), kind, _round(asked), down)
         else:
             raise FedVLMError(f"a site does not know the request '{do}'")
         return {}, b""
 
     def _open(self, asked: dict[str, Any]) -> dict[str, Any]:
         from fedvlm import config as configs
+        from fedvlm.deploy import limits
         from fedvlm.deploy.policy import read_policy
         from fedvlm.deploy.site import Site
         from fedvlm.store.run import Store
@@ -91,9 +105,11 @@ class Worker:
         run = _plain(asked["run"])
         if self.site is None:
             policy = read_policy(self.own.get("policy"))
+            self._models = [allowed.path for allowed in policy.models.values()]
             config = configs.load(_settings(asked))
             policy.check(config)
             folder = Path(self.own["state"]) / "runs" / run
+            limits.check_runs(policy, folder)
             self._lock = Store(folder).locked(LOCKED)  # an earlier worker may be ending
             self._lock.__enter__()
             self.site = Site(self.own["name"], config, self.own["data"], folder, policy)
@@ -108,6 +124,7 @@ class Worker:
             )
         if run != self.run:
             raise FedVLMError(f"this worker has opened run '{self.run}' and cannot open '{run}'")
+        self.site.ledger.begin(run, limits.digest_of(configs.load(_settings(asked))))
         return self.site.described()
 
 
@@ -136,6 +153,13 @@ def _kind(asked: dict[str, Any], *kinds: Any) -> Any:
     return asked["kind"]
 
 
+def _name(asked: dict[str, Any], *names: str) -> str:
+    name = asked.get("name")
+    if not isinstance(name, str) or name not in names:
+        raise FedVLMError(f"a model's name is one of {', '.join(names)}, got {shown(name)}")
+    return name
+
+
 def _plain(name: Any) -> str:
     """Returns the name of a file, and refuses a path."""
     if not isinstance(name, str) or not 0 < len(name) <= 200:
@@ -145,6 +169,20 @@ def _plain(name: Any) -> str:
     return name
 
 
+def hidden(message: str, places: Sequence[str] = ()) -> str:
+    """A message without paths: neither known places nor anything that looks like a path.
+
+    >>> hidden("'/srv/rows/a b.parquet' is damaged; see ~/notes and models/m", ["models/m"])
+    "'(a path of this site)' is damaged; see (a path of this site) and (a path of this site)"
+    """
+    for place in sorted(filter(None, places), key=len, reverse=True):
+        if len(Path(place).parts) > 1:
+            message = re.sub(rf"{re.escape(place)}[^\s'\"]*", HIDDEN, message)
+    message = re.sub(r"(['\"])(?:~|[A-Za-z]:)?[/\\][^'\"]+\1", rf"\1{HIDDEN}\1", message)
+    return re.sub(r"(?<![\w.)])(?:~[\w.-]*|[A-Za-z]:)?[/\\][^\s'\"(),;]+", HIDDEN, message)
+
+
+HIDDEN = "(a path of this site)"
 _ALLOWED = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_.")
 
 

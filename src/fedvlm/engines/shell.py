@@ -25,7 +25,7 @@ from fedvlm.engines.stages import Stage, joined, packed, parted
 from fedvlm.engines.together import Member, Outcome, perform
 from fedvlm.engines.wire import Forms, Reply, Task
 from fedvlm.errors import FedVLMError
-from fedvlm.metrics import average, score_texts
+from fedvlm.metrics import average, rounded, score_texts
 from fedvlm.models import lora
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config
@@ -52,6 +52,8 @@ class Shell:
         adapter: the common initial adapter.
         forms: the required form of downloads.
         ended: client -> the adapter at the end of its training, for ``rated`` tasks, until scored.
+        score_step: step to which the validation scores are rounded that an algorithm gets, because
+            it may upload them; 0: not rounded. A deployed site sets it.
     """
 
     width = 1
@@ -73,6 +75,7 @@ class Shell:
         self.objective = objectives.build(config.objective)
         self.forms = Forms(algorithm, self.adapter, stages)
         self.ended: dict[str, Tree] = {}
+        self.score_step = 0.0
         self._passes: Counter[str] = Counter()
         self._answers: dict[tuple[str, str], list[Answer]] = {}
 
@@ -163,7 +166,8 @@ class Shell:
         self._passes[client] += len(rows) * len(trees)
         self.model.eval()
         with torch.no_grad():
-            return tuple(self._validate(trees, rows)) if len(rows) and trees else ()
+            found = self._validate(trees, rows) if len(rows) and trees else []
+        return tuple(Validation(*(rounded(x, self.score_step) for x in one)) for one in found)
 
     def _reply(self, member: Member, memory: Mapping[str, Tree]) -> tuple[Reply, Tree]:
         """The reply of a client, and the state that it stores."""

@@ -340,7 +340,9 @@ def one_round(
         line["missing"] = missing
     if clients:
         idle = [c for c in clients if c not in before]
-        idle_before, global_before = _score_all(engine, round_, old, clients, idle)
+        # ``old`` is the state after the round before: a site answers again what it answered then.
+        earlier = Round(round_.number - 1)
+        idle_before, global_before = _score_all(engine, earlier, old, clients, idle)
         personal, everyone = _score_all(engine, round_, state, clients)
         before |= idle_before
         line["evaluation"] = {

@@ -110,6 +110,11 @@ class DataConfig(Section):
     )
     val_fraction: Fraction = Field(0.1, description="share of a client's rows for validation")
     test_fraction: Fraction = Field(0.25, description="share of a client's rows for the test")
+    split_seed: Whole | None = Field(
+        None,
+        description="seed of the sample of max_rows and of the split of a client's rows, so that "
+        "the same rows stay held out in other runs; empty: the run's seed",
+    )
     scenes: ScenesConfig = ScenesConfig()
 
 

@@ -1,0 +1,188 @@
+"""The numbers in a site's policy: what they allow a run, before and after the rows are read.
+
+A message about a limit goes to the server. It names the limit and never a number of rows.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from fedvlm.errors import FedVLMError
+from fedvlm.metrics import METRICS, rounded
+from fedvlm.settings.sections import Config
+
+if TYPE_CHECKING:
+    from fedvlm.data.partition import Split
+    from fedvlm.deploy.policy import Policy
+
+OWN = ("output", "data", "partition")
+"""Sections of a run's configuration from which a site takes nothing."""
+
+
+class Refused(FedVLMError):
+    """A site refuses a request; the server gets the message."""
+
+
+def digest_of(config: Config) -> str:
+    """The digest of a run's configuration as the server sends it, without what no site uses."""
+    tree = {name: part for name, part in config.model_dump().items() if name not in OWN}
+    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def exceeded(policy: Policy, config: Config) -> list[str]:
+    """The parts of a run that a site's numbers do not allow, as far as settings show them.
+
+    Args:
+        policy: the policy of the site.
+        config: the run's settings as they hold at the site.
+    """
+    train, scored = config.train, config.eval
+    steps = None if train.local_epochs else train.rounds * train.steps(0) + train.tuning
+    rank = config.lora.rank + _spare(config)
+    most = (
+        (train.rounds, "rounds", "train.rounds", "rounds"),
+        (steps, "optimizer steps", "train.rounds x train.local_steps, and finish_steps", "steps"),
+        (train.batch_size, "rows in a batch", "train.batch_size", "batch"),
+        (scored.batch_size, "rows in a batch", "eval.batch_size", "batch"),
+        (rank, "ranks", "lora.rank and lora.spare", "rank"),
+        (scored.max_new_tokens, "new tokens", "eval.max_new_tokens", "new_tokens"),
+        (scorings(config), "scorings", "train.rounds and eval.every", "scores"),
+    )
+    wrong = [
+        f"{number} {what} ({setting}), and the limit is {limit} ({name})"
+        for number, what, setting, name in most
+        if number is not None and (limit := getattr(policy, name)) is not None and number > limit
+    ]
+    seen = None if train.local_epochs else train.batch_size * train.steps(0)
+    least = (
+        (seen, "training rows in a round", "train.batch_size x train.local_steps", "train_rows"),
+        (scored.max_rows, "scored rows", "eval.max_rows", "scored_rows"),
+    )
+    return wrong + [
+        f"{number} {what} ({setting}), and the minimum is {getattr(policy, name)} ({name})"
+        for number, what, setting, name in least
+        if number is not None and number < getattr(policy, name)
+    ]
+
+
+def _spare(config: Config) -> int:
+    from fedvlm.algorithms.table import spare_ranks
+
+    return spare_ranks(config.algorithm.name, config.lora)
+
+
+def scorings(config: Config) -> int:
+    """The largest number of scorings that an honest server asks of a site in a run.
+
+    Before round 1 these are two models. A scored round has the client's model before the server's
+    step, and its personal and its global model after it. It also has the global model before the
+    round, which is a new question only where the round before was not scored.
+    """
+    from fedvlm.algorithms.table import of_run
+
+    rounds, every = config.train.rounds, config.eval.every
+    count = rounds // every if every else 0
+    if of_run(config).final or not every or rounds % every:
+        count += 1
+    return 2 + count * (3 if every == 1 else 4)
+
+
+def admitted(policy: Policy, config: Config, split: Split) -> Split:
+    """The rows of a site that a run may use.
+
+    The number of scored rows is a multiple of the minimum. So the rows that are scored in one run
+    and not in another are never fewer than the minimum. Validation rows below the minimum take no
+    part: an algorithm that asks for their scores gets none.
+
+    Args:
+        policy: the policy of the site.
+        config: the run's settings as they hold at the site.
+        split: all rows of the site.
+
+    Raises:
+        Refused: there are too few rows, or too many steps for their number.
+    """
+    train, least, part = config.train, policy.scored_rows, config.eval.split
+    held = getattr(split, part)
+    count = min(len(held), config.eval.max_rows or len(held)) // least * least
+    steps = train.rounds * train.steps(len(split.train)) + train.tuning
+    wrong = []
+    if len(split.train) < policy.train_rows:
+        wrong.append(f"the site has fewer than {policy.train_rows} rows to train on (train_rows)")
+    if not count:
+        wrong.append(f"the site has fewer than {least} rows in '{part}' to score (scored_rows)")
+    if policy.steps is not None and steps > policy.steps:
+        wrong.append(f"it asks for more than {policy.steps} optimizer steps (steps)")
+    if wrong:
+        raise Refused("the site's policy refuses this run: " + "; ".join(wrong))
+    val = split.val if len(split.val) >= least else split.val[:0]
+    return replace(replace(split, val=val), **{part: held[:count]})
+
+
+def told(policy: Policy, scores: Mapping[str, Any]) -> dict[str, Any]:
+    """A site's scores as the server gets them: rounded, and without the number of rows if secret.
+
+    Where the number of rows is secret, a share is rounded to a multiple of 1 / ``scored_rows``.
+    Every such multiple is a possible mean of any allowed number of rows, so that it reveals none.
+    """
+    step, whole = policy.score_step, dict(scores)
+    coarse = step
+    if not policy.tell_rows:
+        whole.pop("examples", None)
+        coarse = max(step, 1 / policy.scored_rows)
+    return {
+        name: value
+        if name == "examples"
+        else rounded(value, step if name in METRICS and not METRICS[name].share else coarse)
+        for name, value in whole.items()
+    }
+
+
+def check_bytes(policy: Policy, size: int, way: str) -> None:
+    """Refuses a message that is too large; ``way`` is up or down."""
+    if policy.bytes_per_round is not None and size > policy.bytes_per_round:
+        raise Refused(
+            f"the site's policy refuses this run: {size} bytes {way} in a round, and the limit is "
+            f"{policy.bytes_per_round} (bytes_per_round)"
+        )
+
+
+def check_disk(policy: Policy, folder: Path, more: int = 0) -> None:
+    """Refuses work whose result would make a run's folder larger than allowed.
+
+    Args:
+        policy: the policy of the site.
+        folder: the folder of the run.
+        more: bytes that are about to be written.
+    """
+    if policy.disk is None:
+        return
+    size = more + sum(path.lstat().st_size for path in folder.rglob("*") if path.is_file())
+    if size > policy.disk:
+        raise Refused(
+            f"the site's policy refuses this round: the run's folder would hold {size} bytes, and "
+            f"the limit is {policy.disk} (disk)"
+        )
+
+
+def check_runs(policy: Policy, folder: Path) -> None:
+    """Refuses a new run at a site that keeps as many runs as it may.
+
+    Args:
+        policy: the policy of the site.
+        folder: the folder of the run, beside the folders of other runs.
+    """
+    if policy.runs is None or folder.exists():
+        return
+    others = sum(path.is_dir() for path in folder.parent.glob("*"))
+    if others >= policy.runs:
+        raise Refused(
+            f"the site's policy refuses this run: the site keeps {others} runs, and the limit is "
+            f"{policy.runs} (runs); the site removes old ones"
+        )
