@@ -207,7 +207,7 @@ def test_many_mistakes_and_long_values_give_a_short_message():
     assert "\x1b" not in text
 
 
-@pytest.mark.parametrize("pattern", ["(", "a{99999999999999999999}", "(" * 5000 + ")" * 5000])
+@pytest.mark.parametrize("pattern", ["(", "a{99999}", "(" * 5000 + ")" * 5000])
 def test_a_pattern_that_cannot_be_read_is_refused_with_all_other_mistakes(pattern):
     for tree in ({"lora": {"target": pattern}}, {"lora": {"ranks": {pattern: 2}}}):
         found = problems("seed=-1", source=tree)

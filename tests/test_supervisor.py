@@ -1,11 +1,14 @@
 """A site's worker process, and the supervisor that keeps it running."""
 
+import contextlib
 import os
 import signal
+import subprocess
 import sys
 import time
 from concurrent.futures import ThreadPoolExecutor, wait
 
+import psutil
 import pytest
 
 from fedvlm.deploy.supervisor import Supervisor
@@ -13,7 +16,7 @@ from fedvlm.deploy.supervisor import Supervisor
 pytestmark = pytest.mark.waits
 
 ECHO = """
-import json, os, socket, sys, time
+import json, os, re, socket, sys, time
 from fedvlm.deploy import worker
 
 class Echo:
@@ -27,11 +30,27 @@ class Echo:
         if asked["do"] == "sleep":
             time.sleep(20)
             open(asked["mark"], "w").close()
+        if asked["do"] == "spin":
+            open(asked["mark"], "w").close()
+            re.match(r"((a|[ab])+)+c", "a" * 60)  # in C, and holds the interpreter for years
         if asked["do"] == "open":
             self.opened += 1
         return {"pid": os.getpid(), "opened": self.opened}, blob[::-1]
 
 worker.serve(socket.socket(fileno=int(sys.argv[1])), Echo())
+"""
+
+
+SUPERVISED = """
+import sys, threading
+from fedvlm.deploy.supervisor import Supervisor
+
+found = Supervisor({}, [sys.executable, "-c", sys.argv[1]])
+opening = threading.Thread(target=found.call, args=({"do": "open"},))
+opening.start()
+opening.join()
+print(found.pid, flush=True)
+found.call({"do": "spin", "mark": sys.argv[2]}, limit=600.0)
 """
 
 
@@ -101,3 +120,28 @@ def test_a_run_that_opens_longer_than_a_call_may_take_is_opened_by_the_next_call
         assert found.call({"do": "x"}, limit=60.0)[0] == {"id": 3, "pid": pid, "opened": 1}
     finally:
         found.stop()
+
+
+def test_a_worker_outlives_the_thread_that_started_it(supervisor):
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(supervisor.call, {"do": "open"}).result()[0]
+    for _ in range(3):
+        assert supervisor.call({"do": "x"})[0]["pid"] == first["pid"]
+    assert supervisor.restarts == 0
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="only Linux kills a process with its parent")
+def test_a_worker_that_holds_its_interpreter_for_good_ends_with_its_supervisor(tmp_path):
+    command = [sys.executable, "-c", SUPERVISED, ECHO, str(tmp_path / "mark")]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as supervising:
+        worker = psutil.Process(int(supervising.stdout.readline()))
+        while not (tmp_path / "mark").exists():
+            assert supervising.poll() is None
+            time.sleep(0.1)
+        supervising.kill()
+    try:
+        gone, _ = psutil.wait_procs([worker], timeout=60)  # seconds; it would spin for years
+        assert gone or worker.status() == psutil.STATUS_ZOMBIE, "nobody may reap it here"
+    finally:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            worker.kill()

@@ -1,4 +1,4 @@
-"""Patterns that select layers: by part of the model, by number, or by name."""
+"""Patterns that select layers: by part of the model, number or name; and regular expressions."""
 
 from __future__ import annotations
 
@@ -6,7 +6,11 @@ import re
 from collections.abc import Callable, Mapping
 from functools import cache
 
+from fedvlm.errors import shown
 from fedvlm.tree import Select, factor, module
+
+LONGEST = 1000  # characters of a regular expression in a setting
+MEMORY = 2**20  # bytes that RE2 may take for one expression
 
 # Names of modules in each part of a model, over all families. All other modules are language.
 VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|image_encoder)(\.|$)")
@@ -43,7 +47,7 @@ def matcher(pattern: str) -> Callable[[str], bool]:
 
     - ``part:vision``, ``part:projector`` or ``part:language``
     - ``layer:2``, ``layer:0-3`` or ``layer:4-``, for the first number in the module's name
-    - any other text: a regular expression, searched for in the name
+    - any other text: a regular expression, searched for in the name, see :func:`searcher`
 
     Raises:
         ValueError: a condition is invalid.
@@ -65,11 +69,46 @@ def _condition(text: str) -> Callable[[str], bool]:
         first, dash, last = found.groups()
         top = int(last) if last else (10**9 if dash else int(first))
         return lambda name: int(first) <= layer(name) <= top
+    return searcher(text)
+
+
+def searcher(pattern: str) -> Callable[[str], bool]:
+    """A test of texts against a regular expression, which may occur anywhere in the text.
+
+    The expression may be the server's, and the text a name at a site. Therefore RE2 searches for
+    it, in time that grows linearly with the text. Python's ``re`` can take years, and no signal or
+    thread can stop it. RE2 has no look-around and no references back. Its classes of characters,
+    such as ``\\w``, are ASCII.
+
+    Raises:
+        ValueError: the pattern is no regular expression of RE2, or is too long.
+    """
+    import re2
+
+    if len(pattern) > LONGEST:
+        raise ValueError(
+            f"{shown(pattern)} has {len(pattern)} characters, and a regular expression has at most "
+            f"{LONGEST}"
+        )
+    options = re2.Options()
+    options.log_errors, options.max_mem = False, MEMORY
     try:
-        compiled = re.compile(text)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"'{text}' is no regular expression: {error}") from None
-    return lambda name: bool(compiled.search(name))
+        compiled = re2.compile(pattern.encode(), options)
+    except (re2.error, UnicodeEncodeError) as error:
+        raise ValueError(f"{shown(pattern)} is no regular expression: {_reason(error)}") from None
+    return lambda text: compiled.search(text.encode(errors="replace")) is not None
+
+
+def _reason(error: Exception) -> str:
+    """The reason of RE2's error, with a hint about what RE2 does not have."""
+    if isinstance(error, UnicodeEncodeError):
+        return "it holds half a character"
+    given = error.args[0]
+    text = given.decode(errors="replace") if isinstance(given, bytes) else str(given)
+    lacks = ("invalid perl operator", "invalid escape sequence", "bad repetition operator")
+    if text.startswith(lacks):
+        text += " (the syntax is RE2's: no look-around, no references back; \\z is the end)"
+    return text[:300]
 
 
 def layer(name: str) -> int:

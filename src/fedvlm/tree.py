@@ -11,11 +11,15 @@ from collections.abc import Callable, Iterable, Mapping
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Literal
 
+from fedvlm.errors import FedVLMError
+
 if TYPE_CHECKING:
     from torch import Size, Tensor, dtype
 
 Tree = dict[str, "Tensor"]
 Select = Callable[[str], bool]
+
+HEAD = 2**22  # bytes of the longest head of a received file: about 30,000 tensors
 
 
 @cache
@@ -190,6 +194,34 @@ def digest(tree: Mapping[str, Tensor]) -> str:
         h.update(f"{name}{tuple(tensor.shape)}{tensor.dtype}".encode())
         h.update(tensor.flatten().view(torch.uint8).numpy().tobytes())
     return h.hexdigest()
+
+
+def read(blob: bytes | bytearray) -> Tree:
+    """The tensors of a received message, a safetensors file. The sender may lie.
+
+    The head of such a file is JSON, and its parsed form takes 20 times its bytes in memory
+    (measured). So a long head is refused before it is parsed.
+
+    Args:
+        blob: the file; empty for a message without tensors.
+
+    Raises:
+        FedVLMError: the head is longer than :data:`HEAD`, or the bytes are no safetensors file.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
+    if not blob:
+        return {}
+    length = int.from_bytes(blob[:8], "little")
+    if HEAD < length <= len(blob) - 8:
+        raise FedVLMError(
+            f"its message has a head of {length} bytes (safetensors), and {HEAD} are the most"
+        )
+    try:
+        return load(bytes(blob))
+    except SafetensorError as error:
+        raise FedVLMError(f"its message is no safetensors file: {error}") from None
 
 
 def saved_bytes(tree: Mapping[str, Tensor]) -> int:

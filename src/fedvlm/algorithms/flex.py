@@ -15,7 +15,6 @@ client. (FLoRA's code also has one scaling for all: its alpha is twice the clien
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 
@@ -36,6 +35,7 @@ from fedvlm.algorithms.base import (
 from fedvlm.algorithms.server import ServerConfig
 from fedvlm.algorithms.sharing import sharing
 from fedvlm.errors import FedVLMError
+from fedvlm.layers import searcher
 from fedvlm.settings.method import AlgorithmConfig
 from fedvlm.tree import Tree, cut, factorized, pad, pairs, products, rank, split
 
@@ -86,7 +86,7 @@ def ranked(algorithm: Algorithm, ranks: Mapping[str, int] | None, largest: int) 
     """
     if not ranks:
         return algorithm
-    patterns = [(re.compile(pattern), r) for pattern, r in ranks.items()]
+    patterns = [(searcher(pattern), r) for pattern, r in ranks.items()]
 
     def full(tree: Tree) -> Tree:
         own, told = _factors(tree)
@@ -102,7 +102,7 @@ def ranked(algorithm: Algorithm, ranks: Mapping[str, int] | None, largest: int) 
     def send(state: State, visit: Visit) -> Tree:
         import torch
 
-        r = next((r for p, r in patterns if p.search(visit.client)), largest)
+        r = next((r for fits, r in patterns if fits(visit.client)), largest)
         return {**_only(algorithm.send(state, visit), r), RANK: torch.tensor(r)}
 
     def model(initial: Tree, down: Tree, mine: Tree) -> Tree:

@@ -8,15 +8,40 @@ import struct
 import time
 from typing import Any
 
-HEADER = 2**24  # bytes of the largest header
+HEADER = 2**21  # bytes of the largest header; a run's settings take a few thousand
 BLOB = 2**31  # bytes of the largest body
 _SIZES = struct.Struct(">IQ")
 
 Message = tuple[dict[str, Any], bytes]
 
 
+class NoMessage(ValueError):
+    """A text is no header of a message."""
+
+
 class Closed(Exception):
     """The other end has closed the connection."""
+
+
+def parsed(text: str | bytes | bytearray) -> dict[str, Any]:
+    """The header of a received message. The sender may lie.
+
+    Parsed JSON can take 32 times its bytes in memory (measured). So a long text is refused before
+    it is parsed.
+
+    Raises:
+        NoMessage: the text is longer than :data:`HEADER`, or is no JSON mapping.
+    """
+    if len(text) > HEADER:
+        raise NoMessage(f"its header has {len(text)} bytes, and {HEADER} are the most")
+    try:
+        # NaN passes: a site's loss may be one, and the run names the site that sends it.
+        header = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise NoMessage(f"its header is no JSON: {error}") from None
+    if not isinstance(header, dict):
+        raise NoMessage("its header is no mapping")
+    return header
 
 
 def send(
@@ -56,12 +81,9 @@ def receive(sock: socket.socket, limit: float | None = None) -> Message:
     if sizes[0] > HEADER or sizes[1] > BLOB:
         raise Closed(f"announced sizes of {sizes[0]} and {sizes[1]} bytes: this is no message")
     try:
-        # NaN passes: a site's loss may be one, and the run names the site that sends it.
-        header = json.loads(_exactly(sock, sizes[0], until))
-    except (ValueError, RecursionError) as error:
+        header = parsed(_exactly(sock, sizes[0], until))
+    except NoMessage as error:
         raise Closed(f"this is no message: {error}") from None
-    if not isinstance(header, dict):
-        raise Closed("this is no message: the header is no mapping")
     return header, _exactly(sock, sizes[1], until)
 
 

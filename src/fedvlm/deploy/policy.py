@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
+import logging
 import re
 from pathlib import Path
 from typing import Annotated, Any
@@ -14,9 +14,12 @@ from fedvlm import config as configs
 from fedvlm.algorithms.table import ALIASES, find, names
 from fedvlm.deploy import limits
 from fedvlm.deploy.limits import Refused as Refused
-from fedvlm.errors import ConfigError
+from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.models.pin import allow
 from fedvlm.settings.method import Positive, Section
 from fedvlm.settings.sections import Config, EvalConfig
+
+logger = logging.getLogger("fedvlm")
 
 SETTABLE = ("model", "data", "engine", "eval")
 """Sections of a run's configuration in which a site may set its own values. The section ``data``
@@ -30,7 +33,7 @@ class Allowed(Section):
     sha256: str | None = Field(
         None,
         pattern="^[0-9a-f]{64}$",
-        description="SHA-256 of the weights in a local folder, see weights_digest; empty: any",
+        description="digest of the model's folder, from 'fedvlm site digest FOLDER'; empty: any",
     )
 
 
@@ -114,7 +117,7 @@ class Policy(Section):
             folder: folder of the run's state.
 
         Raises:
-            Refused: the model's weights differ from those in the policy.
+            Refused: the model's folder differs from the one in the policy.
         """
         return self._own(config, data, str(folder), self._path(config.model.name))
 
@@ -133,42 +136,22 @@ class Policy(Section):
         )
 
     def _path(self, model: str) -> str:
+        from fedvlm.models.load import BUNDLED
+
         allowed = self.models[model]
         if allowed.sha256:
-            found = weights_digest(allowed.path)
-            if found != allowed.sha256:
-                raise Refused(
-                    f"the site's policy refuses this run: the SHA-256 of its weights of '{model}' "
-                    f"is {found}, but the policy allows {allowed.sha256} (models)"
-                )
+            try:
+                allow(allowed.path, allowed.sha256)
+            except FedVLMError as error:
+                why = f"its model '{model}' is not the one in the policy (models): {error}"
+                raise Refused(f"the site's policy refuses this run: {why}") from None
+        elif allowed.path not in BUNDLED and not Path(allowed.path).is_dir():
+            logger.warning(
+                "the policy allows '%s' by a name on the hub: whoever controls that repository "
+                "chooses its weights; a folder with a sha256 fixes them (fedvlm site digest)",
+                model,
+            )
         return allowed.path
-
-
-def weights_digest(folder: str | Path) -> str:
-    """The hash of a model's weights for a site's policy, without its settings and its processor.
-
-    Args:
-        folder: the folder of the model.
-
-    Returns:
-        The SHA-256 of its file ``*.safetensors``, as the hub shows it. For several such files, the
-        SHA-256 of the lines that ``sha256sum *.safetensors`` prints, in the order of the names.
-
-    Raises:
-        Refused: there are no such files.
-    """
-    files = sorted(Path(folder).glob("*.safetensors"))
-    if not files:
-        raise Refused(
-            "the site's policy refuses this run: it gives the SHA-256 of a model's weights "
-            "(models), but at the path of the model, no folder has files *.safetensors"
-        )
-    sums = []
-    for path in files:
-        with open(path, "rb") as file:
-            sums.append(hashlib.file_digest(file, "sha256").hexdigest())
-    lines = "".join(f"{s}  {path.name}\n" for s, path in zip(sums, files, strict=True))
-    return sums[0] if len(sums) == 1 else hashlib.sha256(lines.encode()).hexdigest()
 
 
 def read_policy(path: str | Path | None) -> Policy:

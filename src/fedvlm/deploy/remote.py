@@ -31,7 +31,7 @@ from fedvlm.metrics import measured
 from fedvlm.settings.method import Positive, Section
 from fedvlm.settings.sections import Config
 from fedvlm.store.files import save_tree
-from fedvlm.tree import Tree, digest
+from fedvlm.tree import Tree, digest, read
 
 Call = Callable[[str, dict[str, Any], bytes, float], tuple[dict[str, Any], bytes]]
 """``(site, header, tensors, seconds) -> (header, tensors)``; raises :class:`Unanswered`.
@@ -323,13 +323,10 @@ class Remote:
         return self._ask(site, fetch, b"", max(FETCH, limit))
 
     def _read(self, blob: bytes) -> Tree:
-        from safetensors import SafetensorError
-        from safetensors.torch import load
-
         try:
-            return load(blob) if blob else {}
-        except SafetensorError as error:
-            raise Unanswered(f"its message is no safetensors file: {error}") from None
+            return read(blob)
+        except FedVLMError as error:
+            raise Unanswered(str(error)) from None
 
     def _failed(self, site: str, error: Unanswered) -> None:
         """Leaves a site out of the next rounds: none after one failure, then 1, 2, 4, at most 8."""

@@ -1,4 +1,7 @@
-"""Keeps a site's worker process running, from a process without torch and without a model."""
+"""Keeps a site's worker process running, from a process without torch and without a model.
+
+A worker ends with its supervisor's process, even inside a function in C that never returns.
+"""
 
 from __future__ import annotations
 
@@ -13,6 +16,7 @@ import time
 from typing import Any
 
 from fedvlm.deploy.frames import Closed, Message, receive, send
+from fedvlm.deploy.lifetime import from_lasting_thread
 
 logger = logging.getLogger("fedvlm")
 
@@ -131,8 +135,9 @@ class Supervisor:
         ours, theirs = socket.socketpair()
         with theirs:
             number = str(theirs.fileno())
-            self._process = subprocess.Popen(
-                [*self.command, number, json.dumps(self.own)], pass_fds=(theirs.fileno(),)
+            command = [*self.command, number, json.dumps(self.own)]
+            self._process = from_lasting_thread(
+                lambda: subprocess.Popen(command, pass_fds=(theirs.fileno(),))
             )
         self._sock = ours
         if opens and self._opening:

@@ -15,7 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm.deploy.frames import Closed, Message, receive, send
+from fedvlm.deploy.lifetime import ends_with_parent
 from fedvlm.errors import DataError, FedVLMError, shown
+from fedvlm.tree import read
 
 logger = logging.getLogger("fedvlm")
 
@@ -62,7 +64,7 @@ class Worker:
         return hidden(message, places + self._models)
 
     def _perform(self, asked: dict[str, Any], blob: bytes) -> Message:
-        from safetensors.torch import load, save
+        from safetensors.torch import save
 
         from fedvlm.metrics import rounded
 
@@ -74,7 +76,7 @@ class Worker:
         if do == "adapter":
             about, tree = site.adapter_files()
             return {"peft": about}, save(tree)
-        down = load(blob) if blob else {}
+        down = read(blob)
         if do == "train":
             began = time.perf_counter()
             done = site.train(_round(asked), down, _share(asked))
@@ -188,6 +190,7 @@ _ALLOWED = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_
 
 def serve(sock: socket.socket, worker: Worker) -> None:
     """Answers requests until the other end closes. Then the process ends at once."""
+    ends_with_parent()
     waiting: queue.Queue[Message] = queue.Queue()
 
     def read() -> None:

@@ -54,6 +54,13 @@ def check_folder(folder: str, *, weights: bool = True) -> None:
             document = _document(folder, file)
             if file == "config.json" and not isinstance(document.get("model_type"), str):
                 raise refused(folder, "its config.json names no model_type")
+            # models.names answers a config.json with auto_map by another checkpoint's name.
+            if file not in ("config.json", "tokenizer.json") and _has_code(document):
+                raise refused(
+                    folder,
+                    f"its {file} asks for custom code (auto_map), which fedvlm does not run; a "
+                    "model in transformers' own format needs no auto_map: remove it",
+                )
     for file in _weights(folder, files) if weights else ():
         _check_weights(folder, file)
 
@@ -128,6 +135,15 @@ def _document(folder: str, file: str) -> dict[str, Any]:
     return document
 
 
+def _has_code(document: Any) -> bool:
+    """Whether a document names code that came with the model, however deep."""
+    if isinstance(document, list):
+        return any(map(_has_code, document))
+    if not isinstance(document, dict):
+        return False
+    return bool(document.get("auto_map")) or any(map(_has_code, document.values()))
+
+
 def check_size(folder: str, elements: int) -> None:
     """Refuses weights that are much smaller than the model that ``config.json`` describes.
 
@@ -147,6 +163,15 @@ def check_size(folder: str, elements: int) -> None:
             folder,
             f"its config.json describes {elements:,} weights, but its files have {held:,} bytes",
         )
+
+
+def weights_of(folder: str) -> list[str]:
+    """The names of the files with weights, relative to the folder.
+
+    Raises:
+        FedVLMError: there are none, or an index names a file that is missing or outside.
+    """
+    return _weights(folder, set(os.listdir(folder)))
 
 
 def _weights(folder: str, files: set[str]) -> list[str]:

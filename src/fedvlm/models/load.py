@@ -19,6 +19,7 @@ from fedvlm import processes
 from fedvlm.errors import FedVLMError, brief
 from fedvlm.models.folder import ADAPTER, check_folder, check_size, mark, refuse_adapter, refused
 from fedvlm.models.names import refuse_foreign_release, refuse_own_code
+from fedvlm.models.pin import still_allowed
 from fedvlm.models.processors import load_processor, read_json
 from fedvlm.settings.sections import ModelConfig
 
@@ -52,7 +53,9 @@ def load_model(config: ModelConfig) -> Loaded:
         architecture = _architecture(source, local)
         if local:
             with torch.device("meta"):
-                empty = AutoModelForImageTextToText.from_config(architecture)
+                empty = AutoModelForImageTextToText.from_config(
+                    architecture, trust_remote_code=False
+                )
             check_size(source, sum(p.numel() for p in empty.parameters()))
         processor = load_processor(source, local)
         loaded: Any = AutoModelForImageTextToText.from_pretrained(
@@ -69,6 +72,7 @@ def load_model(config: ModelConfig) -> Loaded:
     except Exception as error:  # damaged files end in errors of any kind
         raise FedVLMError(_why(config.name, local, error)) from error
     model, report = loaded
+    still_allowed(source)
     _check_weights(config.name, model, report)
     model.requires_grad_(False)
     freeze_statistics(model)
@@ -135,8 +139,21 @@ def _architecture(source: str, local: bool) -> Any:
             f"it holds a '{brief(architecture.model_type)}' model, which does not write texts "
             "about images"
         )
+    _refuse_kernels(architecture)
     without_dropout(architecture)
     return architecture
+
+
+def _refuse_kernels(architecture: Any) -> None:
+    """Refuses an attention whose code would come from the hub, such as ``org/kernel``."""
+    for part in (architecture, *architecture.sub_configs):
+        part = getattr(architecture, part, None) if isinstance(part, str) else part
+        name = getattr(part, "_attn_implementation", None)
+        if isinstance(name, str) and "/" in name:
+            raise ValueError(
+                f"its attention '{brief(name)}' is custom code from the hub, which fedvlm does not "
+                "run"
+            )
 
 
 def set_threads(model: Any, threads: int | None) -> None:

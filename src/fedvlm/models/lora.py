@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from fedvlm.errors import FedVLMError
-from fedvlm.layers import part
+from fedvlm.layers import part, searcher
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import LoraConfig
 from fedvlm.store.files import save_stacked
@@ -128,13 +128,11 @@ def targets(model: nn.Module, target: str) -> list[str]:
         found = [n for n in linear if part(n) in PRESETS[target]]
     else:
         try:
-            pattern = re.compile(target)
-        except (re.error, OverflowError, RecursionError) as error:
-            raise FedVLMError(
-                f"lora.target: '{target}' is neither one of {', '.join(PRESETS)} nor a regular "
-                f"expression: {error}"
-            ) from None
-        found = [n for n in linear if pattern.search(n)]
+            fits = searcher(target)
+        except ValueError as error:
+            presets = ", ".join(PRESETS)
+            raise FedVLMError(f"lora.target: {error}; it is none of {presets} either") from None
+        found = [n for n in linear if fits(n)]
     if not found:
         kinds = sorted({re.sub(r"\.\d+\.", ".*.", n) for n in linear})
         raise FedVLMError(

@@ -118,7 +118,9 @@ def _processor(source: str, local: bool) -> Any:
             source, local_files_only=local, trust_remote_code=False
         )
     with num2words_or_none(base):
-        processor = image_only(base).from_pretrained(source, local_files_only=local)
+        processor = image_only(base).from_pretrained(
+            source, local_files_only=local, trust_remote_code=False
+        )
     processor._video_config = _video_config(source, local)
     return processor
 
@@ -166,7 +168,9 @@ def processor_class(source: str, local: bool) -> Any:
         return getattr(transformers, name, None)
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    config = transformers.AutoConfig.from_pretrained(source, local_files_only=local)
+    config = transformers.AutoConfig.from_pretrained(
+        source, local_files_only=local, trust_remote_code=False
+    )
     return PROCESSOR_MAPPING.get(type(config), None)
 
 

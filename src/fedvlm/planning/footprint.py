@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
@@ -12,6 +11,7 @@ from fedvlm.algorithms.dry import rehearse
 from fedvlm.algorithms.table import adapter_of, check_fit, find
 from fedvlm.engines.compress import compression
 from fedvlm.engines.stages import packed
+from fedvlm.layers import searcher
 from fedvlm.settings.sections import Config
 from fedvlm.tree import Tree, nbytes, pad, saved_bytes
 
@@ -156,13 +156,13 @@ class Exchanges:
         self.algorithm, self.adapter = algorithm, adapter
         pools = find(config.algorithm.name).pools
         self.stages = () if pools else compression(config.wire)
-        self._ranks = config.lora.ranks or {}
+        self._ranks = {p: searcher(p) for p in config.lora.ranks or {}}
         self._state: State = algorithm.init(adapter)
         self._known: dict[tuple[Any, ...], Exchange] = {}
 
     def of(self, visit: Visit, steps: int) -> Exchange:
         """A client's exchange in a round with ``steps`` usual steps."""
-        rank = next((p for p in self._ranks if re.search(p, visit.client)), None)
+        rank = next((p for p, fits in self._ranks.items() if fits(visit.client)), None)
         key = visit.round, visit.sampled, visit.final, rank, steps
         if key not in self._known:
             down = self.algorithm.send(self._state, visit)

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from functools import cache
 from typing import Annotated, Any, Literal, get_args, get_origin
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from fedvlm import documents
-from fedvlm.errors import shown
+from fedvlm.layers import searcher
 
 LARGEST = 2**53  # of whole numbers: larger ones are no exact floats, and no length of anything
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
@@ -78,10 +77,7 @@ def check_pattern(pattern: str) -> None:
     Raises:
         ValueError: with the reason.
     """
-    try:
-        re.compile(pattern)
-    except (re.error, OverflowError, RecursionError) as error:
-        raise ValueError(f"{shown(pattern)} is no regular expression: {error}") from None
+    searcher(pattern)
 
 
 class LoraConfig(Section):

@@ -15,6 +15,7 @@ from typing import Any
 from nvflare.collab import collab
 
 from fedvlm.deploy.calls import Desk, settle
+from fedvlm.deploy.frames import parsed
 from fedvlm.deploy.nvflare.processes import SITE
 from fedvlm.deploy.supervisor import Supervisor
 from fedvlm.deploy.worker import log_to
@@ -49,7 +50,7 @@ class Client:
             logger.warning("refused a call by '%s'", collab.caller)
             return [json.dumps({"error": "refused", "message": "only the server may ask"}), b""]
         assert self.desk is not None
-        answer, tensors = self.desk.ask(json.loads(header), blob)
+        answer, tensors = self.desk.ask(parsed(header), blob)
         return [json.dumps(answer), tensors]
 
     @collab.final

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import signal
@@ -16,6 +15,7 @@ from typing import IO, Any
 
 import psutil
 
+from fedvlm.deploy.lifetime import ends_with_parent
 from fedvlm.deploy.nvflare.project import (
     PROJECT,
     Project,
@@ -210,7 +210,7 @@ def _keep(
                     stdout=output,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
-                    preexec_fn=_ends_with_parent,
+                    preexec_fn=ends_with_parent,
                 )
                 try:
                     while process.poll() is None:
@@ -240,12 +240,6 @@ def _keep(
 
 def _interrupt(*_: Any) -> None:
     raise KeyboardInterrupt
-
-
-def _ends_with_parent() -> None:
-    """Makes Linux kill this process when its parent is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _end(process: subprocess.Popen[bytes], mark: str) -> None:

@@ -14,6 +14,7 @@ from nvflare.collab.api.exceptions import CollabCallError
 
 from fedvlm import config as configs
 from fedvlm.deploy.calls import Late, asking, settle
+from fedvlm.deploy.frames import NoMessage, parsed
 from fedvlm.deploy.remote import Gone, Limits, Remote, Unanswered
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds import federate
@@ -93,10 +94,10 @@ def calling(proxies: dict[str, Any], aborted: Callable[[], bool]) -> Callable[..
         about, tensors = answer
         if not isinstance(about, str) or not isinstance(tensors, bytes | bytearray):
             raise Unanswered(MALFORMED)
-        found = json.loads(about)
-        if not isinstance(found, dict):
-            raise Unanswered(MALFORMED)
-        return found, bytes(tensors)
+        try:
+            return parsed(about), bytes(tensors)
+        except NoMessage as error:
+            raise Unanswered(str(error)) from None
 
     patient = asking(exchange)
 
