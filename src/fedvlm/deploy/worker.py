@@ -12,6 +12,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from fedvlm.deploy.auditlog import audited_at_site
 from fedvlm.deploy.frames import Closed, Message, receive, send
 from fedvlm.errors import DataError, FedVLMError, shown
 
@@ -33,7 +34,10 @@ class Worker:
         self._lock: Any = None
 
     def perform(self, asked: dict[str, Any], blob: bytes) -> Message:
-        """Returns the answer to one request. Every error is an answer too."""
+        """Returns the answer to one request; the audit log has both. Every error is an answer."""
+        return audited_at_site(self.own, asked, blob, lambda: self._answer(asked, blob))
+
+    def _answer(self, asked: dict[str, Any], blob: bytes) -> Message:
         from fedvlm.deploy.policy import Refused
 
         try:

@@ -13,6 +13,7 @@ from nvflare.collab import collab
 from nvflare.collab.api.exceptions import CollabCallError
 
 from fedvlm import config as configs
+from fedvlm.deploy.auditlog import NAME, AuditLog, audited_calls
 from fedvlm.deploy.calls import Late, asking, settle
 from fedvlm.deploy.remote import Gone, Limits, Remote, Unanswered
 from fedvlm.errors import FedVLMError
@@ -126,6 +127,7 @@ def perform(
     """
     config = configs.load(job["config"])
     store = Store(config.output)
+    call = audited_calls(AuditLog(store.folder / NAME, server="fedvlm"), call)
     engine = Remote(call, sites, Limits(**job["limits"]), tell)
     with store.locked(PATIENCE):
         if job["resume"]:
