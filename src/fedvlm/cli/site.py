@@ -7,10 +7,13 @@ from typing import Annotated
 
 import typer
 
+from fedvlm.cli import approvals
 from fedvlm.cli.options import needs_nvflare
 
 site = typer.Typer(no_args_is_help=True, help="Take part in runs with one site's rows.")
 site.callback()(needs_nvflare)
+for command in (approvals.requests, approvals.approve, approvals.refuse):
+    site.command()(command)
 
 
 @site.command()

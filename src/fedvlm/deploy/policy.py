@@ -51,6 +51,7 @@ class Policy(Section):
     )
     dp_required: bool = Field(False, description="refuse runs without differential privacy")
     tell_rows: bool = Field(True, description="whether the server learns the number of rows")
+    approval: bool = Field(False, description="a person accepts each run: fedvlm site requests")
     set: dict[str, Any] = Field(
         {},
         description="the site's settings, such as model.device: cuda or data.columns.answer: label",

@@ -88,6 +88,7 @@ class Worker:
 
     def _open(self, asked: dict[str, Any]) -> dict[str, Any]:
         from fedvlm import config as configs
+        from fedvlm.deploy.approval import admit
         from fedvlm.deploy.policy import read_policy
         from fedvlm.deploy.site import Site
         from fedvlm.store.run import Store
@@ -97,6 +98,7 @@ class Worker:
             policy = read_policy(self.own.get("policy"))
             config = configs.load(_settings(asked))
             policy.check(config)
+            admit(self.own, policy, run, asked, config)
             folder = Path(self.own["state"]) / "runs" / run
             self._lock = Store(folder).locked(LOCKED)  # an earlier worker may be ending
             self._lock.__enter__()

@@ -117,6 +117,7 @@ def start_site(
             "state": str(state),
             "policy": str(Path(policy).absolute()) if policy else None,
             "log": str(state / LOG),
+            "root": str(workspace / "startup" / "rootCA.pem"),
         }
         environment = {**os.environ, SITE: json.dumps(own)}
         command = _command("client.client_train", workspace, "fed_client.json", f"uid={name}")
