@@ -407,8 +407,10 @@ def test_decisions_are_in_the_audit_log(place):
 
 
 def test_what_a_server_writes_cannot_steer_the_terminal(place):
-    opened(place, "run1", 'data.columns.question="\\x1b[2J\\nrequest 1: approved"')
+    pattern = '"\\x1b.2J\\nrequest 1: approved"'
+    opened(place, "run1", "algorithm.name=share", f"algorithm.share={{{pattern}: B}}")
     shown = run("requests", "--state", place["state"]).output
+    assert r"\x1b.2J\nrequest 1: approved" in shown
     assert "\x1b" not in shown
     assert "\nrequest 1: approved" not in shown
 
