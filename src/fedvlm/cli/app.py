@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fedvlm import processes
+from fedvlm.cli import auditlog as cli_auditlog
 from fedvlm.cli import deploy as cli_deploy
 from fedvlm.cli import site as cli_site
 from fedvlm.cli.options import QuietOption, Words, parse
@@ -306,6 +307,7 @@ def algorithms(
 
 app.add_typer(cli_deploy.deploy, name="deploy")
 app.add_typer(cli_site.site, name="site")
+app.add_typer(cli_auditlog.audit_log, name="audit-log")
 
 
 def main() -> None:

@@ -7,10 +7,14 @@ from typing import Annotated
 
 import typer
 
+from fedvlm.cli import approvals
 from fedvlm.cli.options import needs_nvflare
+from fedvlm.errors import visible
 
 site = typer.Typer(no_args_is_help=True, help="Take part in runs with one site's rows.")
 site.callback()(needs_nvflare)
+for command in (approvals.requests, approvals.approve, approvals.refuse):
+    site.command()(command)
 
 
 @site.command()
@@ -37,3 +41,30 @@ def start(
         typer.echo(systemd_unit(kit, data, state, policy), nl=False)
         return
     start_site(kit, data, Path(state), policy, typer.echo)
+
+
+@site.command()
+def check(
+    data: Annotated[str, typer.Argument(help="this site's rows: parquet, JSONL or a folder")],
+    policy: Annotated[
+        str | None, typer.Option(metavar="FILE", help="the policy of 'site start'")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="load this model of the policy, and check every row"),
+    ] = None,
+    state: Annotated[
+        str, typer.Option(metavar="DIR", help="the state of 'site start', for the room on its disk")
+    ] = ".",
+) -> None:
+    """Say what a run would find at this site, without a connection.
+
+    Columns, counts, answers, unusable rows, the models' digests and the room on the disk. All
+    problems are listed at once, and then the exit code is 2. 'site start' does this first.
+    """
+    from fedvlm.deploy.sitecheck import check as checked
+
+    report = checked(data, policy, model, state)
+    for line in report.found:
+        typer.echo(visible(line))
+    report.raise_all()

@@ -71,6 +71,7 @@ class Policy(Section):
     )
     disk: Positive | None = Field(20 * 2**30, description="most bytes of a run's folder")
     runs: Positive | None = Field(100, description="most runs kept at the site; empty: any number")
+    approval: bool = Field(False, description="a person accepts each run: fedvlm site requests")
     set: dict[str, Any] = Field(
         {},
         description="the site's settings, such as model.device: cuda or data.columns.answer: label",

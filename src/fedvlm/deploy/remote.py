@@ -124,7 +124,7 @@ class Remote:
         Raises:
             FedVLMError: too few sites can take part, or the sites have changed.
         """
-        asked = {"do": "open", "run": run, "config": _told(config)}
+        asked = {"do": "open", "run": run, "config": as_sent(config)}
         self.algorithm = of_run(config)
         self.stages = compression(config.wire)
         self._measured = measured(config.objective.name)
@@ -352,7 +352,7 @@ class Remote:
             )
 
 
-def _told(config: Config) -> dict[str, Any]:
+def as_sent(config: Config) -> dict[str, Any]:
     """A run's settings without the server's paths; each site replaces them with its own."""
     tree = config.model_dump()
     tree["output"], tree["data"]["path"] = "here", None

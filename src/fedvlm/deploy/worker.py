@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedvlm.deploy.auditlog import audited_at_site
 from fedvlm.deploy.frames import Closed, Message, receive, send
 from fedvlm.deploy.lifetime import ends_with_parent
 from fedvlm.errors import DataError, FedVLMError, shown
@@ -38,7 +39,10 @@ class Worker:
         self._lock: Any = None
 
     def perform(self, asked: dict[str, Any], blob: bytes) -> Message:
-        """Returns the answer to one request. Every error is an answer too."""
+        """Returns the answer to one request; the audit log has both. Every error is an answer."""
+        return audited_at_site(self.own, asked, blob, lambda: self._answer(asked, blob))
+
+    def _answer(self, asked: dict[str, Any], blob: bytes) -> Message:
         from fedvlm.deploy.policy import Refused
 
         try:
@@ -100,6 +104,7 @@ class Worker:
     def _open(self, asked: dict[str, Any]) -> dict[str, Any]:
         from fedvlm import config as configs
         from fedvlm.deploy import limits
+        from fedvlm.deploy.approval import admit
         from fedvlm.deploy.policy import read_policy
         from fedvlm.deploy.site import Site
         from fedvlm.store.run import Store
@@ -110,6 +115,7 @@ class Worker:
             self._models = [allowed.path for allowed in policy.models.values()]
             config = configs.load(_settings(asked))
             policy.check(config)
+            admit(self.own, policy, run, asked, config)
             folder = Path(self.own["state"]) / "runs" / run
             limits.check_runs(policy, folder)
             self._lock = Store(folder).locked(LOCKED)  # an earlier worker may be ending

@@ -62,6 +62,8 @@ FILES: tuple[str, ...] = (
     CHECKPOINT,
 )
 FILES += (METRICS, TIMING, DONE, "table.csv", "groups.csv", "partition.png", "curves.png", ".lock")
+AUDIT = ("audit.jsonl", ".audit.jsonl.reserve")  # of a deployed run; it begins before the run does
+FILES += AUDIT
 FOLDERS = ("server", "personal", "answers", "adapters", "onboarded", "export")
 
 
@@ -372,7 +374,9 @@ def check_fresh(folder: str | Path) -> None:
         raise FedVLMError(f"output: '{path}' holds {state}; {hint}choose another with output=DIR")
     if has_not_begun(path):
         return
-    if path.exists() and any(p.name != ".lock" and not _unfinished(p) for p in path.iterdir()):
+    if path.exists() and any(
+        p.name not in (".lock", *AUDIT) and not _unfinished(p) for p in path.iterdir()
+    ):
         raise FedVLMError(
             f"output: '{path}' is not empty and holds no run; choose another folder with output=DIR"
         )

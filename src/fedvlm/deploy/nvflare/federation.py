@@ -16,10 +16,12 @@ from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fedvlm import config as configs
 from fedvlm.algorithms.table import find
+from fedvlm.deploy.digests import digest_of
 from fedvlm.deploy.nvflare.processes import read_federation
 from fedvlm.deploy.nvflare.project import ADMIN, Project, write_job
 from fedvlm.deploy.nvflare.server import RENEW, SITES
-from fedvlm.deploy.remote import Limits
+from fedvlm.deploy.remote import Limits, as_sent
+from fedvlm.deploy.signature import sign
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
@@ -218,11 +220,17 @@ class Federation:
         """Submits a job. Returns its id, and the path of the file with its events."""
         folder = self.folder / "runs" / f"{time.strftime('%Y%m%d-%H%M%S')}-{uuid.uuid4().hex[:6]}"
         events = folder / EVENTS
+        known = json.loads((Path(config.output) / SITES).read_text()) if resume else {}
+        run = known.get("run") or uuid.uuid4().hex[:12]
+        startup = self.folder / "admin" / "startup"
+        key, certificate = ((startup / f"client.{end}").read_bytes() for end in ("key", "crt"))
         job = {
             "config": config.model_dump(),
             "limits": limits.model_dump(),
             "events": str(events),
             "resume": resume,
+            "run": run,
+            "operator": sign(run, digest_of(as_sent(config)), key, certificate),
         }
         files.write_text(folder / "job.json", json.dumps(job, indent=2))
         definition = write_job(folder / "job", folder / "job.json", sites, limits)

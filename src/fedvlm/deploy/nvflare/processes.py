@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import psutil
 
+from fedvlm.deploy.auditlog import at_site
 from fedvlm.deploy.lifetime import ends_with_parent
 from fedvlm.deploy.nvflare.project import (
     PROJECT,
@@ -32,6 +33,7 @@ MOST = 5  # number of such failures in a row that ends the command
 SITE = "FEDVLM_SITE"
 """The environment variable with the site's settings from ``fedvlm site start``, as JSON."""
 LOG = "site.log"
+ERROR = "error: "  # begins the message of a command that failed
 RETURNING = {"MALLOC_ARENA_MAX": "2", "MALLOC_MMAP_THRESHOLD_": str(2**18)}
 """Settings of glibc's allocator: the server's processes return the memory of large messages.
 
@@ -96,7 +98,7 @@ def start_site(
         say: prints a line for a person.
 
     Raises:
-        FedVLMError: kit, data, policy or state cannot be used.
+        FedVLMError: kit, data, policy or state cannot be used; for rows, as ``fedvlm site check``.
     """
     read_policy(policy)
     if not Path(data).exists():
@@ -117,13 +119,33 @@ def start_site(
             "state": str(state),
             "policy": str(Path(policy).absolute()) if policy else None,
             "log": str(state / LOG),
+            "root": str(workspace / "startup" / "rootCA.pem"),
         }
         environment = {**os.environ, SITE: json.dumps(own)}
+        rules = ["--policy", policy] if policy else []
+        _check_first([data, "--state", str(state), *rules], environment, say)
+        at_site(own).note("started")
         command = _command("client.client_train", workspace, "fed_client.json", f"uid={name}")
         target = json.loads((workspace / "startup" / "fed_client.json").read_text())
         say(f"site '{name}', connecting to {target['servers'][0]['service']['target']}")
         logs = state / "nvflare.log", state / LOG
         _keep(command, workspace, environment, logs[0], say, shown=logs[1], silence=UNHEARD)
+
+
+def _check_first(words: list[str], environment: dict[str, str], say: Callable[[str], None]) -> None:
+    """Runs ``fedvlm site check``. Its memory is free again when this command keeps running.
+
+    Raises:
+        FedVLMError: the check found problems; lists all of them.
+    """
+    command = [sys.executable, "-m", "fedvlm", "site", "check", *words]
+    done = subprocess.run(
+        command, env=environment, capture_output=True, text=True, errors="replace", check=False
+    )
+    for line in done.stdout.splitlines():
+        say(line)
+    if done.returncode:
+        raise FedVLMError(done.stderr[max(0, done.stderr.find(ERROR)) :].removeprefix(ERROR))
 
 
 def systemd_unit(kit: str, data: str, state: str, policy: str | None) -> str:

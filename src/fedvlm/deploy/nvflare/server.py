@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import time
-import uuid
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from nvflare.collab import collab
 from nvflare.collab.api.exceptions import CollabCallError
 
 from fedvlm import config as configs
+from fedvlm.deploy.auditlog import NAME, AuditLog, audited_calls
 from fedvlm.deploy.calls import Late, asking, settle
 from fedvlm.deploy.frames import NoMessage, parsed
 from fedvlm.deploy.remote import Gone, Limits, Remote, Unanswered
@@ -34,8 +34,8 @@ class Server:
     """The object that NVFlare runs at the server.
 
     Args:
-        job: path of a JSON file with ``config``, ``limits``, ``events`` (path of a file) and
-            ``resume``.
+        job: path of a JSON file with ``config``, ``limits``, ``events`` (path of a file),
+            ``resume``, ``run`` (its number) and ``operator`` (the signature of the run).
     """
 
     def __init__(self, job: str):
@@ -127,6 +127,8 @@ def perform(
     """
     config = configs.load(job["config"])
     store = Store(config.output)
+    log = AuditLog(store.folder / NAME, server="fedvlm")
+    call = audited_calls(log, signed(job["operator"], call))
     engine = Remote(call, sites, Limits(**job["limits"]), tell)
     with store.locked(PATIENCE):
         if job["resume"]:
@@ -139,7 +141,7 @@ def perform(
                 )
             federate.begin(config, store, {}, resume=True)
         else:
-            run = uuid.uuid4().hex[:12]
+            run = job["run"]
             engine.open(run, config)
             about = {"run": run, "weights": engine.weights, "rows": engine.rows}
             text = json.dumps(about | {"adapter": digest(engine.adapter)}, indent=2) + "\n"
@@ -148,6 +150,16 @@ def perform(
         tell({"event": "begun", "sites": list(engine.sites)})
         told = Told(tell, Path(job["events"]).with_name(RENEW))
         federate.drive(config, engine, engine.weights, store, told)
+
+
+def signed(operator: dict[str, str], call: Callable[..., Any]) -> Callable[..., Any]:
+    """The function that asks a site, with the operator's signature in every ``open``."""
+
+    def asked(site: str, header: dict[str, Any], blob: bytes, limit: float) -> Any:
+        header = {**header, "operator": operator} if header["do"] == "open" else header
+        return call(site, header, blob, limit)
+
+    return asked
 
 
 class Told(Progress):

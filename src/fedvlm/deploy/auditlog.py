@@ -1,0 +1,344 @@
+"""The audit log of a site or of the server: JSON lines, each of which holds a hash of the last one.
+
+Every request is a line before it is carried out. Its answer is a line before it leaves. A line that
+cannot be written stops the request, so nothing leaves without a line. The log holds kinds of
+requests, decisions, numbers of bytes and digests. It holds no content of rows and no path.
+
+The keys of every line::
+
+    n         number of the line, from 0
+    time      UTC
+    event     the kind of the line; the first line is "begun"
+    previous  SHA-256 of the bytes of the previous line, without its end; 64 zeros in the first line
+    own       SHA-256 of this line without this key
+"""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import os
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import IO, Any
+
+from fedvlm.deploy.digests import digest_of, sha256
+from fedvlm.errors import FedVLMError, shown
+from fedvlm.store.files import sync
+from fedvlm.version import __version__
+
+NAME = "audit.jsonl"
+NONE = "0" * 64
+TAIL = 2**16  # bytes of the longest line, and of the reserve
+TEXT = 400  # characters of the longest text in a line
+FULL = (errno.ENOSPC, errno.EDQUOT)
+
+Message = tuple[dict[str, Any], bytes]
+
+
+class AuditLog:
+    """A log that several processes may write. Every line is on the disk before the call returns.
+
+    Args:
+        path: the file. It is made when the first line is written, readable by its owner only.
+        who: facts for the first line, such as the name of the site.
+    """
+
+    def __init__(self, path: str | Path, **who: Any):
+        self.path, self.who = Path(path), who
+
+    def note(self, event: str, **facts: Any) -> None:
+        """Writes a line. Texts of more than 400 characters are cut.
+
+        Raises:
+            FedVLMError: the line cannot be written.
+        """
+        try:
+            try:
+                self._write(event, facts)
+            except OSError as error:
+                if error.errno not in FULL or not self._reserve.exists():
+                    raise
+                self._reserve.unlink(
+                    missing_ok=True
+                )  # a full disk: the refusals that follow are noted, too
+                self._write(event, facts)
+        except (OSError, ValueError) as error:
+            why = str(error) if isinstance(error, ValueError) else error.strerror
+            why = "the disk is full" if getattr(error, "errno", 0) in FULL else why
+            raise FedVLMError(
+                f"the audit log '{self.path.name}' cannot be written, and without it nothing is "
+                f"done: {why}"
+            ) from error
+
+    @property
+    def _reserve(self) -> Path:
+        return self.path.with_name(f".{self.path.name}.reserve")
+
+    def _write(self, event: str, facts: Mapping[str, Any]) -> None:
+        with self._opened() as file:
+            number, previous, torn = _end(file)
+            new = not number and not torn
+            if not number:
+                first = {"version": __version__, **self.who}
+                number, previous = _append(file, number, previous, "begun", first)
+            if torn:
+                lost = {"bytes": len(torn), "sha256": sha256(torn)}
+                number, previous = _append(file, number, previous, "torn", lost)
+            _append(file, number, previous, event, facts)
+        if new:
+            sync(self.path.parent)
+        if not self._reserve.exists():
+            self._keep_reserve()
+
+    def _keep_reserve(self) -> None:
+        """Takes the room for some lines, as far as the disk has it."""
+        handle = os.open(self._reserve, os.O_CREAT | os.O_WRONLY, 0o600)
+        try:
+            os.write(handle, bytes(TAIL))
+        except OSError as error:
+            if error.errno not in FULL:
+                raise
+        finally:
+            os.close(handle)
+
+    @contextmanager
+    def _opened(self) -> Iterator[IO[bytes]]:
+        """The file, locked against all other writers."""
+        self.path.parent.mkdir(parents=True, exist_ok=True, mode=0o700)
+        handle = os.open(self.path, os.O_CREAT | os.O_RDWR, 0o600)
+        with os.fdopen(handle, "r+b") as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield file
+
+
+def _end(file: IO[bytes]) -> tuple[int, str, bytes]:
+    """The next line's number and ``previous``, and the rest that a killed process has left.
+
+    The position of the file is then the end of the last whole line.
+    """
+    size = file.seek(0, os.SEEK_END)
+    start = file.seek(max(0, size - 2 * TAIL))
+    whole, end, torn = file.read().rpartition(b"\n")
+    file.seek(size - len(torn))
+    if not end:
+        if start:
+            raise ValueError("its last line is longer than a line of an audit log")
+        return 0, NONE, torn
+    last = whole.rpartition(b"\n")[2]
+    try:
+        number = json.loads(last)["n"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise ValueError(
+            "its last line is no line of an audit log; see 'fedvlm audit-log verify'"
+        ) from error
+    return int(number) + 1, sha256(last), torn
+
+
+def _append(
+    file: IO[bytes], number: int, previous: str, event: str, facts: Mapping[str, Any]
+) -> tuple[int, str]:
+    """Writes a line at the file's position. Returns the next line's number and ``previous``."""
+    time = datetime.now(UTC).isoformat(timespec="milliseconds")
+    short = {key: _short(value) for key, value in facts.items() if value is not None}
+    line = {"n": number, "time": time, "event": event, **short, "previous": previous}
+    text = _bytes({**line, "own": sha256(_bytes(line))})
+    if len(text) >= TAIL:
+        raise ValueError(f"a line of {len(text)} bytes is too long, at most {TAIL} are allowed")
+    at = file.tell()
+    try:
+        file.write(text + b"\n")
+        file.truncate()
+        file.flush()
+        os.fsync(file.fileno())
+    except OSError:
+        os.ftruncate(file.fileno(), at)  # half a line helps nobody
+        raise
+    return number + 1, sha256(text)
+
+
+def _bytes(line: Mapping[str, Any]) -> bytes:
+    return json.dumps(line, separators=(",", ":")).encode()
+
+
+def _short(value: Any) -> Any:
+    if isinstance(value, str):
+        return shown(value, TEXT, quotes=False)
+    return value if isinstance(value, bool | int | float) else shown(repr(value), TEXT, False)
+
+
+# -- reading
+
+
+@dataclass(frozen=True)
+class Verified:
+    """A whole log.
+
+    Attributes:
+        lines: the number of its lines.
+        first: the facts of the first line: version, and the site or server.
+        last: the SHA-256 of the last line.
+        torn: bytes of an unfinished line at the end, from a process that was killed.
+        noted: whether the log has the line whose hash was noted before; None: none was given.
+    """
+
+    lines: int
+    first: dict[str, Any]
+    last: str
+    torn: int
+    noted: bool | None = None
+
+
+def verify(path: str | Path, noted: str | None = None) -> Verified:
+    """Checks every line of a log.
+
+    The chain alone cannot show that lines at the end are missing. For that, note the last hash
+    elsewhere, and give it here later.
+
+    Args:
+        path: the file.
+        noted: the hash of a line, from an earlier :attr:`Verified.last`.
+
+    Raises:
+        FedVLMError: a line was changed, dropped, inserted or moved; the message has its number. Or
+            the log lacks the line with the noted hash.
+    """
+    number, previous, first, torn = 0, NONE, {}, b""
+    found: bool | None = None if noted is None else False
+    with open(path, "rb") as file:
+        for text in file:
+            if not text.endswith(b"\n"):
+                torn = text
+                break
+            line = _checked(text[:-1], number, previous, str(path))
+            first = first or line
+            number, previous = number + 1, sha256(text[:-1])
+            found = found or (None if noted is None else previous == noted.strip().lower())
+    if not number:
+        raise FedVLMError(f"'{path}' is no audit log: it has no whole line")
+    if first["event"] != "begun":
+        raise _wrong(str(path), 1, "it is not the beginning of a log: lines before it are missing")
+    if found is False:
+        raise FedVLMError(
+            f"'{path}': all of its {number} lines are linked, but none has the noted hash "
+            f"{shown(noted)}: lines at the end were removed, or this is another log"
+        )
+    own = ("n", "time", "event", "previous", "own")
+    facts = {key: value for key, value in first.items() if key not in own}
+    return Verified(number, facts, previous, len(torn), found)
+
+
+def _checked(text: bytes, number: int, previous: str, path: str) -> dict[str, Any]:
+    """A line, if it is the one that was written at this place."""
+    at = number + 1
+    try:
+        line = json.loads(text)
+        own = line.pop("own")
+        same = own == sha256(_bytes(line)) and text == _bytes({**line, "own": own})
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _wrong(path, at, "it was changed: it is no line of an audit log") from None
+    if not same:
+        raise _wrong(path, at, "it was changed: its content does not have its hash ('own')")
+    if line["n"] != number:
+        where = "lines before it are missing" if line["n"] > number else "it was moved or repeated"
+        raise _wrong(path, at, f"{where}: it has number {line['n']}, and {number} was expected")
+    if line["previous"] != previous:
+        raise _wrong(
+            path, at, "it does not follow the line before it, which was written anew ('previous')"
+        )
+    return line
+
+
+def _wrong(path: str, at: int, why: str) -> FedVLMError:
+    return FedVLMError(f"'{path}', line {at}: {why}. Lines 1 to {at - 1} are whole")
+
+
+# -- requests
+
+
+def audited(
+    log: AuditLog, asked: Mapping[str, Any], blob: bytes, act: Callable[[], Message], **facts: Any
+) -> Message:
+    """Carries out a request between two lines: the request, and its answer.
+
+    Args:
+        log: the log.
+        asked: the request's header.
+        blob: the request's tensors, as bytes.
+        act: carries out the request. Its exceptions pass, after a line of their kind.
+        **facts: more facts for both lines.
+
+    Raises:
+        FedVLMError: a line cannot be written. The answer must not leave then.
+    """
+    about = facts | {key: asked.get(key) for key in ("do", "run", "round", "kind")}
+    body = {key: value for key, value in asked.items() if key not in ("id", "number", "limit")}
+    log.note("request", **about, header=digest_of(body), **_size("down", blob))
+    try:
+        answer, tensors = act()
+    except Exception as error:
+        log.note("answer", **about, decision="none", message=type(error).__name__)
+        raise
+    failed = {"message": answer.get("message")} if "error" in answer else {}
+    log.note(
+        "answer",
+        **about,
+        decision=answer.get("error", "done"),
+        **failed,
+        header=digest_of(answer),
+        **_size("up", tensors),
+    )
+    return answer, tensors
+
+
+def _size(way: str, blob: bytes) -> dict[str, Any]:
+    return {f"bytes_{way}": len(blob), f"sha256_{way}": sha256(blob) if blob else None}
+
+
+def audited_calls(log: AuditLog, call: Callable[..., Message]) -> Callable[..., Message]:
+    """The server's function that asks a site, with two lines for each request.
+
+    Args:
+        log: the server's log of the run.
+        call: ``(site, header, tensors, seconds) -> (header, tensors)``.
+    """
+
+    def asked(site: str, header: dict[str, Any], blob: bytes, limit: float) -> Message:
+        return audited(log, header, blob, lambda: call(site, header, blob, limit), site=site)
+
+    return asked
+
+
+def at_site(own: Mapping[str, Any]) -> AuditLog:
+    """The log of a site, in the folder of its state.
+
+    Args:
+        own: the site's ``name`` and ``state``.
+    """
+    return AuditLog(Path(own["state"]) / NAME, site=own["name"])
+
+
+def audited_at_site(
+    own: Mapping[str, Any], asked: Mapping[str, Any], blob: bytes, act: Callable[[], Message]
+) -> Message:
+    """Carries out a server's request as :func:`audited` does. Without a line, it is refused.
+
+    Args:
+        own: the site's ``name``, ``state`` and ``policy`` (file or None).
+        asked: the request's header.
+        blob: the request's tensors, as bytes.
+        act: carries out the request; it raises nothing.
+    """
+    facts = {}
+    if isinstance(asked.get("config"), dict):
+        facts["config"] = digest_of(asked["config"])
+        policy = Path(own["policy"]) if own.get("policy") else None
+        facts["policy"] = sha256(policy.read_bytes()) if policy and policy.is_file() else None
+    try:
+        return audited(at_site(own), asked, blob, act, **facts)
+    except FedVLMError as error:
+        return {"error": "failed", "message": str(error)}, b""

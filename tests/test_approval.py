@@ -1,0 +1,451 @@
+"""A person at the site accepts each run, and the operator's signature says who has ordered it."""
+
+import datetime
+import json
+from types import SimpleNamespace
+
+import pytest
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
+from cryptography.x509.oid import NameOID
+from typer.testing import CliRunner
+
+import fedvlm
+from fedvlm.cli.app import app
+from fedvlm.config import load
+from fedvlm.deploy import approval
+from fedvlm.deploy.approval import Requests, decided
+from fedvlm.deploy.auditlog import verify
+from fedvlm.deploy.digests import digest_of
+from fedvlm.deploy.outline import outline
+from fedvlm.deploy.policy import Refused
+from fedvlm.deploy.remote import Remote, as_sent
+from fedvlm.deploy.signature import OPERATOR, ROLE, sign, signer
+from fedvlm.deploy.worker import Worker
+from fedvlm.errors import FedVLMError
+from fedvlm.store.files import read_lines
+from sites import config
+
+NOW = datetime.datetime.now(datetime.UTC)
+DAY = datetime.timedelta(days=1)
+
+
+def key():
+    return rsa.generate_private_key(public_exponent=65537, key_size=2048)
+
+
+def issued(name, role, own, issuer, authority, days=9):
+    names = [x509.NameAttribute(NameOID.COMMON_NAME, name)]
+    names += [x509.NameAttribute(NameOID.UNSTRUCTURED_NAME, role)] if role else []
+    builder = x509.CertificateBuilder().subject_name(x509.Name(names)).issuer_name(issuer)
+    builder = builder.public_key(own.public_key()).serial_number(x509.random_serial_number())
+    builder = builder.not_valid_before(NOW - 20 * DAY).not_valid_after(NOW + days * DAY)
+    return pem(builder.sign(authority, hashes.SHA256()))
+
+
+def pem(certificate):
+    return certificate.public_bytes(serialization.Encoding.PEM)
+
+
+def private(own):
+    form = serialization.PrivateFormat.TraditionalOpenSSL
+    return own.private_bytes(serialization.Encoding.PEM, form, serialization.NoEncryption())
+
+
+@pytest.fixture(scope="module")
+def ca():
+    """An authority with an operator and a site, and another authority of the same name."""
+    name = x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, "fedvlm")])
+    root, other, own = key(), key(), key()
+    return SimpleNamespace(
+        root=issued("fedvlm", None, root, name, root, 99),
+        key=private(own),
+        operator=issued(OPERATOR, ROLE, own, name, root),
+        expired=issued(OPERATOR, ROLE, own, name, root, -1),
+        site=issued("north", None, own, name, root),
+        no_role=issued(OPERATOR, None, own, name, root),
+        foreign=issued(OPERATOR, ROLE, own, name, other),
+        itself=issued(OPERATOR, ROLE, own, x509.Name([*name]), own),
+    )
+
+
+def test_the_operators_signature_names_the_operator(ca):
+    assert signer("r1", "d1", sign("r1", "d1", ca.key, ca.operator), ca.root) == OPERATOR
+
+
+@pytest.mark.parametrize(
+    ("who", "why"),
+    [
+        ("foreign", "not of this federation's authority"),
+        ("itself", "not of this federation's authority"),
+        ("site", f"not that of {OPERATOR}"),
+        ("no_role", f"not that of {OPERATOR}"),
+        ("expired", "a certificate is valid until"),
+    ],
+)
+def test_a_signature_with_another_certificate_is_refused(ca, who, why):
+    given = sign("r1", "d1", ca.key, getattr(ca, who))
+    with pytest.raises(Refused, match=why):
+        signer("r1", "d1", given, ca.root)
+
+
+def test_a_signature_for_another_run_or_configuration_is_refused(ca):
+    given = sign("r1", "d1", ca.key, ca.operator)
+    for run, digest in (("r2", "d1"), ("r1", "d2"), ("r1\nd1", ""), ("", "r1\nd1")):
+        with pytest.raises(Refused, match="for another run number or another configuration"):
+            signer(run, digest, given, ca.root)
+
+
+def test_a_signature_by_another_key_is_refused(ca):
+    given = sign("r1", "d1", private(key()), ca.operator)
+    with pytest.raises(Refused, match="for another run number or another configuration"):
+        signer("r1", "d1", given, ca.root)
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        None,
+        [],
+        "x",
+        7,
+        {},
+        {"certificate": 1, "signature": 2},
+        {"certificate": "x", "signature": "!"},
+        {"certificate": "x", "signature": "AAAA"},
+        {"certificate": "x" * 10**6, "signature": "AAAA"},
+        {"certificate": "\ud800", "signature": "AAAA"},
+        {"certificate": ["x"], "signature": ["AAAA"]},
+    ],
+)
+def test_what_is_no_signature_is_refused(ca, given):
+    with pytest.raises(Refused, match="needs the operator's signature"):
+        signer("r1", "d1", given, ca.root)
+
+
+# -- the digest
+
+
+def test_a_configuration_has_the_same_digest_before_and_after_it_was_sent():
+    tree = as_sent(load({"train": {"lr": 1e-30}, "lora": {"ranks": {"ä": 4}}}))
+    there = json.loads(json.dumps(tree))
+    assert digest_of(tree) == digest_of(there) == digest_of(dict(reversed(there.items())))
+    assert digest_of({"a": {10: 1, 9: (1,)}}) == digest_of({"a": {"10": 1, "9": [1]}})
+
+
+def test_a_resumed_run_sends_the_configuration_that_it_began_with(tmp_path):
+    began = load({"output": "runs/a", "algorithm": {"name": "plora"}})
+    resumed = load(json.loads(json.dumps(began.model_dump())), f"output={tmp_path}")
+    assert digest_of(as_sent(began)) == digest_of(as_sent(resumed))
+
+
+def test_every_setting_counts_in_the_digest():
+    known = {digest_of(as_sent(load(None, text))) for text in ("seed=1", "seed=2", "train.lr=1e-5")}
+    assert len(known) == 3
+
+
+# -- requests
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """A site that demands approval and, unless a test says otherwise, opens runs in no time."""
+    site = SimpleNamespace(rows={"train": 1}, described=lambda: {"adapter": "x"})
+    monkeypatch.setattr("fedvlm.deploy.site.Site", lambda *args: site)
+    monkeypatch.setattr(approval, "outline", lambda *args: approval_words)
+    (tmp_path / "policy.yml").write_text("approval: true\n")
+    return {
+        "name": "north",
+        "data": str(tmp_path / "rows.parquet"),
+        "state": str(tmp_path / "state"),
+        "policy": str(tmp_path / "policy.yml"),
+    }
+
+
+approval_words = SimpleNamespace(sent=("factor B, 3 kB",), stays=("factor A",))
+
+
+def opened(own, run, *settings, **more):
+    """The answer of a new worker of the site to ``open``."""
+    tree = as_sent(load({"algorithm": {"name": "plora"}}, *settings))
+    asked = json.loads(json.dumps({"do": "open", "run": run, "config": tree} | more))
+    worker = Worker(own)
+    try:
+        return worker.perform(asked, b"")[0]
+    finally:
+        if worker._lock:
+            worker._lock.__exit__(None, None, None)
+
+
+def waits(answer):
+    return answer.get("error") == "refused" and "waits for a person's approval" in answer["message"]
+
+
+def only(own):
+    (found,) = Requests(own["state"]).all()
+    return found
+
+
+def test_a_run_waits_until_a_person_approves_it(place):
+    assert waits(opened(place, "run1"))
+    assert waits(opened(place, "run1")), "asking again changes nothing"
+    decided(place["state"], only(place).number, "approved")
+    assert opened(place, "run1") == {"adapter": "x"}
+    assert opened(place, "run1") == {"adapter": "x"}, "the same run, as after a crash"
+
+
+def test_a_site_that_demands_no_approval_asks_nobody(place, tmp_path):
+    (tmp_path / "policy.yml").write_text("rounds: 100\n")
+    assert opened(place, "run1") == {"adapter": "x"}
+    assert not (tmp_path / "state" / "requests").exists()
+
+
+def test_an_approval_is_for_the_configuration_not_for_the_run(place):
+    opened(place, "run1")
+    decided(place["state"], only(place).number, "approved")
+    assert waits(opened(place, "run1", "train.lr=1e-30")), "the approved digest is what runs"
+    assert waits(opened(place, "run1", "algorithm.name=fedsa"))
+    assert opened(place, "run1") == {"adapter": "x"}
+
+
+def test_an_opened_run_takes_no_other_configuration_even_an_approved_one(place):
+    opened(place, "run1")
+    opened(place, "run2", "algorithm.name=fedsa")
+    for request in Requests(place["state"]).all():
+        decided(place["state"], request.number, "approved")
+    assert opened(place, "run1") == {"adapter": "x"}
+    refused = opened(place, "run1", "algorithm.name=fedsa")
+    assert "run 'run1' was approved with another configuration" in refused["message"]
+    assert opened(place, "run2", "algorithm.name=fedsa") == {"adapter": "x"}
+
+
+def test_an_approval_is_for_the_first_run_that_opens_with_it(place):
+    opened(place, "run1")
+    decided(place["state"], only(place).number, "approved")
+    assert opened(place, "run2") == {"adapter": "x"}, "'deploy run' has made a new number"
+    assert waits(opened(place, "run3")), "a second run of the same configuration waits again"
+    first, second = Requests(place["state"]).all()
+    assert (first.run, first.bound, second.run) == ("run2", True, "run3")
+    assert second.number == f"{first.number}-2"
+    decided(place["state"], "run3", "approved")
+    assert opened(place, "run3") == opened(place, "run2") == {"adapter": "x"}
+
+
+def test_an_approval_ends_when_the_sites_settings_change(place, tmp_path):
+    opened(place, "run1")
+    decided(place["state"], only(place).number, "approved")
+    assert opened(place, "run1") == {"adapter": "x"}
+    (tmp_path / "policy.yml").write_text("approval: true\nset: {data.columns.answer: patient}\n")
+    assert waits(opened(place, "run1"))
+    assert only(place).here["data"]["columns"]["answer"] == "patient"
+    decided(place["state"], "run1", "approved")
+    assert opened(place, "run1") == {"adapter": "x"}
+
+
+def test_a_refused_run_stays_refused_and_the_server_gets_the_reason(place):
+    opened(place, "run1")
+    decided(place["state"], only(place).number, "refused", "ask the ethics board\x1b[2J")
+    for run in ("run1", "run2"):
+        answer = opened(place, run)
+        assert answer["error"] == "refused"
+        assert r"has refused this run (request " in answer["message"]
+        assert r"ask the ethics board\x1b[2J" in answer["message"]
+    decided(place["state"], only(place).number, "approved")
+    assert opened(place, "run1") == {"adapter": "x"}, "a person may decide otherwise later"
+
+
+def test_a_run_that_the_policy_refuses_never_asks_a_person(place, tmp_path):
+    (tmp_path / "policy.yml").write_text("approval: true\nrounds: 2\n")
+    assert "the site's policy refuses" in opened(place, "run1", "train.rounds=9")["message"]
+    assert not (tmp_path / "state" / "requests").exists()
+
+
+def test_a_server_cannot_fill_the_disk_with_requests(place, monkeypatch):
+    monkeypatch.setattr(approval, "WAITING", 3)
+    for seed in range(3):
+        assert waits(opened(place, "run1", f"seed={seed}"))
+    assert "3 requests wait" in opened(place, "run1", "seed=9")["message"]
+    assert len(Requests(place["state"]).all()) == 3
+    assert waits(opened(place, "run1", "seed=2")), "those that wait can still be asked for"
+
+
+def test_configurations_whose_digests_begin_alike_are_two_requests(place, monkeypatch):
+    monkeypatch.setattr(approval, "DIGITS", 0)
+    opened(place, "run1", "seed=1")
+    opened(place, "run1", "seed=2")
+    first, second = Requests(place["state"]).all()
+    assert first.digest != second.digest
+    assert first.number != second.number
+
+
+def test_a_damaged_request_is_an_error_and_no_approval(place):
+    opened(place, "run1")
+    path = next((approval.Requests(place["state"]).folder).glob("*.json"))
+    path.write_text(path.read_text().replace('"waiting"', '"approved"'))
+    answer = opened(place, "run1")
+    assert answer["error"] == "refused"
+    assert "cannot read or write its requests" in answer["message"]
+    assert place["state"] not in answer["message"]
+
+
+def test_an_unsigned_run_is_refused_where_the_site_has_the_authoritys_certificate(
+    place, ca, tmp_path
+):
+    (tmp_path / "root.pem").write_bytes(ca.root)
+    own = place | {"root": str(tmp_path / "root.pem")}
+    digest = digest_of(as_sent(load({"algorithm": {"name": "plora"}})))
+    assert "needs the operator's signature" in opened(own, "run1")["message"]
+    signed = sign("run1", digest, ca.key, ca.operator)
+    assert "for another run" in opened(own, "run2", operator=signed)["message"]
+    assert "another configuration" in opened(own, "run1", "seed=7", operator=signed)["message"]
+    assert not (tmp_path / "state" / "requests").exists()
+    assert waits(opened(own, "run1", operator=signed))
+    assert only(own).signed_by == OPERATOR
+    (tmp_path / "policy.yml").write_text("approval: false\n")
+    assert "needs the operator's signature" in opened(own, "run1")["message"]
+    assert opened(own, "run1", operator=signed) == {"adapter": "x"}
+
+
+def test_the_server_sends_the_operators_signature_with_open_only():
+    from fedvlm.deploy.nvflare.server import signed
+
+    seen = []
+
+    def call(site, header, blob, limit):
+        seen.append(header)
+        return {"error": "refused", "message": "no"}, b""
+
+    engine = Remote(signed({"signature": "s"}, call), ["north"])
+    settings = load({"algorithm": {"name": "plora"}})
+    with pytest.raises(FedVLMError, match="0 of 1 sites could open"):
+        engine.open("run1", settings)
+    (header,) = seen
+    assert header["operator"] == {"signature": "s"}
+    assert digest_of(header["config"]) == digest_of(as_sent(settings))
+
+
+# -- words
+
+
+def words(*settings, rows=True):
+    found = outline(load({"train": {"rounds": 4}}, *settings), "north", rows)
+    return "\n".join(found.sent), "\n".join(found.stays)
+
+
+def test_the_words_name_the_factors_that_leave_and_those_that_stay():
+    sent, stays = words("algorithm.name=plora")
+    assert "in each of 4 rounds (rounds 1 to 4): factor B of 47 modules (18 vision, 1 proj" in sent
+    assert "289.2 kB up and 289.2 kB down, 1.2 MB up in all" in sent
+    assert "the mean training loss" in sent
+    assert "factor A" not in sent
+    assert "personal: factor A of 47 modules" in stays
+    assert "questions and answers" in stays
+
+
+def test_the_words_tell_rounds_apart_that_send_different_things():
+    sent, stays = words("algorithm.name=rolora", "train.average=none")
+    assert "in each of 2 rounds (rounds 1, 3): factor B" in sent
+    assert "in each of 2 rounds (rounds 2, 4): factor A" in sent
+    assert "no factor is personal" in stays
+    sent, _ = words("algorithm.name=auto")
+    assert "'doubts', 4 tensors beside the factors" in sent
+
+
+def test_the_words_know_what_the_settings_change():
+    sent, stays = words("algorithm.name=local", rows=False)
+    assert sent.startswith("no factor")
+    assert "personal: factors A and B of 47 modules" in stays
+    assert "numbers of training" not in sent
+    assert "78.7 kB up" in words("algorithm.name=plora", "wire.compress=int8")[0]
+    sent, _ = words("algorithm.name=share", "algorithm.share={part:vision: AB}")
+    assert "factors A and B of 18 modules (18 vision)" in sent
+
+
+# -- the commands
+
+
+def run(*words_):
+    return CliRunner().invoke(app, ["site", *words_])
+
+
+def test_a_person_reads_the_request_and_decides(place):
+    state = ("--state", place["state"])
+    opened(place, "run1", "train.rounds=7")
+    number = only(place).number
+    shown = run("requests", *state).output
+    for text in (
+        f"request {number}: waits",
+        "as run run1",
+        "would be sent to the server:\n    - factor B, 3 kB",
+        "would stay at this site:\n    - factor A",
+        "train.rounds: 7",
+        f"data.path: {place['data']}",
+        f"fedvlm site approve {number} --state",
+        digest_of(as_sent(load({"algorithm": {"name": "plora"}}, "train.rounds=7"))),
+    ):
+        assert text in shown
+    assert "train.lr:" not in shown
+    assert "train.lr:" in run("requests", number, *state).output, "all settings of one request"
+    assert "is approved" in run("approve", number, *state).output
+    listed = run("requests", *state).output
+    assert f"request {number}: approved" in listed
+    assert "no request waits" in listed
+    assert opened(place, "run1", "train.rounds=7") == {"adapter": "x"}
+    assert "for run run1" in run("requests", *state).output
+    run("refuse", number, "--because", "no", *state)
+    assert "refused" in opened(place, "run1", "train.rounds=7")["message"]
+
+
+def test_decisions_are_in_the_audit_log(place):
+    opened(place, "run1")
+    decided(place["state"], "run1", "approved")
+    log = f"{place['state']}/audit.jsonl"
+    events = [line["event"] for line in read_lines(approval.Path(log))]
+    assert events == ["begun", "request", "asked for approval", "answer", "approved"]
+    verify(log)
+
+
+def test_what_a_server_writes_cannot_steer_the_terminal(place):
+    pattern = '"\\x1b.2J\\nrequest 1: approved"'
+    opened(place, "run1", "algorithm.name=share", f"algorithm.share={{{pattern}: B}}")
+    shown = run("requests", "--state", place["state"]).output
+    assert r"\x1b.2J\nrequest 1: approved" in shown
+    assert "\x1b" not in shown
+    assert "\nrequest 1: approved" not in shown
+
+
+def test_a_request_that_is_not_there_is_an_error_that_lists_the_others(place):
+    opened(place, "run1")
+    number = only(place).number
+    with pytest.raises(FedVLMError, match=f"no request 'zzz' at this site; there are: {number}"):
+        decided(place["state"], "zzz", "approved")
+    assert "no such folder" in str(run("approve", "x", "--state", "/nowhere").exception)
+
+
+def test_a_model_that_cannot_be_described_stops_no_decision(place, monkeypatch):
+    def fails(*args):
+        raise FedVLMError("the folder is damaged")
+
+    monkeypatch.setattr(approval, "outline", fails)
+    assert waits(opened(place, "run1"))
+    assert (
+        "is not known: FedVLMError: the folder is damaged"
+        in run("requests", "--state", place["state"]).output
+    )
+    decided(place["state"], "run1", "approved")
+    assert opened(place, "run1") == {"adapter": "x"}
+
+
+def test_an_approved_run_opens_for_real(tmp_path):
+    fedvlm.scenes(sites=1, rows=60).to_parquet(tmp_path / "rows.parquet")
+    (tmp_path / "policy.yml").write_text("approval: true\nalgorithms: [plora]\n")
+    own = {"name": "north", "data": str(tmp_path / "rows.parquet")}
+    own |= {"state": str(tmp_path / "state"), "policy": str(tmp_path / "policy.yml")}
+    tree = json.loads(json.dumps(as_sent(config(tmp_path, "eval.max_rows=10"))))
+    asked = {"do": "open", "run": "r", "config": tree}
+    worker = Worker(own)
+    assert waits(worker.perform(dict(asked), b"")[0])
+    assert "factor B of 47 modules" in "".join(only(own).sent)
+    decided(own["state"], "r", "approved")
+    assert worker.perform(dict(asked), b"")[0]["rows"]["train"] > 0

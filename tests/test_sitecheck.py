@@ -1,0 +1,158 @@
+"""``fedvlm site check``: what a run would find at a site, without a connection."""
+
+import hashlib
+import shutil
+import socket
+
+import pandas as pd
+import pytest
+import yaml
+from typer.testing import CliRunner
+
+import fedvlm
+from fedvlm.cli.app import app
+from fedvlm.deploy.nvflare import processes
+from fedvlm.deploy.sitecheck import check
+from fedvlm.errors import FedVLMError
+from fedvlm.models.load import BUNDLED
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """The rows of a site, 60 of them."""
+    path = tmp_path_factory.mktemp("check") / "rows.parquet"
+    fedvlm.scenes(sites=1, rows=60).to_pandas().to_parquet(path, index=False)
+    return path
+
+
+@pytest.fixture
+def broken(good, tmp_path):
+    """The same rows, two of which cannot be used."""
+    table = pd.read_parquet(good)
+    table.at[7, "image"] = {"bytes": b"no picture", "path": None}
+    table.at[31, "chosen"] = " "
+    table.to_parquet(tmp_path / "broken.parquet", index=False)
+    return tmp_path / "broken.parquet"
+
+
+@pytest.fixture(autouse=True)
+def no_connection(monkeypatch):
+    def refuse(*args):
+        raise AssertionError(f"a connection is opened: {args}")
+
+    for name in ("connect", "connect_ex", "sendto"):
+        monkeypatch.setattr(socket.socket, name, refuse)
+    monkeypatch.setattr(socket, "getaddrinfo", refuse)
+
+
+def policy(tmp_path, **settings):
+    path = tmp_path / "policy.yml"
+    path.write_text(yaml.safe_dump(settings))
+    return str(path)
+
+
+def test_a_check_says_what_a_run_would_find(good, tmp_path):
+    report = check(
+        str(good), policy(tmp_path, approval=True), state=str(tmp_path / "new" / "state")
+    )
+    text = "\n".join(report.found)
+    assert not report.problems
+    assert "columns: picture 'image', question 'question', answer 'chosen'; others: " in text
+    assert "rows: 60, of which train 39, val 6, test 15" in text
+    table = pd.read_parquet(good)
+    often = table["chosen"].value_counts()
+    assert f"answers: {len(often)} different; most frequent: '{often.index[0]}' 12 %" in text
+    assert "model 'tiny': the bundled model" in text
+    assert " GB free" in text
+    assert not (tmp_path / "new").exists(), "nothing is written"
+
+
+def test_a_check_uses_the_sites_own_columns_and_splits(good, tmp_path):
+    own = {"data.columns.answer": "site", "data.test_fraction": 0.5}
+    text = "\n".join(check(str(good), policy(tmp_path, set=own)).found)
+    assert "answer 'site'" in text
+    assert "test 30" in text
+    assert "answers: 1 different; most frequent: 'site-0' 100 %" in text
+
+
+def test_a_row_that_stops_a_run_is_named_with_its_reason(broken):
+    (problem,) = check(str(broken), None).problems
+    assert "a run would stop: left out 2 of 60 rows" in problem
+    assert "row 7: " in problem
+    assert "row 31: the answer is empty" in problem
+    assert "data.on_error: skip" in problem
+
+
+def test_rows_that_a_run_would_leave_out_are_named_and_no_problem(broken, tmp_path):
+    report = check(str(broken), policy(tmp_path, set={"data.on_error": "skip"}))
+    text = "\n".join(report.found)
+    assert not report.problems
+    assert "warning: left out 2 of 60 rows" in text
+    assert "row 31: the answer is empty" in text
+    assert "rows: 58, of which" in text
+
+
+def test_all_problems_are_found_at_once(broken, tmp_path):
+    wrong = policy(
+        tmp_path,
+        models={"a": {"path": str(tmp_path / "none"), "sha256": "0" * 64}, "b": "/nowhere"},
+        set={"data.columns.answer": "diagnosis"},
+    )
+    problems = "\n".join(check(str(broken), wrong, model="c").problems)
+    assert "model 'c' is not in the policy; it allows 'a', 'b'" in problems
+    assert "no column 'diagnosis' for the answer" in problems
+    both = "\n".join(check(str(broken), wrong).problems)
+    assert "model 'a'" in both
+    assert "model 'b': '/nowhere' is no folder" in both
+    assert "no column 'diagnosis'" in both
+    bad = policy(tmp_path, rounds=0, algorithms=["nope"], set={"train.lr": 1})
+    problems = check(str(tmp_path / "gone.parquet"), bad).problems
+    assert any("rounds" in p for p in problems)
+    assert any("gone.parquet': there is no such file" in p for p in problems)
+
+
+def test_a_models_digest_is_compared_with_the_policy(good, tmp_path):
+    folder = tmp_path / "model"
+    shutil.copytree(BUNDLED["tiny"], folder)
+    right = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    models = {"m": {"path": str(folder), "sha256": right}}
+    text = "\n".join(check(str(good), policy(tmp_path, models=models)).found)
+    assert f"model 'm': SHA-256 {right}, as the policy wants" in text
+    models = {"m": {"path": str(folder), "sha256": "0" * 64}}
+    (problem,) = check(str(good), policy(tmp_path, models=models)).problems
+    assert f"its SHA-256 is {right}, but the policy allows {'0' * 64}" in problem
+    models = {"m": {"path": str(folder)}, "hub/model": {"path": "hub/model"}}
+    report = check(str(good), policy(tmp_path, models=models))
+    assert not report.problems
+    assert "not pinned in the policy" in "\n".join(report.found)
+    assert "'hub/model' on the hub; not looked at" in "\n".join(report.found)
+
+
+def test_a_named_model_checks_every_row(good, tmp_path):
+    table = pd.read_parquet(good)
+    table.at[3, "question"] = "why " * 9000
+    table.to_parquet(tmp_path / "long.parquet", index=False)
+    (problem,) = check(str(tmp_path / "long.parquet"), None, model="tiny").problems
+    assert "row 3: " in problem
+    own = policy(tmp_path, set={"data.on_error": "skip"})
+    text = "\n".join(check(str(tmp_path / "long.parquet"), own, model="tiny").found)
+    assert "rows that 'tiny' can take: train " in text
+    assert "left out 1 of 60 rows" in text
+
+
+def test_the_command_prints_what_it_found_and_ends_with_all_problems(broken):
+    done = CliRunner().invoke(app, ["site", "check", str(broken)])
+    assert "columns: picture 'image'" in done.output
+    assert isinstance(done.exception, FedVLMError), "the program exits with code 2 for these"
+    assert "the check found a problem:\n  - a run would stop" in str(done.exception)
+
+
+def test_a_site_starts_only_if_its_check_finds_no_problem(broken, tmp_path, monkeypatch):
+    kit = tmp_path / "kit"
+    monkeypatch.setattr(processes, "unpacked", lambda kit, workspace: "north")
+    monkeypatch.setattr(processes, "check_certificate", lambda path: "")
+    monkeypatch.setattr(processes, "_keep", lambda *args, **options: pytest.fail("it started"))
+    said = []
+    with pytest.raises(FedVLMError, match=r"(?s)^the check found a problem:.*row 31: the answer"):
+        processes.start_site(kit, str(broken), tmp_path / "state", None, said.append)
+    assert any(line.startswith("columns: ") for line in said)
