@@ -25,6 +25,7 @@ from fedvlm.deploy.nvflare.project import (
 )
 from fedvlm.deploy.policy import read_policy
 from fedvlm.errors import FedVLMError
+from fedvlm.store import files
 from fedvlm.store.files import only_one
 
 QUICK = 30.0  # seconds; a process that ends sooner has failed to start
@@ -39,13 +40,28 @@ Processes that train are faster without them. Other systems' allocators ignore t
 """
 TAKEN = "'{}' is in use by another fedvlm process"
 MARK = "FEDVLM_PROCESSES_OF"
-"""The environment variable by which a command's processes are found, whoever started them."""
+"""The environment variable with the folder of a command's NVFlare files.
+
+By it a command's processes are found, whoever started them, and they find their keys.
+"""
+INSIDE = {
+    "internal": {
+        "scheme": "tcp",
+        "resources": {"host": "localhost", "connection_security": "mtls"},
+    }
+}
+"""NVFlare's setting for connections among the processes of a machine. Its default is plain TCP.
+
+Any user of the machine could connect there, claim to be the server and be obeyed.
+"""
+REFUSED = "fedvlm refused a message"
 NOTED = {
     "Successfully registered client": "connected to the server",
     "target_unreachable": "the server cannot be reached; trying again",
     "CERTIFICATE_VERIFY_FAILED": "server and kit are not of the same federation, or a certificate "
     "has expired: ask for a new kit",
     "requires identity": "refused: the kit's certificate is another site's",
+    REFUSED: "a message was refused, because its sender may not send it; nvflare.log has more",
 }
 """Part of a line in NVFlare's log -> its meaning for a person, printed when it changes."""
 LARGEST = 2**30 + 2**24
@@ -162,7 +178,9 @@ def read_federation(folder: Path) -> Project:
 
 
 def _command(module: str, workspace: Path, start: str, *more: str) -> list[str]:
-    command = [sys.executable, "-u", "-m", f"nvflare.private.fed.app.{module}"]
+    """The command that starts NVFlare, behind the guard and with TLS among its processes."""
+    files.write_text(workspace / "local" / "comm_config.json", json.dumps(INSIDE))
+    command = [sys.executable, "-u", "-m", "fedvlm.deploy.nvflare.guard", module]
     settings = ["secure_train=true", *more, "org=fedvlm", "config_folder=config"]
     return [*command, "-m", str(workspace), "-s", start, "--set", *settings]
 
