@@ -373,3 +373,15 @@ def test_kits_hold_what_the_checks_need(home):
     assert b"CERTIFICATE" in read(kit, "startup/rootCA.pem")
     assert json.loads(read(kit, "startup/fed_client.json"))["servers"][0]["identity"] == "localhost"
     assert Path(home / "server" / "startup" / "server.key").exists()
+
+
+def test_what_others_can_cause_at_will_is_printed_once():
+    from fedvlm.deploy.nvflare.processes import Meaning
+
+    meaning = Meaning()
+    lines = ("target_unreachable", "fedvlm refused a message (1)", "x", "target_unreachable") * 2
+    assert [text for line in lines for text in meaning.of(line)] == [
+        "the server cannot be reached; trying again",
+        "refused a message whose sender may not send it; nvflare.log has more",
+    ]
+    assert meaning.of("Successfully registered client") == ["connected to the server"]

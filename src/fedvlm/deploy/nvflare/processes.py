@@ -60,10 +60,13 @@ NOTED = {
     "target_unreachable": "the server cannot be reached; trying again",
     "CERTIFICATE_VERIFY_FAILED": "server and kit are not of the same federation, or a certificate "
     "has expired: ask for a new kit",
-    "requires identity": "refused: the kit's certificate is another site's",
-    REFUSED: "a message was refused, because its sender may not send it; nvflare.log has more",
 }
 """Part of a line in NVFlare's log -> its meaning for a person, printed when it changes."""
+WARNED = {
+    "requires identity": "refused: the kit's certificate is another site's",
+    REFUSED: "refused a message whose sender may not send it; nvflare.log has more",
+}
+"""The same for lines that others can cause at will. Each is printed once."""
 LARGEST = 2**30 + 2**24
 """Bytes. NVFlare refuses a larger message before it receives it; its own limit is 4 GiB."""
 UNHEARD = (
@@ -217,7 +220,7 @@ def _keep(
     failures = 0
     try:
         with open(log, "ab") as output, _tail(shown) as lines, _tail(log) as noise:
-            noted = ""
+            meaning = Meaning()
             while failures < MOST:
                 began = time.monotonic()
                 process = subprocess.Popen(
@@ -236,12 +239,10 @@ def _keep(
                         for line in lines():
                             say(line)
                         for line in noise():
-                            found = next((text for mark, text in NOTED.items() if mark in line), "")
-                            if found and found != noted:
-                                say(found)
-                                noted = found
-                        if silence and not noted and time.monotonic() - began > QUICK:
-                            noted = silence
+                            for text in meaning.of(line):
+                                say(text)
+                        if silence and not meaning.last and time.monotonic() - began > QUICK:
+                            meaning.last = silence
                             say(silence)
                 finally:
                     _end(process, mark)
@@ -254,6 +255,27 @@ def _keep(
     finally:
         signal.signal(signal.SIGTERM, before)
     raise FedVLMError(f"NVFlare ended {MOST} times within {QUICK:.0f} s of its start; see '{log}'")
+
+
+class Meaning:
+    """What lines of NVFlare's log mean for a person; see :data:`NOTED` and :data:`WARNED`.
+
+    Attributes:
+        last: the last text of ``NOTED``, empty without one.
+    """
+
+    def __init__(self) -> None:
+        self.last = ""
+        self._left = dict(WARNED)
+
+    def of(self, line: str) -> list[str]:
+        """Returns the texts for a line; most lines have none."""
+        texts = [self._left.pop(part) for part in list(self._left) if part in line]
+        found = next((text for part, text in NOTED.items() if part in line), "")
+        if found and found != self.last:
+            self.last = found
+            texts.append(found)
+        return texts
 
 
 def _interrupt(*_: Any) -> None:
