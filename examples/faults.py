@@ -34,7 +34,7 @@ ROUNDS = 12
 MORE = ("train.local_steps=40", f"train.rounds={ROUNDS}", "eval.max_rows=10")
 AWAY = 15.0  # seconds until a site that was killed is started again
 PATIENCE = 300.0  # seconds for anything
-WORKER, JOB = "engines.nvflare.worker", "client.worker_process"
+WORKER, JOB = "fedvlm.deploy.worker", "client.worker_process"
 
 
 class Faults:

@@ -1,8 +1,12 @@
-"""Intruders at a deployed run, and a wiretap on its network: real processes on this machine."""
+"""Intruders at a deployed run, and a wiretap on its network: real processes on this machine.
+
+One of the two sites attacks the other, and a user of that site's machine says to be the server.
+"""
 
 import contextlib
 import datetime
 import json
+import os
 import socket
 import ssl
 import subprocess
@@ -11,6 +15,7 @@ import time
 import zipfile
 from pathlib import Path
 
+import psutil
 import pytest
 import yaml
 
@@ -24,6 +29,7 @@ pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy
 pytestmark = [pytest.mark.slow, pytest.mark.waits]
 
 SITES = ("north", "south")
+HERE = Path(__file__).parent
 SMALL = {
     "algorithm": {"name": "plora"},
     "train": {"rounds": 2, "local_steps": 2, "batch_size": 4, "lr": 5e-3},
@@ -107,6 +113,50 @@ def raw(port, message):
     return found
 
 
+def commands(folder):
+    """The command lines that any user of this machine can read, of a command's processes."""
+    found = {}
+    for process in psutil.process_iter():
+        with contextlib.suppress(psutil.Error):
+            if process.environ().get("FEDVLM_PROCESSES_OF") == str(folder):
+                found[process] = process.cmdline()
+    return found
+
+
+def local_users(folder, home):
+    """Starts users of north's machine who know what ``ps`` shows, and say to be the server."""
+
+    def running():
+        shown = commands(folder / "sites" / "north" / "nvflare")
+        return next((words for words in shown.values() if "-n" in words and "-p" in words), None)
+
+    until(running, 240)
+    words = running()
+    port, job = words[words.index("-p") + 1].rpartition(":")[2], words[words.index("-n") + 1]
+    keys = folder / "sites" / "south" / "nvflare" / "startup"
+    return [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "local_user.py"), port, "north", job, str(known)],
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for known in ("none", keys)
+    ]
+
+
+def secrets(folder):
+    """Words that no other user may read: NVFlare's tokens, and lines of the keys."""
+    found, known = set(), {path.name for path in (folder / "federation/server").iterdir()}
+    for part in ("federation/server", "sites/north/nvflare", "sites/south/nvflare"):
+        for process in commands(folder / part):
+            with contextlib.suppress(psutil.Error):
+                kept = process.environ()
+                found |= {kept[name] for name in kept if name.startswith("NVFLARE_JOB_")}
+        for key in (folder / part / "startup").glob("*.key"):
+            found |= set(key.read_text().splitlines()[1:-1])
+    return {word for word in found - known if len(word) > 20}  # a job's number is known
+
+
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """A run of two sites behind a wiretap, while intruders try to take part."""
@@ -140,7 +190,12 @@ def seen(tmp_path_factory):
             target = json.loads(read(kits[name], "startup/fed_client.json"))
             target["servers"][0]["service"]["target"] = f"localhost:{tap.port}"
             kit = altered(kits[name], folder / f"{name}.zip", fed_client_json=json.dumps(target))
-            begin(started, name, kit, folder / "data" / f"{name}.parquet", folder / "sites" / name)
+            with pytest.MonkeyPatch.context() as patch:
+                if name == "south":
+                    path = [str(HERE / "rogue"), os.environ["PYTHONPATH"]]
+                    patch.setenv("PYTHONPATH", os.pathsep.join(path))
+                rows_of = folder / "data" / f"{name}.parquet"
+                begin(started, name, kit, rows_of, folder / "sites" / name)
         for name, kit in intruders.items():
             begin(started, name, kit, folder / "data" / "west.parquet", folder / "sites" / name)
         command = [sys.executable, "-m", "fedvlm", "deploy", "run", str(config)]
@@ -148,7 +203,11 @@ def seen(tmp_path_factory):
         with open(folder / "said.log", "wb") as log:
             time.sleep(5)
             run = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT)
-            until(lambda: (folder / "run" / "metrics.jsonl").exists(), 120)
+            users = local_users(folder, home)
+            parts = ("federation/server", "sites/north/nvflare", "sites/south/nvflare")
+            shown = [" ".join(c) for part in parts for c in commands(folder / part).values()]
+            hidden = secrets(folder)
+            until(lambda: (folder / "run" / "metrics.jsonl").exists(), 240)
             knocks = {n: knock(port, root, pair) for n, pair in certificates.items()}
             knocks["nobody"] = knock(port, root)
             secret = pieces_of_rows(folder / "data" / "north.parquet")[0]
@@ -157,9 +216,10 @@ def seen(tmp_path_factory):
             again = raw(port, bytes(tap.sealed[0].up))
             assert run.poll() is None, "the run must still be going on"
             code = run.wait(240)
+            answers = [user.communicate(timeout=120)[0] for user in users]
         until(lambda: len(refusals(folder)) == len(REFUSED), 30)
     assert code == 0, said(folder, "said")
-    return folder, knocks, (plain, again), tap
+    return folder, knocks, (plain, again), tap, (answers, shown, hidden)
 
 
 REFUSED = {
@@ -180,7 +240,7 @@ def refusals(folder):
 
 
 def test_the_server_refuses_all_intruders_and_says_why(seen):
-    folder, knocks, (plain, again), _ = seen
+    folder, knocks, (plain, again), *_ = seen
     assert refusals(folder) == REFUSED.keys()
     assert knocks.pop("north") == knocks.pop("south") == "let in"
     assert knocks.pop("another") == "let in", "the certificate is north's own: TLS has no objection"
@@ -192,6 +252,35 @@ def test_the_server_refuses_all_intruders_and_says_why(seen):
     for name in ("foreign", "expired", "another"):
         assert "connected to the server" not in said(folder, name)
         assert not (folder / "sites" / name / "runs").exists()
+
+
+def test_a_site_that_commands_another_one_gets_no_answer(seen):
+    folder, *_ = seen
+    answers = json.loads((folder / "sites" / "south" / "attacks.json").read_text())
+    assert len(answers) == 4, "status, deploy, abort and shutdown"
+    for topic, (code, said_) in answers.items():
+        assert (code, said_) != ("ok", "None"), topic
+        assert code in ("timeout", "authentication_error", "unauthenticated"), (topic, said_)
+    assert not (folder / "sites" / "north" / "nvflare" / "stolen").exists()
+    log = (folder / "federation" / "server" / "nvflare.log").read_text()
+    assert "fedvlm refused a message (4) from 'south': it is for another site" in log
+    assert "refused a message whose sender" in said(folder, "server")
+    assert said(folder, "north").count("connected to the server") == 1, "it was not shut down"
+
+
+def test_a_local_user_is_not_the_server(seen):
+    *_, (answers, _, _) = seen
+    assert [answer.split(" ")[:2] for answer in answers] == [["no", "answer"]] * 2
+    folder = seen[0]
+    listening = (folder / "sites" / "north" / "nvflare.log").read_text()
+    assert "created backbone internal listener for stcp://localhost" in listening
+
+
+def test_the_list_of_processes_shows_no_secret(seen):
+    *_, (_, shown, hidden) = seen
+    assert len(shown) >= 6
+    assert len(hidden) > 50, "tokens of both jobs' processes, and three keys"
+    assert not [word for word in hidden for line in shown if word in line]
 
 
 def test_an_expired_certificate_is_reported_at_once(seen):
@@ -230,7 +319,7 @@ def test_a_run_among_intruders_is_that_of_its_own_sites(seen):
 
 
 def test_the_network_sees_tls_records_and_nothing_else(seen):
-    folder, _, _, tap = seen
+    folder, _, _, tap, _ = seen
     *flows, plain = tap.sealed
     assert not are_records(plain.up), "the check detects a client without TLS"
     streams = streams_of(flows)
@@ -243,7 +332,7 @@ def test_the_network_sees_tls_records_and_nothing_else(seen):
 
 
 def test_with_tls_taken_off_what_is_shared_is_there_and_what_is_private_is_not(seen):
-    folder, _, _, tap = seen
+    folder, _, _, tap, _ = seen
     streams = streams_of(tap.opened)
     personal, shared, rows = searched(folder)
     assert min(len(personal), len(shared), len(rows)) > 200

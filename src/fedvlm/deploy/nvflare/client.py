@@ -10,13 +10,15 @@ import json
 import logging
 import os
 import sys
+from pathlib import Path
 from typing import Any
 
 from nvflare.collab import collab
 
 from fedvlm.deploy.calls import Desk, settle
-from fedvlm.deploy.frames import parsed
-from fedvlm.deploy.nvflare.processes import SITE
+from fedvlm.deploy.nvflare import guard
+from fedvlm.deploy.nvflare.processes import MARK, SITE
+from fedvlm.deploy.signing import Forged, Verifier
 from fedvlm.deploy.supervisor import Supervisor
 from fedvlm.deploy.worker import log_to
 
@@ -30,8 +32,10 @@ class Client:
     """The one method that the server may call at a site."""
 
     def __init__(self) -> None:
+        guard.install()  # NVFlare makes this object before it connects to anything
         self.supervisor: Supervisor | None = None
         self.desk: Desk | None = None
+        self.verifier: Verifier | None = None
 
     @collab.init
     def begin(self) -> None:
@@ -39,18 +43,26 @@ class Client:
         if own["name"] != collab.site_name:
             raise RuntimeError(f"the job is for site '{collab.site_name}', this is '{own['name']}'")
         log_to(own["log"])
+        startup, job = Path(os.environ[MARK]) / "startup", str(collab.fl_ctx.get_job_id())
+        self.verifier = Verifier(startup, job, own["name"])
         self.supervisor = Supervisor(own)
         self.desk = Desk(self.supervisor.call)
         settle()
 
     @collab.publish
     def ask(self, header: str, blob: bytes) -> list[Any]:
-        """Answers one message of the server. Calls by other sites are refused."""
-        if collab.caller != "server":
-            logger.warning("refused a call by '%s'", collab.caller)
-            return [json.dumps({"error": "refused", "message": "only the server may ask"}), b""]
+        """Answers one message of the server.
+
+        Whatever the server has not signed for this site and this job is refused, whoever sends it.
+        """
         assert self.desk is not None
-        answer, tensors = self.desk.ask(parsed(header), blob)
+        assert self.verifier is not None
+        try:
+            asked = self.verifier.header(header, blob)
+        except Forged as error:
+            logger.warning("refused a request of '%s': %s", collab.caller, error)
+            return [json.dumps({"error": "refused", "message": f"the request: {error}"}), b""]
+        answer, tensors = self.desk.ask(asked, blob)
         return [json.dumps(answer), tensors]
 
     @collab.final

@@ -26,6 +26,7 @@ from fedvlm.deploy.nvflare.project import (
 )
 from fedvlm.deploy.policy import read_policy
 from fedvlm.errors import FedVLMError
+from fedvlm.store import files
 from fedvlm.store.files import only_one
 
 QUICK = 30.0  # seconds; a process that ends sooner has failed to start
@@ -41,15 +42,33 @@ Processes that train are faster without them. Other systems' allocators ignore t
 """
 TAKEN = "'{}' is in use by another fedvlm process"
 MARK = "FEDVLM_PROCESSES_OF"
-"""The environment variable by which a command's processes are found, whoever started them."""
+"""The environment variable with the folder of a command's NVFlare files.
+
+By it a command's processes are found, whoever started them, and they find their keys.
+"""
+INSIDE = {
+    "internal": {
+        "scheme": "tcp",
+        "resources": {"host": "localhost", "connection_security": "mtls"},
+    }
+}
+"""NVFlare's setting for connections among the processes of a machine. Its default is plain TCP.
+
+Any user of the machine could connect there, claim to be the server and be obeyed.
+"""
+REFUSED = "fedvlm refused a message"
 NOTED = {
     "Successfully registered client": "connected to the server",
     "target_unreachable": "the server cannot be reached; trying again",
     "CERTIFICATE_VERIFY_FAILED": "server and kit are not of the same federation, or a certificate "
     "has expired: ask for a new kit",
-    "requires identity": "refused: the kit's certificate is another site's",
 }
 """Part of a line in NVFlare's log -> its meaning for a person, printed when it changes."""
+WARNED = {
+    "requires identity": "refused: the kit's certificate is another site's",
+    REFUSED: "refused a message whose sender may not send it; nvflare.log has more",
+}
+"""The same for lines that others can cause at will. Each is printed once."""
 LARGEST = 2**30 + 2**24
 """Bytes. NVFlare refuses a larger message before it receives it; its own limit is 4 GiB."""
 UNHEARD = (
@@ -184,7 +203,9 @@ def read_federation(folder: Path) -> Project:
 
 
 def _command(module: str, workspace: Path, start: str, *more: str) -> list[str]:
-    command = [sys.executable, "-u", "-m", f"nvflare.private.fed.app.{module}"]
+    """The command that starts NVFlare, behind the guard and with TLS among its processes."""
+    files.write_text(workspace / "local" / "comm_config.json", json.dumps(INSIDE))
+    command = [sys.executable, "-u", "-m", "fedvlm.deploy.nvflare.guard", module]
     settings = ["secure_train=true", *more, "org=fedvlm", "config_folder=config"]
     return [*command, "-m", str(workspace), "-s", start, "--set", *settings]
 
@@ -221,7 +242,7 @@ def _keep(
     failures = 0
     try:
         with open(log, "ab") as output, _tail(shown) as lines, _tail(log) as noise:
-            noted = ""
+            meaning = Meaning()
             while failures < MOST:
                 began = time.monotonic()
                 process = subprocess.Popen(
@@ -240,12 +261,10 @@ def _keep(
                         for line in lines():
                             say(line)
                         for line in noise():
-                            found = next((text for mark, text in NOTED.items() if mark in line), "")
-                            if found and found != noted:
-                                say(found)
-                                noted = found
-                        if silence and not noted and time.monotonic() - began > QUICK:
-                            noted = silence
+                            for text in meaning.of(line):
+                                say(text)
+                        if silence and not meaning.last and time.monotonic() - began > QUICK:
+                            meaning.last = silence
                             say(silence)
                 finally:
                     _end(process, mark)
@@ -258,6 +277,27 @@ def _keep(
     finally:
         signal.signal(signal.SIGTERM, before)
     raise FedVLMError(f"NVFlare ended {MOST} times within {QUICK:.0f} s of its start; see '{log}'")
+
+
+class Meaning:
+    """What lines of NVFlare's log mean for a person; see :data:`NOTED` and :data:`WARNED`.
+
+    Attributes:
+        last: the last text of ``NOTED``, empty without one.
+    """
+
+    def __init__(self) -> None:
+        self.last = ""
+        self._left = dict(WARNED)
+
+    def of(self, line: str) -> list[str]:
+        """Returns the texts for a line; most lines have none."""
+        texts = [self._left.pop(part) for part in list(self._left) if part in line]
+        found = next((text for part, text in NOTED.items() if part in line), "")
+        if found and found != self.last:
+            self.last = found
+            texts.append(found)
+        return texts
 
 
 def _interrupt(*_: Any) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -15,7 +16,9 @@ from fedvlm import config as configs
 from fedvlm.deploy.auditlog import NAME, AuditLog, audited_calls
 from fedvlm.deploy.calls import Late, asking, settle
 from fedvlm.deploy.frames import NoMessage, parsed
+from fedvlm.deploy.nvflare.processes import MARK
 from fedvlm.deploy.remote import Gone, Limits, Remote, Unanswered
+from fedvlm.deploy.signing import Signer
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Progress
@@ -50,7 +53,9 @@ class Server:
 
         try:
             proxies = {client.name: client for client in collab.clients}
-            call = calling(proxies, collab.context.is_aborted)
+            startup = Path(os.environ[MARK]) / "startup"
+            signer = Signer(startup, str(collab.fl_ctx.get_job_id()))
+            call = calling(proxies, collab.context.is_aborted, signer.sign)
             perform(self.job, call, sorted(proxies), tell)
             tell({"event": "done"})
         except Renewed:
@@ -74,15 +79,25 @@ class Renewed(Exception):
     """The job has ended after a round. Another job follows, with all connected sites."""
 
 
-def calling(proxies: dict[str, Any], aborted: Callable[[], bool]) -> Callable[..., Any]:
-    """Returns the function that asks a site. It raises :class:`Aborted` once the job is aborted."""
+def calling(
+    proxies: dict[str, Any],
+    aborted: Callable[[], bool],
+    sign: Callable[[dict[str, Any], bytes, str], str],
+) -> Callable[..., Any]:
+    """Returns the function that asks a site. It raises :class:`Aborted` once the job is aborted.
+
+    Args:
+        proxies: site -> NVFlare's stand-in for it.
+        aborted: whether the job is aborted.
+        sign: see :meth:`fedvlm.deploy.signing.Signer.sign`.
+    """
 
     def exchange(
         site: str, header: dict[str, Any], blob: bytes, seconds: float
     ) -> tuple[dict[str, Any], bytes]:
         until = time.monotonic() + seconds
         try:
-            answer = proxies[site](timeout=seconds).ask(json.dumps(header), blob)
+            answer = proxies[site](timeout=seconds).ask(sign(header, blob, site), blob)
         except CollabCallError as error:
             if aborted():
                 raise Aborted from None
