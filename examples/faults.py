@@ -24,7 +24,7 @@ from typing import Any
 
 import fedvlm
 from fedvlm import config as configs
-from fedvlm.deploy.nvflare.demo import SETTINGS, SITES, Started, loopback, rows
+from fedvlm.deploy.nvflare.demo import SETTINGS, SITES, Started, enrol, loopback, rows
 from fedvlm.deploy.nvflare.processes import MARK
 from fedvlm.deploy.nvflare.project import provision
 from fedvlm.store import files
@@ -34,7 +34,7 @@ ROUNDS = 12
 MORE = ("train.local_steps=40", f"train.rounds={ROUNDS}", "eval.max_rows=4")
 AWAY = 15.0  # seconds until a site that was killed is started again
 PATIENCE = 300.0  # seconds for anything
-WORKER, JOB = "engines.nvflare.worker", "client.worker_process"
+WORKER, JOB = "fedvlm.deploy.worker", "client.worker_process"
 
 
 class Faults:
@@ -57,7 +57,9 @@ class Faults:
 
     def join(self, site: str) -> None:
         data = str(self.folder / "data" / f"{site}.parquet")
-        words = (str(self.kits[site]), "--data", data, "--state", str(self.state(site)))
+        if not (self.state(site) / "keys").exists():
+            enrol(self.kits[site], self.state(site))
+        words = ("--data", data, "--state", str(self.state(site)))
         self.started.start(site, "site", "start", *words)
 
     def run(self, *words: str) -> subprocess.Popen[bytes]:
