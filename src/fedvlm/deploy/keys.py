@@ -79,7 +79,7 @@ class Admission(Section):
     certificate: str = Field(description="PEM")
 
 
-F = TypeVar("F", Invitation, Request, Admission)
+F = TypeVar("F", bound=Section)
 
 
 def read(path: str | Path, *forms: type[F]) -> F:

@@ -116,7 +116,10 @@ class Keeper:
     def _look(self) -> None:
         pause = threading.Event()
         while not pause.wait(LOOKED):
-            self.close_revoked()
+            try:
+                self.close_revoked()
+            except Exception:  # the next look must come
+                logger.exception("a look at the operator's list has failed")
 
     def _read(self) -> None:
         """Reads the list again if the file has changed. The caller holds the lock."""
@@ -127,9 +130,9 @@ class Keeper:
                 return
             self._admitted = table(json.loads(self.path.read_text()))
             self._seen = seen
-        except (OSError, ValueError, TypeError, AttributeError) as error:
+        except (OSError, ValueError, TypeError, AttributeError, LookupError) as error:
             if self._seen != ():
-                logger.error("'%s' cannot be read, so nobody is admitted: %s", self.path, error)
+                logger.error("'%s' cannot be read, so nobody is admitted: %r", self.path, error)
             self._admitted, self._seen = {}, ()
 
 
