@@ -24,7 +24,7 @@ from typing import Any
 
 import fedvlm
 from fedvlm import config as configs
-from fedvlm.deploy.nvflare.demo import SETTINGS, SITES, Started, loopback, rows
+from fedvlm.deploy.nvflare.demo import SETTINGS, SITES, Started, enrol, loopback, rows
 from fedvlm.deploy.nvflare.processes import MARK
 from fedvlm.deploy.nvflare.project import provision
 from fedvlm.store import files
@@ -58,7 +58,9 @@ class Faults:
 
     def join(self, site: str) -> None:
         data = str(self.folder / "data" / f"{site}.parquet")
-        words = (str(self.kits[site]), "--data", data, "--state", str(self.state(site)))
+        if not (self.state(site) / "keys").exists():
+            enrol(self.kits[site], self.state(site))
+        words = ("--data", data, "--state", str(self.state(site)))
         words += ("--policy", str(self.folder / "policy.yml"))
         self.started.start(site, "site", "start", *words)
 

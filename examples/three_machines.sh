@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # docs/deploy.md, step by step, on four machines: a server and three sites. The machines are network
-# namespaces with an address of their own each, joined by a bridge; all they share is the kits that
-# are handed over. Needs root, Linux and iproute2; leaves nothing but the folder that it works in.
+# namespaces with an address of their own each, joined by a bridge; all they share is the files that
+# are handed over when a site joins. Needs root, Linux and iproute2; leaves nothing but the folder that it works in.
 #
 #   sudo PYTHON=$(which python) examples/three_machines.sh [FOLDER]     two to three minutes
 #
@@ -57,15 +57,18 @@ machine() {
   echo "$1: $net.$2"
 }
 
-# same KIT KIT: whether both have the same private key.
-same() {
-  "$python" - "$@" <<'SAME'
-import sys
-import zipfile
+# fingerprint MACHINE: of the site's key, as its person reads it out.
+fingerprint() { fedvlm "$1" site fingerprint --state state | sed -n 's/^this site *\|^its new key *//p'; }
 
-one, other = (zipfile.ZipFile(kit).read("startup/client.key") for kit in sys.argv[1:])
-sys.exit(one != other)
-SAME
+# join SITE: its key is made there; invitation, request and admission travel.
+join() {
+  local files=$work/fl/federation/sites
+  cp "$files/$1.invitation" "$work/$1/"
+  fedvlm "$1" site join "$1.invitation" --state state
+  cp "$work/$1/$1.request" "$work/fl/"
+  fedvlm fl deploy admit "$1.request" --fingerprint "$(fingerprint "$1")"
+  cp "$files/$1.admission" "$work/$1/"
+  fedvlm "$1" site join "$1.admission" --state state
 }
 
 machines=()
@@ -112,7 +115,7 @@ for k, site in enumerate(sites):
     table[table["site"] == f"site-{k}"].to_parquet(f"{work}/{site}/rows.parquet", index=False)
 ROWS
 
-say "1. certificates and kits, and the server"
+say "1. the operator's keys, invitations, and the server"
 cat >"$work/fl/project.yml" <<PROJECT
 server: {address: $server, port: $port, admin_port: $admin_port}
 sites: [north, south, west]
@@ -120,13 +123,14 @@ days: 360              # how long the certificate authority is valid
 PROJECT
 fedvlm fl deploy init project.yml
 start fl server deploy server
-for site in "${sites[@]}"; do
-  cp "$work/fl/federation/sites/$site.zip" "$work/$site/" # a channel that you trust
-done
 
-say "3. every site, with its kit and its rows"
+say "3. every site joins with a key of its own, and starts with its rows"
 for site in "${sites[@]}"; do
-  start "$site" site site start "$site.zip" --data rows.parquet --state state
+  join "$site"
+  start "$site" site site start --data rows.parquet --state state
+done
+for key in $(find "$work"/*/state -name site.key); do
+  grep -rqF "$(sed -n 2p "$key")" "$work/fl" && fail "the server's machine has the key $key"
 done
 for site in "${sites[@]}"; do
   until_true 90 grep -q "connected to the server" "$work/$site/site.log"
@@ -170,21 +174,30 @@ done
 [[ -z $(find "$work/fl" -name 'personal*') ]] || fail "the server's machine has something personal"
 ls "$work/fl/runs/run"
 
-say "a site more: the others keep their kits, and nothing but it is started"
+say "a site more: the others keep their keys, and nothing but it is started"
+cp "$work/fl/federation/admitted.json" "$work/admitted.json"
 sed -i 's/west\]/west, east]/' "$work/fl/project.yml"
 fedvlm fl deploy init project.yml
-for site in "${sites[@]}"; do
-  same "$work/$site/$site.zip" "$work/fl/federation/sites/$site.zip" || fail "$site's key is new"
-done
+cmp "$work/admitted.json" "$work/fl/federation/admitted.json" || fail "a key is new"
 mkdir "$work/east"
-cp "$work/fl/federation/sites/east.zip" "$work/north/rows.parquet" "$work/east/"
+cp "$work/north/rows.parquet" "$work/east/"
 machine east 5
-start east site site start east.zip --data rows.parquet --state state
+join east
+start east site site start --data rows.parquet --state state
 until_true 90 grep -q "connected to the server" "$work/east/site.log"
 fedvlm fl deploy status
 fedvlm fl deploy run config.yaml train.rounds=2 output=runs/four >"$work/fl/four.log" 2>&1 ||
   fail "the run of four sites did not end well"
 grep "round 2" "$work/fl/four.log"
 grep -q "east: round 2" "$work/fl/four.log" || fail "east has not taken part"
+
+say "east is revoked: its connection is closed, and the others go on"
+fedvlm fl deploy revoke east
+until_true 60 grep -q "closed the connection of a revoked key" "$work/fl/server.log"
+fedvlm fl deploy status
+fedvlm fl deploy run config.yaml train.rounds=2 output=runs/three >"$work/fl/three.log" 2>&1 ||
+  fail "the run without east did not end well"
+grep "round 2" "$work/fl/three.log"
+! grep -q "east: round" "$work/fl/three.log" || fail "east has taken part"
 
 say "all done; logs and results are in $work"

@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import os
 import time
-import zipfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -36,11 +35,18 @@ def serve(started: Started, home: Path) -> None:
     started.start("server", "deploy", "server", "-f", str(home))
 
 
-def begin(started: Started, name: str, kit: Path, rows: Path, state: Path) -> None:
-    """Starts a site, with a policy for few rows."""
+def begin(started: Started, name: str, invitation: Path, rows: Path, state: Path) -> None:
+    """Joins a site to the federation that has invited it, and starts the site."""
+    from fedvlm.deploy.nvflare.demo import enrol
+
+    enrol(invitation, state)
+    start(started, name, rows, state)
+
+
+def start(started: Started, name: str, rows: Path, state: Path) -> None:
+    """Starts a site that has joined, with a policy for few rows."""
     policy = written(rows.parent / "policy.yml")
-    words = ("site", "start", str(kit), "--data", str(rows), "--state", str(state))
-    words += ("--policy", policy)
+    words = ("site", "start", "--data", str(rows), "--state", str(state), "--policy", policy)
     started.start(name, *words)
 
 
@@ -54,9 +60,3 @@ def until(what: Callable[[], object], seconds: float) -> None:
 def said(folder: Path, name: str) -> str:
     """The text that a command has printed."""
     return (folder / f"{name}.log").read_text()
-
-
-def read(kit: Path, name: str) -> bytes:
-    """The content of a file in a kit."""
-    with zipfile.ZipFile(kit) as archive:
-        return archive.read(name)

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import zipfile
 from importlib.util import find_spec
 from pathlib import Path
 from types import SimpleNamespace
@@ -86,19 +85,20 @@ def test_the_run_can_be_followed(demo):
 
 
 @needed
-def test_a_kit_allows_one_class_and_no_code(demo):
+def test_a_site_allows_one_class_and_no_code(demo):
     folder, _ = demo
-    with zipfile.ZipFile(folder / "federation" / "sites" / "north.zip") as kit:
-        resources = json.loads(kit.read("local/resources.json"))
-        rights = json.loads(kit.read("local/authorization.json"))["permissions"]["project_admin"]
-        names = kit.namelist()
+    kit = folder / "sites" / "north" / "nvflare"
+    resources = json.loads((kit / "local" / "resources.json").read_text())
+    text = (kit / "local" / "authorization.json").read_text()
+    rights = json.loads(text)["permissions"]["project_admin"]
+    names = [path.name for part in ("startup", "local") for path in (kit / part).iterdir()]
     assert resources["class_list_enforcement_mode"] == "enforce"
     assert [c for c in resources["class_allow_list"] if c.startswith("fedvlm")] == [
         "fedvlm.deploy.nvflare.client.Client"
     ]
     assert rights["byoc"] == rights["shell_commands"] == "none"
     assert not [n for n in names if n.endswith(".sh") or "server" in n]
-    mode = (folder / "federation" / "sites" / "north.zip").stat().st_mode
+    mode = (kit / "startup" / "client.key").stat().st_mode
     assert mode & 0o077 == 0, "only its owner may read the key"
 
 
@@ -127,10 +127,10 @@ def test_mistakes_are_one_message_and_exit_code_2(tmp_path, capsys, monkeypatch)
         (("deploy", "server", "-f", str(tmp_path)), "holds no federation"),
         (("deploy", "run", "-f", str(tmp_path)), "holds no federation"),
         (("deploy", "run", "--resume", str(tmp_path)), "no deployed run"),
-        (("site", "start", "no.zip", "--data", "x", "--state", "s"), "there is no such file"),
+        (("site", "start", "--data", "x", "--state", "s"), "there is no such file"),
         (
-            ("site", "start", "no.zip", "--data", str(tmp_path), "--state", str(tmp_path / "s")),
-            "is no start-up kit",
+            ("site", "start", "--data", str(tmp_path), "--state", str(tmp_path / "s")),
+            "has joined no federation",
         ),
     ):
         code, _, errors = call(capsys, monkeypatch, *words)
@@ -178,7 +178,7 @@ def test_a_finished_job_does_not_block_a_run(tmp_path):
 
 @needed
 def test_a_unit_for_systemd_is_printed(tmp_path, capsys, monkeypatch):
-    words = ("k.zip", "--data", "d.parquet", "--state", "s", "--systemd")
+    words = ("--data", "d.parquet", "--state", "s", "--systemd")
     code, text, _ = call(capsys, monkeypatch, "site", "start", *words)
     assert code == 0
     assert "Restart=always" in text

@@ -7,22 +7,23 @@ import contextlib
 import datetime
 import json
 import os
+import shutil
 import socket
 import ssl
 import subprocess
 import sys
 import time
-import zipfile
 from pathlib import Path
 
 import psutil
 import pytest
 import yaml
 
-from fedvlm.deploy.nvflare.project import Project, Server, check_certificate, provision
-from fedvlm.errors import FedVLMError
+from fedvlm.deploy.nvflare import admitting
+from fedvlm.deploy.nvflare.project import CLOSED, provision
+from fedvlm.deploy.nvflare.project import REFUSED as UNADMITTED
 from fedvlm.store import run as store
-from loopback import begin, processes, read, said, serve, until
+from loopback import processes, said, serve, start, until
 from wiretap import Wiretap, are_records, pieces_of, pieces_of_rows
 
 pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy]'")
@@ -39,22 +40,34 @@ SMALL = {
 PREFACE = b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n" + bytes((0, 0, 0, 4, 0, 0, 0, 0, 0))
 
 
-def altered(kit, to, **files):
-    """Writes a kit with some of its files replaced."""
-    with zipfile.ZipFile(kit) as old, zipfile.ZipFile(to, "w") as new:
-        for name in old.namelist():
-            new.writestr(name, files.get(Path(name).name.replace(".", "_"), old.read(name)))
-    return to
+def pair_of(state):
+    """The paths of a site's certificate and of its key."""
+    folder = state / "keys" / (state / "keys" / "current").read_text()
+    return folder / "site.crt", folder / "site.key"
 
 
-def expired(folder, kit):
-    """A certificate of the authority for the key in a kit. It expired yesterday."""
+def altered(state, to, certificate=None, **about):
+    """Copies the folder of a site that has joined, with another certificate, name or port."""
+    shutil.copytree(state, to)
+    path = pair_of(to)[0]
+    path.write_bytes(certificate or path.read_bytes())
+    alter(to, **about)
+
+
+def alter(state, **about):
+    """Changes what a site knows of its federation: its own name, or the server's port."""
+    joined = pair_of(state)[0].with_name("joined.json")
+    joined.write_text(json.dumps(json.loads(joined.read_text()) | about))
+
+
+def expired(home, state):
+    """A certificate of the authority for a site's key. It expired yesterday."""
     from cryptography import x509
     from cryptography.hazmat.primitives import hashes, serialization
 
-    made = json.loads((folder / "ca" / "fedvlm" / "state" / "cert.json").read_text())
+    made = json.loads((home / "ca" / "fedvlm" / "state" / "cert.json").read_text())
     key = serialization.load_pem_private_key(made["root_pri_key"].encode(), None)
-    old = x509.load_pem_x509_certificate(read(kit, "startup/client.crt"))
+    old = x509.load_pem_x509_certificate(pair_of(state)[0].read_bytes())
     today = datetime.datetime.now(datetime.UTC)
     builder = (
         x509.CertificateBuilder()
@@ -68,16 +81,6 @@ def expired(folder, kit):
     for extension in old.extensions:
         builder = builder.add_extension(extension.value, extension.critical)
     return builder.sign(key, hashes.SHA256()).public_bytes(serialization.Encoding.PEM)
-
-
-def pairs(kits, folder):
-    """Kit -> the paths of its certificate and of its key."""
-    found = {}
-    for name, kit in kits.items():
-        found[name] = tuple(folder / f"{name}.{end}" for end in ("crt", "key"))
-        for path in found[name]:
-            path.write_bytes(read(kit, f"startup/client{path.suffix}"))
-    return found
 
 
 def knock(port, root, pair=None):
@@ -160,7 +163,7 @@ def secrets(folder):
 @pytest.fixture(scope="module")
 def seen(tmp_path_factory):
     """A run of two sites behind a wiretap, while intruders try to take part."""
-    from fedvlm.deploy.nvflare.demo import loopback, rows
+    from fedvlm.deploy.nvflare.demo import enrol, loopback, rows
 
     folder = tmp_path_factory.mktemp("security")
     rows(folder / "data")
@@ -169,15 +172,13 @@ def seen(tmp_path_factory):
     home, other = folder / "federation", folder / "other"
     kits, foreign = provision(ours, home), provision(ours, other)
     root = home / "server" / "startup" / "rootCA.pem"
-    late = altered(kits["north"], folder / "expired.zip", client_crt=expired(home, kits["north"]))
-    liar = altered(
-        kits["north"],
-        folder / "another.zip",
-        fedvlm_json=json.dumps({"site": "south"}),
-        fed_client_json=read(kits["south"], "startup/fed_client.json"),
-    )
-    intruders = {"foreign": foreign["north"], "expired": late, "another": liar}
-    certificates = pairs({s: kits[s] for s in SITES} | intruders, folder)
+    states = {name: folder / "sites" / name for name in (*SITES, "foreign", "expired", "another")}
+    for name in SITES:
+        enrol(kits[name], states[name])
+    enrol(foreign["north"], states["foreign"])
+    altered(states["north"], states["expired"], expired(home, states["north"]))
+    altered(states["north"], states["another"], site="south")
+    certificates = {name: pair_of(state) for name, state in states.items()}
     servers = tuple(home / "server" / "startup" / f"server.{end}" for end in ("crt", "key"))
     config = folder / "config.yaml"
     config.write_text(yaml.safe_dump(SMALL | {"output": str(folder / "run")}))
@@ -186,18 +187,15 @@ def seen(tmp_path_factory):
         processes(folder) as started,
     ):
         serve(started, home)
-        for name in SITES:
-            target = json.loads(read(kits[name], "startup/fed_client.json"))
-            target["servers"][0]["service"]["target"] = f"localhost:{tap.port}"
-            kit = altered(kits[name], folder / f"{name}.zip", fed_client_json=json.dumps(target))
+        for name, state in states.items():
+            if name in SITES:
+                alter(state, port=tap.port)
+            rows_of = folder / "data" / f"{name if name in SITES else 'west'}.parquet"
             with pytest.MonkeyPatch.context() as patch:
                 if name == "south":
                     path = [str(HERE / "rogue"), os.environ["PYTHONPATH"]]
                     patch.setenv("PYTHONPATH", os.pathsep.join(path))
-                rows_of = folder / "data" / f"{name}.parquet"
-                begin(started, name, kit, rows_of, folder / "sites" / name)
-        for name, kit in intruders.items():
-            begin(started, name, kit, folder / "data" / "west.parquet", folder / "sites" / name)
+                start(started, name, rows_of, state)
         command = [sys.executable, "-m", "fedvlm", "deploy", "run", str(config)]
         command += ["-f", str(home), "--min-sites", "2"]
         with open(folder / "said.log", "wb") as log:
@@ -218,6 +216,8 @@ def seen(tmp_path_factory):
             code = run.wait(240)
             answers = [user.communicate(timeout=120)[0] for user in users]
         until(lambda: len(refusals(folder)) == len(REFUSED), 30)
+        admitting.revoke(home, "north")
+        until(lambda: all(at_the_gate(folder, "north")), 60)
     assert code == 0, said(folder, "said")
     return folder, knocks, (plain, again), tap, (answers, shown, hidden)
 
@@ -239,6 +239,20 @@ def refusals(folder):
     return {who for who, why in REFUSED.items() if why in log}
 
 
+def at_the_gate(folder, site):
+    """Whether the server has closed a site's connection, and then refused it another one."""
+    log = (folder / "federation" / "server" / "nvflare.log").read_text()
+    _, closed, after = log.partition(f"{CLOSED}: '{site}'")
+    return bool(closed), f"{UNADMITTED}: '{site}'" in after
+
+
+def test_a_revoked_site_loses_its_connection_and_gets_no_other(seen):
+    folder, *_ = seen
+    assert at_the_gate(folder, "north") == (True, True)
+    assert at_the_gate(folder, "south") == (False, False), "the other site stays connected"
+    assert "closed the connection of a revoked key" in said(folder, "server")
+
+
 def test_the_server_refuses_all_intruders_and_says_why(seen):
     folder, knocks, (plain, again), *_ = seen
     assert refusals(folder) == REFUSED.keys()
@@ -248,7 +262,7 @@ def test_the_server_refuses_all_intruders_and_says_why(seen):
     assert knocks.keys() == {"foreign", "expired", "nobody"}
     for answer in (plain, again):
         assert not answer or are_records(answer), "no answer, or TLS records"
-    assert "refused: the kit's certificate is another site's" in said(folder, "server")
+    assert "refused: the certificate is another site's" in said(folder, "server")
     for name in ("foreign", "expired", "another"):
         assert "connected to the server" not in said(folder, name)
         assert not (folder / "sites" / name / "runs").exists()
@@ -286,26 +300,7 @@ def test_the_list_of_processes_shows_no_secret(seen):
 def test_an_expired_certificate_is_reported_at_once(seen):
     folder, *_ = seen
     assert "ended on" in said(folder, "expired")
-    assert "hand out the new kit" in said(folder, "expired")
-
-
-def test_a_certificate_that_ends_is_made_anew_by_the_same_authority(tmp_path):
-    project = Project(server=Server(address="localhost"), sites=list(SITES), days=2000)
-    kits = provision(project, tmp_path)
-    kept = tmp_path / "ca" / "fedvlm" / "state" / "cert.json"
-    made = json.loads(kept.read_text())
-    made["north"]["cert"] = expired(tmp_path, kits["north"]).decode()
-    kept.write_text(json.dumps(made))
-    before = read(kits["south"], "startup/client.crt")
-    root = read(kits["south"], "startup/rootCA.pem")
-    again = provision(project, tmp_path)
-    assert read(again["south"], "startup/client.crt") == before
-    assert read(again["north"], "startup/rootCA.pem") == root
-    (tmp_path / "new.crt").write_bytes(read(again["north"], "startup/client.crt"))
-    assert check_certificate(tmp_path / "new.crt") == "", "the new certificate is valid for long"
-    (tmp_path / "old.crt").write_bytes(made["north"]["cert"].encode())
-    with pytest.raises(FedVLMError, match="ended on"):
-        check_certificate(tmp_path / "old.crt")
+    assert "fedvlm site renew" in said(folder, "expired")
 
 
 def test_a_run_among_intruders_is_that_of_its_own_sites(seen):

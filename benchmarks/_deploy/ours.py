@@ -36,7 +36,7 @@ def measure(folder: Path, sites: int, megabytes: float, repeats: int, at_once: i
         at_once: number of parallel calls of the server.
     """
     from fedvlm import config as configs
-    from fedvlm.deploy.nvflare.demo import Started, loopback
+    from fedvlm.deploy.nvflare.demo import Started, enrol, loopback
     from fedvlm.deploy.nvflare.federation import Federation
     from fedvlm.deploy.nvflare.project import provision
     from fedvlm.deploy.remote import Limits
@@ -54,8 +54,9 @@ def measure(folder: Path, sites: int, megabytes: float, repeats: int, at_once: i
         watch.add(started.processes["server"].pid)
         for name in names:
             data, state = str(folder / f"{name}.parquet"), str(folder / "sites" / name)
+            enrol(kits[name], Path(state))
             words = ["--data", data, "--state", state, "--policy", str(folder / "policy.yaml")]
-            started.start(name, "site", "start", str(kits[name]), *words)
+            started.start(name, "site", "start", *words)
             watch.add_other(started.processes[name].pid)
         federation = Federation(folder / "federation")
         try:

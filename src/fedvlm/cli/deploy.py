@@ -9,7 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fedvlm.cli.options import QuietOption, Words, needs_nvflare, parse
-from fedvlm.errors import ConfigError
+from fedvlm.errors import ConfigError, FedVLMError
 
 HOME = "federation"
 STAYED = "personal adapters and all answers stay at the sites, in STATE/runs/"
@@ -29,17 +29,87 @@ def init(
     project: Annotated[
         str, typer.Argument(metavar="PROJECT.yml", help="describes the server and the sites")
     ],
-    to: Annotated[str, typer.Option(metavar="DIR", help="folder for certificates and kits")] = HOME,
+    to: Annotated[str, typer.Option(metavar="DIR", help="folder for keys and invitations")] = HOME,
 ) -> None:
-    """Make certificates and a start-up kit for every site."""
+    """Make the operator's keys, and an invitation for every site."""
     from fedvlm.deploy.nvflare.project import provision, read_project
 
     kits = provision(read_project(project), Path(to))
     for name, path in kits.items():
-        if path.suffix == ".zip":
-            typer.echo(f"{name}: send {path} to this site over a channel that you trust")
-    typer.echo(f"{to}/ca holds all private keys: keep it on this machine only")
-    typer.echo(f"next: fedvlm deploy server -f {to}")
+        if path.is_file():
+            typer.echo(f"{name}: send {path} to this site; it holds no secret")
+    _tell_fingerprints(to)
+    typer.echo(f"{to}/ca has the authority's private key: keep it on this machine, or offline")
+    typer.echo(f"next: fedvlm deploy server -f {to}, and fedvlm deploy admit NAME.request -f {to}")
+
+
+@deploy.command()
+def admit(
+    request: Annotated[
+        str, typer.Argument(metavar="NAME.request", help="the file of 'site join' or 'site renew'")
+    ],
+    fingerprint: Annotated[
+        str | None,
+        typer.Option(metavar="HEX", help="the fingerprint that the site has read out to you"),
+    ] = None,
+    replace: Annotated[
+        bool, typer.Option("--replace", help="revoke the site's present keys, for a lost key")
+    ] = False,
+    folder: Folder = HOME,
+) -> None:
+    """Sign the key of a site, and let the site in."""
+    from fedvlm.deploy import keys
+    from fedvlm.deploy.nvflare.admitting import admit as sign
+
+    expected = keys.typed(fingerprint) if fingerprint else None
+
+    def confirm(site: str, mark: str) -> bool:
+        typer.echo(f"site '{site}' asks with the key\n  {keys.grouped(mark)}")
+        if expected is not None:
+            return expected == mark
+        if not sys.stdin.isatty():
+            raise FedVLMError(
+                "ask the site for its fingerprint ('fedvlm site fingerprint'), by telephone for "
+                "example, and give it: --fingerprint HEX"
+            )
+        return typer.confirm("Has the site read out the same fingerprint to you?")
+
+    path = sign(Path(folder), request, confirm, replace)
+    typer.echo(f"admitted; send {path} to the site, which runs 'fedvlm site join' with it")
+
+
+@deploy.command()
+def revoke(
+    site: Annotated[str, typer.Argument(metavar="SITE", help="the site's name")],
+    folder: Folder = HOME,
+) -> None:
+    """Refuse all keys of a site from now on.
+
+    The running server closes the site's connection within seconds.
+    """
+    from fedvlm.deploy import keys
+    from fedvlm.deploy.nvflare.admitting import revoke as refuse
+
+    for mark in refuse(Path(folder), site):
+        typer.echo(f"revoked: {keys.grouped(mark)}")
+    typer.echo(
+        f"'{site}' can take part again with a new key: 'fedvlm site join {site}.invitation "
+        "--new-key' at the site"
+    )
+
+
+@deploy.command()
+def fingerprints(folder: Folder = HOME) -> None:
+    """Show the fingerprints of the federation, the operator and the admitted sites."""
+    _tell_fingerprints(folder)
+
+
+def _tell_fingerprints(folder: str) -> None:
+    from fedvlm.deploy import keys
+    from fedvlm.deploy.nvflare.admitting import fingerprints as listed
+
+    for name, mark in listed(Path(folder)).items():
+        typer.echo(f"{name:<12} {keys.grouped(mark) or 'not admitted'}")
 
 
 @deploy.command()
@@ -107,7 +177,8 @@ def status(folder: Folder = HOME) -> None:
     federation = Federation(folder)
     found = federation.status()
     for name in federation.project.sites:
-        typer.echo(f"{name:<24} {'connected' if name in found['sites'] else 'not connected'}")
+        state = "connected" if name in found["sites"] else "not connected"
+        typer.echo(f"{name:<24} {state if name in federation.sites else 'not admitted'}")
     for job in found["jobs"]:
         typer.echo(f"job {job['job_id']}  {job.get('status')}")
     if not found["jobs"]:

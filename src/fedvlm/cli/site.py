@@ -16,13 +16,17 @@ site.callback()(needs_nvflare)
 for command in (approvals.requests, approvals.approve, approvals.refuse):
     site.command()(command)
 
+State = Annotated[str, typer.Option(metavar="DIR", help="the site's folder, which has its key")]
+To = Annotated[
+    str | None, typer.Option(metavar="FILE", help="the request; default: NAME.request here")
+]
+
 
 @site.command()
 def start(
-    kit: Annotated[str, typer.Argument(metavar="KIT.zip", help="this site's start-up kit")],
     data: Annotated[str, typer.Option(help="this site's rows: parquet, JSONL or a folder")],
     state: Annotated[
-        str, typer.Option(metavar="DIR", help="folder for personal state, models and logs")
+        str, typer.Option(metavar="DIR", help="folder with the key, for personal state and logs")
     ],
     policy: Annotated[
         str | None, typer.Option(metavar="FILE", help="limits what a run may ask of this site")
@@ -38,9 +42,9 @@ def start(
     from fedvlm.deploy.nvflare.processes import start_site, systemd_unit
 
     if systemd:
-        typer.echo(systemd_unit(kit, data, state, policy), nl=False)
+        typer.echo(systemd_unit(data, state, policy), nl=False)
         return
-    start_site(kit, data, Path(state), policy, typer.echo)
+    start_site(data, Path(state), policy, typer.echo)
 
 
 @site.command()
@@ -68,3 +72,62 @@ def check(
     for line in report.found:
         typer.echo(visible(line))
     report.raise_all()
+
+
+@site.command()
+def join(
+    file: Annotated[
+        str,
+        typer.Argument(
+            metavar="NAME.invitation|NAME.admission", help="the file that the operator has sent"
+        ),
+    ],
+    state: State,
+    to: To = None,
+    new_key: Annotated[
+        bool, typer.Option("--new-key", help="make a new key, for a lost or revoked one")
+    ] = False,
+) -> None:
+    """Join a federation: make this site's key and a request, then take the admission.
+
+    Run it twice: with the invitation, and with the admission that answers the request.
+    """
+    from fedvlm.deploy import keys
+    from fedvlm.deploy.nvflare import joining
+
+    home = Path(state).absolute()
+    if isinstance(keys.read(file, keys.Invitation, keys.Admission), keys.Admission):
+        until = joining.install(file, home)
+        typer.echo(f"admitted until {until}; (re)start 'fedvlm site start --state {state}'")
+        return
+    path = joining.join(file, home, Path(to) if to else None, new_key)
+    _tell_request(path, state)
+
+
+@site.command()
+def renew(state: State, to: To = None) -> None:
+    """Make a new key, and ask for its certificate before the present one ends."""
+    from fedvlm.deploy.nvflare import joining
+
+    path = joining.renew(Path(state).absolute(), Path(to) if to else None)
+    _tell_request(path, state)
+
+
+@site.command()
+def fingerprint(state: State) -> None:
+    """Show the fingerprints of the federation and of this site's key."""
+    from fedvlm.deploy import keys
+    from fedvlm.deploy.nvflare import joining
+
+    about = joining.joined(Path(state).absolute(), waiting=True)
+    typer.echo(f"site '{about.site}' of '{about.project}', server {about.address}:{about.port}")
+    named = {"federation": "federation", "key": "this site", "next": "its new key"}
+    for name, mark in joining.fingerprints(Path(state).absolute()).items():
+        typer.echo(f"{named[name]:<12} {keys.grouped(mark)}")
+
+
+def _tell_request(path: Path, state: str) -> None:
+    """Tells a person what to do with a request."""
+    fingerprint(state)
+    typer.echo(f"send {path} to the operator, and compare both fingerprints by telephone")
+    typer.echo(f"then: fedvlm site join NAME.admission --state {state}")

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm import config as configs
+from fedvlm.deploy.nvflare import admitting, joining
 from fedvlm.deploy.nvflare.federation import Federation
 from fedvlm.deploy.nvflare.project import Project, Server, provision
 from fedvlm.deploy.remote import Limits
@@ -47,12 +48,20 @@ def demo(folder: Path, overrides: list[str], tell: Callable[[dict[str, Any]], No
         started.start("server", "deploy", "server", "-f", str(folder / "federation"))
         for name in SITES:
             data = str(folder / "data" / f"{name}.parquet")
-            state = str(folder / "sites" / name)
-            words = ("site", "start", str(kits[name]), "--data", data, "--state", state)
-            started.start(name, *words)
+            state = folder / "sites" / name
+            enrol(kits[name], state)
+            started.start(name, "site", "start", "--data", data, "--state", str(state))
         limits = Limits(min_sites=len(SITES), open_s=120, train_s=120, score_s=120)
         federation = Federation(folder / "federation")
         return federation.run(settings, limits=limits, wait=60, tell=tell)
+
+
+def enrol(invitation: Path, state: Path) -> None:
+    """Joins a site whose operator and whose folder are both on this machine."""
+    request = joining.join(invitation, state, state / "own.request")
+    home, own = invitation.parents[1], joining.fingerprints(state)["next"]
+    joining.install(admitting.admit(home, request, lambda site, mark: mark == own), state)
+    request.unlink()
 
 
 def rows(folder: Path) -> None:

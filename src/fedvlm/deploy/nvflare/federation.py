@@ -18,7 +18,7 @@ from fedvlm import config as configs
 from fedvlm.algorithms.table import find
 from fedvlm.deploy.digests import digest_of
 from fedvlm.deploy.nvflare.processes import read_federation
-from fedvlm.deploy.nvflare.project import ADMIN, Project, write_job
+from fedvlm.deploy.nvflare.project import ADMIN, Project, admitted, write_job
 from fedvlm.deploy.nvflare.server import RENEW, SITES
 from fedvlm.deploy.remote import Limits, as_sent
 from fedvlm.deploy.signature import sign
@@ -49,6 +49,12 @@ class Federation:
         self.folder = Path(folder).absolute()
         self.project: Project = read_federation(self.folder)
 
+    @property
+    def sites(self) -> list[str]:
+        """The project's sites that have an admitted key."""
+        found = admitted(self.folder)["sites"]
+        return [site for site in self.project.sites if site in found]
+
     @contextlib.contextmanager
     def session(self) -> Iterator[Session]:
         """Opens a connection to the server.
@@ -75,7 +81,7 @@ class Federation:
         """The sites that are connected now. NVFlare itself lists a lost site for ten minutes."""
         heard = session.get_system_info().client_info
         found = {c.name for c in heard if time.time() - (c.last_connect_time or 0) < HEARD}
-        return [site for site in self.project.sites if site in found]
+        return [site for site in self.sites if site in found]
 
     def jobs(self, session: Session) -> list[dict[str, Any]]:
         """The jobs that are waiting or running."""
@@ -187,21 +193,29 @@ class Federation:
     def _gathered(
         self, session: Session, least: int, wait: float, first: bool, tell: Tell
     ) -> list[str]:
-        """Waits for the sites, and returns the connected ones. A later job needs ``least`` only."""
+        """Waits for the admitted sites, and returns the connected ones.
+
+        A later job needs ``least`` only.
+        """
         until = time.monotonic() + wait
         found: list[str] = []
-        while len(found) < len(self.project.sites):
-            now = self.connected(session)
+        while True:
+            now, all_of = self.connected(session), len(self.sites)
             for site in now:
                 if site not in found:
                     tell({"event": "connected", "site": site})
             found = now
-            if time.monotonic() > until or (not first and len(found) >= least):
+            enough = len(found) >= (all_of if first else least)
+            if time.monotonic() > until or enough:
                 break
-            if len(found) < len(self.project.sites):
-                time.sleep(1.0)
+            time.sleep(1.0)
         if len(found) < least:
-            missing = ", ".join(s for s in self.project.sites if s not in found)
+            admitted_now = self.sites
+            missing = ", ".join(
+                s if s in admitted_now else f"{s} (not admitted)"
+                for s in self.project.sites
+                if s not in found
+            )
             raise FedVLMError(
                 f"{len(found)} sites are connected after {wait:.0f} s, and at least {least} are "
                 f"needed (--min-sites); missing: {missing}"

@@ -17,13 +17,17 @@ import psutil
 
 from fedvlm.deploy.auditlog import at_site
 from fedvlm.deploy.lifetime import ends_with_parent
+from fedvlm.deploy.nvflare import joining
 from fedvlm.deploy.nvflare.project import (
+    ADMITTED,
+    CLOSED,
+    GATE,
     PROJECT,
     Project,
     check_certificate,
     read_project,
-    unpacked,
 )
+from fedvlm.deploy.nvflare.project import REFUSED as UNADMITTED
 from fedvlm.deploy.policy import read_policy
 from fedvlm.errors import FedVLMError
 from fedvlm.store import files
@@ -59,13 +63,16 @@ Any user of the machine could connect there, claim to be the server and be obeye
 REFUSED = "fedvlm refused a message"
 NOTED = {
     "Successfully registered client": "connected to the server",
-    "target_unreachable": "the server cannot be reached; trying again",
-    "CERTIFICATE_VERIFY_FAILED": "server and kit are not of the same federation, or a certificate "
-    "has expired: ask for a new kit",
+    "target_unreachable": "the server cannot be reached, or does not admit this site's key "
+    "('fedvlm deploy fingerprints' at the server lists the admitted keys); trying again",
+    "CERTIFICATE_VERIFY_FAILED": "server and site are not of the same federation, or a certificate "
+    "has expired: 'fedvlm site renew' at the site, or 'fedvlm deploy init' at the server",
 }
 """Part of a line in NVFlare's log -> its meaning for a person, printed when it changes."""
 WARNED = {
-    "requires identity": "refused: the kit's certificate is another site's",
+    "requires identity": "refused: the certificate is another site's",
+    UNADMITTED: "refused a key that is not admitted, or is revoked; nvflare.log has its name",
+    CLOSED: "closed the connection of a revoked key; nvflare.log has its name",
     REFUSED: "refused a message whose sender may not send it; nvflare.log has more",
 }
 """The same for lines that others can cause at will. Each is printed once."""
@@ -73,7 +80,7 @@ LARGEST = 2**30 + 2**24
 """Bytes. NVFlare refuses a larger message before it receives it; its own limit is 4 GiB."""
 UNHEARD = (
     f"not connected after {QUICK:.0f} s; still trying. Is the server running, its port open, and "
-    "the kit of its federation? The server's lines say whom it refuses"
+    "this site's key admitted? The server's lines say whom it refuses"
 )
 
 
@@ -93,6 +100,8 @@ def serve(folder: Path, say: Callable[[str], None]) -> None:
     for component in tree["components"]:
         if component["id"] == "job_manager":
             component["args"]["uri_root"] = str(server / "jobs")
+        if component["id"] == GATE["id"]:
+            component["args"]["admitted"] = str(folder.absolute() / ADMITTED)
     path.write_text(json.dumps(tree, indent=2))
     (server / "transfer").mkdir(exist_ok=True)
     command = _command("server.server_train", server, "fed_server.json")
@@ -104,33 +113,29 @@ def serve(folder: Path, say: Callable[[str], None]) -> None:
         _keep(command, server, {**RETURNING, **os.environ}, server / "nvflare.log", say)
 
 
-def start_site(
-    kit: str | Path, data: str, state: Path, policy: str | None, say: Callable[[str], None]
-) -> None:
+def start_site(data: str, state: Path, policy: str | None, say: Callable[[str], None]) -> None:
     """Takes part in runs with one site's rows, until it is stopped.
 
     Args:
-        kit: the site's start-up kit.
         data: the site's rows.
-        state: folder for the site's personal state, its logs and NVFlare's files.
+        state: folder with the site's key, and for its personal state, its logs and NVFlare's files.
         policy: file with the site's policy: the limits on what the server may ask.
         say: prints a line for a person.
 
     Raises:
-        FedVLMError: kit, data, policy or state cannot be used; for rows, as ``fedvlm site check``.
+        FedVLMError: data, policy or state cannot be used, or the site is not admitted; for rows, as
+            ``fedvlm site check``.
     """
     read_policy(policy)
     if not Path(data).exists():
         raise FedVLMError(f"--data '{data}': there is no such file or folder")
     state = state.absolute()
-    try:
-        state.mkdir(parents=True, exist_ok=True, mode=0o700)
-    except OSError as error:
-        raise FedVLMError(f"--state '{state}' cannot be used: {error.strerror}") from None
+    joining.joined(state)
     with only_one(state, TAKEN.format(state)):
         workspace = state / "nvflare"
-        name = unpacked(kit, workspace)
-        if warning := check_certificate(workspace / "startup" / "client.crt"):
+        name = joining.equip(state, workspace)
+        certificate = workspace / "startup" / "client.crt"
+        if warning := check_certificate(certificate, joining.RENEWED.format(state)):
             say(warning)
         own = {
             "name": name,
@@ -167,9 +172,9 @@ def _check_first(words: list[str], environment: dict[str, str], say: Callable[[s
         raise FedVLMError(done.stderr[max(0, done.stderr.find(ERROR)) :].removeprefix(ERROR))
 
 
-def systemd_unit(kit: str, data: str, state: str, policy: str | None) -> str:
+def systemd_unit(data: str, state: str, policy: str | None) -> str:
     """Returns the text of ``/etc/systemd/system/fedvlm-site.service``."""
-    words = [sys.executable, "-m", "fedvlm", "site", "start", str(Path(kit).absolute())]
+    words = [sys.executable, "-m", "fedvlm", "site", "start"]
     words += ["--data", str(Path(data).absolute()), "--state", str(Path(state).absolute())]
     words += ["--policy", str(Path(policy).absolute())] if policy else []
     return f"""\

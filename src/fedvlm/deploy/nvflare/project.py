@@ -1,22 +1,22 @@
-"""The files that NVFlare reads: names, certificates, start-up kits and jobs of a federation."""
+"""The files of a federation: the operator's keys and kits, invitations to sites, and jobs."""
 
 from __future__ import annotations
 
 import datetime
 import ipaddress
 import json
-import os
 import shutil
 import subprocess
 import sys
-import zipfile
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
-from pydantic import Field, field_validator
+from cryptography import x509
+from pydantic import Field, field_validator, model_validator
 
 from fedvlm import config as configs
+from fedvlm.deploy import keys
 from fedvlm.deploy.policy import check_name
 from fedvlm.deploy.remote import Limits
 from fedvlm.errors import ConfigError, FedVLMError
@@ -24,11 +24,10 @@ from fedvlm.settings.method import Positive, Section
 from fedvlm.store import files
 
 SOON = datetime.timedelta(days=30)  # a certificate is renewed this long before its end
-RENEWED = (
-    "on the server's machine, 'fedvlm deploy init project.yml' again; then hand out the new kit"
-)
+RENEWED = "run 'fedvlm deploy init project.yml' again, and restart the server"
 ADMIN = "admin@fedvlm.local"
 PROJECT = "project.yml"
+ADMITTED = "admitted.json"
 SERVER_CLASSES = (
     "nvflare.collab.runtime.controller.CollabController",
     "fedvlm.deploy.nvflare.server.Server",
@@ -37,6 +36,10 @@ SITE_CLASSES = (
     "nvflare.collab.runtime.executor.CollabExecutor",
     "fedvlm.deploy.nvflare.client.Client",
 )
+GATE = {"id": "gate", "path": "fedvlm.deploy.nvflare.gate.Gate", "args": {}}
+"""The part of the server's process that lets in admitted keys only. Its list is set at start."""
+REFUSED = "refused a key that is not admitted"
+CLOSED = "closed the connection of a key that is no longer admitted"
 Port = Annotated[int, Field(ge=1, le=65535)]
 
 
@@ -75,6 +78,12 @@ class Project(Section):
             raise ValueError("; ".join(wrong))
         return sites
 
+    @model_validator(mode="after")
+    def _differ(self) -> Project:
+        if self.server.address in self.sites:
+            raise ValueError(f"'{self.server.address}' names the server and a site")
+        return self
+
 
 def _problems(site: str) -> list[str]:
     try:
@@ -94,72 +103,109 @@ def read_project(path: str | Path) -> Project:
 
 
 def provision(project: Project, folder: Path) -> dict[str, Path]:
-    """Writes certificates and kits. Called again, it adds new sites and renews certificates.
+    """Writes the operator's keys and kits, and an invitation for every site.
+
+    Called again, it renews certificates that end soon, invites new sites, and revokes the keys of
+    sites that the project no longer names. No key of a site is made, or has a place, here.
 
     Args:
         project: the description of the federation.
-        folder: gets ``ca``, ``server``, ``admin`` and ``sites/NAME.zip``. ``ca`` has the private
-            keys of all: keep it off every other machine.
+        folder: gets ``ca``, ``server``, ``admin``, ``admitted.json`` and
+            ``sites/NAME.invitation``. ``ca`` has the authority's private key.
 
     Returns:
-        ``server``, ``admin`` or the name of a site -> the path of its kit.
+        ``server``, ``admin`` or the name of a site -> the path of its kit or invitation.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    ca = folder / "ca"
-    ca.mkdir(mode=0o700, exist_ok=True)
-    _forget_ending(ca / project.name / "state" / "cert.json")
-    described = ca / "nvflare.yml"
-    described.write_text(yaml.safe_dump(_nvflare(project), sort_keys=False))
-    command = [
-        sys.executable,
-        "-m",
-        "nvflare.lighter.provision",
-        "-p",
-        described,
-        "-w",
-        ca,
-        "--force",
-    ]
-    done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=120)
-    made = sorted((ca / project.name).glob("prod_*"))
-    if done.returncode or not made:
-        raise FedVLMError(f"certificates could not be made: {(done.stderr or done.stdout)[-2000:]}")
+    made = _made(project, folder / "ca")
     kits: dict[str, Path] = {}
-    for who, source, target in (
-        ("server", project.server.address, folder / "server"),
-        ("admin", ADMIN, folder / "admin"),
-        *((site, site, folder / "sites" / site) for site in project.sites),
-    ):
+    for who, source in (("server", project.server.address), ("admin", ADMIN)):
+        target = kits[who] = folder / who
         for part in ("startup", "local"):
             shutil.rmtree(target / part, ignore_errors=True)
-            shutil.copytree(made[-1] / source / part, target / part)
+            shutil.copytree(made / source / part, target / part)
         for script in (target / "startup").glob("*.sh"):
             script.unlink()  # they would start NVFlare without our settings
         target.chmod(0o700)
-        kits[who] = target
+    shutil.rmtree(made)  # NVFlare's state has what it needs again
+    state_of(folder, project).chmod(0o600)
+    restrict(kits["server"] / "local", SERVER_CLASSES, GATE)
+    root = (kits["server"] / "startup" / "rootCA.pem").read_text()
     for site in project.sites:
-        _restrict(kits[site] / "local", SITE_CLASSES)
-        kits[site] = _zipped(kits[site])
-    _restrict(kits["server"] / "local", SERVER_CLASSES)
-    (folder / PROJECT).write_text(yaml.safe_dump(project.model_dump(), sort_keys=False))
+        invitation = keys.Invitation(
+            site=site,
+            project=project.name,
+            address=project.server.address,
+            port=project.server.port,
+            root=root,
+        )
+        kits[site] = keys.write(folder / "sites" / f"{site}.invitation", invitation)
+    _list(project, folder)
+    files.write_text(folder / PROJECT, yaml.safe_dump(project.model_dump(), sort_keys=False))
     return kits
 
 
-def _forget_ending(path: Path) -> None:
-    """Removes the certificates that end soon, so that NVFlare makes new ones.
+def _made(project: Project, ca: Path) -> Path:
+    """Lets NVFlare make the authority and the kits of server and operator. Returns their folder."""
+    ca.mkdir(mode=0o700, exist_ok=True)
+    _clean(project, ca)
+    described = ca / "nvflare.yml"
+    described.write_text(yaml.safe_dump(_nvflare(project), sort_keys=False))
+    command = [sys.executable, "-m", "nvflare.lighter.provision"]
+    command += ["-p", str(described), "-w", str(ca), "--force"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    made = sorted((ca / project.name).glob("prod_*"))
+    if done.returncode or not made:
+        raise FedVLMError(f"certificates could not be made: {(done.stderr or done.stdout)[-2000:]}")
+    return made[-1]
 
-    NVFlare keeps every certificate that it has made, even an expired one.
 
-    Args:
-        path: NVFlare's file with all certificates. It may not exist yet.
+def state_of(folder: Path, project: Project) -> Path:
+    """Path of NVFlare's file with the authority's key, and the keys of server and operator."""
+    return folder / "ca" / project.name / "state" / "cert.json"
+
+
+def admitted(folder: Path) -> dict[str, Any]:
+    """The keys that the server lets in, by their fingerprints.
+
+    Returns:
+        ``operator``: the name in the operator's certificate. ``admin``: the operator's key.
+        ``sites``: site -> its keys, the newest last. ``revoked``: keys that stay refused.
     """
+    path = folder / ADMITTED
+    empty: dict[str, Any] = {"operator": ADMIN, "admin": "", "sites": {}, "revoked": []}
+    return empty | json.loads(path.read_text()) if path.exists() else empty
+
+
+def _list(project: Project, folder: Path) -> None:
+    """Writes the operator's key to the list, and revokes sites that have left the project."""
+    kept = admitted(folder)
+    for site in [site for site in kept["sites"] if site not in project.sites]:
+        kept["revoked"] += kept["sites"].pop(site)
+    mine = (folder / "admin" / "startup" / "client.crt").read_bytes()
+    kept["admin"] = keys.fingerprint(keys.certificate(mine, "the operator's certificate"))
+    files.write_text(folder / ADMITTED, json.dumps(kept, indent=2) + "\n")
+
+
+def _clean(project: Project, ca: Path) -> None:
+    """Removes certificates that end soon, so that NVFlare makes new ones, and keys of sites.
+
+    NVFlare keeps every certificate that it has made, even an expired one. Version 0.1 made the
+    sites' keys here.
+    """
+    for old in (ca / project.name).glob("prod_*"):
+        shutil.rmtree(old)
+    for kit in (ca.parent / "sites").glob("*.zip"):
+        kit.unlink()
+    path = state_of(ca.parent, project)
     if not path.exists():
         return
     tree = json.loads(path.read_text())
+    own = (project.server.address, ADMIN)
     kept = {
         who: made
         for who, made in tree.items()
-        if not (isinstance(made, dict) and _left(made["cert"].encode())[1] < SOON)
+        if not isinstance(made, dict) or (who in own and _left(made["cert"].encode())[1] >= SOON)
     }
     if kept != tree:
         files.write_text(path, json.dumps(kept))
@@ -173,13 +219,12 @@ def _nvflare(project: Project) -> dict[str, Any]:
         "fed_learn_port": project.server.port,
         "admin_port": project.server.admin_port,
     }
-    sites = [{"name": site, "type": "client", "org": "fedvlm"} for site in project.sites]
     admin = {"name": ADMIN, "type": "admin", "org": "fedvlm", "role": "project_admin"}
     implementations = "nvflare.lighter.impl"
     return {
         "api_version": 3,
         "name": project.name,
-        "participants": [server, *sites, admin],
+        "participants": [server, admin],
         "builders": [
             {
                 "path": f"{implementations}.workspace.WorkspaceBuilder",
@@ -198,13 +243,19 @@ def _nvflare(project: Project) -> dict[str, Any]:
     }
 
 
-def _restrict(local: Path, classes: tuple[str, ...]) -> None:
-    """Allows our jobs only: a job carries no code and creates no classes but ``classes``."""
+def restrict(local: Path, classes: tuple[str, ...], *more: dict[str, Any]) -> None:
+    """Allows our jobs only: a job carries no code and creates no classes but ``classes``.
+
+    Args:
+        local: the folder ``local`` of a kit, with NVFlare's default files.
+        classes: what a job may create.
+        more: further components of the process itself.
+    """
     tree = json.loads((local / "resources.json.default").read_text())
     tree["class_list_enforcement_mode"] = "enforce"
     tree["class_allow_list"] = list(classes)
     unwanted = ("log_receiver", "site_log_streamer")
-    tree["components"] = [c for c in tree["components"] if c["id"] not in unwanted]
+    tree["components"] = [c for c in tree["components"] if c["id"] not in unwanted] + list(more)
     tree.pop("allow_log_streaming", None)
     (local / "resources.json").write_text(json.dumps(tree, indent=2))
     rights = ("submit_job", "manage_job", "view", "operate")
@@ -217,60 +268,26 @@ def _restrict(local: Path, classes: tuple[str, ...]) -> None:
             unused.unlink()
 
 
-def _zipped(kit: Path) -> Path:
-    """Packs a kit into one file that only its owner may read, and removes the kit's folder."""
-    path = kit.with_suffix(".zip")
-    path.unlink(missing_ok=True)
-    handle = os.open(path, os.O_CREAT | os.O_WRONLY | os.O_EXCL, 0o600)
-    with os.fdopen(handle, "wb") as file, zipfile.ZipFile(file, "w") as archive:
-        archive.writestr("fedvlm.json", json.dumps({"site": kit.name}))
-        for entry in sorted(kit.rglob("*")):
-            if entry.is_file():
-                archive.write(entry, entry.relative_to(kit))
-    shutil.rmtree(kit)
-    return path
-
-
-def unpacked(kit: str | Path, workspace: Path) -> str:
-    """Unpacks a site's kit where NVFlare's client looks for it. Returns the site's name.
-
-    Raises:
-        FedVLMError: the file is no kit.
-    """
-    try:
-        with zipfile.ZipFile(kit) as archive:
-            name = json.loads(archive.read("fedvlm.json"))["site"]
-            for part in ("startup", "local"):
-                shutil.rmtree(workspace / part, ignore_errors=True)
-            workspace.mkdir(parents=True, exist_ok=True, mode=0o700)
-            archive.extractall(workspace)
-    except (OSError, zipfile.BadZipFile, KeyError, ValueError) as error:
-        raise FedVLMError(
-            f"'{kit}' is no start-up kit of a site, such as sites/north.zip that 'fedvlm deploy "
-            f"init' writes: {error}"
-        ) from None
-    workspace.chmod(0o700)
-    return check_name(name)
-
-
-def check_certificate(path: Path) -> str:
+def check_certificate(path: Path, remedy: str = RENEWED) -> str:
     """Returns a warning if a certificate ends soon, else an empty text.
+
+    Args:
+        path: the certificate.
+        remedy: what a person should do.
 
     Raises:
         FedVLMError: the certificate has expired.
     """
     end, left = _left(path.read_bytes())
     if left < datetime.timedelta():
-        raise FedVLMError(f"the certificate '{path}' ended on {end}: {RENEWED}")
-    return f"the certificate ends on {end}; {RENEWED}" if left < SOON else ""
+        raise FedVLMError(f"the certificate '{path}' ended on {end}: {remedy}")
+    return f"the certificate ends on {end}; {remedy}" if left < SOON else ""
 
 
 def _left(certificate: bytes) -> tuple[str, datetime.timedelta]:
     """The day on which a certificate ends, and the time until then."""
-    from cryptography import x509
-
-    end = x509.load_pem_x509_certificate(certificate).not_valid_after_utc
-    return f"{end:%Y-%m-%d}", end - datetime.datetime.now(datetime.UTC)
+    found = x509.load_pem_x509_certificate(certificate)
+    return f"{found.not_valid_after_utc:%Y-%m-%d}", keys.left(found)
 
 
 def write_job(folder: Path, job: Path, sites: list[str], limits: Limits) -> Path:
