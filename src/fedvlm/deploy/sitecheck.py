@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 
 from fedvlm import config as configs
 from fedvlm.data.sources import load_rows
-from fedvlm.deploy.policy import Allowed, Policy, read_policy, weights_digest
+from fedvlm.deploy.policy import Allowed, Policy, read_policy
 from fedvlm.errors import ConfigError, FedVLMError, brief, shown
+from fedvlm.models.pin import pin
 from fedvlm.rounds import prepare as preparing
 from fedvlm.rounds.progress import Quiet
 from fedvlm.settings.sections import Config
@@ -166,7 +167,7 @@ def _model(report: Report, name: str, allowed: Allowed) -> None:
             )
         return
     try:
-        found = weights_digest(allowed.path)
+        found = pin(allowed.path).digest
     except FedVLMError as error:
         report.problems.append(f"model {shown(name)}: {error}")
         return
