@@ -257,6 +257,14 @@ def line(event: dict[str, Any]) -> str:
         return f"  {name}: FAILED in round {event['round']}: {event['why']}"
     if kind == "rejected":
         return f"  {name}: REJECTED in round {event['round']}: {event['why']}"
+    if kind == "bounded":
+        return (
+            f"  {name}: round {event['round']}, change shrunk from norm {event['norm']:.4g} to "
+            f"{event['bound']:.4g} (aggregate.bound)"
+        )
+    if kind == "capped":
+        why = "rows of project.yml" if event["registered"] else "max_weight of project.yml"
+        return f"  {name}: counts as {event['weight']:g} rows, not {event['claimed']:g} ({why})"
     if kind == "benched":
         return f"  {name}: left out of round {event['round']} because it failed before"
     if kind == "round" and not event["round"]:

@@ -139,4 +139,6 @@ def describe(line: dict[str, Any], config: Config) -> str:
         parts[-1] += f" {METRICS[metric].head}" + ("" if number else ", before any training")
     if rejected := line.get("rejected"):
         parts.append(f"rejected: {', '.join(rejected)}")
+    if bounded := line.get("bounded"):
+        parts.append(f"shrunk: {', '.join(bounded)}")
     return f"{head}  " + ", ".join(parts)

@@ -5,13 +5,12 @@ A message about a limit goes to the server. It names the limit and never a numbe
 
 from __future__ import annotations
 
-import hashlib
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedvlm.deploy import digests
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import METRICS, rounded
 from fedvlm.settings.sections import Config
@@ -30,9 +29,7 @@ class Refused(FedVLMError):
 
 def digest_of(config: Config) -> str:
     """The digest of a run's configuration as the server sends it, without what no site uses."""
-    tree = {name: part for name, part in config.model_dump().items() if name not in OWN}
-    text = json.dumps(tree, sort_keys=True, separators=(",", ":"))
-    return hashlib.sha256(text.encode()).hexdigest()
+    return digests.digest_of({n: part for n, part in config.model_dump().items() if n not in OWN})
 
 
 def exceeded(policy: Policy, config: Config) -> list[str]:

@@ -22,13 +22,14 @@ from typing import Any
 
 from fedvlm.algorithms.base import Algorithm
 from fedvlm.algorithms.table import of_run
+from fedvlm.deploy.weights import Limits as Limits
+from fedvlm.deploy.weights import described, weighed
 from fedvlm.engines.base import Answer, Models, Scores
 from fedvlm.engines.compress import compression
 from fedvlm.engines.stages import Stage
 from fedvlm.engines.wire import Reply, Task
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import measured
-from fedvlm.settings.method import Positive, Section
 from fedvlm.settings.sections import Config
 from fedvlm.store.files import save_tree
 from fedvlm.tree import Tree, digest, read
@@ -59,18 +60,6 @@ class Gone(Unanswered):
     """A site cannot be reached: its machine or the network may be down."""
 
 
-class Limits(Section):
-    """The limits of the server: numbers of sites, seconds, and bytes of a message."""
-
-    min_sites: Positive = 1
-    at_once: Positive = 16
-    held: Positive = 4
-    open_s: Positive = 900
-    train_s: Positive = 3600
-    score_s: Positive = 1800
-    max_bytes: Positive = 2**30
-
-
 @dataclass
 class Bench:
     """The failures of a site in a row, and the round from which the server asks it again."""
@@ -89,8 +78,9 @@ class Remote:
         tell: called with every event at the sites.
 
     Attributes:
-        weights: client -> the number of its training rows. If any site does not report its rows,
-            all weights are 1.
+        claimed: client -> the number of its training rows, as it reports. If any site does not
+            report its rows, all numbers are 1.
+        weights: client -> its weight in a mean: its claim, within the server's limits.
         rows: client -> its numbers of train, val and test rows, for sites that report them.
     """
 
@@ -106,6 +96,7 @@ class Remote:
         self.adapter: Tree = {}
         self.algorithm: Algorithm
         self.stages: tuple[Stage, ...] = ()
+        self.claimed: dict[str, float] = {}
         self.weights: dict[str, float] = {}
         self.rows: dict[str, dict[str, int]] = {}
         self._peft: dict[str, Any] = {}
@@ -119,7 +110,7 @@ class Remote:
         Args:
             run: the name of the run's state at the sites.
             config: the run's settings.
-            known: for a resumed run: client -> weight.
+            known: for a resumed run: client -> the number of rows that it claimed.
 
         Raises:
             FedVLMError: too few sites can take part, or the sites have changed.
@@ -129,7 +120,11 @@ class Remote:
         self.stages = compression(config.wire)
         self._measured = measured(config.objective.name)
         found: dict[str, dict[str, Any]] = {}
-        opened = self._each(self.sites, lambda s: (asked, b"", self.limits.open_s), _described)
+        opened = self._each(
+            self.sites,
+            lambda s: (asked, b"", self.limits.open_s),
+            lambda s, about, *_: described(about),
+        )
         for site, outcome in opened:
             if not isinstance(outcome, Unanswered):
                 found[site] = outcome
@@ -138,14 +133,15 @@ class Remote:
         self._agree(found)
         self.rows = {s: about["rows"] for s, about in found.items() if "rows" in about}
         told = len(self.rows) == len(found)
-        weights = {s: float(self.rows[s]["train"]) if told else 1.0 for s in found}
-        self.weights = weights if known is None else dict(known)
-        changed = sorted(s for s, w in weights.items() if self.weights.get(s) != w)
+        claims = {s: float(self.rows[s]["train"]) if told else 1.0 for s in found}
+        self.claimed = claims if known is None else dict(known)
+        changed = sorted(s for s, n in claims.items() if self.claimed.get(s) != n)
         if changed:
             raise FedVLMError(
                 f"the rows of {', '.join(changed)} have changed since the run began: restore them, "
                 "or start a new run"
             )
+        self.weights = weighed(self.claimed, self.limits, self._tell)
         self.sites = tuple(self.weights)
         self._bench = {site: self._bench.get(site, Bench()) for site in self.sites}
 
@@ -357,19 +353,6 @@ def as_sent(config: Config) -> dict[str, Any]:
     tree = config.model_dump()
     tree["output"], tree["data"]["path"] = "here", None
     return tree
-
-
-def _described(site: str, about: dict[str, Any], blob: bytes, seconds: float) -> dict[str, Any]:
-    """The checked report of a site that has opened a run; other keys are dropped."""
-    adapter, rows = about["adapter"], about.get("rows")
-    if not isinstance(adapter, str):
-        raise Unanswered("it does not report its initial adapter")
-    if rows is None:
-        return {"adapter": adapter}
-    counts = {split: rows[split] for split in ("train", "val", "test")}
-    if not all(type(n) is int and 0 <= n < 2**53 for n in counts.values()) or not counts["train"]:
-        raise Unanswered(f"its numbers of rows are {counts}"[:500])
-    return {"adapter": adapter, "rows": counts}
 
 
 def _uncounted(error: Exception) -> Unanswered:

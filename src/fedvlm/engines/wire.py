@@ -163,11 +163,11 @@ class Forms:
     def _too_far(self, down: Tree, upload: Tree) -> str:
         if self.max_norm is None or not upload:
             return ""
-        norm = _norm(change(down, upload))
-        if norm <= self.max_norm:
+        found = norm(change(down, upload))
+        if found <= self.max_norm:
             return ""
         most = f"wire.max_norm={self.max_norm:g}"
-        return f"differs from the download by a norm of {norm:.4g}, above {most}"
+        return f"differs from the download by a norm of {found:.4g}, above {most}"
 
 
 def _unlike(tree: Tree, form: Tree) -> str:
@@ -198,13 +198,13 @@ def _miscounted(visit: Visit, weight: float) -> str:
 
 
 def _infinite(tree: Tree) -> str:
-    if math.isfinite(_norm(tree)):
+    if math.isfinite(norm(tree)):
         return ""
     name = next((n for n, t in tree.items() if not t.isfinite().all()), "")
     return f"has values in '{name}' that are not finite" if name else "is too large for its norm"
 
 
-def _norm(tree: Tree) -> float:
+def norm(tree: Tree) -> float:
     """The norm of all real numbers of the tree together."""
     import torch
 

@@ -15,6 +15,7 @@ from fedvlm.engines.base import Engine, Models, Scores
 from fedvlm.engines.group import Group, joined
 from fedvlm.engines.wire import Forms, Task
 from fedvlm.errors import ConfigError, FedVLMError, shown
+from fedvlm.rounds import robust
 from fedvlm.rounds.fold import Fold
 from fedvlm.rounds.located import check_apart, located
 from fedvlm.rounds.pictures import draw_curves, draw_partition
@@ -29,6 +30,7 @@ from fedvlm.rounds.results import (
     write_results,
 )
 from fedvlm.rounds.schedule import Round, plan
+from fedvlm.settings.aggregate import AggregateConfig
 from fedvlm.settings.sections import Config
 from fedvlm.store import run as stores
 from fedvlm.tree import Tree, digest, saved_bytes
@@ -80,6 +82,7 @@ def run(
             return _follow(settings, group, algorithm)
         with progress.started(given):
             engine, partition, store, described = _prepare_all(settings, group, progress, algorithm)
+            robust.check(settings, engine.algorithm, len(partition.clients))
             progress.partitioned(partition)
             with store.locked():
                 begin(settings, store, described, resume)
@@ -270,6 +273,7 @@ def drive(
         progress: gets the run's events.
     """
     algorithm, names = engine.algorithm, tuple(weights)
+    robust.check(config, algorithm, len(names))
     clients = scored(config, names)
     forms = Forms(algorithm, engine.adapter, engine.stages, config.wire.max_norm)
     if store.finished() is None:
@@ -286,7 +290,9 @@ def drive(
         if round_.number > done:
             began = time.perf_counter()
             rated = clients if round_.evaluate else ()
-            state, line = one_round(round_, engine, weights, state, rated, progress, forms)
+            state, line = one_round(
+                round_, engine, weights, state, rated, progress, forms, config.aggregate
+            )
             seconds = time.perf_counter() - began
             store.commit(round_.number, state, line, {"round": round_.number, "seconds": seconds})
             progress.round(line, seconds)
@@ -304,6 +310,7 @@ def one_round(
     clients: Sequence[str],
     progress: Progress,
     forms: Forms,
+    aggregate: AggregateConfig | None = None,
 ) -> tuple[State, dict[str, Any]]:
     """One round: downloads, local training, aggregation, and the scores of ``clients``.
 
@@ -313,7 +320,7 @@ def one_round(
     rated, visits = frozenset(clients), round_.visits(weights)
     down = {c: engine.algorithm.send(state, visit) for c, visit in visits.items()}
     tasks = [Task(visit, down[c], c in rated) for c, visit in visits.items()]
-    fold = Fold(visits, down, forms)
+    fold = Fold(visits, down, forms, aggregate)
 
     def ends() -> Iterator[tuple[Visit, Tree]]:
         for reply in engine.train(tasks):
@@ -334,7 +341,9 @@ def one_round(
         "steps": fold.steps,
         "passes": fold.passes,
         "evaluation": None,
-    } | ({"rejected": fold.rejected} if fold.rejected else {})
+    }
+    line |= {"rejected": fold.rejected} if fold.rejected else {}
+    line |= {"bounded": fold.bounded} if fold.bounded else {}
     answered = fold.losses.keys() | fold.rejected.keys()
     if missing := [c for c in round_.cohort if c not in answered]:
         line["missing"] = missing

@@ -10,6 +10,8 @@ from typing import Any
 from fedvlm.algorithms.base import Averaged, Gathered, State, Upload, Visit
 from fedvlm.engines.wire import Forms, Reply
 from fedvlm.errors import FedVLMError
+from fedvlm.rounds.robust import NormBound, Trimmed
+from fedvlm.settings.aggregate import AggregateConfig
 from fedvlm.tree import Mean, Tree, saved_bytes
 
 
@@ -20,6 +22,7 @@ class Fold:
         known: client -> its visit, as registered.
         downs: client -> its download.
         forms: checks the messages.
+        settings: how uploads become one result; None: the defaults.
 
     Attributes:
         losses: client -> its training loss, for accepted uploads.
@@ -27,9 +30,17 @@ class Fold:
         bytes_up: client -> bytes of its message.
         steps: client -> optimizer steps, of the clients whose engine counts them.
         passes: client -> forward passes in rows, of the same clients.
+        bounded: client -> the norm of its change and the bound to which the change was shrunk, for
+            uploads that were shrunk.
     """
 
-    def __init__(self, known: Mapping[str, Visit], downs: Mapping[str, Tree], forms: Forms):
+    def __init__(
+        self,
+        known: Mapping[str, Visit],
+        downs: Mapping[str, Tree],
+        forms: Forms,
+        settings: AggregateConfig | None = None,
+    ):
         self.known, self.downs, self.forms = known, downs, forms
         self.server = forms.algorithm.server
         self.losses: dict[str, float] = {}
@@ -37,7 +48,11 @@ class Fold:
         self.bytes_up: dict[str, int] = {}
         self.steps: dict[str, int] = {}
         self.passes: dict[str, int] = {}
-        self._mean, self._uploads = Mean(), list[Upload]()
+        settings = settings or AggregateConfig()
+        self._bound = NormBound(settings.bound, downs) if settings.kind == "norm" else None
+        self.bounded = self._bound.bounded if self._bound else {}
+        self._mean = Trimmed(settings.trim) if settings.kind == "trimmed" else Mean()
+        self._uploads: list[Upload] = []
 
     def add(self, reply: Reply) -> bool:
         """Adds the reply of a client; returns whether the upload is accepted."""
@@ -52,17 +67,19 @@ class Fold:
             self.rejected[client] = f"the loss of client '{client}' is {reply.loss}"
             return False
         if upload:
-            self._take(upload, replace(visit, weight=reply.weight))
+            one = Upload(replace(visit, weight=reply.weight), upload)
+            for ready in self._bound.add(one) if self._bound else [one]:
+                self._take(ready)
         self.losses[client] = reply.loss
         if reply.passes or reply.steps:
             self.steps[client], self.passes[client] = reply.steps, reply.passes
         return True
 
-    def _take(self, upload: Tree, visit: Visit) -> None:
+    def _take(self, upload: Upload) -> None:
         if isinstance(self.server, Averaged):
-            self._mean.add(*self.server.lift(upload, visit))
+            self._mean.add(*self.server.lift(upload.tree, upload.visit))
         else:
-            self._uploads.append(Upload(visit, upload))
+            self._uploads.append(upload)
 
     def update(self, state: State, round_: int) -> State:
         """The state after the round.
@@ -75,6 +92,8 @@ class Fold:
             raise FedVLMError(
                 f"all {len(self.rejected)} uploads of this round were rejected:\n{told}"
             )
+        for upload in self._bound.rest() if self._bound else ():
+            self._take(upload)
         if isinstance(self.server, Gathered):
             changes = self.server.update(state, self._uploads, round_) if self._uploads else {}
         else:

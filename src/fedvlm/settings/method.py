@@ -14,6 +14,7 @@ LARGEST = 2**53  # of whole numbers: larger ones are no exact floats, and no len
 Positive = Annotated[int, Field(ge=1, le=LARGEST)]
 Whole = Annotated[int, Field(ge=0, le=LARGEST)]
 Filled = Annotated[str, Field(min_length=1)]
+Ratio = Annotated[float, Field(ge=1)]
 Fraction = Annotated[float, Field(ge=0.0, le=1.0)]
 Factors = Literal["A", "B", "AB", "none"]
 

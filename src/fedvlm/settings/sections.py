@@ -12,6 +12,7 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, SerializeAsAny, field_validator, model_validator
 
 from fedvlm.errors import shown
+from fedvlm.settings.aggregate import AggregateConfig
 from fedvlm.settings.method import AlgorithmConfig as AlgorithmConfig
 from fedvlm.settings.method import Filled, Fraction, Positive, Section, Whole
 from fedvlm.settings.method import LoraConfig as LoraConfig
@@ -300,6 +301,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
     wire: WireConfig = WireConfig()
+    aggregate: AggregateConfig = AggregateConfig()
     eval: EvalConfig = EvalConfig()
     engine: EngineConfig = EngineConfig()
 

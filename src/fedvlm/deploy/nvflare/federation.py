@@ -140,7 +140,8 @@ class Federation:
         Raises:
             FedVLMError: the run cannot begin, or cannot continue.
         """
-        limits = limits or Limits()
+        known = {"rows": self.project.rows, "max_weight": self.project.max_weight}
+        limits = (limits or Limits()).model_copy(update=known)
         config = config.model_copy(update={"output": str(Path(config.output).absolute())})
         check(config, resume)
         if stores.is_done(config.output):

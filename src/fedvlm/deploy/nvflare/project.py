@@ -20,7 +20,7 @@ from fedvlm.deploy import keys
 from fedvlm.deploy.policy import check_name
 from fedvlm.deploy.remote import Limits
 from fedvlm.errors import ConfigError, FedVLMError
-from fedvlm.settings.method import Positive, Section
+from fedvlm.settings.method import Positive, Ratio, Section
 from fedvlm.store import files
 
 SOON = datetime.timedelta(days=30)  # a certificate is renewed this long before its end
@@ -67,6 +67,10 @@ class Project(Section):
     server: Server
     sites: list[str] = Field(min_length=1)
     days: Positive = Field(360, description="how long the certificate authority is valid")
+    rows: dict[str, Positive] = Field({}, description="site -> its most training rows in a mean")
+    max_weight: Ratio = Field(
+        2.0, description="most weight of a site without an entry in rows, in medians of the sites"
+    )
 
     @field_validator("sites")
     @classmethod
@@ -83,6 +87,14 @@ class Project(Section):
         if self.server.address in self.sites:
             raise ValueError(f"'{self.server.address}' names the server and a site")
         return self
+
+    @field_validator("rows")
+    @classmethod
+    def _are_sites(cls, rows: dict[str, int], info: Any) -> dict[str, int]:
+        unknown = sorted(rows.keys() - {*info.data.get("sites", rows)})
+        if unknown:
+            raise ValueError(f"'{unknown[0]}' is no site of this project: add it to sites")
+        return rows
 
 
 def _problems(site: str) -> list[str]:

@@ -148,7 +148,7 @@ def perform(
     with store.locked(PATIENCE):
         if job["resume"]:
             known = json.loads((store.folder / SITES).read_text())
-            engine.open(known["run"], config, known=known["weights"])
+            engine.open(known["run"], config, known=known["claimed"])
             if digest(engine.adapter) != known["adapter"]:
                 raise FedVLMError(
                     "the initial adapter of the sites is not the one that the run began with: the "
@@ -158,7 +158,8 @@ def perform(
         else:
             run = job["run"]
             engine.open(run, config)
-            about = {"run": run, "weights": engine.weights, "rows": engine.rows}
+            about = {"run": run, "claimed": engine.claimed, "rows": engine.rows}
+            about["weights"] = engine.weights
             text = json.dumps(about | {"adapter": digest(engine.adapter)}, indent=2) + "\n"
             federate.begin(config, store, {SITES: text}, resume=False)
         settle()
@@ -191,6 +192,8 @@ class Told(Progress):
     def round(self, line: dict[str, Any], seconds: float) -> None:
         for site, why in line.get("rejected", {}).items():
             self.tell({"event": "rejected", "site": site, "round": line["round"], "why": why})
+        for site, how in line.get("bounded", {}).items():
+            self.tell({"event": "bounded", "site": site, "round": line["round"], **how})
         self.tell({"event": "round", "round": line["round"], "seconds": seconds})
         if self.renew.exists():
             raise Renewed
