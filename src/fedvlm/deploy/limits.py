@@ -8,16 +8,18 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
+
+from pydantic import Field
 
 from fedvlm.deploy import digests
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import METRICS, rounded
+from fedvlm.settings.method import Positive, Section
 from fedvlm.settings.sections import Config
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Split
-    from fedvlm.deploy.policy import Policy
 
 OWN = ("output", "data", "partition")
 """Sections of a run's configuration from which a site takes nothing."""
@@ -27,16 +29,46 @@ class Refused(FedVLMError):
     """A site refuses a request; the server gets the message."""
 
 
+class Budgets(Section):
+    """The numbers in a site's policy; see :class:`fedvlm.deploy.policy.Policy`."""
+
+    train_rows: Positive = Field(
+        20, description="fewest rows to train on, at the site and in one round (batch size x steps)"
+    )
+    scored_rows: Positive = Field(
+        10, description="fewest rows that a score is a mean of; a multiple of it is scored"
+    )
+    scores: Positive = Field(100, description="most scorings of a run")
+    score_step: Annotated[float, Field(ge=0, le=1)] = Field(
+        0.01, description="step to which scores and losses are rounded; 0: not rounded"
+    )
+    tell_rows: bool = Field(True, description="whether the server learns the number of rows")
+    rounds: Positive | None = Field(
+        1000, description="most rounds of a run; empty: any number, as with the next six"
+    )
+    steps: Positive | None = Field(100_000, description="most optimizer steps of a run")
+    batch: Positive | None = Field(256, description="most rows of a batch, trained or scored")
+    rank: Positive | None = Field(256, description="largest rank, spare ranks included")
+    new_tokens: Positive | None = Field(512, description="most new tokens of an answer")
+    bytes_per_round: Positive | None = Field(
+        2**30, description="most bytes of one message up or down"
+    )
+    disk: Positive | None = Field(20 * 2**30, description="most bytes of a run's folder")
+    runs: Positive | None = Field(100, description="most runs kept at the site; empty: any number")
+
+
 def digest_of(config: Config) -> str:
     """The digest of a run's configuration as the server sends it, without what no site uses."""
-    return digests.digest_of({n: part for n, part in config.model_dump().items() if n not in OWN})
+    tree = {name: part for name, part in config.model_dump().items() if name not in OWN}
+    tree["engine"] = config.engine.name  # a site takes no other setting of the engine
+    return digests.digest_of(tree)
 
 
-def exceeded(policy: Policy, config: Config) -> list[str]:
+def exceeded(policy: Budgets, config: Config) -> list[str]:
     """The parts of a run that a site's numbers do not allow, as far as settings show them.
 
     Args:
-        policy: the policy of the site.
+        policy: the numbers in the policy of the site.
         config: the run's settings as they hold at the site.
     """
     train, scored = config.train, config.eval
@@ -90,7 +122,7 @@ def scorings(config: Config) -> int:
     return 2 + count * (3 if every == 1 else 4)
 
 
-def admitted(policy: Policy, config: Config, split: Split) -> Split:
+def admitted(policy: Budgets, config: Config, split: Split) -> Split:
     """The rows of a site that a run may use.
 
     The number of scored rows is a multiple of the minimum. So the rows that are scored in one run
@@ -98,7 +130,7 @@ def admitted(policy: Policy, config: Config, split: Split) -> Split:
     part: an algorithm that asks for their scores gets none.
 
     Args:
-        policy: the policy of the site.
+        policy: the numbers in the policy of the site.
         config: the run's settings as they hold at the site.
         split: all rows of the site.
 
@@ -122,7 +154,7 @@ def admitted(policy: Policy, config: Config, split: Split) -> Split:
     return replace(replace(split, val=val), **{part: held[:count]})
 
 
-def told(policy: Policy, scores: Mapping[str, Any]) -> dict[str, Any]:
+def told(policy: Budgets, scores: Mapping[str, Any]) -> dict[str, Any]:
     """A site's scores as the server gets them: rounded, and without the number of rows if secret.
 
     Where the number of rows is secret, a share is rounded to a multiple of 1 / ``scored_rows``.
@@ -141,7 +173,7 @@ def told(policy: Policy, scores: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def check_bytes(policy: Policy, size: int, way: str) -> None:
+def check_bytes(policy: Budgets, size: int, way: str) -> None:
     """Refuses a message that is too large; ``way`` is up or down."""
     if policy.bytes_per_round is not None and size > policy.bytes_per_round:
         raise Refused(
@@ -150,11 +182,11 @@ def check_bytes(policy: Policy, size: int, way: str) -> None:
         )
 
 
-def check_disk(policy: Policy, folder: Path, more: int = 0) -> None:
+def check_disk(policy: Budgets, folder: Path, more: int = 0) -> None:
     """Refuses work whose result would make a run's folder larger than allowed.
 
     Args:
-        policy: the policy of the site.
+        policy: the numbers in the policy of the site.
         folder: the folder of the run.
         more: bytes that are about to be written.
     """
@@ -168,11 +200,11 @@ def check_disk(policy: Policy, folder: Path, more: int = 0) -> None:
         )
 
 
-def check_runs(policy: Policy, folder: Path) -> None:
+def check_runs(policy: Budgets, folder: Path) -> None:
     """Refuses a new run at a site that keeps as many runs as it may.
 
     Args:
-        policy: the policy of the site.
+        policy: the numbers in the policy of the site.
         folder: the folder of the run, beside the folders of other runs.
     """
     if policy.runs is None or folder.exists():

@@ -6,7 +6,7 @@ import json
 import logging
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field, field_validator
 
@@ -16,7 +16,7 @@ from fedvlm.deploy import limits
 from fedvlm.deploy.limits import Refused as Refused
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.models.pin import allow
-from fedvlm.settings.method import Positive, Section
+from fedvlm.settings.method import Section
 from fedvlm.settings.sections import Config, EvalConfig
 
 logger = logging.getLogger("fedvlm")
@@ -37,7 +37,7 @@ class Allowed(Section):
     )
 
 
-class Policy(Section):
+class Policy(limits.Budgets):
     """The site's file: what the server may ask of this site. A missing setting has its default."""
 
     models: dict[str, Allowed] = Field(
@@ -47,30 +47,7 @@ class Policy(Section):
     algorithms: list[str] | None = Field(
         None, description="names of allowed algorithms; empty: all"
     )
-    train_rows: Positive = Field(
-        20, description="fewest rows to train on, at the site and in one round (batch size x steps)"
-    )
-    scored_rows: Positive = Field(
-        10, description="fewest rows that a score is a mean of; a multiple of it is scored"
-    )
-    scores: Positive = Field(100, description="most scorings of a run")
-    score_step: Annotated[float, Field(ge=0, le=1)] = Field(
-        0.01, description="step to which scores and losses are rounded; 0: not rounded"
-    )
-    tell_rows: bool = Field(True, description="whether the server learns the number of rows")
     dp_required: bool = Field(False, description="refuse runs without differential privacy")
-    rounds: Positive | None = Field(
-        1000, description="most rounds of a run; empty: any number, as with the next six"
-    )
-    steps: Positive | None = Field(100_000, description="most optimizer steps of a run")
-    batch: Positive | None = Field(256, description="most rows of a batch, trained or scored")
-    rank: Positive | None = Field(256, description="largest rank, spare ranks included")
-    new_tokens: Positive | None = Field(512, description="most new tokens of an answer")
-    bytes_per_round: Positive | None = Field(
-        2**30, description="most bytes of one message up or down"
-    )
-    disk: Positive | None = Field(20 * 2**30, description="most bytes of a run's folder")
-    runs: Positive | None = Field(100, description="most runs kept at the site; empty: any number")
     approval: bool = Field(False, description="a person accepts each run: fedvlm site requests")
     set: dict[str, Any] = Field(
         {},

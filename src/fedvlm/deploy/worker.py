@@ -118,9 +118,14 @@ class Worker:
             admit(self.own, policy, run, asked, config)
             folder = Path(self.own["state"]) / "runs" / run
             limits.check_runs(policy, folder)
-            self._lock = Store(folder).locked(LOCKED)  # an earlier worker may be ending
-            self._lock.__enter__()
-            self.site = Site(self.own["name"], config, self.own["data"], folder, policy)
+            lock = Store(folder).locked(LOCKED)  # an earlier worker may be ending
+            lock.__enter__()
+            try:
+                self.site = Site(self.own["name"], config, self.own["data"], folder, policy)
+            except BaseException:
+                lock.__exit__(None, None, None)
+                raise
+            self._lock = lock
             self.run = run
             logger.info(
                 "run %s: %s, %d rounds, model %s; %s rows",
