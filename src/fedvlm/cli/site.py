@@ -7,6 +7,7 @@ from typing import Annotated
 
 import typer
 
+from fedvlm.cli import sitefiles
 from fedvlm.cli.options import needs_nvflare
 
 site = typer.Typer(no_args_is_help=True, help="Take part in runs with one site's rows.")
@@ -37,3 +38,7 @@ def start(
         typer.echo(systemd_unit(kit, data, state, policy), nl=False)
         return
     start_site(kit, data, Path(state), policy, typer.echo)
+
+
+site.command()(sitefiles.erase)
+site.command()(sitefiles.digest)

@@ -24,6 +24,7 @@ from fedvlm.deploy.nvflare.project import (
     unpacked,
 )
 from fedvlm.deploy.policy import read_policy
+from fedvlm.deploy.statefolder import private
 from fedvlm.errors import FedVLMError
 from fedvlm.store.files import only_one
 
@@ -106,6 +107,7 @@ def start_site(
         state.mkdir(parents=True, exist_ok=True, mode=0o700)
     except OSError as error:
         raise FedVLMError(f"--state '{state}' cannot be used: {error.strerror}") from None
+    caches = private(state)  # before anything is written there
     with only_one(state, TAKEN.format(state)):
         workspace = state / "nvflare"
         name = unpacked(kit, workspace)
@@ -118,7 +120,7 @@ def start_site(
             "policy": str(Path(policy).absolute()) if policy else None,
             "log": str(state / LOG),
         }
-        environment = {**os.environ, SITE: json.dumps(own)}
+        environment = {**os.environ, **caches, SITE: json.dumps(own)}
         command = _command("client.client_train", workspace, "fed_client.json", f"uid={name}")
         target = json.loads((workspace / "startup" / "fed_client.json").read_text())
         say(f"site '{name}', connecting to {target['servers'][0]['service']['target']}")
@@ -142,6 +144,7 @@ ExecStart={" ".join(words)}
 Restart=always
 RestartSec=10
 KillMode=control-group
+UMask=0077
 
 [Install]
 WantedBy=multi-user.target
