@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedvlm.cli import approvals
+from fedvlm.cli import approvals, sitefiles
 from fedvlm.cli.options import needs_nvflare
 from fedvlm.errors import visible
 
@@ -131,3 +131,7 @@ def _tell_request(path: Path, state: str) -> None:
     fingerprint(state)
     typer.echo(f"send {path} to the operator, and compare both fingerprints by telephone")
     typer.echo(f"then: fedvlm site join NAME.admission --state {state}")
+
+
+site.command()(sitefiles.erase)
+site.command()(sitefiles.digest)

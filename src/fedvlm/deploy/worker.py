@@ -223,7 +223,10 @@ def main() -> None:
     import json
 
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    from fedvlm.deploy.statefolder import private
+
     own = json.loads(sys.argv[2])
+    os.environ.update(private(own["state"]))  # before a library reads them
     log_to(own.get("log"))
     serve(socket.socket(fileno=int(sys.argv[1])), Worker(own))
 

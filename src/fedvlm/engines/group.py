@@ -1,17 +1,18 @@
-"""Messages between the processes of one run, by gloo: Python objects that may hold tensors."""
+"""Messages between the processes of one run, by gloo. The processes of one machine use loopback."""
 
 from __future__ import annotations
 
 import contextlib
-import io
-import math
-import pickle
-from collections.abc import Iterator, Sequence
+import os
+import socket
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
+from fedvlm.engines.portable import pack, portable, unpack
 from fedvlm.errors import FedVLMError
-from fedvlm.processes import rank, size
+from fedvlm.processes import local, rank, size
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -23,11 +24,12 @@ PATIENCE = timedelta(hours=6)  # for a silent process; a process that ended is n
 SENT = 2**30  # bytes sent in one piece
 
 
+@portable
+@dataclass(frozen=True)
 class End:
     """The last message of process 0: the run is over."""
 
-    def __init__(self, error: Exception | None = None):
-        self.error = error
+    error: Exception | None = None
 
 
 class Group:
@@ -95,6 +97,7 @@ def joined() -> Iterator[Group]:
         return
     import torch.distributed as dist
 
+    _stay_here()
     with _there(0):
         if not dist.is_initialized():  # once a process: a second call would find old addresses
             dist.init_process_group("gloo", timeout=PATIENCE)
@@ -115,6 +118,17 @@ def joined() -> Iterator[Group]:
         dist.destroy_process_group(handle)
 
 
+def _stay_here() -> None:
+    """Lets gloo listen on the loopback interface only, if all processes are on this machine.
+
+    Its connections are neither encrypted nor authenticated. ``GLOO_SOCKET_IFNAME`` chooses another
+    interface; a run on several machines needs one, on a network that nobody else is on.
+    """
+    names = [name for _, name in socket.if_nameindex() if name in ("lo", "lo0")]
+    if local()[1] == size() and names:
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
+
+
 @contextlib.contextmanager
 def _there(other: int) -> Iterator[None]:
     """Turns a broken connection into an error that names the other process."""
@@ -126,52 +140,3 @@ def _there(other: int) -> Iterator[None]:
             f"process {other} of this run ended or does not answer; its output, if any, is above. "
             f"Finished rounds are kept: resume with 'fedvlm run --resume DIR' ({reason})"
         ) from error
-
-
-class _Pickler(pickle.Pickler):
-    """Takes the tensors out; a tensor that occurs twice is sent once."""
-
-    def __init__(self, file: io.BytesIO):
-        super().__init__(file)
-        self.tensors: dict[int, tuple[int, Tensor]] = {}
-
-    def persistent_id(self, obj: Any) -> int | None:
-        import torch
-
-        if not isinstance(obj, torch.Tensor):
-            return None
-        return self.tensors.setdefault(id(obj), (len(self.tensors), obj))[0]
-
-
-class _Unpickler(pickle.Unpickler):
-    def __init__(self, file: io.BytesIO, tensors: Sequence[Tensor]):
-        super().__init__(file)
-        self.tensors = tensors
-
-    def persistent_load(self, pid: int) -> Tensor:
-        return self.tensors[pid]
-
-
-def pack(message: Any) -> tuple[Tensor, Tensor]:
-    """A message as bytes: its structure, and the values of its tensors."""
-    import torch
-
-    file = io.BytesIO()
-    pickler = _Pickler(file)
-    pickler.dump(message)
-    tensors = [t.detach().cpu() for _, t in pickler.tensors.values()]
-    head = pickle.dumps(([(t.shape, t.dtype) for t in tensors], file.getvalue()))
-    parts = [t.reshape(-1).view(torch.uint8) for t in tensors]
-    body = torch.cat(parts) if parts else torch.empty(0, dtype=torch.uint8)
-    return torch.frombuffer(bytearray(head), dtype=torch.uint8), body
-
-
-def unpack(head: Tensor, body: Tensor) -> Any:
-    """The inverse of :func:`pack`."""
-    forms, pickled = pickle.loads(head.numpy().tobytes())
-    tensors, start = [], 0
-    for shape, dtype in forms:
-        end = start + math.prod(shape) * dtype.itemsize
-        tensors.append(body[start:end].clone().view(dtype).view(shape))
-        start = end
-    return _Unpickler(io.BytesIO(pickled), tensors).load()

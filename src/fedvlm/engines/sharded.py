@@ -21,6 +21,7 @@ from typing import Any, Generic, TypeVar
 
 from fedvlm.engines.base import Answer, Models, Scores
 from fedvlm.engines.group import End, Group
+from fedvlm.engines.portable import portable
 from fedvlm.engines.shell import Shell
 from fedvlm.engines.wire import Reply, Task
 from fedvlm.errors import FedVLMError
@@ -30,6 +31,7 @@ T = TypeVar("T")
 Order = TypeVar("Order", "TrainPart", "ScorePart")
 
 
+@portable
 @dataclass(frozen=True)
 class TrainPart:
     """A process's part of a turn of training.
@@ -50,6 +52,7 @@ class TrainPart:
         return list(engine.train(self.tasks, first=self.first, fresh=self.fresh))
 
 
+@portable
 @dataclass(frozen=True)
 class ScorePart:
     """A process's part of the models to score: clients' names and adapters.
@@ -187,6 +190,7 @@ def serve(group: Group, engine: Shell) -> None:
         raise order.error
 
 
+@portable
 @dataclass(frozen=True)
 class Outcome(Generic[T]):
     """The result of some work: a value or an error."""

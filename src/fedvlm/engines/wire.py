@@ -14,11 +14,15 @@ from typing import Any
 
 from fedvlm.algorithms.base import Algorithm, State, Visit
 from fedvlm.algorithms.dry import bare, rehearse
+from fedvlm.engines.portable import portable
 from fedvlm.engines.stages import Stage, opened, packed
 from fedvlm.errors import FedVLMError
 from fedvlm.tree import Tree, change
 
+portable(Visit)
 
+
+@portable
 @dataclass(frozen=True)
 class Task:
     """One client's work in one round.
@@ -44,6 +48,7 @@ class Task:
         return self.visit.round
 
 
+@portable
 @dataclass(frozen=True)
 class Reply:
     """The result of a client's round.

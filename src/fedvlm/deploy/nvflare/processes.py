@@ -29,6 +29,7 @@ from fedvlm.deploy.nvflare.project import (
 )
 from fedvlm.deploy.nvflare.project import REFUSED as UNADMITTED
 from fedvlm.deploy.policy import read_policy
+from fedvlm.deploy.statefolder import private
 from fedvlm.errors import FedVLMError
 from fedvlm.store import files
 from fedvlm.store.files import only_one
@@ -131,6 +132,7 @@ def start_site(data: str, state: Path, policy: str | None, say: Callable[[str], 
         raise FedVLMError(f"--data '{data}': there is no such file or folder")
     state = state.absolute()
     joining.joined(state)
+    caches = private(state)  # before anything is written there
     with only_one(state, TAKEN.format(state)):
         workspace = state / "nvflare"
         name = joining.equip(state, workspace)
@@ -145,7 +147,7 @@ def start_site(data: str, state: Path, policy: str | None, say: Callable[[str], 
             "log": str(state / LOG),
             "root": str(workspace / "startup" / "rootCA.pem"),
         }
-        environment = {**os.environ, SITE: json.dumps(own)}
+        environment = {**os.environ, **caches, SITE: json.dumps(own)}
         rules = ["--policy", policy] if policy else []
         _check_first([data, "--state", str(state), *rules], environment, say)
         at_site(own).note("started")
@@ -188,6 +190,7 @@ ExecStart={" ".join(words)}
 Restart=always
 RestartSec=10
 KillMode=control-group
+UMask=0077
 
 [Install]
 WantedBy=multi-user.target
