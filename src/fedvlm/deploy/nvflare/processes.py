@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import psutil
 
+from fedvlm.deploy.nvflare.names import REFUSED
 from fedvlm.deploy.nvflare.project import (
     PROJECT,
     Project,
@@ -54,7 +55,6 @@ INSIDE = {
 
 Any user of the machine could connect there, claim to be the server and be obeyed.
 """
-REFUSED = "fedvlm refused a message"
 NOTED = {
     "Successfully registered client": "connected to the server",
     "target_unreachable": "the server cannot be reached; trying again",

@@ -17,6 +17,7 @@ import yaml
 from pydantic import Field, field_validator
 
 from fedvlm import config as configs
+from fedvlm.deploy.nvflare.names import ADMIN
 from fedvlm.deploy.policy import check_name
 from fedvlm.deploy.remote import Limits
 from fedvlm.errors import ConfigError, FedVLMError
@@ -27,7 +28,6 @@ SOON = datetime.timedelta(days=30)  # a certificate is renewed this long before 
 RENEWED = (
     "on the server's machine, 'fedvlm deploy init project.yml' again; then hand out the new kit"
 )
-ADMIN = "admin@fedvlm.local"
 PROJECT = "project.yml"
 SERVER_CLASSES = (
     "nvflare.collab.runtime.controller.CollabController",
