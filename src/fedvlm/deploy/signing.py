@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric import padding, rsa
 from cryptography.x509.oid import NameOID
 
 SKEW = 3600.0  # seconds by which a request may be older or newer than the site's clock
-LARGEST = 2**22  # characters of the largest signed header
+LARGEST = 2**21  # characters of the largest signed header
 PURPOSE = b"fedvlm request 1\n"
 """Begins every signed text, so that no signature of the key for another purpose is one of these."""
 _PADDING = padding.PSS(padding.MGF1(hashes.SHA256()), padding.PSS.DIGEST_LENGTH)
