@@ -92,7 +92,7 @@ def test_a_request_that_was_changed_is_refused(signer, verifier):
         with pytest.raises(Forged, match="not of the server's key"):
             verifier.header(json.dumps(whole | changed), BLOB)
     with pytest.raises(Forged, match="characters"):
-        verifier.header(" " * (signing.LARGEST + 1), BLOB)
+        verifier.header(" " * (signing.HEADER + 1), BLOB)
 
 
 def test_a_site_of_the_federation_cannot_sign_as_the_server(home, verifier, tmp_path):

@@ -32,8 +32,7 @@ from nvflare.private.defs import TrainingTopic
 from nvflare.private.fed.client.admin import RequestProcessor
 from nvflare.private.fed.client.client_req_processors import ClientRequestProcessors
 
-from fedvlm.deploy.nvflare.processes import REFUSED
-from fedvlm.deploy.nvflare.project import ADMIN
+from fedvlm.deploy.nvflare.names import ADMIN, REFUSED
 
 SERVER = "server"
 HANDSHAKE = 10.0  # seconds that a process at this machine may take for the handshake of TLS
@@ -120,9 +119,8 @@ def _without_waiting() -> None:
     activate, finish = TcpStreamServer.server_activate, TcpStreamServer.finish_request
 
     def patient(self: Any) -> None:
-        listener: Any = self.socket
-        if isinstance(listener, ssl.SSLSocket):
-            listener.do_handshake_on_connect = False
+        if self.ssl_context:
+            self.socket.do_handshake_on_connect = False
         activate(self)
 
     def shaken(self: Any, request: Any, address: Any) -> None:

@@ -18,6 +18,7 @@ import psutil
 from fedvlm.deploy.auditlog import at_site
 from fedvlm.deploy.lifetime import ends_with_parent
 from fedvlm.deploy.nvflare import joining
+from fedvlm.deploy.nvflare.names import REFUSED
 from fedvlm.deploy.nvflare.project import (
     ADMITTED,
     CLOSED,
@@ -61,7 +62,6 @@ INSIDE = {
 
 Any user of the machine could connect there, claim to be the server and be obeyed.
 """
-REFUSED = "fedvlm refused a message"
 NOTED = {
     "Successfully registered client": "connected to the server",
     "target_unreachable": "the server cannot be reached, or does not admit this site's key "

@@ -17,6 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fedvlm import config as configs
 from fedvlm.deploy import keys
+from fedvlm.deploy.nvflare.names import ADMIN
 from fedvlm.deploy.policy import check_name
 from fedvlm.deploy.remote import Limits
 from fedvlm.errors import ConfigError, FedVLMError
@@ -25,7 +26,6 @@ from fedvlm.store import files
 
 SOON = datetime.timedelta(days=30)  # a certificate is renewed this long before its end
 RENEWED = "run 'fedvlm deploy init project.yml' again, and restart the server"
-ADMIN = "admin@fedvlm.local"
 PROJECT = "project.yml"
 ADMITTED = "admitted.json"
 SERVER_CLASSES = (
