@@ -19,6 +19,7 @@ from fedvlm.algorithms.table import find, of_run
 from fedvlm.errors import FedVLMError
 from fedvlm.planning import footprint
 from fedvlm.planning.footprint import Exchange, Exchanges, Footprint
+from fedvlm.rounds import robust
 from fedvlm.rounds.prepare import divide, weights_of
 from fedvlm.rounds.schedule import plan
 from fedvlm.settings.sections import Config
@@ -88,6 +89,7 @@ def forecast(config: Config) -> Forecast:
     partition = _partition(config, unknown)
     names = partition.clients if partition else _stated(config)
     algorithm = of_run(config)
+    robust.check(config, algorithm, len(names) if names else None)
     rounds = list(plan(config, algorithm, names or (NOBODY.client,)))
     weights = weights_of(config, partition) if partition else dict.fromkeys(names or ("",), 1.0)
     visits = [visit for round_ in rounds for visit in round_.visits(weights).values()]

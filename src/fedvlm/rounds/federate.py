@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedvlm import config as configs
 from fedvlm.algorithms.base import Algorithm, State, Visit, expected
+from fedvlm.algorithms.table import of_run
 from fedvlm.engines.base import Engine, Models, Scores
 from fedvlm.engines.group import Group, joined
 from fedvlm.engines.wire import Forms, Task
@@ -72,6 +73,7 @@ def run(
     """
 
     settings = _configuration(algorithm)(config, *overrides)
+    robust.check(settings, of_run(settings, algorithm))
     progress = progress or Quiet()
     if not resume:
         stores.check_fresh(settings.output)
@@ -82,8 +84,8 @@ def run(
             return _follow(settings, group, algorithm)
         with progress.started(given):
             engine, partition, store, described = _prepare_all(settings, group, progress, algorithm)
-            robust.check(settings, engine.algorithm, len(partition.clients))
             progress.partitioned(partition)
+            robust.check(settings, engine.algorithm, len(partition.clients))
             with store.locked():
                 begin(settings, store, described, resume)
                 draw_partition(partition, store.folder)

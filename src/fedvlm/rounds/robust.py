@@ -137,21 +137,20 @@ class Trimmed:
         return (values[inner] * weights[inner]).sum(0) / weights[inner].sum(0)
 
 
-def check(config: Config, algorithm: Algorithm, clients: int) -> None:
+def check(config: Config, algorithm: Algorithm, clients: int | None = None) -> None:
     """Refuses a trimmed mean that cannot be made.
 
     Args:
         config: the settings of the run.
         algorithm: its algorithm.
-        clients: the number of its clients.
+        clients: the number of its clients; None: not known yet.
 
     Raises:
         ConfigError: the algorithm has no mean, or a round has too few or too many clients.
     """
     if config.aggregate.kind != "trimmed" or find(config.algorithm.name).pools:
         return
-    size, name = min(config.train.clients_per_round or clients, clients), config.algorithm.name
-    instead = "set aggregate.kind=norm"
+    name, instead = config.algorithm.name, "set aggregate.kind=norm"
     if isinstance(algorithm.server, Gathered):
         raise ConfigError(
             [
@@ -159,6 +158,9 @@ def check(config: Config, algorithm: Algorithm, clients: int) -> None:
                 f"no mean: {instead}, or choose another algorithm"
             ]
         )
+    if clients is None:
+        return
+    size = min(config.train.clients_per_round or clients, clients)
     if size < FEWEST:
         raise ConfigError(
             [

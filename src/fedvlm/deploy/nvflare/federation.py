@@ -15,7 +15,7 @@ from typing import Any
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fedvlm import config as configs
-from fedvlm.algorithms.table import find
+from fedvlm.algorithms.table import find, of_run
 from fedvlm.deploy.digests import digest_of
 from fedvlm.deploy.nvflare.processes import read_federation
 from fedvlm.deploy.nvflare.project import ADMIN, Project, admitted, write_job
@@ -23,6 +23,7 @@ from fedvlm.deploy.nvflare.server import RENEW, SITES
 from fedvlm.deploy.remote import Limits, as_sent
 from fedvlm.deploy.signature import sign
 from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.rounds import robust
 from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
 from fedvlm.store import files
@@ -144,6 +145,7 @@ class Federation:
         limits = (limits or Limits()).model_copy(update=known)
         config = config.model_copy(update={"output": str(Path(config.output).absolute())})
         check(config, resume)
+        robust.check(config, of_run(config), len(self.project.sites))
         if stores.is_done(config.output):
             return Results.read(config.output)
         with self.session() as session:
