@@ -22,7 +22,7 @@ from fedvlm.deploy.nvflare.project import (
     CLOSED,
     GATE,
     PROJECT,
-    REFUSED,
+    UNADMITTED,
     Project,
     check_certificate,
     read_project,
@@ -51,7 +51,7 @@ NOTED = {
     "CERTIFICATE_VERIFY_FAILED": "server and site are not of the same federation, or a certificate "
     "has expired: 'fedvlm site renew' at the site, or 'fedvlm deploy init' at the server",
     "requires identity": "refused: the certificate is another site's",
-    REFUSED: "refused a key that is not admitted, or is revoked; nvflare.log has its name",
+    UNADMITTED: "refused a key that is not admitted, or is revoked; nvflare.log has its name",
     CLOSED: "closed the connection of a revoked key; nvflare.log has its name",
 }
 """Part of a line in NVFlare's log -> its meaning for a person, printed when it changes."""
