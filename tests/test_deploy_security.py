@@ -20,8 +20,7 @@ import pytest
 import yaml
 
 from fedvlm.deploy.nvflare import admitting
-from fedvlm.deploy.nvflare.project import CLOSED, provision
-from fedvlm.deploy.nvflare.project import REFUSED as UNADMITTED
+from fedvlm.deploy.nvflare.project import CLOSED, UNADMITTED, provision
 from fedvlm.store import run as store
 from loopback import processes, said, serve, start, until
 from wiretap import Wiretap, are_records, pieces_of, pieces_of_rows

@@ -18,7 +18,7 @@ pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ed25519, rsa
-from cryptography.x509.oid import ExtendedKeyUsageOID, NameOID
+from cryptography.x509.oid import NameOID
 
 from fedvlm.deploy import keys
 from fedvlm.deploy.nvflare import admitting, joining
@@ -245,15 +245,19 @@ def test_only_the_key_is_taken_from_a_request(home):
         "north",
         key,
         names=[(NameOID.UNSTRUCTURED_NAME, "project_admin"), (NameOID.ORGANIZATION_NAME, "other")],
-        extensions=[x509.BasicConstraints(ca=True, path_length=None)],
+        extensions=[
+            x509.BasicConstraints(ca=True, path_length=None),
+            x509.SubjectAlternativeName([x509.DNSName("localhost")]),
+        ],
     )
     admission = admitting.admit(home, keys.write(home / "r", asked), yes)
     found = keys.certificate(keys.read(admission, keys.Admission).certificate, "it")
     names = {n.oid: n.value for n in found.subject}
     assert names == {NameOID.COMMON_NAME: "north", NameOID.ORGANIZATION_NAME: "fedvlm"}
     assert not found.extensions.get_extension_for_class(x509.BasicConstraints).value.ca
-    usage = found.extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    assert list(usage) == [ExtendedKeyUsageOID.CLIENT_AUTH], "a site cannot pose as the server"
+    hosts = found.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
+    assert hosts.get_values_for_type(x509.DNSName) == ["north"], "not the server's, nor a wildcard"
+    assert len(hosts) == 1
     assert found.extensions.get_extension_for_class(x509.KeyUsage).value.key_cert_sign is False
     root = keys.certificate((home / "server/startup/rootCA.pem").read_bytes(), "it")
     assert found.not_valid_after_utc <= root.not_valid_after_utc
@@ -520,7 +524,7 @@ def test_without_the_authoritys_key_nothing_is_signed(home, tmp_path):
 
 def test_no_site_has_the_servers_name():
     with pytest.raises(ValueError, match="names the server and a site"):
-        Project(server=Server(address="north"), sites=["north"])
+        Project(server=Server(address="North"), sites=["north"])
     with pytest.raises((ConfigError, ValueError), match="is no name"):
         Project(server=Server(address="h"), sites=["admin@fedvlm.local"])
 

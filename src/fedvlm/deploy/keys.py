@@ -33,6 +33,7 @@ VALID = datetime.timedelta(days=360)  # the longest time that a site's certifica
 SKEW = datetime.timedelta(hours=1)  # two machines' clocks may differ by this much
 LARGEST = 2**16  # bytes of an invitation, a request or an admission
 Holder = x509.Certificate | x509.CertificateSigningRequest | rsa.RSAPrivateKey
+USES = [ExtendedKeyUsageOID.CLIENT_AUTH, ExtendedKeyUsageOID.SERVER_AUTH]
 ORGANIZATION = "fedvlm"  # NVFlare wants one in every certificate
 
 
@@ -315,8 +316,9 @@ def sign(
 ) -> x509.Certificate:
     """Makes the certificate of a site.
 
-    Only the key is taken from the request. The certificate lets its holder act as a client, not as
-    a server or an authority, and gives no role.
+    Only the key is taken from the request. The certificate gives no role, and makes its holder no
+    authority. Its host name is the site's name, so that no other site takes its holder for the
+    server. The processes of the site itself connect by TLS with it, at both ends.
 
     Raises:
         FedVLMError: the authority has ended.
@@ -334,7 +336,7 @@ def sign(
     extensions: list[tuple[x509.ExtensionType, bool]] = [
         (x509.BasicConstraints(ca=False, path_length=None), True),
         (usage, True),
-        (x509.ExtendedKeyUsage([ExtendedKeyUsageOID.CLIENT_AUTH]), False),
+        (x509.ExtendedKeyUsage(USES), False),
         (x509.SubjectAlternativeName([x509.DNSName(site)]), False),
         (x509.SubjectKeyIdentifier.from_public_key(key), False),
         (x509.AuthorityKeyIdentifier(issuer.digest, None, None), False),

@@ -23,7 +23,7 @@ from nvflare.fuel.f3.drivers import grpc_driver
 from nvflare.fuel.f3.drivers.net_utils import ssl_required
 
 from fedvlm.deploy import keys
-from fedvlm.deploy.nvflare.project import CLOSED, REFUSED
+from fedvlm.deploy.nvflare.project import CLOSED, UNADMITTED
 from fedvlm.errors import FedVLMError
 
 logger = logging.getLogger("fedvlm.gate")
@@ -89,7 +89,7 @@ class Keeper:
         """Refuses a connection without an admitted key, and closes it when that is revoked."""
         name, mark = identity(context)
         if self.holder(mark) != name:
-            logger.warning("%s: '%s', %s", REFUSED, name, keys.grouped(mark) or "no certificate")
+            logger.warning("%s: '%s', %s", UNADMITTED, name, keys.grouped(mark) or "no certificate")
             context.abort(grpc.StatusCode.PERMISSION_DENIED, "this key is not admitted")
         with self._lock:
             self._open[id(context)] = context, name, mark
@@ -114,8 +114,13 @@ class Keeper:
             context.cancel()
 
     def _look(self) -> None:
+        """Looks at the list while a connection is open."""
         pause = threading.Event()
         while not pause.wait(LOOKED):
+            with self._lock:
+                if not self._open:
+                    self._looks = None
+                    return
             try:
                 self.close_revoked()
             except Exception:  # the next look must come

@@ -24,11 +24,11 @@ from fedvlm.deploy.nvflare.project import (
     CLOSED,
     GATE,
     PROJECT,
+    UNADMITTED,
     Project,
     check_certificate,
     read_project,
 )
-from fedvlm.deploy.nvflare.project import REFUSED as UNADMITTED
 from fedvlm.deploy.policy import read_policy
 from fedvlm.deploy.statefolder import private
 from fedvlm.errors import FedVLMError

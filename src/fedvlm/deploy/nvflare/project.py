@@ -38,7 +38,7 @@ SITE_CLASSES = (
 )
 GATE = {"id": "gate", "path": "fedvlm.deploy.nvflare.gate.Gate", "args": {}}
 """The part of the server's process that lets in admitted keys only. Its list is set at start."""
-REFUSED = "refused a key that is not admitted"
+UNADMITTED = "refused a key that is not admitted"
 CLOSED = "closed the connection of a key that is no longer admitted"
 Port = Annotated[int, Field(ge=1, le=65535)]
 
@@ -84,7 +84,7 @@ class Project(Section):
 
     @model_validator(mode="after")
     def _differ(self) -> Project:
-        if self.server.address in self.sites:
+        if self.server.address.lower() in map(str.lower, self.sites):
             raise ValueError(f"'{self.server.address}' names the server and a site")
         return self
 
