@@ -169,13 +169,8 @@ approval_words = SimpleNamespace(sent=("factor B, 3 kB",), stays=("factor A",))
 def opened(own, run, *settings, **more):
     """The answer of a new worker of the site to ``open``."""
     tree = as_sent(load({"algorithm": {"name": "plora"}}, *settings))
-    asked = json.loads(json.dumps({"do": "open", "run": run, "config": tree} | more))
-    worker = Worker(own)
-    try:
-        return worker.perform(asked, b"")[0]
-    finally:
-        if worker._lock:
-            worker._lock.__exit__(None, None, None)
+    asked = {"do": "open", "run": run, "config": tree} | more
+    return opened_as(own, asked)
 
 
 def waits(answer):
@@ -323,6 +318,44 @@ def test_the_server_sends_the_operators_signature_with_open_only():
     (header,) = seen
     assert header["operator"] == {"signature": "s"}
     assert digest_of(header["config"]) == digest_of(as_sent(settings))
+
+
+def test_deploy_run_signs_what_the_sites_of_its_federation_accept(place, tmp_path):
+    from fedvlm.deploy.nvflare import federation as runs
+    from fedvlm.deploy.nvflare.demo import loopback
+    from fedvlm.deploy.nvflare.project import provision
+    from fedvlm.deploy.nvflare.server import signed
+    from fedvlm.deploy.remote import Limits
+
+    home = tmp_path / "federation"
+    provision(loopback(["north"]), home)
+    (tmp_path / "policy.yml").write_text("{}")
+    own = place | {"root": str(home / "admin" / "startup" / "rootCA.pem")}
+    settings = load({"algorithm": {"name": "plora"}}, f"output={tmp_path / 'run'}")
+    session = SimpleNamespace(submit_job=lambda folder: "1")
+    federation, ask = runs.Federation(home), (session, settings, ["north"], Limits())
+    _, events = federation._submit(*ask, False, lambda event: None)
+    job = json.loads((events.parent / "job.json").read_text())
+    call = signed(job["operator"], lambda site, header, blob, limit: opened_as(own, header))
+    header = {"do": "open", "run": job["run"], "config": as_sent(load(job["config"]))}
+    assert call("north", header, b"", 9.0) == {"adapter": "x"}
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "sites.json").write_text(json.dumps({"run": "begun-before"}))
+    _, events = federation._submit(*ask, True, lambda event: None)
+    resumed = json.loads((events.parent / "job.json").read_text())
+    assert resumed["run"] == "begun-before", "a resumed run keeps its number"
+    header = header | {"run": "begun-before"}
+    assert "for another run number" in call("north", header, b"", 9.0)["message"]
+    header["operator"] = resumed["operator"]
+    assert opened_as(own, header) == {"adapter": "x"}
+
+
+def opened_as(own, header):
+    worker = Worker(own)
+    answer = worker.perform(json.loads(json.dumps(header)), b"")[0]
+    if worker._lock:
+        worker._lock.__exit__(None, None, None)
+    return answer
 
 
 # -- words

@@ -53,7 +53,7 @@ def demo(folder: Path, overrides: list[str], tell: Callable[[dict[str, Any]], No
             started.start(name, "site", "start", "--data", data, "--state", str(state))
         limits = Limits(min_sites=len(SITES), open_s=120, train_s=120, score_s=120)
         federation = Federation(folder / "federation")
-        return federation.run(settings, limits=limits, wait=60, tell=tell)
+        return federation.run(settings, limits=limits, wait=180, tell=tell)
 
 
 def enrol(invitation: Path, state: Path) -> None:
