@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-import time
 
 import pytest
 import yaml
@@ -15,6 +14,7 @@ from hypothesis import strategies as st
 from fedvlm import documents
 from fedvlm.documents import read_json, read_yaml, write_yaml
 from fedvlm.errors import MOST, ConfigError, FedVLMError, cut, one_record, shown
+from work import lines
 
 HALF = st.characters(exclude_categories=["Cs"])
 WORDS = [
@@ -180,10 +180,8 @@ def test_a_bad_document_is_refused_at_once_and_in_few_words(text, said, loader, 
     if loader == "SafeLoader":
         monkeypatch.delattr(yaml, "CSafeLoader", raising=False)
     most = 90 if said == "limit" else documents.SIZE
-    began = time.perf_counter()
     with pytest.raises(ValueError, match=said) as caught:
-        read_yaml(text, "'file.yaml'", most)
-    assert time.perf_counter() - began < 5
+        lines(read_yaml, text, "'file.yaml'", most, most=500_000)
     assert str(caught.value).startswith("'file.yaml'")
     assert len(str(caught.value)) < 400
 
@@ -214,11 +212,9 @@ except config.ConfigError as error:
     assert "aliases" in done.stdout, done.stderr
 
 
-def test_numbers_are_read_fast():
-    text = "\n".join(f"c{n}: {list(range(n * 1000, n * 1000 + 1000))}" for n in range(100))
-    began = time.perf_counter()
-    assert len(read_yaml(text, "it")) == 100
-    assert time.perf_counter() - began < 5
+def test_a_number_is_read_in_few_steps():
+    text = "\n".join(f"c{n}: {list(range(n * 1000, n * 1000 + 1000))}" for n in range(10))
+    lines(read_yaml, text, "it", most=600_000)  # 34 for each number; PyYAML's resolvers take 560
 
 
 @settings(max_examples=100, deadline=None)

@@ -3,7 +3,6 @@
 import random
 import subprocess
 import sys
-import time
 
 import numpy as np
 import pytest
@@ -20,6 +19,7 @@ from fedvlm.metrics import (
     summarize,
     token_f1,
 )
+from work import lines
 
 
 @pytest.mark.parametrize(
@@ -125,12 +125,11 @@ def test_rouge_l_is_the_librarys_on_the_same_words(prediction, reference):
     assert rouge_l(prediction, reference) == pytest.approx(1.0 if empty else theirs, abs=1e-9)
 
 
-def test_rouge_l_of_long_texts_is_quick():
+def test_rouge_l_of_long_texts_fills_no_table_in_python():
     draw = random.Random(0)
     one, other = (" ".join(str(draw.randrange(50)) for _ in range(20_000)) for _ in range(2))
-    began = time.perf_counter()
     assert 0.1 < rouge_l(one, other) < 0.9
-    assert time.perf_counter() - began < 5.0, "a full table in Python takes minutes"
+    lines(rouge_l, one, other, most=500_000)  # the table has 400 million cells
 
 
 @settings(max_examples=200, deadline=None)

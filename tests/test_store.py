@@ -1,9 +1,8 @@
 """The run's folder: atomic, resumable, and clear about what it refuses."""
 
 import json
-import threading
-import time
 import unicodedata
+from concurrent.futures import ThreadPoolExecutor, wait
 
 import pytest
 import torch
@@ -76,12 +75,19 @@ def test_who_waits_gets_the_folder_once_it_is_free(tmp_path):
     (tmp_path / "shared").mkdir()
     held = files.only_one(tmp_path / "shared", "taken")
     held.__enter__()
-    leave = threading.Timer(0.3, held.__exit__, (None, None, None))  # in another thread
-    leave.start()
-    began = time.monotonic()
-    with files.only_one(tmp_path / "shared", "taken", patience=60.0):
-        assert 0.2 < time.monotonic() - began < 30.0
-    leave.join()
+    order = []
+
+    def other():
+        with files.only_one(tmp_path / "shared", "taken", patience=60.0):
+            order.append("the other has it")
+
+    with ThreadPoolExecutor(1) as pool:
+        waiting = pool.submit(other)
+        assert not wait([waiting], 0.3).done, "it neither gets the folder nor gives up"
+        order.append("free")
+        held.__exit__(None, None, None)
+        waiting.result()
+    assert order == ["free", "the other has it"]
 
 
 def test_an_output_folder_may_hold_a_lock_file(tmp_path):
