@@ -156,9 +156,9 @@ def _factors(names: Sequence[str]) -> Iterator[str]:
         beside = f" (as '{head}')" if head else ""
         plain.setdefault(f"{letter}{beside}", Counter())[part(module(name.split("/")[-1]))] += 1
     alike: dict[tuple[tuple[str, int], ...], list[str]] = {}
-    for letter in sorted(plain):
-        where = tuple((p, plain[letter][p]) for p in PARTS if plain[letter][p])
-        alike.setdefault(where, []).append(letter)
+    for kind in sorted(plain):
+        where = tuple((p, plain[kind][p]) for p in PARTS if plain[kind][p])
+        alike.setdefault(where, []).append(kind)
     for where, letters in alike.items():
         count, listed = sum(n for _, n in where), ", ".join(f"{n} {p}" for p, n in where)
         head = "factors" if len(letters) > 1 else "factor"
