@@ -26,7 +26,6 @@ from fedvlm.deploy import signing
 from fedvlm.deploy.nvflare import client, guard
 from fedvlm.deploy.nvflare.project import provision
 from fedvlm.deploy.signing import Forged, Signer, Verifier
-from loopback import read
 
 JOB = "0f8fad5b-d9cb-469f-a165-70867728950e"
 TRAIN, BLOB = {"do": "train", "round": 3}, b"tensors"
@@ -34,14 +33,15 @@ TRAIN, BLOB = {"do": "train", "round": 3}, b"tensors"
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A federation of north and south, with its kits unpacked in ``kits``."""
-    from fedvlm.deploy.nvflare.demo import loopback
+    """A federation of north and south, with the files of NVFlare's clients in ``kits``."""
+    from fedvlm.deploy.nvflare.demo import enrol, loopback
+    from fedvlm.deploy.nvflare.joining import equip
 
     folder = tmp_path_factory.mktemp("guard")
-    for name, kit in provision(loopback(("north", "south")), folder).items():
-        if kit.suffix == ".zip":
-            with zipfile.ZipFile(kit) as archive:
-                archive.extractall(folder / "kits" / name)
+    invited = provision(loopback(("north", "south")), folder)
+    for name in ("north", "south"):
+        enrol(invited[name], folder / "states" / name)
+        equip(folder / "states" / name, folder / "kits" / name)
     return folder
 
 
@@ -368,20 +368,21 @@ def until_open(port):
     until(is_open, 20)
 
 
-def test_kits_hold_what_the_checks_need(home):
-    kit = home / "sites" / "north.zip"
-    assert b"CERTIFICATE" in read(kit, "startup/rootCA.pem")
-    assert json.loads(read(kit, "startup/fed_client.json"))["servers"][0]["identity"] == "localhost"
+def test_a_site_has_what_the_checks_need(home):
+    startup = home / "kits" / "north" / "startup"
+    assert "CERTIFICATE" in (startup / "rootCA.pem").read_text()
+    about = json.loads((startup / "fed_client.json").read_text())
+    assert about["servers"][0]["identity"] == "localhost"
     assert Path(home / "server" / "startup" / "server.key").exists()
 
 
 def test_what_others_can_cause_at_will_is_printed_once():
-    from fedvlm.deploy.nvflare.processes import Meaning
+    from fedvlm.deploy.nvflare.processes import NOTED, Meaning
 
     meaning = Meaning()
     lines = ("target_unreachable", "fedvlm refused a message (1)", "x", "target_unreachable") * 2
     assert [text for line in lines for text in meaning.of(line)] == [
-        "the server cannot be reached; trying again",
+        NOTED["target_unreachable"],
         "refused a message whose sender may not send it; nvflare.log has more",
     ]
     assert meaning.of("Successfully registered client") == ["connected to the server"]
