@@ -216,7 +216,7 @@ def _current(known: list[Request], run: str, digest: str) -> Request | None:
             )
     same = [r for r in known if r.digest == digest and (not r.bound or r.run == run)]
     own = [r for r in same if r.bound]
-    return (own or same or [None])[0]
+    return next(iter(own or same), None)
 
 
 def _asked(

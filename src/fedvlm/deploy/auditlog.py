@@ -207,7 +207,8 @@ def verify(path: str | Path, noted: str | None = None) -> Verified:
         FedVLMError: a line was changed, dropped, inserted or moved; the message has its number. Or
             the log lacks the line with the noted hash.
     """
-    number, previous, first, torn = 0, NONE, {}, b""
+    number, previous, torn = 0, NONE, b""
+    first: dict[str, Any] = {}
     found: bool | None = None if noted is None else False
     with open(path, "rb") as file:
         for text in file:
@@ -333,7 +334,7 @@ def audited_at_site(
         blob: the request's tensors, as bytes.
         act: carries out the request; it raises nothing.
     """
-    facts = {}
+    facts: dict[str, str | None] = {}
     if isinstance(asked.get("config"), dict):
         facts["config"] = digest_of(asked["config"])
         policy = Path(own["policy"]) if own.get("policy") else None
