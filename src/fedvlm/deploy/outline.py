@@ -149,12 +149,12 @@ def _factors(names: Sequence[str]) -> Iterator[str]:
     for name in names:
         head = name.split("/", 1)[0] if "/" in name else ""
         try:
-            letter = factor(name)
+            found = factor(name)
         except ValueError:
             others[head or name] += 1
             continue
         beside = f" (as '{head}')" if head else ""
-        plain.setdefault(f"{letter}{beside}", Counter())[part(module(name.split("/")[-1]))] += 1
+        plain.setdefault(f"{found}{beside}", Counter())[part(module(name.split("/")[-1]))] += 1
     alike: dict[tuple[tuple[str, int], ...], list[str]] = {}
     for kind in sorted(plain):
         where = tuple((p, plain[kind][p]) for p in PARTS if plain[kind][p])
