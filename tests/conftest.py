@@ -16,7 +16,7 @@ from pathlib import Path
 import pytest
 
 from fedvlm.processes import cores
-from forked import Commands
+from forked import Commands, Warm
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
 
@@ -156,11 +156,18 @@ def _cell(outcomes: list[str]) -> str:
 
 
 @pytest.fixture(scope="session")
-def commands(tmp_path_factory):
-    """Runs commands of fedvlm in processes, for tests that interrupt or kill them."""
-    found = Commands(tmp_path_factory.mktemp("commands"))
+def warm(tmp_path_factory):
+    """A ``python`` and a ``fedvlm`` whose imports are done."""
+    name = os.environ.get("PYTEST_XDIST_TESTRUNUID", str(os.getpid()))
+    found = Warm(tmp_path_factory.mktemp("warm"), name)
     yield found
     found.close()
+
+
+@pytest.fixture(scope="session")
+def commands(warm, tmp_path_factory):
+    """Runs commands of fedvlm in processes, for tests that interrupt or kill them."""
+    return Commands(warm, tmp_path_factory.mktemp("commands"))
 
 
 @pytest.fixture(scope="session")

@@ -1,69 +1,111 @@
-"""Commands of fedvlm for tests that interrupt or kill them, without the seconds that imports take.
+"""Commands for tests, without the seconds of processor time that imports take.
 
-One process imports everything. Every command is a fork of it: a process with its own id, signals
-and exit code.
+One process imports everything, for all workers of the tests. Every command is a fork of it: a
+process with its own id, signals and exit code.
 """
 
 from __future__ import annotations
 
 import contextlib
-import json
 import os
+import shlex
 import signal
+import socket
 import subprocess
 import sys
+import tempfile
 import time
 from pathlib import Path
 
 import psutil
+from filelock import FileLock
 
-SERVER = """
-import json, os, sys
-import datasets, peft, torch
-import transformers.models.idefics3.modeling_idefics3
-import fedvlm.cli.live, fedvlm.cli.tables, fedvlm.engines.cohort, fedvlm.figures.plots
-from fedvlm.cli.app import main
+import warm
 
-torch.set_num_threads(1)
-for line in sys.stdin:
-    words, *files = json.loads(line)
-    if command := os.fork():
-        print(command, flush=True)
-        print(os.waitstatus_to_exitcode(os.waitpid(command, 0)[1]), flush=True)
-    else:
-        for number, file in enumerate(files, 1):
-            os.dup2(os.open(file, os.O_CREAT | os.O_WRONLY | os.O_TRUNC), number)
-        sys.argv = ["fedvlm", *words]
-        sys.exit(main())
-"""
+
+class Warm:
+    """A ``python`` whose imports are done, shared by all workers of the tests.
+
+    Attributes:
+        python: an executable that takes the words of ``python -m MODULE`` or ``python FILE``.
+        fedvlm: an executable that takes the words of ``fedvlm``.
+        env: the environment that both need, with one thread.
+    """
+
+    def __init__(self, folder: Path, name: str):
+        address = Path(tempfile.gettempdir()) / f"fedvlm-{name}"
+        self.address = str(address)
+        self.env = {**os.environ, "WARM_PYTHON": self.address, "OMP_NUM_THREADS": "1"}
+        self.python = self._script(folder / "python", "")
+        self.fedvlm = self._script(folder / "fedvlm", " -m fedvlm")
+        with FileLock(f"{address}.lock"):
+            self._lease = self._leased() or self._started(folder / "warm.log")
+
+    def _script(self, path: Path, words: str) -> Path:
+        command = shlex.join([sys.executable, "-ISs", warm.__file__])
+        path.write_text(f'#!/bin/sh\nexec {command}{words} "$@"\n')
+        path.chmod(0o755)
+        return path
+
+    def _leased(self) -> socket.socket | None:
+        """The process that listens ends when the last lease is closed, or its holder ends."""
+        line = socket.socket(socket.AF_UNIX)
+        with contextlib.suppress(OSError):
+            line.connect(self.address)
+            line.sendall(bytes(8))
+            if line.recv(8):
+                return line
+        return None
+
+    def _started(self, log: Path) -> socket.socket:
+        Path(self.address).unlink(missing_ok=True)
+        lease, other = socket.socketpair()
+        with log.open("w") as said, other:
+            subprocess.Popen(
+                [sys.executable, warm.__file__, "serve", self.address, str(other.fileno())],
+                env=self.env,
+                pass_fds=[other.fileno()],
+                stdin=subprocess.DEVNULL,
+                stdout=said,
+                stderr=said,
+                start_new_session=True,
+            )
+        assert lease.recv(8), log.read_text()
+        return lease
+
+    def start(self, words: list[str], out: Path, err: Path) -> socket.socket:
+        """Starts a command. The answer has its process id in one line and its end in another."""
+        flags = os.O_CREAT | os.O_WRONLY | os.O_TRUNC
+        files = [os.open(os.devnull, os.O_RDONLY), os.open(out, flags), os.open(err, flags)]
+        try:
+            return warm.ask(self.address, words, self.env, files)
+        finally:
+            for file in files:
+                os.close(file)
+
+    def close(self) -> None:
+        """Gives the lease back."""
+        self._lease.close()
 
 
 class Commands:
-    """Runs one command at a time, like ``fedvlm`` in a terminal.
+    """Runs one command of ``fedvlm`` at a time, as in a terminal.
 
     Args:
+        warm: the process to fork.
         folder: folder for the output of the commands.
     """
 
-    def __init__(self, folder: Path):
-        self.out, self.err = folder / "out", folder / "err"
-        self._server = subprocess.Popen(
-            [sys.executable, "-c", SERVER],
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-            # A shell that runs the tests in the background makes all processes ignore Ctrl-C.
-            preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
-        )
+    def __init__(self, warm: Warm, folder: Path):
+        self.out, self.err, self._warm = folder / "out", folder / "err", warm
 
     def start(self, *words: str) -> None:
         """Starts a command."""
         for file in (self.out, self.err):
             file.unlink(missing_ok=True)
-        self._server.stdin.write(json.dumps([words, str(self.out), str(self.err)]) + "\n")
-        self._server.stdin.flush()
-        self._pid = int(self._server.stdout.readline())
+        line = self._warm.start(["-m", "fedvlm", *words], self.out, self.err)
+        self._answer = line.makefile("r")
+        self._pid = int(self._answer.readline())
 
     def running(self) -> bool:
         """Whether the command has not ended yet."""
@@ -85,9 +127,4 @@ class Commands:
         while self.running():
             assert time.monotonic() < end, f"it has not ended after {seconds} s"
             time.sleep(0.01)
-        return int(self._server.stdout.readline())
-
-    def close(self) -> None:
-        """Ends the process with the imports."""
-        self._server.stdin.close()
-        self._server.wait(10)
+        return int(self._answer.readline())

@@ -250,25 +250,6 @@ def test_the_public_names_are_these_and_all_load():
         _ = fedvlm.nothing
 
 
-FIRST = """
-import importlib, pkgutil, sys, fedvlm
-modules = [m.name for m in pkgutil.walk_packages(fedvlm.__path__, "fedvlm.")]
-modules.remove("fedvlm.__main__")
-for module in modules:
-    for name in [name for name in sys.modules if name.partition(".")[0] == "fedvlm"]:
-        del sys.modules[name]
-    importlib.import_module(module)
-print(len(modules))
-"""
-
-
-def test_any_module_may_be_imported_first():
-    command = [sys.executable, "-c", FIRST]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > 100
-
-
 def test_no_source_file_is_longer_than_400_lines():
     root = Path(__file__).parents[1]
     long = {

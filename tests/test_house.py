@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import ast
 import re
 import sys
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -142,3 +144,47 @@ def test_nothing_imports_upwards_and_no_files_form_a_circle():
     assert len(found) > 300
     assert not house.upward(found, house.read_layers(ROOT / "pyproject.toml"))
     assert not house.circles(found)
+
+
+def at_once(body):
+    """The import statements that run when a file is imported."""
+    for node in body:
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield node
+        elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
+            yield from at_once(node.orelse)
+        elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+            for part in ("body", "handlers", "orelse", "finalbody"):
+                yield from at_once(getattr(node, part, ()))
+
+
+def needed(tree):
+    """Module -> the modules of the package that its import imports; packages begin before both."""
+    paths = {house._module(file): path for file, path in house.files(tree).items()}
+    found = {}
+    for module, path in paths.items():
+        named = set()
+        for node in at_once(ast.parse(path.read_text(encoding="utf-8")).body):
+            if isinstance(node, ast.Import):
+                named |= {alias.name for alias in node.names}
+            else:
+                base = module if path.name == "__init__.py" else module.rpartition(".")[0]
+                above = base.rsplit(".", node.level - 1)[0] if node.level else ""
+                home = ".".join(filter(None, (above, node.module)))
+                named |= {home} | {f"{home}.{alias.name}" for alias in node.names}
+        found[module] = {n for n in named & paths.keys() if not f"{module}.".startswith(f"{n}.")}
+    return found
+
+
+def test_any_module_may_be_imported_first():
+    """Only in a circle of imports does it matter which module is first."""
+    assert len(list(TopologicalSorter(needed(ROOT)).static_order())) > 100
+
+
+def test_circles_of_imports_are_found(tree):
+    door = tree / "src" / "fedvlm" / "roof" / "door.py"
+    with pytest.raises(CycleError, match=r"fedvlm\.roof\.(door|key)"):
+        list(TopologicalSorter(needed(tree)).static_order())
+    door.write_text(f"def later():\n    {door.read_text().splitlines()[1]}\n")
+    assert needed(tree)["fedvlm.walls.brick"] == {"fedvlm.walls.clay"}
+    assert list(TopologicalSorter(needed(tree)).static_order())

@@ -58,19 +58,26 @@ def installed(tmp_path_factory):
     return target
 
 
-def fedvlm_(installed, *words):
+@pytest.fixture(scope="module")
+def fedvlm_(warm):
     """The command line, with the example package installed."""
-    environment = {**os.environ, "PYTHONPATH": str(installed), "OMP_NUM_THREADS": "1"}
-    command = [sys.executable, "-m", "fedvlm", *words]
-    return subprocess.run(command, env=environment, capture_output=True, text=True)
+    paths = os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")])
+
+    def command(*words):
+        environment = {**warm.env, "PYTHONPATH": paths}
+        return subprocess.run(
+            [warm.fedvlm, *words], env=environment, capture_output=True, text=True
+        )
+
+    return command
 
 
 @pytest.fixture(scope="module")
-def compared(installed, tmp_path_factory):
+def compared(fedvlm_, tmp_path_factory):
     """A comparison of the example with an algorithm of the table, in two processes."""
     out = tmp_path_factory.mktemp("compared") / "out"
     words = ("compare", "fedrep,plora", f"output={out}", "algorithm.head_steps=1", *SHORT)
-    done = fedvlm_(installed, *words, "--jobs", "2")
+    done = fedvlm_(*words, "--jobs", "2")
     assert done.returncode == 0, done.stderr
     return out
 
@@ -88,16 +95,16 @@ def test_an_installed_algorithm_is_compared_by_the_command_line(compared):
     assert "head_steps: 1" in config
 
 
-def test_an_installed_algorithm_is_listed_exported_and_checked(compared, installed):
+def test_an_installed_algorithm_is_listed_exported_and_checked(compared, fedvlm_):
     run = compared / "fedrep-seed-0"
-    listed = fedvlm_(installed, "algorithms", "fedrep").stdout
+    listed = fedvlm_("algorithms", "fedrep").stdout
     assert "algorithm.head_steps" in listed
     assert "steps of a round that train A" in " ".join(listed.split())
-    assert "fedrep" in fedvlm_(installed, "algorithms").stdout
-    exported = fedvlm_(installed, "export", str(run), "--client", "site-0")
+    assert "fedrep" in fedvlm_("algorithms").stdout
+    exported = fedvlm_("export", str(run), "--client", "site-0")
     assert exported.returncode == 0, exported.stderr
     assert (Path(exported.stdout.strip()) / "adapter_model.safetensors").exists()
-    wrong = fedvlm_(installed, "run", "algorithm.name=fedrep", "algorithm.head_stepz=1", "seed=-1")
+    wrong = fedvlm_("run", "algorithm.name=fedrep", "algorithm.head_stepz=1", "seed=-1")
     assert wrong.returncode == 2
     assert "algorithm.head_stepz': did you mean 'algorithm.head_steps'?" in wrong.stderr
     assert "seed: " in wrong.stderr, "the error lists all mistakes"

@@ -15,7 +15,6 @@ from __future__ import annotations
 import os
 import re
 import subprocess
-import sys
 import textwrap
 from dataclasses import dataclass
 from pathlib import Path
@@ -25,6 +24,7 @@ import typer
 
 from fedvlm.cli.app import app
 from fedvlm.config import load
+from forked import Warm
 
 ROOT = Path(__file__).parents[1]
 README = ROOT / "README.md"
@@ -133,16 +133,15 @@ def script(block: Block) -> str:
     return "\n".join(lines)
 
 
-def execute(block: Block, folder: Path) -> None:
-    """Runs a block in ``folder``; fails with its output."""
+def execute(block: Block, folder: Path, warm: Warm) -> None:
+    """Runs a block in ``folder``; fails with its output. ``fedvlm`` begins with imports done."""
     if block.language in SHELL:
         argv = ["bash", "-euo", "pipefail", "-c", script(block)]
     else:
         (folder / "block.py").write_text(block.text, encoding="utf-8")
-        argv = [sys.executable, "block.py"]
-    path = f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}"
-    env = os.environ | {"PATH": path, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
-    env.setdefault("OMP_NUM_THREADS", "1")
+        argv = [str(warm.python), "block.py"]
+    path = f"{warm.fedvlm.parent}{os.pathsep}{os.environ['PATH']}"
+    env = warm.env | {"PATH": path, "HF_HUB_OFFLINE": "1", "OMP_WAIT_POLICY": "PASSIVE"}
     done = subprocess.run(
         argv,
         cwd=folder,
@@ -172,7 +171,7 @@ def folder(tmp_path_factory) -> Path:
 
 @needs_readme
 @pytest.mark.parametrize("block", RUN, ids=str)
-def test_block_runs(block, folder):
+def test_block_runs(block, folder, warm):
     if block.file:
         (folder / block.file).parent.mkdir(parents=True, exist_ok=True)
         (folder / block.file).write_text(block.text, encoding="utf-8")
@@ -180,7 +179,7 @@ def test_block_runs(block, folder):
         return
     network = NEEDS_NETWORK.search(block.text)
     assert not network, f"{block} calls '{network and network[0]}': mark it 'not run'"
-    execute(block, folder)
+    execute(block, folder, warm)
 
 
 @needs_readme
@@ -299,12 +298,12 @@ def test_commands_are_found_in_blocks_and_in_the_text():
     assert named_commands(text) == {("run", ""), ("deploy", "run"), ("demo", "")}
 
 
-def test_blocks_are_executed_in_the_folder(tmp_path):
-    execute(Block("bash", "make demo\necho hello > said.txt\n", 1), tmp_path)
-    execute(Block("python", "assert open('said.txt').read() == 'hello\\n'\n", 1), tmp_path)
+def test_blocks_are_executed_in_the_folder(tmp_path, warm):
+    execute(Block("bash", "make demo\necho hello > said.txt\n", 1), tmp_path, warm)
+    execute(Block("python", "assert open('said.txt').read() == 'hello\\n'\n", 1), tmp_path, warm)
 
 
-def test_a_failing_command_fails_with_its_output(tmp_path):
+def test_a_failing_command_fails_with_its_output(tmp_path, warm):
     with pytest.raises(pytest.fail.Exception, match="ended with 3") as failure:
-        execute(Block("bash", "echo $((6 * 7))\nexit 3\necho not reached\n", 1), tmp_path)
+        execute(Block("bash", "echo $((6 * 7))\nexit 3\necho not reached\n", 1), tmp_path, warm)
     assert "\n42\n" in str(failure.value)

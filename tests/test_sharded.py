@@ -1,10 +1,8 @@
 """One run in two real processes, by torchrun and gloo, has the results of one process."""
 
 import json
-import os
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -78,18 +76,22 @@ main()
 """
 
 
-def launch(*command):
+@pytest.fixture(scope="module")
+def launch(warm):
     """Runs a command in two processes. Returns the exit code, the output and the errors."""
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"]
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*torchrun, *map(str, command)],
-        env=environment,
-        capture_output=True,
-        text=True,
-        timeout=300,
-    )
-    return done.returncode, done.stdout, done.stderr
+    torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2", "--no-python"]
+
+    def launched(*command):
+        done = subprocess.run(
+            [warm.python, *torchrun, warm.python, *map(str, command)],
+            env=warm.env,
+            capture_output=True,
+            text=True,
+            timeout=300,
+        )
+        return done.returncode, done.stdout, done.stderr
+
+    return launched
 
 
 @pytest.fixture(scope="module")
@@ -102,7 +104,7 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def killed(folder):
+def killed(folder, launch):
     """A run of two processes, one of which was killed."""
     script = folder / "killed.py"
     script.write_text(KILLED)
@@ -111,7 +113,7 @@ def killed(folder):
 
 
 @pytest.fixture(scope="module")
-def two(folder, killed):
+def two(folder, killed, launch):
     """Runs in two processes: ``two/plora``, ``two/odd``, and ``two/resumed`` after the kill."""
     script = folder / "several.py"
     script.write_text(SEVERAL)
@@ -203,7 +205,7 @@ def test_a_mistake_in_one_process_is_one_message_and_ends_all(folder, two):
     assert store.Store(folder / "two" / "failing").finished() == 0
 
 
-def test_a_mistake_that_all_processes_find_is_printed_once():
+def test_a_mistake_that_all_processes_find_is_printed_once(launch):
     code, output, errors = launch("-m", "fedvlm", "run", "train.round=3")
     said = "error: the configuration has a problem"
     assert code != 0
