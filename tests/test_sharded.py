@@ -96,7 +96,7 @@ def launch(warm):
             env=warm.env,
             capture_output=True,
             text=True,
-            timeout=300,
+            timeout=600,  # a guard against waiting for ever
         )
         return done.returncode, done.stdout, done.stderr
 
