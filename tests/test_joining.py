@@ -652,7 +652,10 @@ def test_both_keys_pass_the_gate_while_a_site_renews(gate, home, tmp_path):
 def test_the_gate_is_shut_while_the_list_cannot_be_read(text, gate, home, tmp_path):
     enrol(invited(home), tmp_path / "north")
     whole = (home / "admitted.json").read_text()
+    before = gate(tmp_path / "north")
+    assert before.echo() == "let in"
     (home / "admitted.json").write_text(text)
+    assert before.ended() == "CANCELLED"
     assert gate(tmp_path / "north").echo() == "PERMISSION_DENIED"
     (home / "admitted.json").write_text(whole)
     assert gate(tmp_path / "north").echo() == "let in"
