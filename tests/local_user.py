@@ -1,23 +1,28 @@
 """A user of a site's machine says to be the server: ``python local_user.py PORT SITE JOB KEYS``.
 
 Asks the site's process for a job to work, by the listener for the processes of the machine, until
-it answers. Prints the answer, or ``no answer``. ``KEYS`` is a folder with the certificate and key
+it answers. Prints the answer, or ``no answer`` when it is asked to end. ``KEYS`` is a folder with the certificate and key
 of another site, which this user has, or ``none``.
 """
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 from nvflare.collab.runtime.defs import CALL_PROTOCOL_VERSION, CallHeaderKey
 from nvflare.fuel.f3.cellnet.cell import Cell
-from nvflare.fuel.f3.cellnet.defs import MessageHeaderKey
 from nvflare.fuel.f3.cellnet.utils import new_cell_message
 from nvflare.fuel.f3.drivers.driver_params import DriverParams
 
-SECONDS = 15.0
 
+def end(*_):
+    print("no answer", flush=True)
+    os._exit(0)
+
+
+signal.signal(signal.SIGTERM, end)
 port, site, job, keys = sys.argv[1:]
 name, scheme, credentials = f"server.{job}", "tcp", {}
 if keys != "none":
@@ -35,8 +40,7 @@ cell = Cell(
     parent_url=f"{scheme}://localhost:{port}",
 )
 cell.start()
-found, until = "no answer", time.monotonic() + SECONDS
-while found == "no answer" and time.monotonic() < until:
+while True:
     request = new_cell_message(
         {
             CallHeaderKey.PROTOCOL_VERSION: CALL_PROTOCOL_VERSION,
@@ -54,9 +58,6 @@ while found == "no answer" and time.monotonic() < until:
         channel="collab", topic="call", target=f"{site}.{job}", request=request, timeout=3.0
     )
     if isinstance(reply.payload, dict):
-        found = str(reply.payload)
-    else:
-        found = "no answer"
-        time.sleep(0.5)
-print(found, reply.get_header(MessageHeaderKey.RETURN_CODE), flush=True)
-os._exit(0)  # some threads of NVFlare would go on
+        print(reply.payload, flush=True)
+        os._exit(0)  # some threads of NVFlare would go on
+    time.sleep(0.5)

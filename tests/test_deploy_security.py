@@ -216,7 +216,9 @@ def seen(tmp_path_factory):
             again = raw(port, bytes(tap.sealed[0].up))
             assert run.poll() is None, "the run must still be going on"
             code = run.wait(240)
-            answers = [user.communicate(timeout=120)[0] for user in users]
+            for user in users:
+                user.terminate()
+            answers = [user.communicate(timeout=60)[0] for user in users]
         until(lambda: len(refusals(folder)) == len(REFUSED), 30)
     assert code == 0, said(folder, "said")
     return folder, knocks, (plain, again), tap, (answers, shown, hidden)
