@@ -1,8 +1,8 @@
 """A user of a site's machine says to be the server: ``python local_user.py PORT SITE JOB KEYS``.
 
 Asks the site's process for a job to work, by the listener for the processes of the machine, until
-it answers. Prints the answer, or ``no answer`` when it is asked to end. ``KEYS`` is a folder with the certificate and key
-of another site, which this user has, or ``none``.
+it answers. Prints the answer, or ``no answer`` when it is asked to end. ``KEYS`` is a folder with
+the certificate and key of another site, which this user has, or ``none``.
 """
 
 import os
