@@ -215,7 +215,7 @@ def seen(tmp_path_factory):
             raw(tap.port, PREFACE + secret)
             again = raw(port, bytes(tap.sealed[0].up))
             assert run.poll() is None, "the run must still be going on"
-            code = run.wait(240)
+            code = run.wait(480)
             for user in users:
                 user.terminate()
             answers = [user.communicate(timeout=60)[0] for user in users]
