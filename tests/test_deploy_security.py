@@ -139,8 +139,7 @@ def local_users(folder, home):
     return [
         subprocess.Popen(
             [sys.executable, str(HERE / "local_user.py"), port, "north", job, str(known)],
-            stdout=subprocess.PIPE,
-            text=True,
+            stderr=subprocess.DEVNULL,
         )
         for known in ("none", keys)
     ]
@@ -212,13 +211,15 @@ def seen(tmp_path_factory):
             raw(tap.port, PREFACE + secret)
             again = raw(port, bytes(tap.sealed[0].up))
             assert run.poll() is None, "the run must still be going on"
-            code = run.wait(240)
-            answers = [user.communicate(timeout=120)[0] for user in users]
+            code = run.wait(480)
+            for user in users:
+                user.terminate()
+                user.wait(60)
         until(lambda: len(refusals(folder)) == len(REFUSED), 30)
         admitting.revoke(home, "north")
         until(lambda: all(at_the_gate(folder, "north")), 60)
     assert code == 0, said(folder, "said")
-    return folder, knocks, (plain, again), tap, (answers, shown, hidden)
+    return folder, knocks, (plain, again), tap, (shown, hidden)
 
 
 REFUSED = {
@@ -280,8 +281,8 @@ def test_a_site_that_commands_another_one_gets_no_answer(seen):
 
 
 def test_a_local_user_is_not_the_server(seen):
-    folder, *_, (answers, _, _) = seen
-    assert [answer.split()[:2] for answer in answers] == [["no", "answer"]] * 2
+    folder, *_ = seen
+    assert "planted" not in said(folder, "north")
     log = (folder / "sites" / "north" / "nvflare.log").read_text()
     assert "a process of this machine has no key: [SSL: WRONG_VERSION_NUMBER]" in log
     assert "authenticated as 'south' but claimed endpoint 'server." in log
@@ -290,7 +291,7 @@ def test_a_local_user_is_not_the_server(seen):
 
 
 def test_the_list_of_processes_shows_no_secret(seen):
-    *_, (_, shown, hidden) = seen
+    *_, (shown, hidden) = seen
     assert len(shown) >= 6
     assert len(hidden) > 50, "tokens of both jobs' processes, and three keys"
     assert not [word for word in hidden for line in shown if word in line]
