@@ -372,7 +372,7 @@ def test_a_download_to_be_scored_is_checked_as_one_to_be_trained(both):
     down = load(LAST["site-1"])
     name = next(iter(down))
     for do in ("score", "answer", "export"):
-        header = {"do": do, "kind": "global", "round": 1, "name": "global"}
+        header = {"do": do, "kind": "personal", "round": 1, "name": "personal"}
         assert "error" not in call("site-1", header, save(down), 9)[0]
         for wrong in (down | {name: down[name] * NAN}, {n: down[n] for n in down if n != name}):
             refused, _ = call("site-1", header, save(wrong), 9)
