@@ -151,7 +151,8 @@ def test_every_setting_counts_in_the_digest():
 @pytest.fixture
 def place(tmp_path, monkeypatch):
     """A site that demands approval and, unless a test says otherwise, opens runs in no time."""
-    site = SimpleNamespace(rows={"train": 1}, described=lambda: {"adapter": "x"})
+    ledger = SimpleNamespace(begin=lambda run, config: None)
+    site = SimpleNamespace(rows={"train": 1}, described=lambda: {"adapter": "x"}, ledger=ledger)
     monkeypatch.setattr("fedvlm.deploy.site.Site", lambda *args: site)
     monkeypatch.setattr(approval, "outline", lambda *args: approval_words)
     (tmp_path / "policy.yml").write_text("approval: true\n")
@@ -472,7 +473,7 @@ def test_a_model_that_cannot_be_described_stops_no_decision(place, monkeypatch):
 
 def test_an_approved_run_opens_for_real(tmp_path):
     fedvlm.scenes(sites=1, rows=60).to_parquet(tmp_path / "rows.parquet")
-    (tmp_path / "policy.yml").write_text("approval: true\nalgorithms: [plora]\n")
+    (tmp_path / "policy.yml").write_text("approval: true\nalgorithms: [plora]\ntrain_rows: 8\n")
     own = {"name": "north", "data": str(tmp_path / "rows.parquet")}
     own |= {"state": str(tmp_path / "state"), "policy": str(tmp_path / "policy.yml")}
     tree = json.loads(json.dumps(as_sent(config(tmp_path, "eval.max_rows=10"))))

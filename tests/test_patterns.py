@@ -59,6 +59,10 @@ def test_a_pattern_that_cannot_be_searched_is_refused_with_the_reason(pattern, s
         load({"algorithm": {"name": "share", "share": {pattern: "A"}}})
 
 
+WORKER = r"""rf"{re.escape(place)}[^\s'\"]*" """.strip()
+"""The expression by which a site hides its paths."""
+
+
 def test_python_compiles_only_expressions_of_its_own():
     """Settings become expressions in one place, :func:`fedvlm.layers.searcher`."""
     calls = ("compile", "match", "fullmatch", "search", "sub", "findall", "split", "finditer")
@@ -75,6 +79,7 @@ def test_python_compiles_only_expressions_of_its_own():
     assert found == {
         ("config.py", "name"),  # a constant of the loop around it
         ("control.py", "'|'.join(map(re.escape, self.texts))"),  # texts of the model, as texts
+        ("worker.py", ast.unparse(ast.parse(WORKER, mode="eval"))),  # a path of the site, as text
         ("layers.py", "pattern.encode()"),  # by RE2
         ("names.py", "pattern"),  # NATIVE
     }

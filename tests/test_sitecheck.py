@@ -1,6 +1,5 @@
 """``fedvlm site check``: what a run would find at a site, without a connection."""
 
-import hashlib
 import shutil
 import socket
 
@@ -15,6 +14,7 @@ from fedvlm.deploy.nvflare import processes
 from fedvlm.deploy.sitecheck import check
 from fedvlm.errors import FedVLMError
 from fedvlm.models.load import BUNDLED
+from fedvlm.models.pin import pin
 
 
 @pytest.fixture(scope="module")
@@ -114,7 +114,7 @@ def test_all_problems_are_found_at_once(broken, tmp_path):
 def test_a_models_digest_is_compared_with_the_policy(good, tmp_path):
     folder = tmp_path / "model"
     shutil.copytree(BUNDLED["tiny"], folder)
-    right = hashlib.sha256((folder / "model.safetensors").read_bytes()).hexdigest()
+    right = pin(folder).digest
     models = {"m": {"path": str(folder), "sha256": right}}
     text = "\n".join(check(str(good), policy(tmp_path, models=models)).found)
     assert f"model 'm': SHA-256 {right}, as the policy wants" in text
@@ -148,11 +148,11 @@ def test_the_command_prints_what_it_found_and_ends_with_all_problems(broken):
 
 
 def test_a_site_starts_only_if_its_check_finds_no_problem(broken, tmp_path, monkeypatch):
-    kit = tmp_path / "kit"
-    monkeypatch.setattr(processes, "unpacked", lambda kit, workspace: "north")
-    monkeypatch.setattr(processes, "check_certificate", lambda path: "")
+    monkeypatch.setattr(processes.joining, "joined", lambda state: None)
+    monkeypatch.setattr(processes.joining, "equip", lambda state, workspace: "north")
+    monkeypatch.setattr(processes, "check_certificate", lambda path, how: "")
     monkeypatch.setattr(processes, "_keep", lambda *args, **options: pytest.fail("it started"))
     said = []
     with pytest.raises(FedVLMError, match=r"(?s)^the check found a problem:.*row 31: the answer"):
-        processes.start_site(kit, str(broken), tmp_path / "state", None, said.append)
+        processes.start_site(str(broken), tmp_path / "state", None, said.append)
     assert any(line.startswith("columns: ") for line in said)

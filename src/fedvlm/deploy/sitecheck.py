@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedvlm import config as configs
 from fedvlm.data.sources import load_rows
+from fedvlm.deploy import limits
 from fedvlm.deploy.policy import Allowed, Policy, read_policy
 from fedvlm.errors import ConfigError, FedVLMError, brief, shown
 from fedvlm.models.pin import pin
@@ -89,6 +90,7 @@ def _rows(report: Report, policy: Policy, data: str, model: str | None) -> None:
             rows = load_rows(config.data, config.seed)
             partition = preparing.partitioned(config, rows)
             report.found += [*_columns(config, rows), *_counts(len(rows), partition)]
+            limits.admitted(policy, config, next(iter(partition.splits.values())))
             if model:
                 partition = _encoded(config, rows, partition)
                 report.found += [f"rows that '{model}' can take: {_splits(partition)}"]
