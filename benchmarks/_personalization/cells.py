@@ -136,6 +136,7 @@ def settings(cell: Cell) -> dict[str, Any]:
         "partition": {"min_rows": 4},
         "train": {"rounds": 24, "local_steps": 5, "batch_size": 4},
         "lora": {"target": "language"},
+        "aggregate": {"kind": "mean"},  # as in the papers
         "eval": {"every": 0, "max_rows": TEST},
         "engine": {"threads": 1},
     }

@@ -32,6 +32,7 @@ METRIC = "token_f1"
 """Accuracy without regard to case for answers of one word, such as yes and no."""
 SMALL: dict[str, Any] = {
     "train": {"local_steps": 5, "batch_size": 4},
+    "aggregate": {"kind": "mean"},
     "eval": {"every": 0, "max_rows": TEST, "max_new_tokens": 8, "metric": METRIC},
     "engine": {"threads": 1},
 }
