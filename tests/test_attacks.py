@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 from fractions import Fraction
@@ -12,107 +11,17 @@ import torch
 from safetensors.torch import load, save
 
 import fedvlm
-from fedvlm.algorithms.base import NOBODY, Visit
+from asking import RUN, At, after, ask, close, moved, plora, rows, sent_to, told  # noqa: F401
+from fedvlm.algorithms.base import Visit
 from fedvlm.algorithms.dry import bare, rehearse
 from fedvlm.algorithms.table import TABLE, of_run
 from fedvlm.config import load as read
 from fedvlm.deploy import limits
 from fedvlm.deploy.policy import Policy
-from fedvlm.deploy.remote import _told
 from fedvlm.deploy.sitestore import SiteStore
-from fedvlm.deploy.worker import Worker, hidden
 from fedvlm.store import sealed
 
-RUN = {
-    "algorithm": {"name": "plora"},
-    "train": {"rounds": 4, "local_steps": 5, "batch_size": 4, "lr": 5e-3, "average": "none"},
-    "eval": {"every": 0, "max_rows": 10, "max_new_tokens": 3},
-}
-
-
-def told(**other):
-    """The configuration that a server sends; the sections in ``other`` are changed."""
-    tree = json.loads(json.dumps(RUN))
-    for name, part in other.items():
-        tree[name] = {**tree.get(name, {}), **part} if isinstance(part, dict) else part
-    return _told(read(tree))
-
-
-def ask(worker, blob=b"", **header):
-    """One message, as JSON there and back."""
-    answer, sent = worker.perform(json.loads(json.dumps({"sampled": 1.0} | header)), blob)
-    return json.loads(json.dumps(answer)), sent
-
-
-@pytest.fixture(scope="module")
-def rows(tmp_path_factory):
-    """The site's rows: 64, with a column ``patient`` that is no one's business."""
-    path = tmp_path_factory.mktemp("rows") / "rows.parquet"
-    frame = fedvlm.scenes(style="iid", sites=1, rows=64).to_pandas()
-    frame["patient"] = [f"Alma Turing MRN-{n * 7919 % 10000:04d}" for n in range(len(frame))]
-    frame.to_parquet(path, index=False)
-    return path
-
-
-class At:
-    """A site: starts workers on its rows and its state."""
-
-    def __init__(self, rows, folder, **policy):
-        folder.mkdir(parents=True, exist_ok=True)
-        (folder / "policy.yml").write_text(json.dumps(policy))
-        self.own = {"name": "site-0", "data": str(rows), "state": str(folder / "state")}
-        self.own |= {"policy": str(folder / "policy.yml"), "log": str(folder / "site.log")}
-        self.runs = folder / "state" / "runs"
-
-    def open(self, run="r", **other):
-        """A new worker, and its answer to the request to open a run."""
-        worker = Worker(self.own)
-        return worker, ask(worker, do="open", run=run, config=told(**other))[0]
-
-
-def close(worker):
-    """Ends a worker as its process would: its lock is free."""
-    if worker._lock:
-        worker._lock.__exit__(None, None, None)
-        worker._lock = None
-
-
-def sent_to(worker):
-    """The first download of a run."""
-    algorithm = worker.site.algorithm
-    return algorithm.send(algorithm.init(worker.site.engine.adapter), NOBODY)
-
-
-def moved(tree, by):
-    """Another download of the same form."""
-    return {n: t + by if t.is_floating_point() else t for n, t in tree.items()}
-
-
 # -- the personal factors
-
-
-@pytest.fixture(scope="module")
-def plora(rows, tmp_path_factory):
-    """The state of a site after two rounds of plora, and the last upload."""
-    site = At(rows, tmp_path_factory.mktemp("plora"))
-    worker, opened = site.open()
-    assert opened["rows"]["train"] >= 20
-    down = sent_to(worker)
-    for number in (1, 2):
-        about, up = ask(worker, save(down), do="train", round=number)
-        assert about["loss"] > 0
-        down = load(up)
-    close(worker)
-    return site, down
-
-
-@pytest.fixture
-def after(plora, rows, tmp_path):
-    """A copy of that site."""
-    old, down = plora
-    site = At(rows, tmp_path)
-    shutil.copytree(old.runs, site.runs)
-    return site, down
 
 
 def test_a_run_cannot_be_opened_again_as_another_algorithm(after):
@@ -342,114 +251,3 @@ def test_the_scores_that_an_algorithm_uploads_are_rounded_too(after):
     assert 0 < votes[0] <= 1
     assert all(abs(100 * vote - round(100 * vote)) < 1e-4 for vote in votes)
     assert about["loss"] == round(about["loss"], 2)
-
-
-# -- rounds and budgets
-
-
-def test_no_round_beyond_the_run_is_trained_or_saved(rows, tmp_path):
-    site = At(rows, tmp_path, rounds=2)
-    _, refused = site.open("many")
-    assert "4 rounds (train.rounds), and the limit is 2 (rounds)" in refused["message"]
-    worker, _ = site.open(train={"rounds": 1})
-    down = save(sent_to(worker))
-    for number in (2, 12, 10**9, 10**30, 0, -5):
-        refused, blob = ask(worker, down, do="train", round=number)
-        assert refused["error"] == "refused", number
-        assert not blob
-    assert worker.site.store.rounds() == []
-    assert "loss" in ask(worker, down, do="train", round=1)[0]
-    for by in (1, 2, 3, 4):
-        last, _ = ask(worker, save(moved(load(down), by / 100)), do="train", round=1)
-    assert "round 1 was trained with 3 different downloads" in last["message"]
-    assert worker.site.store.rounds() == [1]
-
-
-def test_a_run_beyond_the_budgets_is_refused_before_anything_is_read(tmp_path):
-    site = At(tmp_path / "no-such-rows.parquet", tmp_path)
-    _, refused = site.open(
-        train={"rounds": 2000, "local_steps": 1000, "batch_size": 500},
-        eval={"batch_size": 10**6, "max_new_tokens": 9999, "max_rows": 1, "every": 1},
-        lora={"rank": 1000},
-    )
-    assert refused["error"] == "refused"
-    for said in (
-        "2000 rounds (train.rounds), and the limit is 1000 (rounds)",
-        "2000000 optimizer steps (train.rounds x train.local_steps, and finish_steps), and the "
-        "limit is 100000 (steps)",
-        "500 rows in a batch (train.batch_size), and the limit is 256 (batch)",
-        "1000000 rows in a batch (eval.batch_size), and the limit is 256 (batch)",
-        "1000 ranks (lora.rank and lora.spare), and the limit is 256 (rank)",
-        "9999 new tokens (eval.max_new_tokens), and the limit is 512 (new_tokens)",
-        "6002 scorings (train.rounds and eval.every), and the limit is 100 (scores)",
-        "1 scored rows (eval.max_rows), and the minimum is 10 (scored_rows)",
-    ):
-        assert said in refused["message"], said
-    assert not site.runs.exists()
-
-
-def test_a_round_on_one_row_is_refused(tmp_path):
-    site = At(tmp_path / "no-such-rows.parquet", tmp_path)
-    _, refused = site.open(train={"batch_size": 1, "local_steps": 1})
-    assert "1 training rows in a round (train.batch_size x train.local_steps), and" in str(refused)
-
-
-def test_epochs_count_as_steps(rows, tmp_path):
-    epochs = {"local_steps": None, "local_epochs": 100, "rounds": 100}
-    _, refused = At(rows, tmp_path).open(train=epochs)
-    assert "it asks for more than 100000 optimizer steps (steps)" in refused["message"]
-
-
-def test_a_site_keeps_so_many_runs_and_so_many_bytes_of_a_run(after, rows, tmp_path):
-    site, down = after
-    At(rows, tmp_path, runs=1, disk=100_000)
-    _, refused = site.open("second")
-    assert "the site keeps 1 runs, and the limit is 1 (runs)" in refused["message"]
-    assert [path.name for path in site.runs.iterdir()] == ["r"]
-    worker, opened = site.open()
-    assert "error" not in opened, "a run that is there may continue"
-    refused, _ = ask(worker, save(down), do="train", round=3)
-    assert "and the limit is 100000 (disk)" in refused["message"]
-    assert worker.site.store.rounds() == [1, 2]
-
-
-@pytest.mark.parametrize(("every", "rounds", "most"), [(0, 4, 6), (1, 4, 14), (3, 7, 14)])
-def test_an_honest_run_asks_for_no_more_scorings_than_announced(every, rounds, most):
-    train = {"rounds": rounds, "average": "none"}
-    assert limits.scorings(read({"eval": {"every": every}, "train": train})) == most
-
-
-# -- paths
-
-
-def test_no_message_of_a_site_holds_one_of_its_paths(after, rows, tmp_path):
-    site, down = after
-    path = site.runs / "r" / "rounds" / "00002" / "mine.safetensors"
-    damaged = bytearray(path.read_bytes())
-    damaged[-1] ^= 1
-    path.write_bytes(damaged)
-    worker, _ = site.open()
-    said = [ask(worker, save(down), do="train", round=3)[0]]
-    assert "personal state of round 2 in '(a path of this site)' is damaged" in said[0]["message"]
-    bad = tmp_path / "bad model"
-    bad.mkdir()
-    (bad / "config.json").write_text("{}")
-    for policy in ({"models": {"tiny": str(bad)}}, {"models": {"tiny": str(bad / "none")}}):
-        said.append(At(rows, tmp_path, **policy).open("new")[1])
-    (tmp_path / "policy.yml").write_text("roundz: 3")
-    said.append(site.open("new")[1])
-    At(rows.parent / "gone.parquet", tmp_path)
-    site.own["data"] = str(rows.parent / "gone.parquet")
-    said.append(site.open("new")[1])
-    for one in said:
-        assert one["error"] == "failed"
-        assert str(tmp_path) not in one["message"]
-        assert str(rows.parent) not in one["message"]
-
-
-def test_names_of_tensors_and_settings_are_no_paths():
-    for text in ("train.lr / 2", "org/model", "ending.average/a.lora_A", "answers and/or rows"):
-        assert hidden(text) == text
-    for text in ("/etc/x", "'/a b/c'", "~/x", "~me/x", "C:\\rows\\a", '"/srv"', "in:/srv/x"):
-        assert "(a path of this site)" in hidden(text), text
-    assert hidden("see rows/a.parquet", ["rows/a.parquet"]) == "see (a path of this site)"

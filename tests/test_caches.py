@@ -11,7 +11,7 @@ from filelock import FileLock
 import fedvlm
 from fedvlm.config import load
 from fedvlm.deploy import statefolder
-from fedvlm.deploy.remote import _told, write
+from fedvlm.deploy.remote import as_sent, write
 from fedvlm.deploy.supervisor import Supervisor
 from fedvlm.errors import FedVLMError
 from fedvlm.tree import read
@@ -69,7 +69,7 @@ def trained(tmp_path_factory):
             patch.delenv(name, raising=False)
         before, site = os.umask(0o022), Supervisor(own | {"log": str(state / "site.log")})
         try:
-            asked = {"do": "open", "run": "r", "config": _told(load(RUN))}
+            asked = {"do": "open", "run": "r", "config": as_sent(load(RUN))}
             opened, _ = site.call(asked, limit=600.0)
             assert "adapter" in opened, opened
             _, adapter = site.call({"do": "adapter"}, limit=600.0)
@@ -146,7 +146,9 @@ def test_the_processes_of_a_site_get_the_caches_of_its_state(tmp_path, monkeypat
     from fedvlm.deploy.nvflare import processes
 
     given = {}
-    monkeypatch.setattr(processes, "unpacked", lambda *_: "a")
+    monkeypatch.setattr(processes.joining, "joined", lambda *_: None)
+    monkeypatch.setattr(processes.joining, "equip", lambda *_: "a")
+    monkeypatch.setattr(processes, "_check_first", lambda *_: None)
     monkeypatch.setattr(processes, "check_certificate", lambda *_: "")
     monkeypatch.setattr(processes, "_keep", lambda *args, **_: given.update(args[2]))
     startup = tmp_path / "state" / "nvflare" / "startup"
@@ -156,7 +158,7 @@ def test_the_processes_of_a_site_get_the_caches_of_its_state(tmp_path, monkeypat
     (tmp_path / "rows").touch()
     before = os.umask(0o022)
     try:
-        processes.start_site("kit", str(tmp_path / "rows"), tmp_path / "state", None, print)
+        processes.start_site(str(tmp_path / "rows"), tmp_path / "state", None, print)
         assert os.umask(0o022) == 0o077
     finally:
         os.umask(before)

@@ -15,7 +15,13 @@ from fedvlm.version import __version__
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "fedvlm"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-NAMES = {"PIL": "pillow", "re2": "google-re2", "sklearn": "scikit-learn", "yaml": "pyyaml"}
+NAMES = {
+    "PIL": "pillow",
+    "grpc": "grpcio",
+    "re2": "google-re2",
+    "sklearn": "scikit-learn",
+    "yaml": "pyyaml",
+}
 """Module -> distribution, where the names differ."""
 
 

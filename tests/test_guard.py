@@ -22,10 +22,9 @@ from nvflare.fuel.f3.drivers.connector_info import Mode
 from nvflare.fuel.f3.drivers.tcp_driver import TcpDriver, TcpStreamServer
 from nvflare.lighter.utils import load_private_key_file, sign_folders
 
-from fedvlm.deploy import signing
-from fedvlm.deploy.nvflare import client, guard
+from fedvlm.deploy.nvflare import client, guard, signing
 from fedvlm.deploy.nvflare.project import provision
-from fedvlm.deploy.signing import Forged, Signer, Verifier
+from fedvlm.deploy.nvflare.signing import Forged, Signer, Verifier
 
 JOB = "0f8fad5b-d9cb-469f-a165-70867728950e"
 TRAIN, BLOB = {"do": "train", "round": 3}, b"tensors"

@@ -59,7 +59,7 @@ def installed(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def fedvlm_(warm):
+def fedvlm_(warm, installed):
     """The command line, with the example package installed."""
     paths = os.pathsep.join([str(installed), os.environ.get("PYTHONPATH", "")])
 

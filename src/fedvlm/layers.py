@@ -10,7 +10,8 @@ from fedvlm.errors import shown
 from fedvlm.tree import Select, factor, module
 
 LONGEST = 1000  # characters of a regular expression in a setting
-MEMORY = 2**20  # bytes that RE2 may take for one expression
+MEMORY = 2**20  # bytes that RE2 may take for an expression in a setting
+LISTED = 2**26  # bytes that RE2 may take for a list of names
 
 # Names of modules in each part of a model, over all families. All other modules are language.
 VISION = re.compile(r"(^|\.)(vision_tower|vision_model|visual|image_encoder)(\.|$)")
@@ -72,7 +73,7 @@ def _condition(text: str) -> Callable[[str], bool]:
     return searcher(text)
 
 
-def searcher(pattern: str) -> Callable[[str], bool]:
+def searcher(pattern: str, longest: int | None = LONGEST) -> Callable[[str], bool]:
     """A test of texts against a regular expression, which may occur anywhere in the text.
 
     The expression may be the server's, and the text a name at a site. Therefore RE2 searches for
@@ -80,18 +81,22 @@ def searcher(pattern: str) -> Callable[[str], bool]:
     thread can stop it. RE2 has no look-around and no references back. Its classes of characters,
     such as ``\\w``, are ASCII.
 
+    Args:
+        pattern: the expression.
+        longest: most characters of it; None: any number, for a list of names from an adapter.
+
     Raises:
         ValueError: the pattern is no regular expression of RE2, or is too long.
     """
     import re2
 
-    if len(pattern) > LONGEST:
+    if longest is not None and len(pattern) > longest:
         raise ValueError(
             f"{shown(pattern)} has {len(pattern)} characters, and a regular expression has at most "
-            f"{LONGEST}"
+            f"{longest}"
         )
     options = re2.Options()
-    options.log_errors, options.max_mem = False, MEMORY
+    options.log_errors, options.max_mem = False, LISTED if longest is None else MEMORY
     try:
         compiled = re2.compile(pattern.encode(), options)
     except (re2.error, UnicodeEncodeError) as error:

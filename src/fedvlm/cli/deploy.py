@@ -58,7 +58,7 @@ def admit(
     folder: Folder = HOME,
 ) -> None:
     """Sign the key of a site, and let the site in."""
-    from fedvlm.deploy import keys
+    from fedvlm.deploy.nvflare import keys
     from fedvlm.deploy.nvflare.admitting import admit as sign
 
     expected = keys.typed(fingerprint) if fingerprint else None
@@ -87,7 +87,7 @@ def revoke(
 
     The running server closes the site's connection within seconds.
     """
-    from fedvlm.deploy import keys
+    from fedvlm.deploy.nvflare import keys
     from fedvlm.deploy.nvflare.admitting import revoke as refuse
 
     for mark in refuse(Path(folder), site):
@@ -105,7 +105,7 @@ def fingerprints(folder: Folder = HOME) -> None:
 
 
 def _tell_fingerprints(folder: str) -> None:
-    from fedvlm.deploy import keys
+    from fedvlm.deploy.nvflare import keys
     from fedvlm.deploy.nvflare.admitting import fingerprints as listed
 
     for name, mark in listed(Path(folder)).items():

@@ -92,8 +92,7 @@ def join(
 
     Run it twice: with the invitation, and with the admission that answers the request.
     """
-    from fedvlm.deploy import keys
-    from fedvlm.deploy.nvflare import joining
+    from fedvlm.deploy.nvflare import joining, keys
 
     home = Path(state).absolute()
     if isinstance(keys.read(file, keys.Invitation, keys.Admission), keys.Admission):
@@ -116,8 +115,7 @@ def renew(state: State, to: To = None) -> None:
 @site.command()
 def fingerprint(state: State) -> None:
     """Show the fingerprints of the federation and of this site's key."""
-    from fedvlm.deploy import keys
-    from fedvlm.deploy.nvflare import joining
+    from fedvlm.deploy.nvflare import joining, keys
 
     about = joining.joined(Path(state).absolute(), waiting=True)
     typer.echo(f"site '{about.site}' of '{about.project}', server {about.address}:{about.port}")

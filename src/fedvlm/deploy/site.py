@@ -21,7 +21,7 @@ from fedvlm.data.fingerprint import content
 from fedvlm.deploy import limits
 from fedvlm.deploy.ledger import Ledger
 from fedvlm.deploy.policy import Policy, Refused
-from fedvlm.deploy.sitestore import SiteStore, Version
+from fedvlm.deploy.sitestore import SiteStore, Version, on_a_full_disk
 from fedvlm.engines.base import Models, Scores
 from fedvlm.engines.wire import Task
 from fedvlm.errors import FedVLMError
@@ -121,7 +121,8 @@ class Site:
                 f"round {round_} is over: this site has done round {rounds[-1]}, and cannot repeat "
                 "an earlier round with another download"
             )
-        self.ledger.training(round_, sent, rounds[-1] if rounds else 0)
+        with on_a_full_disk(round_):
+            self.ledger.training(round_, sent, rounds[-1] if rounds else 0)
         self.store.before = round_
         try:
             task = Task(visit, down, rated=True)

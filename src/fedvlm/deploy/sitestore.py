@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import errno
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,6 +22,24 @@ from fedvlm.tree import Tree, digest
 KEPT = 2  # versions of the personal state: the last two rounds
 PARTS = ("upload", "mine", "end")
 PERSONAL = "personal.json"  # the names of all tensors that were ever personal in the run
+
+
+@contextmanager
+def on_a_full_disk(round_: int) -> Iterator[None]:
+    """Says what a full disk means for a round.
+
+    Raises:
+        FedVLMError: the disk is full.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise FedVLMError(
+            f"the site's disk is full, and round {round_} is not kept there, but earlier rounds "
+            "are. The site takes part again when its disk has room"
+        ) from error
 
 
 @dataclass(frozen=True)
@@ -108,16 +127,13 @@ class SiteStore(stores.Store):
         known = self.personal_names()
         scratch = self._of(version.round).with_suffix(".tmp")
         try:
-            if not known or version.personal - known:
-                sealed.write(self.folder / PERSONAL, {"names": sorted(known | version.personal)})
-            self._write(version, scratch)
-        except OSError as error:
+            with on_a_full_disk(version.round):
+                if not known or version.personal - known:
+                    names = sorted(known | version.personal)
+                    sealed.write(self.folder / PERSONAL, {"names": names})
+                self._write(version, scratch)
+        except BaseException:
             shutil.rmtree(scratch, ignore_errors=True)
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):
-                raise FedVLMError(
-                    f"the site's disk is full, and round {version.round} is not kept there, but "
-                    "earlier rounds are. The site takes part again when its disk has room"
-                ) from error
             raise
 
     def _write(self, version: Version, scratch: Path) -> None:

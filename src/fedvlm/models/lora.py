@@ -128,7 +128,7 @@ def targets(model: nn.Module, target: str) -> list[str]:
         found = [n for n in linear if part(n) in PRESETS[target]]
     else:
         try:
-            fits = searcher(target)
+            fits = searcher(target, longest=None)  # a setting was checked
         except ValueError as error:
             presets = ", ".join(PRESETS)
             raise FedVLMError(f"lora.target: {error}; it is none of {presets} either") from None

@@ -16,8 +16,8 @@ from cryptography import x509
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
-from fedvlm.deploy import keys
-from fedvlm.deploy.keys import Admission, Request
+from fedvlm.deploy.nvflare import keys
+from fedvlm.deploy.nvflare.keys import Admission, Request
 from fedvlm.deploy.nvflare.processes import read_federation
 from fedvlm.deploy.nvflare.project import ADMITTED, Project, admitted, state_of
 from fedvlm.errors import FedVLMError

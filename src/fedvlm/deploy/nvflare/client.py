@@ -18,7 +18,7 @@ from nvflare.collab import collab
 from fedvlm.deploy.calls import Desk, settle
 from fedvlm.deploy.nvflare import guard
 from fedvlm.deploy.nvflare.processes import MARK, SITE
-from fedvlm.deploy.signing import Forged, Verifier
+from fedvlm.deploy.nvflare.signing import Forged, Verifier
 from fedvlm.deploy.supervisor import Supervisor
 from fedvlm.deploy.worker import log_to
 

@@ -22,7 +22,7 @@ from nvflare.apis.fl_component import FLComponent
 from nvflare.fuel.f3.drivers import grpc_driver
 from nvflare.fuel.f3.drivers.net_utils import ssl_required
 
-from fedvlm.deploy import keys
+from fedvlm.deploy.nvflare import keys
 from fedvlm.deploy.nvflare.project import CLOSED, UNADMITTED
 from fedvlm.errors import FedVLMError
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import yaml
 
-from fedvlm.deploy import keys
-from fedvlm.deploy.keys import Admission, Invitation, Request
+from fedvlm.deploy.nvflare import keys
+from fedvlm.deploy.nvflare.keys import Admission, Invitation, Request
 from fedvlm.deploy.nvflare.project import SITE_CLASSES, restrict
 from fedvlm.errors import FedVLMError
 from fedvlm.store import files

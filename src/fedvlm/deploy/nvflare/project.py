@@ -16,7 +16,7 @@ from cryptography import x509
 from pydantic import Field, field_validator, model_validator
 
 from fedvlm import config as configs
-from fedvlm.deploy import keys
+from fedvlm.deploy.nvflare import keys
 from fedvlm.deploy.nvflare.names import ADMIN
 from fedvlm.deploy.policy import check_name
 from fedvlm.deploy.remote import Limits

@@ -17,8 +17,8 @@ from fedvlm.deploy.auditlog import NAME, AuditLog, audited_calls
 from fedvlm.deploy.calls import Late, asking, settle
 from fedvlm.deploy.frames import NoMessage, parsed
 from fedvlm.deploy.nvflare.processes import MARK
+from fedvlm.deploy.nvflare.signing import Signer
 from fedvlm.deploy.remote import Gone, Limits, Remote, Unanswered
-from fedvlm.deploy.signing import Signer
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Progress
@@ -89,7 +89,7 @@ def calling(
     Args:
         proxies: site -> NVFlare's stand-in for it.
         aborted: whether the job is aborted.
-        sign: see :meth:`fedvlm.deploy.signing.Signer.sign`.
+        sign: see :meth:`fedvlm.deploy.nvflare.signing.Signer.sign`.
     """
 
     def exchange(
