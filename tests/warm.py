@@ -132,6 +132,8 @@ def _command(words: list[str], folder: str, env: dict[str, str], files: list[int
     paths = env.get("PYTHONPATH", "").split(os.pathsep)
     sys.path[:0] = ["", *(path for path in paths if path and path not in sys.path)]
     importlib.invalidate_caches()
+    if torch := sys.modules.get("torch"):  # makes its threads anew, before several may ask for them
+        torch.set_num_threads(torch.get_num_threads())
     code = 1
     try:
         if words[0] == "-m":
