@@ -24,7 +24,7 @@ SETTINGS = {
     "engine": {"threads": 1, "clients": 1},
 }
 
-FEW = {"train_rows": 1, "scored_rows": 1, "score_step": 0}
+FEW = {"train_rows": 1, "batch_rows": 1, "scored_rows": 1, "score_step": 0}
 """A policy for runs on few rows, whose scores are compared exactly."""
 
 

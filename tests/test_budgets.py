@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 from safetensors.torch import load, save
 
 from asking import RUN, At, after, ask, close, moved, plora, rows, sent_to, told  # noqa: F401
 from fedvlm.config import load as read
 from fedvlm.deploy import limits
+from fedvlm.deploy.policy import Policy
 from fedvlm.deploy.worker import hidden
 
 # -- rounds and budgets
@@ -119,3 +122,62 @@ def test_names_of_tensors_and_settings_are_no_paths():
     for text in ("/etc/x", "'/a b/c'", "~/x", "~me/x", "C:\\rows\\a", '"/srv"', "in:/srv/x"):
         assert "(a path of this site)" in hidden(text), text
     assert hidden("see rows/a.parquet", ["rows/a.parquet"]) == "see (a path of this site)"
+
+
+# -- one step, one row
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"train": {"batch_size": 1, "local_steps": 20}}, "1 rows in a step .*batch_rows"),
+        ({"train": {"weight_decay": 1e3, "lr": 1e-3}}, "a step would undo the steps before it"),
+        ({"train": {"lr": 1e4}}, "a learning rate of 10000"),
+        ({"train": {"lr_b": 50.0}}, "a learning rate of 50"),
+        ({"train": {"finish_steps": 1}}, "4 training rows at the end"),
+        ({"algorithm": {"name": "fedprox", "prox_mu": 1e4}}, "a step would undo"),
+        ({"algorithm": {"name": "ditto", "prox_mu": 1e4}}, "a step would undo"),
+        ({"lora": {"alpha": 1e6}}, "lora.alpha"),
+        ({"objective": {"name": "dpo", "beta": 1e6}}, "objective.beta"),
+    ],
+)
+def test_settings_with_which_one_step_decides_an_upload_are_refused(settings, why):
+    wrong = limits.exceeded(Policy(), read(told(**settings)))
+    assert [text for text in wrong if re.search(why, text)], wrong
+    assert not limits.exceeded(Policy(), read(told()))
+
+
+def test_the_number_of_rows_stays_secret_where_steps_would_tell_it():
+    epochs = read(told(train={"local_epochs": 1, "local_steps": None}))
+    assert any("tell_rows" in text for text in limits.exceeded(Policy(tell_rows=False), epochs))
+    assert not limits.exceeded(Policy(), epochs)
+    for count in (10, 20, 40, 60):
+        sent = limits.told(Policy(tell_rows=False), {"length": 1 / count, "examples": count})
+        assert sent["length"] in (0.0, 0.1)
+        assert "examples" not in sent
+
+
+def test_a_scale_of_the_server_lifts_nothing_above_the_rounding():
+    near = [limits.told(Policy(), {"reward_margin": m})["reward_margin"] for m in (2.0e6, 2.0001e6)]
+    assert near[0] == near[1]
+    assert limits.told(Policy(), {"loss": 2.349})["loss"] == 2.35
+
+
+def test_the_rows_of_a_vote_are_the_same_in_every_run(rows, tmp_path):
+    """They are a multiple of the minimum, whichever split is scored."""
+    found = set()
+    for split in ("val", "test"):
+        site = At(rows, tmp_path / split, scored_rows=3)
+        worker, about = site.open(eval={"split": split, "max_rows": 3})
+        assert "error" not in about
+        found.add(len(next(iter(worker.site.engine.partition.splits.values())).val) % 3)
+        close(worker)
+    assert found == {0}
+
+
+def test_a_run_that_never_began_leaves_no_folder(rows, tmp_path):
+    site = At(rows, tmp_path, train_rows=1000, batch_rows=1)
+    worker, about = site.open(train={"batch_size": 250, "local_steps": 4})
+    assert about["error"] == "refused"
+    assert not (site.runs / "r").exists()
+    close(worker)

@@ -336,7 +336,10 @@ def audited_at_site(
     """
     facts: dict[str, str | None] = {}
     if isinstance(asked.get("config"), dict):
-        facts["config"] = digest_of(asked["config"])
+        try:
+            facts["config"] = digest_of(asked["config"])
+        except (RecursionError, ValueError, TypeError):
+            facts["config"] = None  # no settings: the request is refused for it
         policy = Path(own["policy"]) if own.get("policy") else None
         facts["policy"] = sha256(policy.read_bytes()) if policy and policy.is_file() else None
     try:

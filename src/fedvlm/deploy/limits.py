@@ -5,6 +5,7 @@ A message about a limit goes to the server. It names the limit and never a numbe
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -21,6 +22,12 @@ from fedvlm.settings.sections import Config
 if TYPE_CHECKING:
     from fedvlm.data.partition import Split
 
+SHARES = ("length", *(name for name, metric in METRICS.items() if metric.share))
+"""Scores that are means of whole numbers or of shares, which can tell their divisor."""
+FASTEST = 1.0  # learning rate
+FORGOTTEN = 0.1  # share of the weights that a step may take away
+STEEPEST = 10.0  # objective.beta: a larger one lifts small differences above the rounding
+LOUDEST = 64.0  # lora.alpha, in ranks
 OWN = ("output", "data", "partition")
 """Sections of a run's configuration from which a site takes nothing."""
 
@@ -35,6 +42,7 @@ class Budgets(Section):
     train_rows: Positive = Field(
         20, description="fewest rows to train on, at the site and in one round (batch size x steps)"
     )
+    batch_rows: Positive = Field(4, description="fewest rows of an optimizer step")
     scored_rows: Positive = Field(
         10, description="fewest rows that a score is a mean of; a multiple of it is scored"
     )
@@ -89,15 +97,40 @@ def exceeded(policy: Budgets, config: Config) -> list[str]:
         if number is not None and (limit := getattr(policy, name)) is not None and number > limit
     ]
     seen = None if train.local_epochs else train.batch_size * train.steps(0)
+    last = train.batch_size * train.tuning or None
     least = (
         (seen, "training rows in a round", "train.batch_size x train.local_steps", "train_rows"),
+        (last, "training rows at the end", "train.batch_size x finish_steps", "train_rows"),
+        (train.batch_size, "rows in a step", "train.batch_size", "batch_rows"),
         (scored.max_rows, "scored rows", "eval.max_rows", "scored_rows"),
     )
-    return wrong + [
+    wrong += [
         f"{number} {what} ({setting}), and the minimum is {getattr(policy, name)} ({name})"
         for number, what, setting, name in least
         if number is not None and number < getattr(policy, name)
     ]
+    if not policy.tell_rows and train.local_epochs:
+        wrong.append("train.local_epochs, whose steps tell the number of rows (tell_rows)")
+    return wrong + _lopsided(config)
+
+
+def _lopsided(config: Config) -> list[str]:
+    """Settings with which one step decides a round, so that an upload shows that step's rows."""
+    train = config.train
+    rate = max(rate for rate in (train.lr, train.lr_a, train.lr_b) if rate is not None)
+    pulls = (train.weight_decay, getattr(config.algorithm, "prox_mu", 0.0) or 0.0)
+    wrong = [f"a learning rate of {rate:g}, and the limit is {FASTEST:g}"] * (rate > FASTEST)
+    if rate * max(pulls) > FORGOTTEN:
+        wrong.append(
+            f"a learning rate of {rate:g} and a pull of {max(pulls):g} (train.weight_decay, "
+            f"algorithm.prox_mu), whose product is more than {FORGOTTEN:g}: a step would undo the "
+            "steps before it"
+        )
+    beta, scale = config.objective.beta, config.lora.alpha / config.lora.rank
+    wrong += [f"objective.beta={beta:g}, and the limit is {STEEPEST:g}"] * (beta > STEEPEST)
+    return wrong + [
+        f"lora.alpha of {scale:g} times the rank, and the limit is {LOUDEST:g} times"
+    ] * (scale > LOUDEST)
 
 
 def _spare(config: Config) -> int:
@@ -126,8 +159,8 @@ def admitted(policy: Budgets, config: Config, split: Split) -> Split:
     """The rows of a site that a run may use.
 
     The number of scored rows is a multiple of the minimum. So the rows that are scored in one run
-    and not in another are never fewer than the minimum. Validation rows below the minimum take no
-    part: an algorithm that asks for their scores gets none.
+    and not in another are never fewer than the minimum. The same holds for the validation rows: an
+    algorithm that asks for their scores gets those of the same rows in every run.
 
     Args:
         policy: the numbers in the policy of the site.
@@ -137,6 +170,8 @@ def admitted(policy: Budgets, config: Config, split: Split) -> Split:
     Raises:
         Refused: there are too few rows, or too many steps for their number.
     """
+    from fedvlm.engines.shell import MOST_VALIDATED
+
     train, least, part = config.train, policy.scored_rows, config.eval.split
     held = getattr(split, part)
     count = min(len(held), config.eval.max_rows or len(held)) // least * least
@@ -150,7 +185,7 @@ def admitted(policy: Budgets, config: Config, split: Split) -> Split:
         wrong.append(f"it asks for more than {policy.steps} optimizer steps (steps)")
     if wrong:
         raise Refused("the site's policy refuses this run: " + "; ".join(wrong))
-    val = split.val if len(split.val) >= least else split.val[:0]
+    val = split.val[: min(len(split.val), MOST_VALIDATED) // least * least]
     return replace(replace(split, val=val), **{part: held[:count]})
 
 
@@ -168,9 +203,15 @@ def told(policy: Budgets, scores: Mapping[str, Any]) -> dict[str, Any]:
     return {
         name: value
         if name == "examples"
-        else rounded(value, step if name in METRICS and not METRICS[name].share else coarse)
+        else rounded(value, coarse if name in SHARES else scaled(step, value))
         for name, value in whole.items()
     }
+
+
+def scaled(step: float, value: float) -> float:
+    """The step for a value whose scale the server can set: larger above 16, with the value."""
+    size = abs(value) / 16
+    return step * 2.0 ** math.floor(math.log2(size)) if 1 < size < math.inf else step
 
 
 def check_bytes(policy: Budgets, size: int, way: str) -> None:

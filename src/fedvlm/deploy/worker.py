@@ -6,6 +6,7 @@ import logging
 import os
 import queue
 import re
+import shutil
 import socket
 import sys
 import threading
@@ -70,6 +71,7 @@ class Worker:
     def _perform(self, asked: dict[str, Any], blob: bytes) -> Message:
         from safetensors.torch import save
 
+        from fedvlm.deploy.limits import scaled
         from fedvlm.metrics import rounded
 
         do, site = asked["do"], self.site
@@ -84,8 +86,9 @@ class Worker:
         if do == "train":
             began = time.perf_counter()
             done = site.train(_round(asked), down, _share(asked))
-            loss = rounded(done.loss, site.policy.score_step)
-            about = {"loss": loss, "seconds": round(time.perf_counter() - began, 3)}
+            step, took = site.policy.score_step, time.perf_counter() - began
+            loss = rounded(done.loss, scaled(step, done.loss))
+            about = {"loss": loss, "seconds": round(took, 3 if site.policy.tell_rows else -1)}
             logger.info("round %d: loss %.3f, %.1f s", done.round, done.loss, about["seconds"])
             return about, save(done.trees["upload"]) if done.trees["upload"] else b""
         if do == "score":
@@ -118,12 +121,15 @@ class Worker:
             admit(self.own, policy, run, asked, config)
             folder = Path(self.own["state"]) / "runs" / run
             limits.check_runs(policy, folder)
+            new = not (folder / "run.json").exists()
             lock = Store(folder).locked(LOCKED)  # an earlier worker may be ending
             lock.__enter__()
             try:
                 self.site = Site(self.own["name"], config, self.own["data"], folder, policy)
             except BaseException:
                 lock.__exit__(None, None, None)
+                if new:  # a run that never began leaves no folder
+                    shutil.rmtree(folder, ignore_errors=True)
                 raise
             self._lock = lock
             self.run = run
