@@ -64,9 +64,7 @@ LOOKS = st.sampled_from(
     ]
 )
 FLOATS = st.floats(allow_nan=False, allow_infinity=False)  # JSON has no infinity
-SCALAR = st.one_of(
-    TEXT, LOOKS, st.none(), st.booleans(), st.integers(-(2**64), 2**64), FLOATS
-)
+SCALAR = st.one_of(TEXT, LOOKS, st.none(), st.booleans(), st.integers(-(2**64), 2**64), FLOATS)
 TREE = st.recursive(
     SCALAR, lambda t: st.lists(t, max_size=3) | st.dictionaries(TEXT | LOOKS, t, max_size=3)
 )

@@ -287,3 +287,14 @@ def test_a_renewal_is_refused_without_the_signature_of_an_admitted_key(home, ano
     with pytest.raises(FedVLMError, match="which is not admitted"):
         admitting.admit(home, stale, never)
     assert "north" not in admitted(home)["sites"]
+
+
+def test_another_sites_invitation_does_not_replace_a_waiting_key(home, tmp_path):
+    state = tmp_path / "south"
+    asks(home, state, "south")
+    waiting = joining.fingerprints(state)["next"]
+    with pytest.raises(FedVLMError, match=r"waits for its admission as 'south'.*--new-key"):
+        asks(home, state, "north")
+    assert joining.fingerprints(state)["next"] == waiting
+    asks(home, state, "north", anew=True)
+    assert joining.fingerprints(state)["next"] != waiting

@@ -59,7 +59,7 @@ def approve(run: Run, state: State) -> None:
 
     found = decided(_folder(state), run, "approved")
     typer.echo(f"request {found.number} is approved: configuration {found.digest}")
-    typer.echo("the operator starts the run again: fedvlm deploy run, or --resume")
+    typer.echo("the operator gives the same command again: fedvlm deploy run ...")
 
 
 def refuse(

@@ -259,7 +259,7 @@ def _pass(request: Request) -> None:
     if request.decision == "waiting":
         raise Refused(
             f"this run waits for a person's approval at the site: fedvlm site requests (request "
-            f"{request.number}). Start it again when it is approved"
+            f"{request.number}). When it is approved, give the same command again"
         )
 
 

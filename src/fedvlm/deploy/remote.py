@@ -342,9 +342,10 @@ class Remote:
 
     def _enough(self, count: int, what: str) -> None:
         if count < self.limits.min_sites:
+            how = "fedvlm deploy run --resume RUN" if self._round else "the same command again"
             raise FedVLMError(
                 f"{count} of {len(self.sites)} sites {what}, but at least {self.limits.min_sites} "
-                "must (min_sites); the log gives the reasons. Resume: fedvlm deploy run --resume"
+                f"must (min_sites); the lines above give the reasons. When they are gone: {how}"
             )
 
 

@@ -72,6 +72,7 @@ def check(data: str, policy: str | None, model: str | None = None, state: str = 
         rules = read_policy(policy)
     except ConfigError as error:
         report.problems += error.problems
+        report.found.append("the policy cannot be used: the rows are checked by the default policy")
         rules = Policy()
     _models(report, rules, model)
     _rows(report, rules, data, model if model in rules.models else None)

@@ -89,7 +89,10 @@ class Worker:
             step, took = site.policy.score_step, time.perf_counter() - began
             loss = rounded(done.loss, scaled(step, done.loss))
             about = {"loss": loss, "seconds": round(took, 3 if site.policy.tell_rows else -1)}
-            logger.info("round %d: loss %.3f, %.1f s", done.round, done.loss, about["seconds"])
+            if done.round > site.config.train.rounds and not site.config.train.tuning:
+                logger.info("end of training, %.1f s", took)
+            else:
+                logger.info("round %d: loss %.3f, %.1f s", done.round, done.loss, took)
             return about, save(done.trees["upload"]) if done.trees["upload"] else b""
         if do == "score":
             kind = _kind(asked, "global", "personal", "end")

@@ -75,7 +75,14 @@ def join(invitation: str | Path, state: Path, to: Path | None = None, anew: bool
             "certificate, and --new-key makes a new key that the operator must admit anew"
         )
     waiting = _named(state, NEXT)
-    if waiting is None or anew or _read(waiting) != asked:
+    known = _read(waiting) if waiting else asked
+    if not anew and (known.site, known.root) != (asked.site, asked.root):
+        raise FedVLMError(
+            f"'{state}' waits for its admission as '{known.site}', and this invitation is for "
+            f"'{asked.site}' or of another federation: use another --state, or --new-key to give "
+            "the waiting key up"
+        )
+    if waiting is None or anew or known != asked:
         waiting = _prepared(state, asked)
     request = keys.ask(asked.site, keys.read_key(waiting / KEY))
     return keys.write(to or Path(f"{asked.site}.request"), request)
