@@ -13,6 +13,7 @@ pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy
 from cryptography.hazmat.primitives import serialization
 
 from fedvlm.deploy.nvflare import admitting, joining, keys
+from fedvlm.deploy.nvflare.names import INSIDE
 from fedvlm.deploy.nvflare.project import (
     Project,
     Server,
@@ -189,3 +190,15 @@ def test_no_site_has_the_servers_name():
         Project(server=Server(address="North"), sites=["north"])
     with pytest.raises((ConfigError, ValueError), match="is no name"):
         Project(server=Server(address="h"), sites=["admin@fedvlm.local"])
+
+
+def test_init_again_leaves_a_running_server_what_its_next_jobs_read(home):
+    """The process of a job reads the same files as the server that has started it."""
+    local = home / "server" / "local"
+    before = {p.name: p.read_bytes() for p in local.iterdir()}
+    assert str(home / "admitted.json") not in before["resources.json"].decode()  # it was moved
+    provision(PROJECT, home)
+    after = {p.name: p.read_bytes() for p in local.iterdir()}
+    assert str(home / "admitted.json") in after["resources.json"].decode()
+    assert json.loads(after["comm_config.json"]) == INSIDE
+    assert before.keys() == after.keys()

@@ -18,15 +18,14 @@ import psutil
 from fedvlm.deploy.auditlog import at_site
 from fedvlm.deploy.lifetime import ends_with_parent
 from fedvlm.deploy.nvflare import joining
-from fedvlm.deploy.nvflare.names import REFUSED
+from fedvlm.deploy.nvflare.names import INSIDE, REFUSED
 from fedvlm.deploy.nvflare.project import (
-    ADMITTED,
     CLOSED,
-    GATE,
     PROJECT,
     UNADMITTED,
     Project,
     check_certificate,
+    place,
     read_project,
 )
 from fedvlm.deploy.policy import read_policy
@@ -51,16 +50,6 @@ MARK = "FEDVLM_PROCESSES_OF"
 """The environment variable with the folder of a command's NVFlare files.
 
 By it a command's processes are found, whoever started them, and they find their keys.
-"""
-INSIDE = {
-    "internal": {
-        "scheme": "tcp",
-        "resources": {"host": "localhost", "connection_security": "mtls"},
-    }
-}
-"""NVFlare's setting for connections among the processes of a machine. Its default is plain TCP.
-
-Any user of the machine could connect there, claim to be the server and be obeyed.
 """
 NOTED = {
     "Successfully registered client": "connected to the server",
@@ -94,17 +83,7 @@ def serve(folder: Path, say: Callable[[str], None]) -> None:
     """
     project = read_federation(folder)
     server = (folder / "server").absolute()
-    path = server / "local" / "resources.json"
-    tree = json.loads(path.read_text())
-    storage = tree["snapshot_persistor"]["args"]["storage"]["args"]
-    storage["root_dir"] = str(server / "snapshots")
-    for component in tree["components"]:
-        if component["id"] == "job_manager":
-            component["args"]["uri_root"] = str(server / "jobs")
-        if component["id"] == GATE["id"]:
-            component["args"]["admitted"] = str(folder.absolute() / ADMITTED)
-    path.write_text(json.dumps(tree, indent=2))
-    (server / "transfer").mkdir(exist_ok=True)
+    place(folder)
     command = _command("server.server_train", server, "fed_server.json")
     if warning := check_certificate(server / "startup" / "server.crt"):
         say(warning)

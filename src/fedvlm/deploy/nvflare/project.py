@@ -17,7 +17,7 @@ from pydantic import Field, field_validator, model_validator
 
 from fedvlm import config as configs
 from fedvlm.deploy.nvflare import keys
-from fedvlm.deploy.nvflare.names import ADMIN
+from fedvlm.deploy.nvflare.names import ADMIN, INSIDE
 from fedvlm.deploy.policy import check_name
 from fedvlm.deploy.remote import Limits
 from fedvlm.errors import ConfigError, FedVLMError
@@ -142,6 +142,7 @@ def provision(project: Project, folder: Path) -> dict[str, Path]:
     shutil.rmtree(made)  # NVFlare's state has what it needs again
     state_of(folder, project).chmod(0o600)
     restrict(kits["server"] / "local", SERVER_CLASSES, GATE)
+    place(folder)  # a server that runs starts the processes of its next jobs from these files
     root = (kits["server"] / "startup" / "rootCA.pem").read_text()
     for site in project.sites:
         invitation = keys.Invitation(
@@ -155,6 +156,27 @@ def provision(project: Project, folder: Path) -> dict[str, Path]:
     _list(project, folder)
     files.write_text(folder / PROJECT, yaml.safe_dump(project.model_dump(), sort_keys=False))
     return kits
+
+
+def place(folder: Path) -> None:
+    """Writes the places of a federation's files into those that NVFlare's server reads.
+
+    Args:
+        folder: the federation, which may have been moved.
+    """
+    server = (folder / "server").absolute()
+    path = server / "local" / "resources.json"
+    tree = json.loads(path.read_text())
+    storage = tree["snapshot_persistor"]["args"]["storage"]["args"]
+    storage["root_dir"] = str(server / "snapshots")
+    for component in tree["components"]:
+        if component["id"] == "job_manager":
+            component["args"]["uri_root"] = str(server / "jobs")
+        if component["id"] == GATE["id"]:
+            component["args"]["admitted"] = str(folder.absolute() / ADMITTED)
+    path.write_text(json.dumps(tree, indent=2))
+    files.write_text(server / "local" / "comm_config.json", json.dumps(INSIDE))
+    (server / "transfer").mkdir(exist_ok=True)
 
 
 def _made(project: Project, ca: Path) -> Path:
