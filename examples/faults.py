@@ -195,7 +195,7 @@ def kill_a_site(faults: Faults) -> Seen:
 def check(faults: Faults) -> None:
     """Nothing is lost: the rounds before a site was away are those of one process."""
     lines = faults.lines()
-    assert [line["round"] for line in lines] == list(range(ROUNDS + 1))
+    assert [line["round"] for line in lines] == list(range(ROUNDS + 2)), "the last is the end"
     assert not [line for line in lines if line.get("rejected")]
     assert {site for line in lines for site in line.get("missing", ())} <= {"west"}
     assert not [line["round"] for line in lines[:9] if line.get("missing")]
