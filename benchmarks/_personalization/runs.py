@@ -113,8 +113,15 @@ def read(job: Job) -> dict[str, Any] | None:
 
 
 def digest(config: Config) -> str:
-    """A hash of all settings that can change a result."""
+    """A hash of all settings that can change a result.
+
+    Settings that are newer than the first results count only where they change something.
+    """
     tree = config.model_dump(exclude={"output", "engine"})
+    if config.aggregate.kind == "mean":
+        del tree["aggregate"]
+    if config.data.split_seed is None:
+        del tree["data"]["split_seed"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
