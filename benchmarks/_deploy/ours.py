@@ -83,7 +83,13 @@ def _settings(folder: Path, megabytes: float, rounds: int) -> dict[str, Any]:
     """The settings of the run. Writes the policy of the sites and, where needed, the wide model."""
     model, rank = chosen(megabytes)
     allowed = model if model == "tiny" else _write_wide(folder)
-    policy = {"models": {model: allowed}, "train_rows": 1, "batch_rows": 1, "scored_rows": 1, "rank": None}
+    policy = {
+        "models": {model: allowed},
+        "train_rows": 1,
+        "batch_rows": 1,
+        "scored_rows": 1,
+        "rank": None,
+    }
     (folder / "policy.yaml").write_text(json.dumps(policy))
     return {
         "output": str(folder / "run"),
