@@ -78,6 +78,7 @@ def test_a_folder_with_the_state_of_another_run_is_refused(after):
     ):
         _, refused = site.open(run)
         assert said in refused["message"], run
+        assert (site.runs / run / "rounds").exists(), "a refusal removes no state"
 
 
 def test_the_names_of_personal_tensors_cannot_get_lost(after):

@@ -124,15 +124,15 @@ class Worker:
             admit(self.own, policy, run, asked, config)
             folder = Path(self.own["state"]) / "runs" / run
             limits.check_runs(policy, folder)
-            new = not (folder / "run.json").exists()
+            new = not folder.exists()
             lock = Store(folder).locked(LOCKED)  # an earlier worker may be ending
             lock.__enter__()
             try:
                 self.site = Site(self.own["name"], config, self.own["data"], folder, policy)
             except BaseException:
-                lock.__exit__(None, None, None)
                 if new:  # a run that never began leaves no folder
                     shutil.rmtree(folder, ignore_errors=True)
+                lock.__exit__(None, None, None)
                 raise
             self._lock = lock
             self.run = run
