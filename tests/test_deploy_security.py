@@ -215,6 +215,7 @@ def seen(tmp_path_factory):
             for user in users:
                 user.terminate()
                 user.wait(60)
+        until((folder / "sites" / "south" / "attacks.json").exists, 60)  # all of south's commands
         until(lambda: len(refusals(folder)) == len(REFUSED), 30)
         admitting.revoke(home, "north")
         until(lambda: all(at_the_gate(folder, "north")), 60)
