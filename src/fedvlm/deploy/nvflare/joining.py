@@ -19,6 +19,7 @@ import yaml
 
 from fedvlm.deploy.nvflare import keys
 from fedvlm.deploy.nvflare.keys import Admission, Invitation, Request
+from fedvlm.deploy.nvflare.names import INSIDE
 from fedvlm.deploy.nvflare.project import SITE_CLASSES, restrict
 from fedvlm.errors import FedVLMError
 from fedvlm.store import files
@@ -196,6 +197,7 @@ def equip(state: Path, workspace: Path) -> str:
     (workspace / "startup" / "rootCA.pem").write_text(about.root)
     for name, tree in _nvflare(about).items():
         (workspace / name).write_text(json.dumps(tree, indent=2))
+    (workspace / "local" / "comm_config.json").write_text(json.dumps(INSIDE))
     restrict(workspace / "local", SITE_CLASSES)
     return about.site
 

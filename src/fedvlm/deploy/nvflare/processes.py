@@ -18,7 +18,7 @@ import psutil
 from fedvlm.deploy.auditlog import at_site
 from fedvlm.deploy.lifetime import ends_with_parent
 from fedvlm.deploy.nvflare import joining
-from fedvlm.deploy.nvflare.names import INSIDE, REFUSED
+from fedvlm.deploy.nvflare.names import REFUSED
 from fedvlm.deploy.nvflare.project import (
     CLOSED,
     PROJECT,
@@ -31,7 +31,6 @@ from fedvlm.deploy.nvflare.project import (
 from fedvlm.deploy.policy import read_policy
 from fedvlm.deploy.statefolder import private
 from fedvlm.errors import FedVLMError
-from fedvlm.store import files
 from fedvlm.store.files import only_one
 
 QUICK = 30.0  # seconds; a process that ends sooner has failed to start
@@ -190,8 +189,7 @@ def read_federation(folder: Path) -> Project:
 
 
 def _command(module: str, workspace: Path, start: str, *more: str) -> list[str]:
-    """The command that starts NVFlare, behind the guard and with TLS among its processes."""
-    files.write_text(workspace / "local" / "comm_config.json", json.dumps(INSIDE))
+    """The command that starts NVFlare behind the guard."""
     command = [sys.executable, "-u", "-m", "fedvlm.deploy.nvflare.guard", module]
     settings = ["secure_train=true", *more, "org=fedvlm", "config_folder=config"]
     return [*command, "-m", str(workspace), "-s", start, "--set", *settings]
