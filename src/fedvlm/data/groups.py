@@ -29,6 +29,26 @@ def image_groups(rows: datasets.Dataset) -> np.ndarray:
     return _as_first(groups, np.where(stated == "", known, ""))
 
 
+def joined(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
+    """Groups in which rows with equal values stay together too; an empty value joins no rows.
+
+    Args:
+        groups: the number of each row's group.
+        values: a text for each row, such as the patient.
+    """
+    codes = _alone_where_missing(values, as_text=True)
+    while True:
+        least = np.full(codes.max() + 1, len(groups))
+        np.minimum.at(least, codes, groups)
+        lower = least[codes]  # the smallest group among the rows of a value
+        least = np.full(groups.max() + 1, len(groups))
+        np.minimum.at(least, groups, lower)
+        lower = least[groups]  # and among the rows of a group
+        if np.array_equal(lower, groups):
+            return np.unique(groups, return_inverse=True)[1]
+        groups = lower
+
+
 def same_pictures(rows: datasets.Dataset) -> np.ndarray:
     """For each row, a text that equal pictures share; empty if it is not known."""
     if "image_hash" in rows.column_names:

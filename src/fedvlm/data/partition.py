@@ -19,7 +19,7 @@ import numpy as np
 from fedvlm.data import assign, explicit
 from fedvlm.data.clusters import check_installed, cluster_codes
 from fedvlm.data.columns import SHOWN, TEXT, is_scalar, kind_of, listed
-from fedvlm.data.groups import image_groups, same_pictures
+from fedvlm.data.groups import image_groups, joined, same_pictures
 from fedvlm.data.labels import binned_codes, codes_of, values_of
 from fedvlm.data.skew import Skew, frequent, measure
 from fedvlm.errors import DataError, brief
@@ -207,7 +207,7 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
         parts = _assigned(codes_of(values, as_text=as_text)[0], kind, config, least)
     else:
         parts = _assigned(codes, kind, config, least)
-    groups = image_groups(rows)
+    groups = _groups(rows, config)
     seed = config.seed if config.data.split_seed is None else config.data.split_seed
     rank = _rng(seed, "split").permutation(groups.max() + 1)
     splits = {}
@@ -223,6 +223,17 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
     often = frequent(codes, list(parts.values()), len(names))
     skew = dict(zip(parts, measure(codes, list(parts.values()), names, often), strict=True))
     return Partition(kind, label, tuple(parts), splits, skew, tuple(names[i] for i in often))
+
+
+def _groups(rows: datasets.Dataset, config: Config) -> np.ndarray:
+    """The number of each row's group; the rows of a group land in one split of a client.
+
+    They are the rows of an image, and the rows of a protected unit (``privacy.unit``).
+    """
+    groups, unit = image_groups(rows), config.privacy.column
+    if unit is None:
+        return groups
+    return joined(groups, values_of(rows, _resolve(rows, unit, config, "privacy.unit")))
 
 
 def _rng(seed: int, purpose: str) -> np.random.Generator:
@@ -266,7 +277,9 @@ def _likely(rows: datasets.Dataset) -> dict[str, int]:
     return {name: count for name, count in counts.items() if 2 <= count <= _LIKELY}
 
 
-def _resolve(rows: datasets.Dataset, column: str, config: Config) -> str:
+def _resolve(
+    rows: datasets.Dataset, column: str, config: Config, setting: str = "partition.column"
+) -> str:
     """The canonical name of a column: in loaded rows, ``chosen`` is ``answer``."""
     if column not in rows.column_names:
         source = config.data.columns
@@ -276,7 +289,7 @@ def _resolve(rows: datasets.Dataset, column: str, config: Config) -> str:
     if column not in usable:
         holds = f" (it holds {kind_of(feature)})" if feature is not None else ""
         raise DataError(
-            f"partition.column '{brief(column)}'{holds} is not a column to partition by; "
+            f"{setting} '{brief(column)}'{holds} is not a column to group rows by; "
             f"the data has the columns {listed(usable)}"
         )
     return column

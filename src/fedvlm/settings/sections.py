@@ -17,6 +17,7 @@ from fedvlm.settings.method import AlgorithmConfig as AlgorithmConfig
 from fedvlm.settings.method import Filled, Fraction, Positive, Section, Whole
 from fedvlm.settings.method import LoraConfig as LoraConfig
 from fedvlm.settings.pictures import Formats, Window
+from fedvlm.settings.privacy import PrivacyConfig
 from fedvlm.settings.train import TrainConfig
 
 _FORM = "a mapping of clients to row numbers, such as {north: [0, 1, 2], south: [3, 4, 5]}"
@@ -301,6 +302,7 @@ class Config(Section):
     objective: ObjectiveConfig = ObjectiveConfig()
     train: TrainConfig = TrainConfig()
     wire: WireConfig = WireConfig()
+    privacy: PrivacyConfig = PrivacyConfig()
     aggregate: AggregateConfig = AggregateConfig()
     eval: EvalConfig = EvalConfig()
     engine: EngineConfig = EngineConfig()
