@@ -25,6 +25,7 @@ from fedvlm.settings.sections import Config
 
 S = TypeVar("S", bound=BaseModel)
 Source = str | Path | dict[str, Any] | Config | None
+PRIVATE = "ffa"  # the algorithm under differential privacy, where a run names none
 SHOWN = 30  # most problems of one section that are described
 FILES = (".parquet", ".jsonl", ".json", ".csv", ".yaml", ".yml", ".zip")
 PARTS = 16  # most parts of a dotted key
@@ -175,7 +176,7 @@ def checked(tree: dict[str, Any], problems: Sequence[str] = ()) -> Config:
     Raises:
         ConfigError: lists all mistakes, the earlier ones first.
     """
-    algorithm, wrong = _algorithm(tree.get("algorithm"))
+    algorithm, wrong = _algorithm(tree.get("algorithm"), _default(tree.get("privacy")))
     problems = [*problems, *wrong]
     try:
         config = Config.model_validate({**tree, "algorithm": algorithm})
@@ -188,12 +189,23 @@ def checked(tree: dict[str, Any], problems: Sequence[str] = ()) -> Config:
     return config
 
 
-def _algorithm(given: Any) -> tuple[AlgorithmConfig, list[str]]:
-    """The section ``algorithm`` in the class of its algorithm, and its problems."""
+def _default(privacy: Any) -> str:
+    """The algorithm of a run that names none."""
+    unit = privacy.get("unit") if isinstance(privacy, dict) else None
+    return AlgorithmConfig().name if unit is None else PRIVATE
+
+
+def _algorithm(given: Any, default: str) -> tuple[AlgorithmConfig, list[str]]:
+    """The section ``algorithm`` in the class of its algorithm, and its problems.
+
+    Args:
+        given: the section as written.
+        default: the name of the algorithm where the section gives none.
+    """
     given = {} if given is None else given
     if not isinstance(given, dict):
         return AlgorithmConfig(), [f"algorithm: it must hold settings, got {shown(given)}"]
-    default = "share" if given.get("share") is not None else AlgorithmConfig().name
+    default = "share" if given.get("share") is not None else default
     name = given.get("name", default)
     name = str(name) if type(name) is int else name
     try:

@@ -11,6 +11,8 @@ from fedvlm.settings.sections import Config
 
 OWN_START = "may begin a round at a client's own factors, not at the download"
 VALUES = "uploads factors, not steps from the download"
+BY_VALIDATION = "its clients choose by the scores of validation rows, which have no noise"
+CONTROLS = "its controls leave the client, and they have no accounting of their own"
 
 
 def even_rank(config: Config) -> str:
@@ -83,6 +85,33 @@ def general(config: Config, entry: Any) -> list[str]:
             "wire.compress=topk sends the rest of an upload in later rounds, but algorithm.name="
             f"{name} {entry.partial}: set wire.compress=int8"
         )
+    wrong += private(config, entry)
     if reason := entry.check(config):
         wrong.append(f"algorithm.name={name}: {reason}")
+    return wrong
+
+
+def private(config: Config, entry: Any) -> list[str]:
+    """The problems of a run's settings with differential privacy; none while it is off."""
+    name, privacy = config.algorithm.name, config.privacy
+    if privacy.unit is None:
+        return []
+    wrong = []
+    if privacy.local and entry.unprotected:
+        wrong.append(
+            f"algorithm.name={name} cannot run with privacy.unit={privacy.unit}: "
+            f"{entry.unprotected}; choose ffa, plora, rolora or local"
+        )
+    if privacy.local and config.train.local_epochs is not None:
+        wrong.append(
+            "train.local_epochs makes the number of steps depend on the number of rows, which "
+            "privacy.unit protects: set train.local_steps"
+        )
+    if privacy.unit == "client" and entry.pools:
+        wrong.append(f"privacy.unit=client has no meaning for algorithm.name={name}, which pools")
+    if privacy.unit == "client" and config.aggregate.kind == "trimmed":
+        wrong.append(
+            "privacy.unit=client replaces the mean by a noisy mean of clipped changes: leave out "
+            "aggregate.kind=trimmed"
+        )
     return wrong

@@ -32,6 +32,8 @@ class Entry:
         names: whether each question begins with the name of its client.
         partial: the reason why the rest of an upload may not be sent in later rounds
             (``wire.compress=topk``); empty if it may.
+        unprotected: the reason why clients may not run it with differential privacy of their rows
+            (``privacy.unit``); empty if they may.
         check: ``(config) -> text``: the problem with a run's settings; empty if there is none.
         fits: ``(settings, modules) -> problems`` of the settings with the adapted modules.
     """
@@ -46,6 +48,7 @@ class Entry:
     pools: bool = False
     names: bool = False
     partial: str = ""
+    unprotected: str = ""
     check: Callable[[Config], str] = lambda config: ""
     fits: Callable[[Any, Iterable[str]], list[str]] = lambda settings, modules: []
 

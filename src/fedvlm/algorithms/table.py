@@ -62,6 +62,7 @@ TABLE: dict[str, Entry] = {
         ServerStep,
         ranks=True,
         partial=checks.OWN_START,
+        unprotected=checks.BY_VALIDATION,
         check=checks.validation,
     ),
     "plora": Entry("B", "A", "FedVLM, arXiv 2507.17088", _shares({"": "B"}), Averaging, ranks=True),
@@ -139,6 +140,7 @@ TABLE: dict[str, Entry] = {
         lambda c, lora: scaffold(server_lr=c.server_lr),
         ServerStep,
         ranks=True,
+        unprotected=checks.CONTROLS,
         check=checks.plain_sgd,
     ),
     "mix": Entry(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import numpy as np
@@ -50,3 +50,14 @@ def pieces(rows: np.ndarray, size: int | None) -> list[np.ndarray]:
     """The rows in order, ``size`` at a time; None: all at once."""
     size = size or len(rows)
     return [rows[start : start + size] for start in range(0, len(rows), size)]
+
+
+def beside(drawn: Mapping[int, np.ndarray]) -> tuple[np.ndarray, int]:
+    """Rows of several clients in blocks of equal size, and this size."""
+    size = max(map(len, drawn.values()))
+    return np.concatenate([filled(rows, size) for rows in drawn.values()]), size
+
+
+def filled(rows: np.ndarray, size: int) -> np.ndarray:
+    """``size`` rows: the last row is repeated as often as necessary."""
+    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows))])

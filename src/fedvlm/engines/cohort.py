@@ -19,13 +19,13 @@ import torch
 from torch import Tensor, nn
 
 from fedvlm.algorithms.base import Trained, Validation
-from fedvlm.batches.draw import pieces
+from fedvlm.batches.draw import beside, filled, pieces
 from fedvlm.batches.objectives import Terms
 from fedvlm.batches.prompts import Features
 from fedvlm.engines.base import Answer
 from fedvlm.engines.extras import Extras
 from fedvlm.engines.memory import clients_in_a_pass, kept_for_backward
-from fedvlm.engines.shell import Shell
+from fedvlm.engines.perunit import PerUnit
 from fedvlm.engines.stacked import Session, Streams, clip, make_optimizer
 from fedvlm.engines.together import Member, Outcome
 from fedvlm.models.frozen import ImageFeatures
@@ -40,18 +40,19 @@ Batches = Mapping[int, np.ndarray]
 """Place of a client in the stack -> the rows of its batch."""
 
 
-class CohortEngine(Shell):
+class CohortEngine(PerUnit):
     """Trains and scores a whole pass of clients at once."""
 
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.stack = Stack(self.model)
         self.device = self.collator.device
-        self._packed = False  # whether an adapted layer has a first axis other than the rows
         self._images = self._frozen_images()
-        self.width = self.config.engine.clients or self._fitting()
+        self.width = self.config.engine.clients or self._fitting(self._batch_rows)
 
     def _train(self, group: Sequence[Member]) -> tuple[list[Outcome], Session]:
+        if self.plans:
+            return self._train_units(group[0])
         self.stack.load([member.wanted.begin for member in group], self.device)
         self.model.train()
         params, trains = self.stack.params, group[0].wanted.trains
@@ -215,9 +216,13 @@ class CohortEngine(Shell):
         first = int(next(iter(self.partition.splits.values())).train[0])
         return images if images.usable(first) else None
 
-    def _fitting(self) -> int:
-        """The number of clients that fit into a pass, measured on a batch of the first client."""
-        size = self.config.engine.micro_batch or self.config.train.batch_size
+    @property
+    def _batch_rows(self) -> int:
+        """The most rows of a client in a pass."""
+        return self.config.engine.micro_batch or self.config.train.batch_size
+
+    def _fitting(self, size: int) -> int:
+        """The number of clients, with ``size`` rows each, that fit into a pass; measured."""
         rows = next(iter(self.partition.splits.values())).train[:size]
         self.stack.load([self.adapter] * 2, self.device)  # a stack of one is computed differently
         for p in self.stack.params.values():
@@ -287,17 +292,6 @@ class CohortEngine(Shell):
             self._packed = True
             return self._answer_part(drawn)
         return {k: answers[n * size :][: len(real)] for n, (k, real) in enumerate(drawn.items())}
-
-
-def beside(drawn: Batches) -> tuple[np.ndarray, int]:
-    """The clients' rows in blocks of equal size, and this size."""
-    size = max(map(len, drawn.values()))
-    return np.concatenate([filled(rows, size) for rows in drawn.values()]), size
-
-
-def filled(rows: np.ndarray, size: int) -> np.ndarray:
-    """``size`` rows: the last row is repeated as often as necessary."""
-    return np.concatenate([rows, np.repeat(rows[-1:], size - len(rows))])
 
 
 def uniform(rows: Sequence[Features]) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -15,6 +15,8 @@ from fedvlm.engines.shell import Shell
 from fedvlm.engines.together import Member, Outcome
 from fedvlm.models import lora
 from fedvlm.models.generate import greedy
+from fedvlm.privacy.chance import gaussian
+from fedvlm.privacy.plan import Plan
 from fedvlm.seeds import derive
 from fedvlm.tree import Tree, factor
 
@@ -40,10 +42,13 @@ class ReferenceEngine(Shell):
             p.requires_grad_(name in trained)
         session = member.session if ask.resume else None
         optimizer = session or self._optimizer(trained, member.task.round)
+        plan = self.plans.get(member.task.client)
+        batches: Iterable[Any] = self._samples(member) if plan else self._batches(member)
         losses = []
-        for rows in self._batches(member):
+        for rows in batches:
             optimizer.zero_grad()
-            losses.append(self._backward(rows))
+            loss = self._private(rows, plan, trained) if plan else self._backward(rows)
+            losses.append(loss)
             add_terms(ask, trained)
             if limit:
                 torch.nn.utils.clip_grad_norm_(trained.values(), limit)
@@ -78,6 +83,30 @@ class ReferenceEngine(Shell):
             loss.backward()
             losses.append(loss.detach())
         return torch.stack(losses).sum()
+
+    def _private(
+        self, units: Sequence[np.ndarray], plan: Plan, trained: dict[str, torch.nn.Parameter]
+    ) -> torch.Tensor:
+        """Computes the noisy mean of the units' clipped gradients; returns their mean loss."""
+        total = {name: torch.zeros_like(p) for name, p in trained.items()}
+        losses = []
+        for rows in units:
+            self.model.zero_grad()
+            terms = self._terms(rows)
+            loss = (terms.loss / terms.weight).mean()
+            loss.backward()
+            grads = {n: p.grad for n, p in trained.items() if p.grad is not None}
+            norm = torch.stack([g.norm() for g in grads.values()]).norm()
+            if not norm.isfinite():
+                continue
+            for name, grad in grads.items():
+                total[name] += grad * (plan.clip / norm).clamp(max=1.0)
+            losses.append(loss.detach())
+        for name in sorted(trained):
+            p = trained[name]
+            noise = gaussian(self.chance, tuple(p.shape), plan.noise * plan.clip)
+            p.grad = (total[name] + torch.from_numpy(noise).to(p)) / plan.batch
+        return torch.stack(losses).mean() if losses else torch.zeros(())
 
     def _terms(self, rows: np.ndarray) -> Any:
         """The objective of the present model: one loss and one weight a row."""

@@ -27,6 +27,9 @@ from fedvlm.engines.wire import Forms, Reply, Task
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import average, rounded, score_texts
 from fedvlm.models import lora
+from fedvlm.privacy.chance import Chance, System, poisson, some
+from fedvlm.privacy.plan import Plan
+from fedvlm.privacy.units import units_of
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config
 from fedvlm.store.run import Store
@@ -54,6 +57,9 @@ class Shell:
         ended: client -> the adapter at the end of its training, for ``rated`` tasks, until scored.
         score_step: step to which the validation scores are rounded that an algorithm gets, because
             it may upload them; 0: not rounded. A deployed site sets it.
+        plans: client -> its plan of differential privacy; empty: plain training. Clients then train
+            one after another by DP-SGD (Abadi et al., arXiv 1607.00133), each in one pass of units.
+        chance: the source of samples and noise.
     """
 
     width = 1
@@ -76,6 +82,9 @@ class Shell:
         self.forms = Forms(algorithm, self.adapter, stages)
         self.ended: dict[str, Tree] = {}
         self.score_step = 0.0
+        self.plans: Mapping[str, Plan] = {}
+        self.chance: Chance = System()
+        self._units: dict[str, list[np.ndarray]] = {}
         self._passes: Counter[str] = Counter()
         self._answers: dict[tuple[str, str], list[Answer]] = {}
 
@@ -108,8 +117,9 @@ class Shell:
         if fresh:
             self._answers.clear()
             self.ended.clear()
-        for start in range(0, len(tasks), self.width):
-            group = tasks[start : start + self.width]
+        width = 1 if self.plans else self.width
+        for start in range(0, len(tasks), width):
+            group = tasks[start : start + width]
             for task in group:
                 self.forms.check_download(task.visit, task.down)
             stored = self.store.personal([task.client for task in group])
@@ -160,6 +170,11 @@ class Shell:
                 )
 
     def _validated(self, client: str, trees: Sequence[Tree]) -> tuple[Validation, ...]:
+        if self.plans:
+            raise FedVLMError(
+                f"client '{client}': the algorithm asks for scores on validation rows, which have "
+                "no noise: differential privacy (privacy.unit) does not allow this algorithm"
+            )
         for tree in trees:
             self._check_whole(client, tree)
         rows = self.partition.splits[client].val[:MOST_VALIDATED]
@@ -178,7 +193,9 @@ class Shell:
             own = self.algorithm.model(self.adapter, task.down, sent.keep)
             self.ended[task.client] = member.end if sent.up and member.end else own
         loss = torch.stack(member.losses).mean().item() if member.losses else 0.0
-        weight = len(self.partition.splits[task.client].train)
+        # Under differential privacy, the number of rows is not for the server.
+        private = self.config.privacy.unit is not None
+        weight = 1 if private else len(self.partition.splits[task.client].train)
         counts = len(member.losses), self._passes[task.client]
         return Reply(task.client, upload, weight, loss, *counts), joined(sent.keep, memory)
 
@@ -217,6 +234,25 @@ class Shell:
         for batch in drawn:
             self._passes[member.task.client] += len(batch)
             yield batch
+
+    def _samples(self, member: Member) -> list[list[np.ndarray]]:
+        """The Poisson samples of a client's next stretch: for each step, the rows of each unit."""
+        client = member.task.client
+        plan, units = self.plans[client], self.units(client)
+        most = self.config.privacy.unit_rows
+        found = []
+        for _ in range(self._steps(member)):
+            chosen = poisson(self.chance, len(units), plan.rate)
+            found.append([some(self.chance, units[k], most) for k in chosen])
+            self._passes[client] += sum(map(len, found[-1]))
+        return found
+
+    def units(self, client: str) -> list[np.ndarray]:
+        """The protected units among the training rows of a client."""
+        if client not in self._units:
+            rows = self.partition.splits[client].train
+            self._units[client] = units_of(self.collator.rows, rows, self.config.privacy.column)
+        return self._units[client]
 
     def _path(self, member: Member) -> dict[str, float]:
         """The sum of the learning rates over the steps of the next stretch, by factor."""

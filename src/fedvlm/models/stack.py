@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fedvlm.tree import Tree
+from fedvlm.tree import Select, Tree
 
 THIN = 7.5  # time per operation of a rank-8 product over a wide product's, on 2 CPU cores
 
@@ -95,6 +95,7 @@ class Stack:
         self._count = self._rows = 0  # active clients; rows of all active clients together
         self._uniform = functools.cache(lambda: True)
         self._active: Tensor | None = None
+        self._spread = False  # whether all places share the memory of one adapter
         self.layers: dict[str, StackedLora] = {}
         for name, layer in list(model.named_modules()):
             if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
@@ -108,7 +109,8 @@ class Stack:
         """Loads the adapters of some clients, replacing the previous adapters."""
         self._active = None
         names = list(trees[0])
-        same = len(trees) == self.clients and self.params.keys() == set(names)
+        same = len(trees) == self.clients and self.params.keys() == set(names) and not self._spread
+        self._spread = False
         with torch.no_grad():
             for name in names:
                 stacked = torch.stack([tree[name] for tree in trees]).to(device)
@@ -116,6 +118,23 @@ class Stack:
                     self.params[name].copy_(stacked)
                 else:
                     self.params[name] = nn.Parameter(stacked)
+        self._place()
+
+    def spread(self, tree: Mapping[str, Tensor], places: int, trains: Select) -> None:
+        """Loads one adapter for several places, without copies; each place has its own gradient.
+
+        Args:
+            tree: the adapter, on the device of the model.
+            places: the number of places.
+            trains: selects the factors that get a gradient.
+        """
+        self._active, self._spread = None, True
+        for name, tensor in tree.items():
+            shared = tensor.detach().expand(places, *tensor.shape)
+            self.params[name] = nn.Parameter(shared, requires_grad=trains(name))
+        self._place()
+
+    def _place(self) -> None:
         for name, layer in self.layers.items():
             layer.a = self.params[f"{name}.lora_A.weight"]
             layer.b = self.params[f"{name}.lora_B.weight"]

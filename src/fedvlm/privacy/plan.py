@@ -72,7 +72,8 @@ def planned(settings: PrivacyConfig, units: int, batch: int, steps: int, client:
     Raises:
         ConfigError: delta is too large for the number of units, or the budget cannot be kept.
     """
-    assert settings.epsilon is not None and settings.delta is not None
+    assert settings.epsilon is not None
+    assert settings.delta is not None
     of = f" of client '{client}'" if client else ""
     if units < FEWEST:
         raise ConfigError([f"privacy.unit={settings.unit}: the rows{of} hold {units} unit"])

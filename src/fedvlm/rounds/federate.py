@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import os
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -16,11 +15,15 @@ from fedvlm.engines.base import Engine, Models, Scores
 from fedvlm.engines.group import Group, joined
 from fedvlm.engines.wire import Forms, Task
 from fedvlm.errors import ConfigError, FedVLMError, shown
-from fedvlm.rounds import robust
+from fedvlm.privacy import accountant
+from fedvlm.rounds import noisymean, robust
+from fedvlm.rounds.beginning import begin, described
+from fedvlm.rounds.budget import Budget, budget_of
 from fedvlm.rounds.fold import Fold
 from fedvlm.rounds.located import check_apart, located
+from fedvlm.rounds.noisymean import NoisyMean
 from fedvlm.rounds.pictures import draw_curves, draw_partition
-from fedvlm.rounds.prepare import environment, prepare, weights_of
+from fedvlm.rounds.prepare import prepare, weights_of
 from fedvlm.rounds.progress import Progress, Quiet
 from fedvlm.rounds.results import (
     Results,
@@ -73,7 +76,7 @@ def run(
     """
 
     settings = _configuration(algorithm)(config, *overrides)
-    robust.check(settings, of_run(settings, algorithm))
+    check(settings, of_run(settings, algorithm))
     progress = progress or Quiet()
     if not resume:
         stores.check_fresh(settings.output)
@@ -83,14 +86,16 @@ def run(
         if group.rank:
             return _follow(settings, group, algorithm)
         with progress.started(given):
-            engine, partition, store, described = _prepare_all(settings, group, progress, algorithm)
+            engine, partition, store, described, budget = _prepare_all(
+                settings, group, progress, algorithm
+            )
             progress.partitioned(partition)
             robust.check(settings, engine.algorithm, len(partition.clients))
             with store.locked():
                 begin(settings, store, described, resume)
                 draw_partition(partition, store.folder)
                 weights = weights_of(settings, partition)
-                results = drive(settings, engine, weights, store, progress)
+                results = drive(settings, engine, weights, store, progress, budget)
     return results
 
 
@@ -133,6 +138,18 @@ def resume(
     return run(settings, algorithm=algorithm, resume=True, progress=progress)
 
 
+def check(settings: Config, algorithm: Algorithm) -> None:
+    """Refuses a run whose settings the algorithm cannot fulfil, as far as settings show it.
+
+    Raises:
+        ConfigError: names the setting.
+    """
+    robust.check(settings, algorithm)
+    noisymean.check(settings, algorithm)
+    if settings.privacy.unit is not None:
+        accountant.check_installed()
+
+
 def check_moved(overrides: Sequence[str]) -> None:
     """Refuses settings that a resumed run cannot change.
 
@@ -159,24 +176,25 @@ def _configuration(algorithm: Algorithm | None) -> Callable[..., Config]:
 
 
 Prepared = tuple["Shell", "Partition", stores.Store]
+All = tuple[Engine, "Partition", stores.Store, dict[str, str], Budget | None]
 
 
 def _prepare_all(
     config: Config, group: Group, progress: Progress, algorithm: Algorithm | None
-) -> tuple[Engine, Partition, stores.Store, dict[str, str]]:
+) -> All:
     """Prepares the run in all processes; see :func:`prepare` and :func:`described`."""
 
     def prepared() -> tuple[Prepared, dict[str, str]]:
         found = prepare(config, progress, algorithm=algorithm)
-        return found, described(config, found[0].collator.rows, found[1])
+        return found, described(config, found[0].collator.rows, found[1], budget_of(found[0]))
 
     if group.size == 1:
         found, texts = prepared()
-        return *found, texts
+        return *found, texts, budget_of(found[0])
     from fedvlm.engines.sharded import Sharded, together
 
     (engine, partition, store), texts = together(group, prepared, _same)
-    return Sharded(engine, group), partition, store, texts
+    return Sharded(engine, group), partition, store, texts, budget_of(engine)
 
 
 def _follow(config: Config, group: Group, algorithm: Algorithm | None) -> Results:
@@ -185,7 +203,7 @@ def _follow(config: Config, group: Group, algorithm: Algorithm | None) -> Result
 
     def prepared() -> tuple[Prepared, dict[str, str]]:
         found = prepare(config, algorithm=algorithm)
-        return found, described(config, found[0].collator.rows, found[1])
+        return found, described(config, found[0].collator.rows, found[1], budget_of(found[0]))
 
     (engine, _, _), _ = together(group, prepared, _same)
     serve(group, engine)
@@ -198,72 +216,13 @@ def _same(prepared: tuple[Prepared, dict[str, str]]) -> str:
     return digest(engine.adapter) + "".join(texts.values())
 
 
-def described(config: Config, rows: Any, partition: Partition) -> dict[str, str]:
-    """The files that describe data and model: name -> text. A resumed run must repeat them."""
-    from fedvlm.data.fingerprint import content
-    from fedvlm.models.load import mark_of
-
-    columns = content(rows, (config.partition.column, config.eval.group_by))
-    return {
-        "model.json": json.dumps({"mark": mark_of(config.model)}) + "\n",
-        "data.json": json.dumps({"rows": len(rows), "columns": columns}, indent=2) + "\n",
-        "partition.json": json.dumps(partition.to_dict()),
-    }
-
-
-def begin(config: Config, store: stores.Store, described: Mapping[str, str], resume: bool) -> None:
-    """Creates a run's folder, or takes it back to the last finished round.
-
-    Args:
-        config: the settings of the run.
-        store: the folder of the run, locked.
-        described: name of a file -> its text about the clients, which a resumed run must repeat.
-        resume: whether the run has begun before.
-
-    Raises:
-        FedVLMError: the folder is in use, or the clients have changed.
-    """
-    if resume:
-        for name, text in described.items():
-            if (store.folder / name).read_bytes() != text.encode():
-                raise FedVLMError(_changed(store.folder, name, text))
-        store.rewind()
-    else:
-        stores.check_fresh(store.folder)
-        about = {
-            "environment.json": json.dumps(environment(), indent=2) + "\n",
-            stores.CONFIG: configs.dump(config),
-        }
-        store.create({**described, **about})
-
-
-def _changed(folder: Path, name: str, text: str) -> str:
-    """The message for data or a model that differ from those that a run began with."""
-    if name == "model.json":
-        return (
-            f"the base model is not what it was when the run in '{folder}' began; give the place "
-            "of that model with model.name=..., or start a new run with output=DIR"
-        )
-    differ = "they give another partition"
-    if name == "data.json":
-        then, now = json.loads((folder / name).read_bytes()), json.loads(text)
-        differ = f"there are {now['rows']} rows, and there were {then['rows']}"
-        if then["rows"] == now["rows"]:
-            columns = {**then["columns"], **now["columns"]}
-            other = [c for c in columns if then["columns"].get(c) != now["columns"].get(c)]
-            differ = f"the rows differ in {', '.join(other)}"
-    return (
-        f"the data are not what they were when the run in '{folder}' began: {differ}; restore the "
-        "data, or start a new run with output=DIR"
-    )
-
-
 def drive(
     config: Config,
     engine: Engine,
     weights: Mapping[str, float],
     store: stores.Store,
     progress: Progress,
+    budget: Budget | None = None,
 ) -> Results:
     """Runs all rounds after the last finished round, and writes the results.
 
@@ -273,6 +232,8 @@ def drive(
         weights: client -> its weight in a mean, the number of its training examples.
         store: the run's folder, locked and begun.
         progress: gets the run's events.
+        budget: the privacy budget, of a run in this process; None: the run has none, or each site
+            keeps its own.
     """
     algorithm, names = engine.algorithm, tuple(weights)
     robust.check(config, algorithm, len(names))
@@ -288,13 +249,16 @@ def drive(
         store.commit(0, state, line, {"round": 0})
         progress.round(line, 0.0)
     state, done = store.server(), store.finished() or 0
-    for round_ in plan(config, algorithm, names):
+    for round_ in plan(config, algorithm, names, budget.rounds if budget else None):
         if round_.number > done:
             began = time.perf_counter()
             rated = clients if round_.evaluate else ()
+            noisy = budget.mean(algorithm, state, round_) if budget else None
             state, line = one_round(
-                round_, engine, weights, state, rated, progress, forms, config.aggregate
+                round_, engine, weights, state, rated, progress, forms, config.aggregate, noisy
             )
+            if budget:
+                line["epsilon"] = round(budget.epsilon([*store.lines(), line]), 6)
             seconds = time.perf_counter() - began
             store.commit(round_.number, state, line, {"round": round_.number, "seconds": seconds})
             progress.round(line, seconds)
@@ -313,6 +277,7 @@ def one_round(
     progress: Progress,
     forms: Forms,
     aggregate: AggregateConfig | None = None,
+    noisy: NoisyMean | None = None,
 ) -> tuple[State, dict[str, Any]]:
     """One round: downloads, local training, aggregation, and the scores of ``clients``.
 
@@ -322,7 +287,7 @@ def one_round(
     rated, visits = frozenset(clients), round_.visits(weights)
     down = {c: engine.algorithm.send(state, visit) for c, visit in visits.items()}
     tasks = [Task(visit, down[c], c in rated) for c, visit in visits.items()]
-    fold = Fold(visits, down, forms, aggregate)
+    fold = Fold(visits, down, forms, aggregate, noisy)
 
     def ends() -> Iterator[tuple[Visit, Tree]]:
         for reply in engine.train(tasks):

@@ -10,6 +10,7 @@ from typing import Any
 from fedvlm.algorithms.base import Averaged, Gathered, State, Upload, Visit
 from fedvlm.engines.wire import Forms, Reply
 from fedvlm.errors import FedVLMError
+from fedvlm.rounds.noisymean import NoisyMean
 from fedvlm.rounds.robust import NormBound, Trimmed
 from fedvlm.settings.aggregate import AggregateConfig
 from fedvlm.tree import Mean, Tree, saved_bytes
@@ -23,6 +24,7 @@ class Fold:
         downs: client -> its download.
         forms: checks the messages.
         settings: how uploads become one result; None: the defaults.
+        noisy: the mean of ``privacy.unit=client``, which replaces that of ``settings``; or None.
 
     Attributes:
         losses: client -> its training loss, for accepted uploads.
@@ -40,6 +42,7 @@ class Fold:
         downs: Mapping[str, Tree],
         forms: Forms,
         settings: AggregateConfig | None = None,
+        noisy: NoisyMean | None = None,
     ):
         self.known, self.downs, self.forms = known, downs, forms
         self.server = forms.algorithm.server
@@ -49,9 +52,10 @@ class Fold:
         self.steps: dict[str, int] = {}
         self.passes: dict[str, int] = {}
         settings = settings or AggregateConfig()
-        self._bound = NormBound(settings.bound, downs) if settings.kind == "norm" else None
+        bound = settings.kind == "norm" and noisy is None
+        self._bound = NormBound(settings.bound, downs) if bound else None
         self.bounded = self._bound.bounded if self._bound else {}
-        self._mean = Trimmed(settings.trim) if settings.kind == "trimmed" else Mean()
+        self._mean = Trimmed(settings.trim) if settings.kind == "trimmed" else noisy or Mean()
         self._uploads: list[Upload] = []
 
     def add(self, reply: Reply) -> bool:

@@ -9,6 +9,7 @@ from fedvlm.algorithms.base import Algorithm
 from fedvlm.algorithms.table import adapter_of, check_fit, find, of_run
 from fedvlm.errors import DataError
 from fedvlm.processes import size
+from fedvlm.rounds.budget import budget_of
 from fedvlm.rounds.progress import Progress, Quiet
 from fedvlm.rounds.results import scored
 from fedvlm.settings.sections import Config
@@ -91,6 +92,8 @@ def prepare(
     kind = engine_class(config.engine, model)
     engine = kind(model, collator, trained, settings, store, algorithm, stages)
     check_fit(config.algorithm, engine.adapter)
+    if budget := budget_of(engine):
+        engine.plans = budget.plans if config.privacy.local else {}
     most = _most_kept(config, partition, algorithm)
     files.check_room(config.output, nbytes([engine.adapter]) * most)
     return engine, partition, store
@@ -205,8 +208,10 @@ def usable(
 
 
 def weights_of(config: Config, partition: Partition) -> dict[str, float]:
-    """Client -> the number of its training rows."""
+    """Client -> the number of its training rows; 1 under differential privacy, which hides it."""
     from fedvlm.data import pool
 
+    if config.privacy.unit is not None:
+        return dict.fromkeys(partition.clients, 1.0)
     pools = find(config.algorithm.name).pools
     return (pool.pooled(partition) if pools else partition).weights

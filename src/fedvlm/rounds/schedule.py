@@ -44,17 +44,30 @@ class Round:
         return {c: self.visit(c, weights[c], sampled) for c in self.cohort}
 
 
-def plan(config: Config, algorithm: Algorithm, clients: Sequence[str]) -> Iterator[Round]:
-    """All rounds of a run. The cohort is drawn from (seed, round)."""
+def plan(
+    config: Config, algorithm: Algorithm, clients: Sequence[str], last: int | None = None
+) -> Iterator[Round]:
+    """All rounds of a run. The cohort is drawn from (seed, round).
+
+    Args:
+        config: the settings of the run.
+        algorithm: its algorithm.
+        clients: the names of all clients.
+        last: the last round before the ending; None: ``train.rounds``.
+    """
     rounds, size = config.train.rounds, config.train.clients_per_round or len(clients)
     size = 1 if find(config.algorithm.name).pools else size
-    for number in range(1, rounds + 1):
+    end = min(rounds, last or rounds)
+    for number in range(1, end + 1):
         draw = np.random.default_rng(derive(config.seed, number, "cohort"))
-        chosen = sorted(draw.choice(len(clients), size=min(size, len(clients)), replace=False))
+        if config.privacy.unit == "client":  # a Poisson sample, as the accounting wants it
+            chosen = np.flatnonzero(draw.random(len(clients)) < size / len(clients))
+        else:
+            chosen = draw.choice(len(clients), size=min(size, len(clients)), replace=False)
         due = config.eval.every and number % config.eval.every == 0
-        last = number == rounds and not algorithm.final
-        cohort = tuple(clients[i] for i in chosen)
-        yield Round(number, cohort, bool(due or last))
+        over = number == end and not algorithm.final
+        cohort = tuple(clients[int(i)] for i in sorted(chosen))
+        yield Round(number, cohort, bool(due or over))
     if algorithm.final:
         yield Round(rounds + 1, tuple(clients), final=True)
 

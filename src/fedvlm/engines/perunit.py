@@ -1,0 +1,151 @@
+"""DP-SGD by the stack: every protected unit of a step is a place of the stack.
+
+The places share one adapter, so that one backward pass gives the gradient of each unit. The
+gradients are clipped place by place and summed. Then come the noise and the optimizer's step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from fedvlm.algorithms.base import Trained
+from fedvlm.batches.draw import beside
+from fedvlm.engines.extras import Extras
+from fedvlm.engines.shell import Shell
+from fedvlm.engines.stacked import Session, Streams, clip
+from fedvlm.engines.together import Member, Outcome
+from fedvlm.models.stack import Ragged, Stack
+from fedvlm.privacy.chance import gaussian
+from fedvlm.privacy.plan import Plan
+from fedvlm.seeds import derive
+from fedvlm.tree import Select, Tree
+
+MOST = 64  # units in a pass: more are not faster
+
+Units = Sequence[np.ndarray]
+"""The rows of each unit."""
+
+
+class PerUnit(Shell):
+    """The part of the cohort engine that trains a client by DP-SGD.
+
+    Attributes:
+        stack: the adapters on the model.
+        device: the device of the model.
+    """
+
+    stack: Stack
+    device: torch.device
+    _packed = False  # whether an adapted layer has a first axis other than the rows
+
+    def _session(self, group: Sequence[Member], trained: Mapping[str, nn.Parameter]) -> Session:
+        """The optimizer of a stretch."""
+        raise NotImplementedError
+
+    def _fitting(self, size: int) -> int:
+        """The number of clients, with ``size`` rows each, that fit into a pass."""
+        raise NotImplementedError
+
+    def _terms(self, rows: np.ndarray) -> Any:
+        """The objective on rows; the active places' rows are blocks of equal size."""
+        raise NotImplementedError
+
+    def _uniform(self, rows: np.ndarray) -> bool:
+        """Whether all pictures of the rows have the same shape."""
+        raise NotImplementedError
+
+    def _train_units(self, member: Member) -> tuple[list[Outcome], Session]:
+        """Trains one client by its plan."""
+        ask, plan = member.wanted, self.plans[member.task.client]
+        limit, losses = self.config.train.max_grad_norm, []
+        samples, most = self._samples(member), self._most_units
+        params = {n: nn.Parameter(t[None].to(self.device, copy=True)) for n, t in ask.begin.items()}
+        trained = {n: p for n, p in params.items() if ask.trains(n)}
+        session, extras = self._session([member], trained), Extras([ask], trained)
+        streams = Streams([derive(*self._seed(member), "dropout")])
+        self.model.train()
+        for units in samples:
+            adapter = {n: p.detach()[0] for n, p in params.items()}
+            total = {n: torch.zeros_like(adapter[n]) for n in trained}
+            found = []
+            for part in self._passes_of(units, most):
+                with streams.of(0):
+                    found.append(self._add(part, adapter, plan.clip, total))
+            self._set_noisy(trained, total, plan)
+            extras.before()
+            if limit:
+                clip(list(trained.values()), limit)
+            session.optimizer.step()
+            extras.after()
+            each = torch.cat(found) if found else torch.zeros(0)
+            losses.append(each.mean() if len(each) else torch.zeros(()))
+        end = {n: p.detach()[0].to("cpu", copy=True) for n, p in params.items()}
+        return [Outcome(Trained(end, self._path(member)), losses)], session
+
+    @cached_property
+    def _most_units(self) -> int:
+        """The most units in a pass. With dropout, each unit draws after the unit before it."""
+        if self.config.lora.dropout:
+            return 1
+        settings = self.config
+        size = settings.privacy.unit_rows if settings.privacy.column else 1
+        limit = settings.engine.micro_batch or settings.train.batch_size * size
+        return min(MOST, max(1, limit // size), self._fitting(size))
+
+    def _passes_of(self, units: Units, most: int) -> Iterator[Units]:
+        """The units of each pass; layers that pack rows need pictures of equal shapes."""
+        for start in range(0, len(units), most):
+            part = units[start : start + most]
+            if self._packed and not self._uniform(np.concatenate(part)):
+                yield from ([unit] for unit in part)
+            else:
+                yield part
+
+    def _add(self, units: Units, adapter: Tree, most: float, total: Tree) -> Tensor:
+        """Adds the units' gradients, each clipped to the norm ``most``, to ``total``.
+
+        A unit whose gradient is not finite adds nothing.
+
+        Returns:
+            The losses of the units with a finite gradient.
+        """
+        trains: Select = total.__contains__
+        self.stack.spread(adapter, len(units), trains)
+        self.stack.activate(range(len(units)))
+        try:
+            losses = self._losses(units)
+        except Ragged:
+            self._packed = True
+            return torch.cat([self._add([unit], adapter, most, total) for unit in units])
+        losses.sum().backward()
+        grads = {n: g for n in total if (g := self.stack.params[n].grad) is not None}
+        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads.values()])
+        norms = torch.linalg.vector_norm(norms, dim=0)  # [units]
+        finite = norms.isfinite()
+        scale = torch.where(finite, (most / norms).clamp(max=1.0), 0.0)
+        for name, grad in grads.items():
+            kept = grad if finite.all() else grad.nan_to_num(0.0, 0.0, 0.0)
+            total[name] += torch.tensordot(scale.to(kept), kept, 1)
+        return losses.detach()[finite]
+
+    def _losses(self, units: Units) -> Tensor:
+        """The mean loss of each unit's rows, each row by its own weight ``[units]``."""
+        rows, size = beside(dict(enumerate(units)))
+        terms = self._terms(rows)
+        counts = torch.tensor([len(unit) for unit in units], device=self.device)
+        real = torch.arange(size, device=self.device) < counts[:, None]  # [units, rows]
+        each = (terms.loss / terms.weight).view(real.shape)
+        return torch.where(real, each, 0.0).sum(1) / counts
+
+    def _set_noisy(self, trained: Mapping[str, nn.Parameter], total: Tree, plan: Plan) -> None:
+        """Sets the gradients: the clipped sum with noise, over the expected number of units."""
+        for name in sorted(trained):
+            p = trained[name]
+            noise = gaussian(self.chance, tuple(p.shape[1:]), plan.noise * plan.clip)
+            p.grad = ((total[name] + torch.from_numpy(noise).to(p)) / plan.batch)[None]
