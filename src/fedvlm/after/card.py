@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedvlm.intervals import few_rows, mean_interval, scored
 from fedvlm.metrics import METRICS
+from fedvlm.privacy import statement
 from fedvlm.rounds.results import of_all
 from fedvlm.settings.sections import Config
 from fedvlm.tree import Tree, factor, module
@@ -58,6 +59,7 @@ def text(
     loading: str,
     head: str,
     warnings: Sequence[str] = (),
+    guarantee: Sequence[str] = (),
 ) -> str:
     """A card from its parts; ``scores`` maps table title -> stage -> its scores."""
     parts = [f"{head}\n# {title}\n"]
@@ -70,6 +72,9 @@ def text(
     parts.append("In brackets: 95 % intervals, of means over clients by Student's t.\n")
     parts.extend(f"**{warning}.**\n" for warning in warnings)
     parts.append("## What left the site\n\n" + "\n".join(f"- {line}" for line in privacy) + "\n")
+    if guarantee:
+        lines = "\n".join(f"- {line}" for line in guarantee)
+        parts.append(f"## Differential privacy\n\n{lines}\n")
     parts.append(f"## How to load it\n\n{loading}\n")
     parts.append(
         "## Licence\n\nNone is set here. It is for whoever publishes this to choose, within the "
@@ -102,7 +107,8 @@ def of_run(run: Opened, client: str | None, *, base: str, tree: Tree, loading: s
     title = f"LoRA by fedvlm: {whose}" if not merged else f"Fine-tuned by fedvlm: {whose}"
     head = front_matter(base, merged=merged)
     warnings = [few] if (few := few_rows(scored_rows, named=False)) else []
-    return text(title, facts, tables, _privacy(run, client), loading, head, warnings)
+    left = _privacy(run, client)
+    return text(title, facts, tables, left, loading, head, warnings, _guarantee(table))
 
 
 def of_site(
@@ -266,6 +272,15 @@ def _privacy(run: Opened, client: str | None) -> list[str]:
         "something about the rows that they were trained on."
     )
     return lines
+
+
+def _guarantee(table: Mapping[str, Any]) -> list[str]:
+    """The privacy guarantee of the run, and its limits; empty without one."""
+    about = table.get("privacy")
+    if about is None:
+        return []
+    head = statement.guarantee(about, about["spent"])
+    return [f"**{head}**.", f"{statement.mechanism(about)}.", *statement.not_covered(about)]
 
 
 def _of_all(table: Mapping[str, Any]) -> dict[str, Stages]:

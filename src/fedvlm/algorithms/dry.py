@@ -22,10 +22,12 @@ class Rehearsal(NamedTuple):
     Attributes:
         stretches: the requests for training.
         sent: the result of the round; names and shapes are right, values mean nothing.
+        scores: whether the program asks for scores on validation rows.
     """
 
     stretches: tuple[Train, ...]
     sent: Sent
+    scores: bool = False
 
 
 def rehearse(
@@ -61,14 +63,15 @@ def _rehearse(
     begin = algorithm.model(initial, down, {})
     program = algorithm.work(Local(visit, begin, down, {}, steps))
     stretches: list[Train] = []
+    scores = False
     ask = step(program)
     while not isinstance(ask, Sent):
         if isinstance(ask, Score):
-            ask = step(program, ())
+            scores, ask = True, step(program, ())
         else:
             stretches.append(ask)
             ask = step(program, Trained(ask.begin, PATH))
-    return Rehearsal(tuple(stretches), ask)
+    return Rehearsal(tuple(stretches), ask, scores)
 
 
 def bare(tree: Tree) -> Tree:

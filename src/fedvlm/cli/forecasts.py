@@ -8,6 +8,7 @@ from rich.table import Table
 
 from fedvlm.cli.tables import console_for_tables, size
 from fedvlm.planning.forecast import Forecast, Spread
+from fedvlm.privacy import statement
 
 UNKNOWN = "not known"
 
@@ -19,7 +20,8 @@ def print_forecast(plan: Forecast) -> None:
     out = Table(title=title, show_header=False)
     out.add_column(style="bold", no_wrap=True)
     out.add_column()
-    for head, text in (*_work(plan), *_model(plan), *_messages(plan), *_memory(plan)):
+    rows = (*_work(plan), *_model(plan), *_messages(plan), *_privacy(plan), *_memory(plan))
+    for head, text in rows:
         out.add_row(head, text)
     console = console_for_tables()
     console.print(out)
@@ -64,6 +66,18 @@ def _messages(plan: Forecast) -> Iterator[tuple[str, str]]:
     for way in ("up", "down"):
         total = f"{plan.all_sent[way]:,} ({size(plan.all_sent[way])})" if plan.all_sent else UNKNOWN
         yield f"bytes {way}", _each(plan.sent.get(way), total)
+
+
+def _privacy(plan: Forecast) -> Iterator[tuple[str, str]]:
+    about = plan.privacy
+    if about is None:
+        return
+    yield "privacy (simulated)", statement.guarantee(about)
+    yield "noise", statement.mechanism(about)
+    if warning := statement.loud(about):
+        yield "warning", warning
+    if about["rounds"] < plan.config.train.rounds:
+        yield "budget", f"it ends the run after round {about['rounds']}"
 
 
 def _memory(plan: Forecast) -> Iterator[tuple[str, str]]:

@@ -137,6 +137,8 @@ def describe(line: dict[str, Any], config: Config) -> str:
             mean = summarize({c: s[metric] for c, s in scores.items()})["mean"]
             parts.append(f"{model} {mean:.1%}")
         parts[-1] += f" {METRICS[metric].head}" + ("" if number else ", before any training")
+    if "epsilon" in line:
+        parts.append(f"epsilon {line['epsilon']:.3g}")
     if rejected := line.get("rejected"):
         parts.append(f"rejected: {', '.join(rejected)}")
     if bounded := line.get("bounded"):

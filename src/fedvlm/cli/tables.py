@@ -14,6 +14,7 @@ from rich.table import Table
 from fedvlm.errors import brief
 from fedvlm.intervals import few_rows, scored, scored_parts
 from fedvlm.metrics import METRICS, _percent, number
+from fedvlm.privacy import statement
 from fedvlm.rounds.claims import BASELINES
 
 if TYPE_CHECKING:
@@ -51,6 +52,11 @@ def print_run(results: Results) -> None:
         highlight=False,
         markup=False,
     )
+    if about := table.get("privacy"):
+        told = f"privacy (simulated): {statement.guarantee(about, about['spent'])}"
+        if about["rounds"] < table["rounds"]:
+            told += f"; the budget ended the run after round {about['rounds']} of {table['rounds']}"
+        console.print(told, highlight=False, markup=False)
     personal = table["models"]["personal"]["clients"]
     if few := few_rows({c: s["examples"] for c, s in personal.items() if "examples" in s}):
         console.print(f"[yellow]{escape(few)}[/]", highlight=False)

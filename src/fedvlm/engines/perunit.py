@@ -110,29 +110,39 @@ class PerUnit(Shell):
     def _add(self, units: Units, adapter: Tree, most: float, total: Tree) -> Tensor:
         """Adds the units' gradients, each clipped to the norm ``most``, to ``total``.
 
-        A unit whose gradient is not finite adds nothing.
+        A unit whose loss or gradient is not finite adds nothing.
 
         Returns:
-            The losses of the units with a finite gradient.
+            The losses of the other units.
         """
-        trains: Select = total.__contains__
-        self.stack.spread(adapter, len(units), trains)
-        self.stack.activate(range(len(units)))
         try:
-            losses = self._losses(units)
+            grads, losses = self._gradients(units, adapter, total.__contains__)
         except Ragged:
             self._packed = True
             return torch.cat([self._add([unit], adapter, most, total) for unit in units])
-        losses.sum().backward()
-        grads = {n: g for n in total if (g := self.stack.params[n].grad) is not None}
         norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads.values()])
         norms = torch.linalg.vector_norm(norms, dim=0)  # [units]
-        finite = norms.isfinite()
+        finite = norms.isfinite() & losses.isfinite()
         scale = torch.where(finite, (most / norms).clamp(max=1.0), 0.0)
         for name, grad in grads.items():
             kept = grad if finite.all() else grad.nan_to_num(0.0, 0.0, 0.0)
             total[name] += torch.tensordot(scale.to(kept), kept, 1)
-        return losses.detach()[finite]
+        return losses[finite]
+
+    def _gradients(
+        self, units: Units, adapter: Tree, trains: Select
+    ) -> tuple[dict[str, Tensor], Tensor]:
+        """The gradient of each unit's mean loss, ``[units, ...]`` by factor; and these losses.
+
+        Raises:
+            Ragged: the units cannot share a pass.
+        """
+        self.stack.spread(adapter, len(units), trains)
+        self.stack.activate(range(len(units)))
+        losses = self._losses(units)
+        losses.sum().backward()
+        found = {n: p.grad for n, p in self.stack.params.items() if p.grad is not None}
+        return found, losses.detach()
 
     def _losses(self, units: Units) -> Tensor:
         """The mean loss of each unit's rows, each row by its own weight ``[units]``."""

@@ -97,7 +97,7 @@ class ReferenceEngine(Shell):
             loss.backward()
             grads = {n: p.grad for n, p in trained.items() if p.grad is not None}
             norm = torch.stack([g.norm() for g in grads.values()]).norm()
-            if not norm.isfinite():
+            if not (norm.isfinite() and loss.isfinite()):
                 continue
             for name, grad in grads.items():
                 total[name] += grad * (plan.clip / norm).clamp(max=1.0)

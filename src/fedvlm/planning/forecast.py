@@ -14,15 +14,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
-from fedvlm.algorithms.base import NOBODY, Visit
+from fedvlm.algorithms.base import NOBODY, Algorithm, Visit
 from fedvlm.algorithms.table import find, of_run
 from fedvlm.errors import FedVLMError
 from fedvlm.planning import footprint
 from fedvlm.planning.footprint import Exchange, Exchanges, Footprint
-from fedvlm.rounds import robust
+from fedvlm.privacy.units import units_of
+from fedvlm.rounds import noisymean, robust
+from fedvlm.rounds.budget import budget
 from fedvlm.rounds.prepare import divide, weights_of
 from fedvlm.rounds.schedule import plan
 from fedvlm.settings.sections import Config
+from fedvlm.tree import Tree
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
@@ -61,6 +64,7 @@ class Forecast:
         size: the size of the model and the adapter.
         sent: up, down -> bytes a client and round.
         all_sent: up, down -> bytes of all clients and rounds.
+        privacy: the content of ``privacy.json``; None without differential privacy.
         unknown: the unknown values, with reasons.
     """
 
@@ -75,6 +79,7 @@ class Forecast:
     size: Footprint | None
     sent: dict[str, Spread]
     all_sent: dict[str, int]
+    privacy: dict[str, Any] | None
     unknown: tuple[str, ...]
 
 
@@ -86,10 +91,11 @@ def forecast(config: Config) -> Forecast:
             is no error: the values that depend on it are unknown.
     """
     unknown: list[str] = []
-    partition = _partition(config, unknown)
+    rows, partition = _divided(config, unknown)
     names = partition.clients if partition else _stated(config)
     algorithm = of_run(config)
     robust.check(config, algorithm, len(names) if names else None)
+    noisymean.check(config, algorithm)
     rounds = list(plan(config, algorithm, names or (NOBODY.client,)))
     weights = weights_of(config, partition) if partition else dict.fromkeys(names or ("",), 1.0)
     visits = [visit for round_ in rounds for visit in round_.visits(weights).values()]
@@ -117,6 +123,7 @@ def forecast(config: Config) -> Forecast:
         size=size,
         sent={way: Spread.of(sizes) for way, sizes in sent.items()},
         all_sent={way: sum(sizes) for way, sizes in sent.items()} if whole else {},
+        privacy=_budget(config, algorithm, adapter, rows, partition, unknown),
         unknown=tuple(unknown),
     )
 
@@ -132,11 +139,12 @@ def _total(values: Sequence[int | None]) -> int | None:
     return sum(known) if len(known) == len(values) else None
 
 
-def _partition(config: Config, unknown: list[str]) -> Partition | None:
+def _divided(config: Config, unknown: list[str]) -> tuple[Any, Partition | None]:
+    """The rows and their partition; None for what is not known."""
     on_hub = config.data.path and not Path(os.path.expanduser(config.data.path)).exists()
     try:
         with _from_cache():
-            return divide(config)[1]
+            return divide(config)
     except FedVLMError as error:
         if not on_hub or not isinstance(error.__cause__, OSError):
             raise
@@ -144,7 +152,7 @@ def _partition(config: Config, unknown: list[str]) -> Partition | None:
         f"rows: data.path '{config.data.path}' is on the Hugging Face hub, not in the local cache, "
         "and a dry run downloads no data; the clients are taken from the configuration"
     )
-    return None
+    return None, None
 
 
 @contextmanager
@@ -170,6 +178,31 @@ def _stated(config: Config) -> tuple[str, ...] | None:
         lists = settings.lists
         return tuple(explicit.read(lists) if isinstance(lists, str) else lists)
     return tuple(f"client-{k}" for k in range(settings.clients))
+
+
+def _budget(
+    config: Config,
+    algorithm: Algorithm,
+    adapter: Tree,
+    rows: Any,
+    partition: Partition | None,
+    unknown: list[str],
+) -> dict[str, Any] | None:
+    """The privacy budget of the run; None without one, or where the rows are not known."""
+    from fedvlm.data import pool
+
+    if config.privacy.unit is None:
+        return None
+    if partition is None:
+        unknown.append("privacy: epsilon and noise depend on the number of units, so on the rows")
+        return None
+    if find(config.algorithm.name).pools:
+        partition = pool.pooled(partition)
+        config = pool.as_long(config, len(partition.clients))
+    column = config.privacy.column
+    counts = {c: len(units_of(rows, s.train, column)) for c, s in partition.splits.items()}
+    found = budget(config, algorithm, adapter, partition.clients, counts)
+    return found.described() if found else None
 
 
 def _rows(partition: Partition | None) -> dict[str, Spread]:

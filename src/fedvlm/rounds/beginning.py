@@ -11,14 +11,12 @@ from fedvlm import config as configs
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds.budget import Budget
 from fedvlm.rounds.prepare import environment
+from fedvlm.rounds.results import BUDGET
 from fedvlm.settings.sections import Config
 from fedvlm.store import run as stores
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
-
-BUDGET = "privacy.json"
-"""The file with everything that the privacy guarantee of a run depends on."""
 
 
 def described(

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from fedvlm.algorithms.base import NOBODY, Algorithm, State
+from fedvlm.algorithms.checks import BY_VALIDATION
 from fedvlm.algorithms.dry import bare, rehearse
 from fedvlm.algorithms.table import find
 from fedvlm.errors import ConfigError
@@ -186,7 +187,14 @@ def _work(
     for round_ in rounds:
         visit = round_.visit(next(iter(round_.cohort), EVERYBODY))
         usual = config.train.steps(0, round_.final)
-        asked = rehearse(algorithm, empty, visit, algorithm.send(state, visit), usual).stretches
+        asked, _, scores = rehearse(algorithm, empty, visit, algorithm.send(state, visit), usual)
+        if scores:
+            raise ConfigError(
+                [
+                    f"algorithm.name={config.algorithm.name} cannot run with "
+                    f"privacy.unit={config.privacy.unit}: {BY_VALIDATION}"
+                ]
+            )
         found.append(sum(usual if ask.steps is None else ask.steps for ask in asked))
         for ask in asked:
             floats = max(floats, sum(t.numel() for n, t in ask.begin.items() if ask.trains(n)))

@@ -26,6 +26,8 @@ from fedvlm.store import sealed
 from fedvlm.store.files import read_lines, slugs, write_text
 from fedvlm.store.run import CHECKPOINT, DONE, Store, mark
 
+BUDGET = "privacy.json"
+"""The file with everything that the privacy guarantee of a run depends on."""
 FILES = "files"  # key of the digests in table.json
 MODELS = ("untuned", "global_before", "global", "personal_before", "personal")
 
@@ -113,6 +115,7 @@ def write_results(config: Config, names: Sequence[str], store: Store, engine: En
         found = engine.answer(kind, models(engine, last, state, clients))
         answers[kind] = write_answers(store.folder, kind, found)
     table = tabulate(config, lines, names, answers) | {"groups": _groups(config, answers)}
+    table |= _private(store, lines)
     folder = store.folder / "adapters"
     folders = {client: folder / name for client, name in table["folders"].items()}
     again = "every command that needs an adapter makes it again"
@@ -128,6 +131,15 @@ def write_results(config: Config, names: Sequence[str], store: Store, engine: En
     digests[CHECKPOINT] = mark(store.folder)  # no table of another run
     sealed.write(store.folder / DONE, table | {FILES: digests})
     return Results.read(store.folder)
+
+
+def _private(store: Store, lines: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The privacy guarantee of the run and the epsilon that it spent; empty without a budget."""
+    path = store.folder / BUDGET
+    if not path.exists():
+        return {}
+    about = json.loads(path.read_bytes())
+    return {"privacy": {**about, "spent": lines[-1].get("epsilon", 0.0)}}
 
 
 @contextlib.contextmanager

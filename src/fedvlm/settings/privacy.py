@@ -27,7 +27,7 @@ class PrivacyConfig(Section):
         None, description="probability that the bound epsilon fails; below 1 / number of units"
     )
     clip: Above = Field(
-        0.1, description="largest norm of a unit's gradient, or of a client's change (unit=client)"
+        1.0, description="largest norm of a unit's gradient, or of a client's change (unit=client)"
     )
     noise: Above | None = Field(
         None,
