@@ -204,7 +204,7 @@ def test_samples_are_poisson_and_noise_is_the_systems(monkeypatch):
     assert np.var(sizes) == pytest.approx(18, rel=0.2)
     asked = []
     monkeypatch.setattr(chances.os, "urandom", lambda n: asked.append(n) or b"\xff" * n)
-    assert gaussian(System(), (3,), 1.0).tolist() == pytest.approx([8.57167] * 2 + [0.0], abs=1e-4)
+    assert gaussian(System(), 3, 1.0).tolist() == pytest.approx([8.57167] * 2 + [0.0], abs=1e-4)
     assert asked == [16, 16]
     assert len(poisson(System(), 5, 1.0)) == 5, "a rate of 1 takes every unit"
 

@@ -221,7 +221,7 @@ class CohortEngine(PerUnit):
         """The most rows of a client in a pass."""
         return self.config.engine.micro_batch or self.config.train.batch_size
 
-    def _fitting(self, size: int) -> int:
+    def _fitting(self, size: int, most: int | None = None) -> int:
         """The number of clients, with ``size`` rows each, that fit into a pass; measured."""
         rows = next(iter(self.partition.splits.values())).train[:size]
         self.stack.load([self.adapter] * 2, self.device)  # a stack of one is computed differently
@@ -236,7 +236,7 @@ class CohortEngine(PerUnit):
             self.stack.activate([0])
             activations = kept_for_backward(self.model, lambda: self._terms(rows).loss)
         memory = self.config.engine.memory
-        return clients_in_a_pass(memory, self.model, self.adapter, activations)
+        return clients_in_a_pass(memory, self.model, self.adapter, activations, most)
 
     def _known(self, rows: np.ndarray, copies: int) -> contextlib.AbstractContextManager[None]:
         if self._images is None:

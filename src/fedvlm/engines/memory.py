@@ -21,7 +21,11 @@ MOST = {"cpu": 16, "cuda": 64}  # larger passes are not faster; on 2 CPU cores, 
 
 
 def clients_in_a_pass(
-    memory: int | Literal["auto"], model: Any, adapter: Tree, activations: int
+    memory: int | Literal["auto"],
+    model: Any,
+    adapter: Tree,
+    activations: int,
+    most: int | None = None,
 ) -> int:
     """The number of clients that a pass can hold; at least 1.
 
@@ -34,16 +38,17 @@ def clients_in_a_pass(
         model: the frozen model.
         adapter: the adapter of one client.
         activations: bytes that the batch of one client keeps for its backward pass.
+        most: the largest pass that is faster than smaller ones; None: as measured for clients.
     """
     device = next(model.parameters()).device
     room = budget(memory, device, nbytes(list(model.parameters())))
     each = SPARE * activations + COPIES * nbytes(dict(adapter))
-    return fitting(room, device, each)
+    return fitting(room, device, each, most)
 
 
-def fitting(room: int, device: torch.device, each: float) -> int:
+def fitting(room: int, device: torch.device, each: float, most: int | None = None) -> int:
     """The number of clients of ``each`` bytes that fit into ``room`` bytes; at least 1."""
-    return max(1, min(MOST.get(device.type, MOST["cpu"]), int(room / each)))
+    return max(1, min(most or MOST.get(device.type, MOST["cpu"]), int(room / each)))
 
 
 def budget(memory: int | Literal["auto"], device: torch.device, weights: int) -> int:

@@ -21,7 +21,7 @@ from fedvlm.engines.shell import Shell
 from fedvlm.engines.stacked import Session, Streams, clip
 from fedvlm.engines.together import Member, Outcome
 from fedvlm.models.stack import Ragged, Stack
-from fedvlm.privacy.chance import gaussian
+from fedvlm.privacy.chance import noises
 from fedvlm.privacy.plan import Plan
 from fedvlm.seeds import derive
 from fedvlm.tree import Select, Tree
@@ -48,7 +48,7 @@ class PerUnit(Shell):
         """The optimizer of a stretch."""
         raise NotImplementedError
 
-    def _fitting(self, size: int) -> int:
+    def _fitting(self, size: int, most: int | None = None) -> int:
         """The number of clients, with ``size`` rows each, that fit into a pass."""
         raise NotImplementedError
 
@@ -96,7 +96,7 @@ class PerUnit(Shell):
         settings = self.config
         size = settings.privacy.unit_rows if settings.privacy.column else 1
         limit = settings.engine.micro_batch or settings.train.batch_size * size
-        return min(MOST, max(1, limit // size), self._fitting(size))
+        return min(max(1, limit // size), self._fitting(size, MOST))
 
     def _passes_of(self, units: Units, most: int) -> Iterator[Units]:
         """The units of each pass; layers that pack rows need pictures of equal shapes."""
@@ -155,7 +155,6 @@ class PerUnit(Shell):
 
     def _set_noisy(self, trained: Mapping[str, nn.Parameter], total: Tree, plan: Plan) -> None:
         """Sets the gradients: the clipped sum with noise, over the expected number of units."""
-        for name in sorted(trained):
-            p = trained[name]
-            noise = gaussian(self.chance, tuple(p.shape[1:]), plan.noise * plan.clip)
-            p.grad = ((total[name] + torch.from_numpy(noise).to(p)) / plan.batch)[None]
+        noise = noises(self.chance, total, plan.noise * plan.clip)
+        for name, p in trained.items():
+            p.grad = ((total[name] + noise[name]) / plan.batch)[None]

@@ -15,7 +15,7 @@ from fedvlm.engines.shell import Shell
 from fedvlm.engines.together import Member, Outcome
 from fedvlm.models import lora
 from fedvlm.models.generate import greedy
-from fedvlm.privacy.chance import gaussian
+from fedvlm.privacy.chance import noises
 from fedvlm.privacy.plan import Plan
 from fedvlm.seeds import derive
 from fedvlm.tree import Tree, factor
@@ -102,10 +102,9 @@ class ReferenceEngine(Shell):
             for name, grad in grads.items():
                 total[name] += grad * (plan.clip / norm).clamp(max=1.0)
             losses.append(loss.detach())
-        for name in sorted(trained):
-            p = trained[name]
-            noise = gaussian(self.chance, tuple(p.shape), plan.noise * plan.clip)
-            p.grad = (total[name] + torch.from_numpy(noise).to(p)) / plan.batch
+        noise = noises(self.chance, total, plan.noise * plan.clip)
+        for name, p in trained.items():
+            p.grad = (total[name] + noise[name]) / plan.batch
         return torch.stack(losses).mean() if losses else torch.zeros(())
 
     def _terms(self, rows: np.ndarray) -> Any:

@@ -47,6 +47,10 @@ class StackedLora(nn.Module):
         if self._disable_adapters:
             return self.base_layer(x)
         stack = self._stack[0]
+        if stack.spreads:
+            y, wide = self.base_layer(x), self.dropout(x.to(self.a.dtype))
+            low = OneAdapter.apply(stack.blocks(wide), self.a, self.b, self.scaling)
+            return (y + stack.unblocks(low, y.shape)).to(y.dtype)
         a, b = stack.chosen(self.a), stack.chosen(self.b) * self.scaling
         if len(a) == 1:
             y, wide = self.base_layer(x), self.dropout(x.to(a.dtype))
@@ -80,11 +84,39 @@ class StackedLora(nn.Module):
         return thin > 3 * rank * into * out + into * out * entries / THIN
 
 
+class OneAdapter(torch.autograd.Function):
+    """The product with one adapter for all places, and the gradient of every place.
+
+    The products are as wide as those of a single client. Only the gradients of the factors are
+    computed place by place.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
+        """``[places, entries, in] -> [..., out]``; ``a`` and ``b`` repeat one factor each."""
+        low = nn.functional.linear(x, a[0])
+        ctx.scaling = scaling
+        ctx.save_for_backward(x, low, a, b)
+        return nn.functional.linear(low, scaling * b[0])
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+        x, low, a, b = ctx.saved_tensors
+        inner = grad @ (ctx.scaling * b[0])  # [places, entries, rank]
+        of_x = inner @ a[0] if ctx.needs_input_grad[0] else None
+        of_a = torch.bmm(inner.transpose(1, 2), x) if ctx.needs_input_grad[1] else None
+        of_b = None
+        if ctx.needs_input_grad[2]:
+            of_b = ctx.scaling * torch.bmm(grad.transpose(1, 2), low)
+        return of_x, of_a, of_b, None
+
+
 class Stack:
     """A PEFT model whose LoRA layers have been replaced by stacked ones.
 
     Attributes:
         params: PEFT's name of a factor -> the stacked parameter ``[clients, ...]``.
+        spreads: whether all places share one adapter, see :meth:`spread`.
         copies: how often a batch repeats its blocks: 2 for pairs of answers, else 1.
     """
 
@@ -95,7 +127,7 @@ class Stack:
         self._count = self._rows = 0  # active clients; rows of all active clients together
         self._uniform = functools.cache(lambda: True)
         self._active: Tensor | None = None
-        self._spread = False  # whether all places share the memory of one adapter
+        self.spreads = False
         self.layers: dict[str, StackedLora] = {}
         for name, layer in list(model.named_modules()):
             if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
@@ -109,8 +141,8 @@ class Stack:
         """Loads the adapters of some clients, replacing the previous adapters."""
         self._active = None
         names = list(trees[0])
-        same = len(trees) == self.clients and self.params.keys() == set(names) and not self._spread
-        self._spread = False
+        same = len(trees) == self.clients and self.params.keys() == set(names) and not self.spreads
+        self.spreads = False
         with torch.no_grad():
             for name in names:
                 stacked = torch.stack([tree[name] for tree in trees]).to(device)
@@ -128,7 +160,7 @@ class Stack:
             places: the number of places.
             trains: selects the factors that get a gradient.
         """
-        self._active, self._spread = None, True
+        self._active, self.spreads = None, True
         for name, tensor in tree.items():
             shared = tensor.detach().expand(places, *tensor.shape)
             self.params[name] = nn.Parameter(shared, requires_grad=trains(name))

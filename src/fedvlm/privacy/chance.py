@@ -8,9 +8,13 @@ repeated bit for bit. Tests inject another source.
 from __future__ import annotations
 
 import os
-from typing import Protocol
+from collections.abc import Mapping
+from typing import TYPE_CHECKING, Protocol
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Chance(Protocol):
@@ -55,14 +59,26 @@ def some(chance: Chance, rows: np.ndarray, most: int) -> np.ndarray:
     return np.sort(rows[np.argsort(chance.uniform(len(rows)), kind="stable")[:most]])
 
 
-def gaussian(chance: Chance, shape: tuple[int, ...], deviation: float) -> np.ndarray:
-    """Independent normal numbers of standard deviation ``deviation``, as float64 of ``shape``.
+def gaussian(chance: Chance, count: int, deviation: float) -> np.ndarray:
+    """``count`` independent normal numbers of standard deviation ``deviation``, as float64.
 
     The method is Box and Muller's, in double precision.
     """
-    count = int(np.prod(shape))
     half = (count + 1) // 2
     length = np.sqrt(-2.0 * np.log1p(-chance.uniform(half)))  # 1 - u is in (0, 1]
     angle = 2.0 * np.pi * chance.uniform(half)
     drawn = np.concatenate([length * np.cos(angle), length * np.sin(angle)])
-    return (deviation * drawn[:count]).reshape(shape)
+    return deviation * drawn[:count]
+
+
+def noises(chance: Chance, like: Mapping[str, Tensor], deviation: float) -> dict[str, Tensor]:
+    """Independent normal noise for each tensor, of its shape, type and device.
+
+    The tensors share one draw, in the order of their names.
+    """
+    import torch
+
+    names = sorted(like)
+    drawn = gaussian(chance, sum(like[name].numel() for name in names), deviation)
+    parts = torch.from_numpy(drawn).split([like[name].numel() for name in names])
+    return {n: p.view(like[n].shape).to(like[n]) for n, p in zip(names, parts, strict=True)}

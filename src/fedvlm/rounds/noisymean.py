@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 from fedvlm.algorithms.base import Algorithm, Averaged, by_examples
 from fedvlm.engines.wire import norm
 from fedvlm.errors import ConfigError, FedVLMError
-from fedvlm.privacy.chance import Chance, gaussian
+from fedvlm.privacy.chance import Chance, noises
 from fedvlm.privacy.plan import Plan
 from fedvlm.settings.sections import Config
 from fedvlm.tree import Tree, change
@@ -60,13 +60,10 @@ class NoisyMean:
 
     def tree(self) -> Tree:
         """The download, moved by the noisy mean change. To be called once."""
-        import torch
-
+        noise = noises(self.chance, self._sum, self.plan.noise * self.plan.clip)
         found = {}
-        for name in sorted(self._sum):
-            total, old = self._sum[name], self.down[name]
-            noise = gaussian(self.chance, tuple(old.shape), self.plan.noise * self.plan.clip)
-            step = (total + torch.from_numpy(noise).to(total)) / self.plan.batch
+        for name, total in self._sum.items():
+            old, step = self.down[name], (total + noise[name]) / self.plan.batch
             found[name] = (old.double() + step).to(old.dtype)
         return found
 
