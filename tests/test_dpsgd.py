@@ -110,7 +110,7 @@ def test_without_clipping_and_noise_a_step_on_all_units_is_a_plain_step(small, t
         }
         engine.store = Kept(tmp_path)
         private = play(engine, partition)
-        assert furthest(private.ends, plain.ends) < 1e-9
+        assert furthest(private.ends, plain.ends) < TOLERANCE
         assert private.losses == pytest.approx(plain.losses)
 
 
