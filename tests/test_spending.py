@@ -305,7 +305,7 @@ def test_a_ledger_that_cannot_be_written_stops_the_round(tmp_path, monkeypatch):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(auditlog, "_append", full)
-    with pytest.raises(FedVLMError, match="ledger of differential privacy .* cannot be written"):
+    with pytest.raises(FedVLMError, match=r"ledger of differential privacy .* cannot be written"):
         account.spend(1, "d")
 
 

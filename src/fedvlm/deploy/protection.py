@@ -47,6 +47,11 @@ class Protection(Section):
             raise ValueError("; ".join(wrong))
         return self
 
+    @property
+    def column(self) -> str | None:
+        """The column whose equal values are one unit at this site; None where every row is one."""
+        return None if self.dp_unit == "row" else self.dp_unit
+
     def privacy(self, config: Config) -> dict[str, Any]:
         """The section ``privacy`` of a run as it holds at this site, with the site's own unit."""
         own = config.privacy.model_dump()

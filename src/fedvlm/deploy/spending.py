@@ -247,7 +247,12 @@ class Spending:
 
 
 def spent(charges: Iterable[Charge], delta: float) -> float:
-    """The epsilon at ``delta`` of some charges together."""
+    """The epsilon at ``delta`` of some charges together.
+
+    Raises:
+        ConfigError: the accountant's library is missing.
+    """
+    accountant.check_installed()
     return accountant.epsilon((charge.spend for charge in charges), delta)
 
 
