@@ -53,14 +53,8 @@ def private(**settings):
             private(unit="client"),
             "privacy.unit=client, which is for simulations: a site protects row, or a column",
         ),
-        (
-            {},
-            load({"train": {"local_epochs": 1}}, "privacy.unit=row", "privacy.epsilon=1",
-                 "privacy.delta=1e-5"),
-            "train.local_epochs, whose steps tell the number of rows (privacy.unit)",
-        ),
     ],
-)  # fmt: skip
+)
 def test_a_run_that_a_site_does_not_protect_enough_is_refused_by_name(policy, run, said):
     with pytest.raises(Refused) as error:
         Policy(**policy).check(run)

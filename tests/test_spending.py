@@ -1,6 +1,8 @@
 """The spending ledger of a site: differential privacy over all runs on the same rows."""
 
 import json
+import subprocess
+from pathlib import Path
 
 import datasets
 import numpy as np
@@ -314,3 +316,20 @@ def test_a_message_for_the_server_has_two_digits_and_the_sites_log_has_all(tmp_p
         opened(tmp_path, noise=0.8)
     exact = accountant.epsilon([Spend(0.2, 0.8, STEPS)], 1e-4)
     assert f"would spend epsilon {exact:.6g} at delta" in caplog.text
+
+
+def test_a_process_that_is_killed_at_any_moment_leaves_every_reply_charged(warm, tmp_path):
+    """20 times kill -9 at a random moment; see ``killed.py``."""
+    script = Path(__file__).with_name("killed.py")
+    ended = subprocess.run(
+        [warm.python, script, tmp_path / "state", "20"],
+        env=warm.env,
+        capture_output=True,
+        text=True,
+    )
+    found = json.loads(ended.stdout)
+    assert len(found["rounds"]) == 20
+    assert sum(found["arrived"].values()) > 5, found
+    short = {n: count for n, count in found["arrived"].items() if found["charged"][n] < count}
+    assert not short, "a reply left that the ledger does not have"
+    assert set(found["arrived"].values()) == {1}, "a round that is asked again has one reply"

@@ -76,7 +76,7 @@ def unmet(policy: Protection, config: Config) -> list[str]:
                     f"{NONE}, which bounds no {letter}, and the limit is {limit:g} ({name}): {HOW}"
                 )
         return wrong[:1]
-    wrong = [
+    return [
         f"{name} {value:g} (privacy.{name}), and the limit is {limit:g} ({name}_max)"
         for name, value, limit in (
             ("epsilon", asked.epsilon, policy.epsilon_max),
@@ -84,6 +84,3 @@ def unmet(policy: Protection, config: Config) -> list[str]:
         )
         if value is not None and limit is not None and value > limit
     ]
-    if config.train.local_epochs:
-        wrong.append("train.local_epochs, whose steps tell the number of rows (privacy.unit)")
-    return wrong

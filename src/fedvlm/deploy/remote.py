@@ -101,6 +101,7 @@ class Remote:
         self.rows: dict[str, dict[str, int]] = {}
         self._peft: dict[str, Any] = {}
         self._measured: set[str] = set()
+        self._private = False  # the sites tell no losses and no scores
         self._bench = {site: Bench() for site in sites}
         self._round = 0
 
@@ -119,6 +120,7 @@ class Remote:
         self.algorithm = of_run(config)
         self.stages = compression(config.wire)
         self._measured = measured(config.objective.name)
+        self._private = config.privacy.local
         found: dict[str, dict[str, Any]] = {}
         opened = self._each(
             self.sites,
@@ -190,6 +192,11 @@ class Remote:
         self._enough(count, f"finished round {self._round}")
 
     def score(self, models: Models) -> dict[str, Scores]:
+        """Scores by site; empty under differential privacy, where no score leaves a site."""
+        if self._private:
+            deque(models.downs, maxlen=0)  # the iteration is what trains the cohort
+            return {}
+
         def checked(site: str, header: dict[str, Any], blob: bytes, seconds: float) -> Scores:
             scores = header.get("scores")
             if not isinstance(scores, dict) or not scores:
@@ -242,15 +249,17 @@ class Remote:
         """The check of every reply to a training request; it gives the reply with its upload."""
 
         def checked(site: str, header: dict[str, Any], blob: bytes, seconds: float) -> Reply:
-            upload, loss = self._read(blob), float(header["loss"])
-            if not math.isfinite(loss):
-                raise Unanswered(f"its loss is {loss}")
+            upload, loss = self._read(blob), None
+            if not self._private:
+                loss = float(header["loss"])
+                if not math.isfinite(loss):
+                    raise Unanswered(f"its loss is {loss}")
             self._tell(
                 {
                     "event": "trained",
                     "site": site,
                     "round": tasks[site].round,
-                    "loss": loss,
+                    **({} if loss is None else {"loss": loss}),
                     "bytes_up": len(blob),
                     "seconds": round(seconds, 3),
                     "seconds_there": float(header.get("seconds", 0.0)),
