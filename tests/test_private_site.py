@@ -6,12 +6,15 @@ import pytest
 from typer.testing import CliRunner
 
 import fedvlm
+from fedvlm.algorithms.base import NOBODY, Visit
 from fedvlm.cli.app import app
 from fedvlm.cli.live import describe
 from fedvlm.deploy.policy import Policy, Refused
+from fedvlm.deploy.remote import Limits, Remote
 from fedvlm.deploy.site import Site
 from fedvlm.deploy.spending import Spending
 from fedvlm.deploy.worker import Worker
+from fedvlm.engines.wire import Task
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds.results import Results
 from fedvlm.store import run as store
@@ -151,6 +154,32 @@ def test_another_download_of_a_round_is_spent_until_the_budget_of_the_run_ends(d
     )
     assert len(charges(folder / "state" / "site-1")) == 2
     assert call.workers["site-1"].site.store.rounds() == [1, 2], "the site keeps its state"
+
+
+def test_a_run_ends_although_no_site_has_privacy_left_for_a_round(done):
+    _, call, *_ = done
+    events = []
+    engine = Remote(call, SITES, Limits(), events.append)
+    engine.open("run-1", config(call_data(call), *PRIVATE))
+    down = engine.algorithm.send(engine.algorithm.init(engine.adapter), NOBODY)
+    tasks = [Task(Visit(site, 1.0, round=2), down) for site in SITES]
+    assert list(engine.train(tasks)) == [], "no reply and no error"
+    assert [event["site"] for event in events if event["event"] == "failed"] == list(SITES)
+    call.broken = "train"
+    with pytest.raises(FedVLMError, match="0 of 3 sites finished round 2"):
+        list(engine.train(tasks))
+    call.broken = None
+
+
+def test_more_steps_than_were_charged_stay_at_the_site(data, tmp_path):
+    policy, asked = Policy(**FEW), config(data, *PRIVATE)
+    site = Site("s", asked, str(data / "site-0.parquet"), tmp_path / "runs" / "r", policy)
+    site.account.steps[1] -= 1
+    down = site.algorithm.send(site.algorithm.init(site.engine.adapter), NOBODY)
+    with pytest.raises(FedVLMError, match="round 1 trained 2 steps, and 1 were planned and charg"):
+        site.train(1, down)
+    assert site.store.rounds() == [], "neither sent nor kept"
+    assert [c.spend.steps for c in charges(tmp_path)] == [1]
 
 
 def opened(call, run, *settings, site="site-0"):

@@ -17,9 +17,10 @@ from typing import Any
 
 import numpy as np
 
-from fedvlm.deploy.limits import Refused
+from fedvlm.deploy.limits import Refused, Spent
 from fedvlm.deploy.protection import Protection
 from fedvlm.deploy.spending import Charge, Claim, Marks, Spending, named, spent
+from fedvlm.errors import FedVLMError
 from fedvlm.privacy.plan import Plan
 from fedvlm.settings.privacy import PrivacyConfig
 
@@ -83,7 +84,8 @@ class Account:
             down: the digest of its download.
 
         Raises:
-            Refused: the round would exceed the run's budget, or the site's limit.
+            Spent: the round would exceed the run's budget, or the site's limit.
+            Refused: the rows have another unit by now.
             FedVLMError: the ledger is damaged, or cannot be written.
         """
         new = self.plan.spend(self.steps.get(round_, 0))
@@ -99,9 +101,29 @@ class Account:
                     f"{self.plan.delta:g}, and its budget is {budget:g} (privacy.epsilon): rounds "
                     "that were trained again are spent again",
                     after,
+                    kind=Spent,
                 )
             self._check_round(charge, own, others)
             self.spending.charge(self.claim, round_, down, new)
+        logger.info("round %d is charged: epsilon of this run %.4g of %g", round_, after, budget)
+
+    def check_trained(self, round_: int, steps: int) -> None:
+        """Stops a reply that took more steps than were charged, before it is kept or sent.
+
+        Args:
+            round_: the round.
+            steps: the steps that were trained.
+
+        Raises:
+            FedVLMError: the algorithm trains more than its rehearsal has shown.
+        """
+        planned = self.steps.get(round_, 0)
+        if steps > planned:
+            raise FedVLMError(
+                f"round {round_} trained {steps} steps, and {planned} were planned and charged: "
+                "the algorithm lets its steps depend on what a client keeps or receives, and "
+                "differential privacy cannot account for that. The reply stays here"
+            )
 
     def _parted(self) -> tuple[list[Charge], list[Charge]]:
         """The charges of this run, and those of other runs that meet it."""
@@ -168,13 +190,14 @@ class Account:
                 f"runs on its rows {{}} at delta {delta:g}, and the limit is {most:g} "
                 "(epsilon_max)",
                 after,
+                kind=Spent,
             )
 
 
-def _refused(text: str, *numbers: float) -> Refused:
+def _refused(text: str, *numbers: float, kind: type[Refused] = Refused) -> Refused:
     """A refusal for the server, with coarse numbers; the site's log gets the exact ones."""
     logger.warning("refused: %s", text.format(*(f"{number:.6g}" for number in numbers)))
-    return Refused(text.format(*(f"{_up(number):g}" for number in numbers)))
+    return kind(text.format(*(f"{_up(number):g}" for number in numbers)))
 
 
 def _up(value: float) -> float:

@@ -56,6 +56,10 @@ class Declined(Unanswered):
     """A site refuses a request. It works, and is asked again in the next round."""
 
 
+class Exhausted(Declined):
+    """A site refuses a round because the run has no privacy left there."""
+
+
 class Gone(Unanswered):
     """A site cannot be reached: its machine or the network may be down."""
 
@@ -177,7 +181,7 @@ class Remote:
             due = {t.client: t for t in tasks}
         for site in (t.client for t in tasks if t.client not in due):
             self._tell({"event": "benched", "site": site, "round": self._round})
-        count, written = 0, Written()
+        count, exhausted, written = 0, 0, Written()
 
         def asked(site: str) -> tuple[dict[str, Any], bytes, float]:
             sampled = due[site].visit.sampled
@@ -185,11 +189,13 @@ class Remote:
             return header, written(due[site].down), self.limits.train_s
 
         for site, outcome in self._each(list(due), asked, self._arrived(due)):
+            exhausted += isinstance(outcome, Exhausted)
             if not isinstance(outcome, Unanswered):
                 self._bench[site] = Bench()
                 count += 1
                 yield outcome
-        self._enough(count, f"finished round {self._round}")
+        if exhausted < max(1, len(due)):  # else nobody trains any more, and the run can end
+            self._enough(count, f"finished round {self._round}")
 
     def score(self, models: Models) -> dict[str, Scores]:
         """Scores by site; empty under differential privacy, where no score leaves a site."""
@@ -315,6 +321,7 @@ class Remote:
         answer, tensors = self._call(site, header, blob, limit)
         if "error" in answer:
             kind = Declined if answer["error"] == "refused" else Unanswered
+            kind = Exhausted if kind is Declined and answer.get("spent") is True else kind
             raise kind(f"{answer['error']}: {answer.get('message', '')}"[:2000])
         if len(tensors) > self.limits.max_bytes:
             raise Unanswered(f"{len(tensors)} bytes are more than {self.limits.max_bytes}")

@@ -176,6 +176,8 @@ class Site:
             (reply,) = self.engine.train([task])
         finally:
             self.store.before = None
+        if self.account:
+            self.account.check_trained(round_, reply.steps)
         end = self.engine.ended[self.name]
         self._check_upload(reply.upload)
         trees = {"upload": reply.upload, "mine": self.store.fresh, "end": end}

@@ -44,13 +44,14 @@ class Worker:
         return audited_at_site(self.own, asked, blob, lambda: self._answer(asked, blob))
 
     def _answer(self, asked: dict[str, Any], blob: bytes) -> Message:
-        from fedvlm.deploy.policy import Refused
+        from fedvlm.deploy.limits import Refused, Spent
 
         try:
             return self._perform(asked, blob)
         except Refused as error:
             logger.warning("refused: %s", error)
-            return {"error": "refused", "message": self._hidden(str(error))}, b""
+            answer = {"error": "refused", "message": self._hidden(str(error))}
+            return answer | ({"spent": True} if isinstance(error, Spent) else {}), b""
         except Exception as error:
             # Details of the rows stay in the site's log. The server gets the kind of error only.
             if isinstance(error, FedVLMError):
