@@ -10,7 +10,8 @@ from __future__ import annotations
 import logging
 import math
 from bisect import bisect_left
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from itertools import accumulate
 from pathlib import Path
 from typing import Any
@@ -45,6 +46,8 @@ class Account:
         self.run, self.plan, self.steps, self.policy = run, plan, dict(steps), policy
         self.claim: Claim
         self.marks: Marks = frozenset()
+        self._own = Limit(plan.budget, plan.delta)
+        self._all = Limit(policy.epsilon_max, policy.delta_max)
 
     def open(self, privacy: PrivacyConfig, rows: Any, chosen: np.ndarray) -> None:
         """Notes the run in the ledger, before round 1.
@@ -94,18 +97,16 @@ class Account:
         with self.spending.locked():
             own, others = self._parted()
             charge = Charge(self.claim, round_, new)
-            after, budget = spent([*own, charge], self.plan.delta), self.plan.budget
-            if after > budget:
+            if after := self._own.exceeded([*own, charge]):
                 raise _refused(
                     f"round {round_} would make the epsilon of this run {{}} at delta "
-                    f"{self.plan.delta:g}, and its budget is {budget:g} (privacy.epsilon): rounds "
-                    "that were trained again are spent again",
+                    f"{self.plan.delta:g}, and its budget is {self.plan.budget:g} "
+                    "(privacy.epsilon): rounds that were trained again are spent again",
                     after,
                     kind=Spent,
                 )
             self._check_round(charge, own, others)
             self.spending.charge(self.claim, round_, down, new)
-        logger.info("round %d is charged: epsilon of this run %.4g of %g", round_, after, budget)
 
     def check_trained(self, round_: int, steps: int) -> None:
         """Stops a reply that took more steps than were charged, before it is kept or sent.
@@ -135,16 +136,15 @@ class Account:
     def _check_whole(self, others: list[Charge]) -> None:
         """Refuses a run that has not begun if the rows have too little left for it."""
         whole = Charge(self.claim, 0, self.plan.spend(self._affordable()))
-        most, delta = self.policy.epsilon_max, self.policy.delta_max
-        if most is None or delta is None:
+        if self.policy.epsilon_max is None:
             return
         self._check_units(others)
-        before, alone, after = (spent(c, delta) for c in (others, [whole], [*others, whole]))
-        if after > most:
+        if after := self._all.exceeded([*others, whole]):
+            before, alone = (spent(c, self._all.delta) for c in (others, [whole]))
             raise _refused(
                 "the site's policy refuses this run: its rows have spent epsilon {}, this run "
-                f"would spend {{}}, together {{}} at delta {delta:g}, and the limit is {most:g} "
-                "(epsilon_max)",
+                f"would spend {{}}, together {{}} at delta {self._all.delta:g}, and the limit is "
+                f"{self._all.most:g} (epsilon_max)",
                 *(before, alone, after),
             )
 
@@ -179,19 +179,46 @@ class Account:
 
     def _check_round(self, charge: Charge, own: list[Charge], others: list[Charge]) -> None:
         """Refuses a round after which the rows would have spent more than the site's limit."""
-        most, delta = self.policy.epsilon_max, self.policy.delta_max
-        if most is None or delta is None:
+        if self.policy.epsilon_max is None:
             return
         self._check_units(others)
-        after = spent([*own, *others, charge], delta)
-        if after > most:
+        if after := self._all.exceeded([*own, *others, charge]):
             raise _refused(
                 f"the site's policy refuses round {charge.round}: it would make the epsilon of all "
-                f"runs on its rows {{}} at delta {delta:g}, and the limit is {most:g} "
-                "(epsilon_max)",
+                f"runs on its rows {{}} at delta {self._all.delta:g}, and the limit is "
+                f"{self._all.most:g} (epsilon_max)",
                 after,
                 kind=Spent,
             )
+
+
+class Limit:
+    """A limit on the epsilon of charges. It remembers the last sum that kept the limit.
+
+    A sum with no more steps of any kind keeps the limit too, and is not computed: that would take
+    seconds in each round of a site with many runs.
+
+    Args:
+        most: the largest epsilon; None: there is no limit.
+        delta: of this epsilon.
+    """
+
+    def __init__(self, most: float | None, delta: float | None):
+        self.most, self.delta = most or math.inf, delta or 0.0
+        self._kept: Counter[tuple[float, float]] = Counter()
+
+    def exceeded(self, charges: Sequence[Charge]) -> float | None:
+        """The epsilon of some charges if it is above the limit, else None."""
+        steps: Counter[tuple[float, float]] = Counter()
+        for charge in charges:
+            steps[charge.spend.rate, charge.spend.noise] += charge.spend.steps
+        if steps <= self._kept:
+            return None
+        total = spent(charges, self.delta)
+        if total > self.most:
+            return total
+        self._kept = steps
+        return None
 
 
 def _refused(text: str, *numbers: float, kind: type[Refused] = Refused) -> Refused:

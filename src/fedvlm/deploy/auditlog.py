@@ -233,19 +233,22 @@ def verify(path: str | Path, noted: str | None = None) -> Verified:
     return Verified(number, facts, previous, len(torn), found)
 
 
-def read(file: IO[bytes], path: str) -> Iterator[tuple[dict[str, Any], str]]:
+def read(
+    file: IO[bytes], path: str, number: int = 0, previous: str = NONE
+) -> Iterator[tuple[dict[str, Any], str]]:
     """Every whole line of a log, checked, with its SHA-256.
 
     At the end, the position of the file is before the rest that a killed process has left.
 
     Args:
-        file: the log, at its beginning.
+        file: the log, at its beginning or at the first line that was not read before.
         path: its place, for messages.
+        number: the number of that line.
+        previous: the SHA-256 of the line before it.
 
     Raises:
         FedVLMError: see :func:`verify`.
     """
-    number, previous = 0, NONE
     for text in iter(file.readline, b""):
         if not text.endswith(b"\n"):
             file.seek(-len(text), os.SEEK_CUR)

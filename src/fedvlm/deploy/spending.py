@@ -36,7 +36,7 @@ import numpy as np
 from fedvlm.data.groups import same_pictures
 from fedvlm.data.labels import values_of
 from fedvlm.deploy import auditlog
-from fedvlm.deploy.auditlog import AuditLog
+from fedvlm.deploy.auditlog import NONE, AuditLog
 from fedvlm.errors import shown
 from fedvlm.privacy import accountant
 from fedvlm.privacy.accountant import Spend
@@ -104,6 +104,9 @@ class Spending:
     def __init__(self, state: str | Path):
         self.folder = Path(state) / FOLDER
         self.path = self.folder / LEDGER
+        self._claims: list[Claim] = []
+        self._charges: list[Charge] = []
+        self._at, self._last, self._hashes = 0, NONE, {NONE}  # of the lines that were read
 
     @property
     def begun(self) -> bool:
@@ -173,22 +176,13 @@ class Spending:
         Raises:
             FedVLMError: the ledger is damaged, or lines are missing.
         """
-        claims: dict[tuple[str, str, str], Claim] = {}
-        found: list[Charge] = []
-        for line in self._lines():
-            if line["event"] == "run":
-                claim = _claim(line)
-                claims[claim.run, claim.rows, claim.unit] = claim
-            elif line["event"] == "spend":
-                claim = claims[line["run"], line["rows"], line["unit"]]
-                found.append(Charge(claim, line["round"], _spend(line)))
-            elif line["event"] == "torn":
-                found += [Charge(claim, 0, claim.spend) for claim in claims.values()]
-        return found
+        rest = self._read()
+        return self._charges + (self._torn() if rest else [])
 
     def claims(self) -> list[Claim]:
         """All runs as they began, the oldest first; a run that began anew has several."""
-        return [_claim(line) for line in self._lines() if line["event"] == "run"]
+        self._read()
+        return list(self._claims)
 
     def begin(self, claim: Claim) -> None:
         """Notes a run, unless the last line about it is the same."""
@@ -216,25 +210,50 @@ class Spending:
         sync(self.folder)  # the name of the file, if a process was killed before it synced it
         sealed.write(self.folder / HEAD, {"last": last})
 
-    def _lines(self) -> list[dict[str, Any]]:
-        """All lines, checked, and one more for an unfinished line that no later line has closed."""
-        if not self.begun:
-            return []
+    def _read(self) -> bool:
+        """Reads and checks the lines since the last call; whether an unfinished line follows."""
+        head = sealed.read(self.folder / HEAD)["last"] if (self.folder / HEAD).exists() else NONE
         if not self.path.exists():
-            if (self.folder / HEAD).exists():
+            if head != NONE:
                 raise sealed.damaged(self.path, "it is missing, and runs were noted in it")
-            return []
+            return False
         with open(self.path, "rb") as file:
-            found = list(auditlog.read(file, str(self.path)))
-            rest = file.read()
-        lines = [line for line, _ in found]
-        if lines and lines[0].get("key") != sealed.blake(self._secret()):
-            raise sealed.damaged(self.folder / SECRET, "it is not the key of this ledger")
-        if (self.folder / HEAD).exists():
-            last = sealed.read(self.folder / HEAD)["last"]
-            if last not in (mark for _, mark in found):
+            if file.seek(0, os.SEEK_END) < self._at:
                 raise sealed.damaged(self.path, "lines at its end are missing")
-        return lines + ([{"event": "torn"}] if rest else [])
+            file.seek(self._at)
+            for line, mark in auditlog.read(
+                file, str(self.path), len(self._hashes) - 1, self._last
+            ):
+                self._take(line)
+                self._last = mark
+                self._hashes.add(mark)
+            self._at = file.tell()
+            rest = file.read()
+        if head not in self._hashes:
+            raise sealed.damaged(self.path, "lines at its end are missing")
+        return bool(rest)
+
+    def _take(self, line: dict[str, Any]) -> None:
+        event = line["event"]
+        if not line["n"] and line.get("key") != sealed.blake(self._secret()):
+            raise sealed.damaged(self.folder / SECRET, "it is not the key of this ledger")
+        if event == "run":
+            named = line["run"], line["rows"], line["unit"]
+            self._claims.append(Claim(*named, _spend(line), line["delta"], line["epsilon"]))
+        elif event == "spend":
+            self._charges.append(Charge(self._claim(line), line["round"], _spend(line)))
+        elif event == "torn":
+            self._charges += self._torn()
+
+    def _claim(self, line: dict[str, Any]) -> Claim:
+        """The run of a charge, as it began last."""
+        named = line["run"], line["rows"], line["unit"]
+        return next(c for c in reversed(self._claims) if (c.run, c.rows, c.unit) == named)
+
+    def _torn(self) -> list[Charge]:
+        """What an unfinished line counts as."""
+        latest = {(c.run, c.rows, c.unit): c for c in self._claims}
+        return [Charge(claim, 0, claim.spend) for claim in latest.values()]
 
     # -- sums
 
@@ -267,8 +286,3 @@ def named(unit: str | None) -> str:
 
 def _spend(line: dict[str, Any]) -> Spend:
     return Spend(line["rate"], line["noise"], line["steps"])
-
-
-def _claim(line: dict[str, Any]) -> Claim:
-    named = line["run"], line["rows"], line["unit"]
-    return Claim(*named, _spend(line), line["delta"], line["epsilon"])
