@@ -273,6 +273,31 @@ def test_the_words_know_what_the_settings_change():
     assert "factors A and B of 18 modules (18 vision)" in sent
 
 
+PRIVATE = ("privacy.unit=patient", "privacy.epsilon=3", "privacy.delta=1e-5")
+
+
+def test_the_words_of_a_private_run_name_no_score_no_loss_and_no_rows():
+    sent, stays = words("algorithm.name=ffa", *PRIVATE)
+    assert "unit 'patient', epsilon 3 at delta 1e-05 for the whole run" in sent
+    assert "the seconds that it took, to ten seconds" in sent
+    for word in ("loss", "scores", "numbers of"):
+        assert word not in sent
+        assert word in stays
+
+
+def test_a_request_of_a_private_run_says_what_is_left(place, tmp_path):
+    limit = "approval: true\nepsilon_max: 4\ndelta_max: 1e-4\n"
+    (tmp_path / "policy.yml").write_text(limit)
+    opened(place, "run1", *PRIVATE)
+    opened(place, "run2", *PRIVATE, "privacy.epsilon=5")
+    (request,) = Requests(place["state"]).all()
+    assert request.privacy == (
+        "differential privacy: at most epsilon 4 at delta 0.0001 over all runs on the same rows",
+        "spent at this site so far: nothing",
+    )
+    assert request.privacy[1] in run("requests", "--state", place["state"]).output
+
+
 # -- the commands
 
 

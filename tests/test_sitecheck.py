@@ -156,3 +156,58 @@ def test_a_site_starts_only_if_its_check_finds_no_problem(broken, tmp_path, monk
     with pytest.raises(FedVLMError, match=r"(?s)^the check found a problem:.*row 31: the answer"):
         processes.start_site(str(broken), tmp_path / "state", None, said.append)
     assert any(line.startswith("columns: ") for line in said)
+
+
+def spent_by_a_run(good, state):
+    """Lets a run charge two rounds on the rows of a site, and returns their epsilon."""
+    import numpy as np
+
+    from fedvlm.config import load
+    from fedvlm.data.sources import load_rows
+    from fedvlm.deploy.account import Account
+    from fedvlm.deploy.policy import Policy
+    from fedvlm.privacy.plan import planned
+
+    asked = {"unit": "row", "epsilon": 2, "delta": 0.001, "noise": 2}
+    settings = load({"data": {"path": str(good)}, "privacy": asked})
+    account = Account(state, "run-1", planned(settings.privacy, 39, 4, 10), {1: 5, 2: 5}, Policy())
+    account.open(settings.privacy, load_rows(settings.data, 0), np.arange(60))
+    for round_ in (1, 2):
+        account.spend(round_, "download")
+    return account.plan.epsilon(10)
+
+
+def test_a_check_says_what_is_left_of_the_rows_privacy(good, tmp_path):
+    epsilon = spent_by_a_run(good, tmp_path / "state")
+    limit = policy(tmp_path, epsilon_max=2, delta_max=0.001)
+    text = "\n".join(check(str(good), limit, state=str(tmp_path / "state")).found)
+    assert "differential privacy: at most epsilon 2 at delta 0.001 over all runs" in text
+    assert "protected units to train on: 39 ('row')" in text
+    left = f"epsilon {epsilon:.4g} at delta 0.001, and {2 - epsilon:.4g} is left"
+    assert f"spent on these rows so far: {left}" in text
+    clean = "\n".join(check(str(good), limit, state=str(tmp_path)).found)
+    assert "spent on these rows so far: nothing" in clean
+    assert not (tmp_path / "spending").exists(), "nothing is written"
+
+
+def test_a_check_names_a_unit_that_is_no_column_and_a_delta_that_is_too_large(good, tmp_path):
+    (problem,) = check(str(good), policy(tmp_path, dp_unit="patient")).problems
+    assert problem == "dp_unit: the rows have no column 'patient'"
+    found = check(str(good), policy(tmp_path, epsilon_max=1, delta_max=0.1)).found
+    assert any("delta_max=0.1 is not below 1 / number of units: 0.003 or less" in t for t in found)
+
+
+def test_budget_lists_the_sets_of_rows_and_erase_warns_of_its_loss(good, tmp_path):
+    epsilon = spent_by_a_run(good, tmp_path / "state")
+    words = ["--state", str(tmp_path / "state")]
+    shown = CliRunner().invoke(app, ["site", "budget", *words]).output
+    assert shown.splitlines() == [
+        "differential privacy: not required",
+        "rows of run run-1: unit 'row', 2 rounds",
+        f"  epsilon {epsilon:.4g} at delta 0.001",
+    ]
+    asked = CliRunner().invoke(app, ["site", "erase", *words], input="n\n").output
+    assert "this removes the ledger of differential privacy" in asked
+    assert CliRunner().invoke(app, ["site", "budget", *words]).output == shown
+    none = CliRunner().invoke(app, ["site", "budget", "--state", str(good.parent)]).output
+    assert "no run under differential privacy has begun at this site" in none

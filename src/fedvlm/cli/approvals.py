@@ -105,6 +105,7 @@ def _lines(request: Request, state: str, whole: bool) -> Iterator[str]:
         yield from (f"    - {shown(text, 1000, quotes=False)}" for text in request.sent)
         yield "  would stay at this site:"
         yield from (f"    - {shown(text, 1000, quotes=False)}" for text in request.stays)
+        yield from (f"  {shown(text, 400, quotes=False)}" for text in request.privacy)
     yield "  all settings at this site:" if whole else "  settings that differ from the defaults:"
     yield from (f"    {line}" for line in _settings(request.here, whole))
     if request.decision == "waiting":

@@ -249,8 +249,9 @@ def line(event: dict[str, Any]) -> str:
         told = f"{rows['train']} train, {rows['val']} val, {rows['test']} test rows" if rows else ""
         return f"  {name}: ready, {told or 'number of rows not reported'}"
     if kind == "trained":
+        loss = f"loss {event['loss']:.3f}, " if "loss" in event else ""
         return (
-            f"  {name}: round {event['round']}, loss {event['loss']:.3f}, "
+            f"  {name}: round {event['round']}, {loss}"
             f"{event['bytes_up'] / 1000:.1f} kB up, {event['seconds']:.1f} s"
         )
     if kind == "failed":
@@ -268,7 +269,8 @@ def line(event: dict[str, Any]) -> str:
     if kind == "benched":
         return f"  {name}: left out of round {event['round']} because it failed before"
     if kind == "round" and not event["round"]:
-        return "all sites have scored the untuned model"
+        told = event.get("scored", True)
+        return "all sites have scored the untuned model" if told else "the run has begun"
     if kind == "round":
         return f"round {event['round']} done, {event['seconds']:.1f} s"
     if kind == "submitted":

@@ -131,7 +131,7 @@ def describe(line: dict[str, Any], config: Config) -> str:
     parts = []
     if (number <= rounds or config.train.tuning) and (losses := line.get("train_loss")):
         parts.append(f"{len(losses)} clients, loss {sum(losses.values()) / len(losses):.3f}")
-    if line["evaluation"]:
+    if line["evaluation"] and line["evaluation"]["personal"]:
         for model in ("personal", "global"):
             scores = line["evaluation"][model]
             mean = summarize({c: s[metric] for c, s in scores.items()})["mean"]

@@ -63,8 +63,9 @@ def check(
 ) -> None:
     """Say what a run would find at this site, without a connection.
 
-    Columns, counts, answers, unusable rows, the models' digests and the room on the disk. All
-    problems are listed at once, and then the exit code is 2. 'site start' does this first.
+    Columns, counts, answers, unusable rows, what earlier runs have spent of the rows' privacy, the
+    models' digests and the room on the disk. All problems are listed at once, and then the exit
+    code is 2. 'site start' does this first.
     """
     from fedvlm.deploy.sitecheck import check as checked
 
@@ -131,5 +132,6 @@ def _tell_request(path: Path, state: str) -> None:
     typer.echo(f"then: fedvlm site join NAME.admission --state {state}")
 
 
+site.command()(sitefiles.budget)
 site.command()(sitefiles.erase)
 site.command()(sitefiles.digest)

@@ -16,6 +16,7 @@ from fedvlm.intervals import few_rows, scored, scored_parts
 from fedvlm.metrics import METRICS, _percent, number
 from fedvlm.privacy import statement
 from fedvlm.rounds.claims import BASELINES
+from fedvlm.rounds.results import UNSCORED
 
 if TYPE_CHECKING:
     from fedvlm.rounds.comparison import Comparison
@@ -27,6 +28,7 @@ SUMMARY = (
     ("std", "spread (std)", ""),
     ("worst10", "worst 10 %", ""),
 )
+PLAIN: dict[str, Any] = {"highlight": False, "markup": False}
 INTERVALS = (
     "In brackets: 95 % intervals. Shares of right answers: Wilson; other scores: bootstrap over "
     "rows; mean over clients: Student's t over clients."
@@ -38,19 +40,24 @@ def print_run(results: Results) -> None:
     table = results.table
     first = results.metric
     console = console_for_tables()
+    up, down = (table["bytes"][way]["per_client_round"] for way in ("bytes_up", "bytes_down"))
+    sent = f"sent per client and round: {size(up)} up, {size(down)} down"
+    if not results.metrics:
+        console.print(
+            f"{UNSCORED}\n{sent}\nall results are in {results.folder}: adapters/", **PLAIN
+        )
+        return
     console.print(_clients(results))
     if others := [m for m in results.metrics if m != first]:
         console.print(_other_metrics(results, others))
     if table["groups"] and len(table["groups"]["models"]["personal"]) > 1:
         console.print(_groups(results))
     before = results.summary("personal_before")["mean"]
-    up, down = (table["bytes"][way]["per_client_round"] for way in ("bytes_up", "bytes_down"))
     console.print(
         f"{INTERVALS}\npersonal before the last aggregation: {number(first, before)}"
-        f"   ·   sent per client and round: {size(up)} up, {size(down)} down"
+        f"   ·   {sent}"
         f"\nall results are in {results.folder}: table.csv, curves.png, answers/, adapters/",
-        highlight=False,
-        markup=False,
+        **PLAIN,
     )
     if about := table.get("privacy"):
         told = f"privacy (simulated): {statement.guarantee(about, about['spent'])}"

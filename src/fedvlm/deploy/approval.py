@@ -23,6 +23,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Literal
 
+from fedvlm.deploy import balance
 from fedvlm.deploy.auditlog import NAME, AuditLog, at_site
 from fedvlm.deploy.digests import digest_of
 from fedvlm.deploy.outline import outline
@@ -57,6 +58,8 @@ class Request:
         here: the configuration that would run at this site, without the folder of the run.
         sent: what would be sent, in words; empty if it is not known.
         stays: what would stay, in words.
+        privacy: the site's limit on differential privacy and what was spent, in words; empty for a
+            run without it.
         unknown: why the words are not known; empty if they are.
         decision: ``waiting``, ``approved`` or ``refused``.
         decided: time and person of the decision; empty while it waits.
@@ -72,6 +75,7 @@ class Request:
     here: dict[str, Any]
     sent: tuple[str, ...] = ()
     stays: tuple[str, ...] = ()
+    privacy: tuple[str, ...] = ()
     unknown: str = ""
     decision: Decision = "waiting"
     decided: str = ""
@@ -193,7 +197,7 @@ def _noted(
         tree = _without_folder(here)
         if found is None or found.here != tree:
             found = _asked(requests.all(), found, run, digest, by, tree)
-            requests.write(_described(found, here, own["name"], policy))
+            requests.write(_described(found, here, own, policy))
             at_site(own).note("asked for approval", request=found.number, run=run, config=digest)
         elif found.decision == "approved" and not found.bound:
             requests.write(replace(found, run=run, signed_by=by, bound=True))
@@ -241,13 +245,16 @@ def _asked(
     return Request(number, digest, run, by, _now(), here)
 
 
-def _described(request: Request, here: Config, site: str, policy: Policy) -> Request:
+def _described(request: Request, here: Config, own: Mapping[str, Any], policy: Policy) -> Request:
     """The request with its words. A person may decide without them, so they stop nothing."""
+    none = replace(request, sent=(), stays=(), privacy=(), unknown="")
     try:
-        found = outline(here, site, policy.tell_rows)
-    except Exception as error:  # of a model's folder, or of an algorithm
-        return replace(request, sent=(), stays=(), unknown=f"{type(error).__name__}: {error}"[:600])
-    return replace(request, sent=found.sent, stays=found.stays, unknown="")
+        found = outline(here, own["name"], policy.tell_rows)
+        private = here.privacy.local
+        words = (balance.limit(policy), balance.most(own["state"], policy)) if private else ()
+    except Exception as error:  # of a model's folder, of an algorithm, or of a damaged ledger
+        return replace(none, unknown=f"{type(error).__name__}: {error}"[:600])
+    return replace(none, sent=found.sent, stays=found.stays, privacy=words)
 
 
 def _pass(request: Request) -> None:
@@ -292,7 +299,8 @@ def _without_folder(config: Config) -> dict[str, Any]:
 
 def _read(path: Path) -> Request:
     tree = sealed.read(path)
-    return Request(**tree | {"sent": tuple(tree["sent"]), "stays": tuple(tree["stays"])})
+    lists = {name: tuple(tree.get(name, ())) for name in ("sent", "stays", "privacy")}
+    return Request(**tree | lists)
 
 
 def _now() -> str:

@@ -48,30 +48,32 @@ class AuditLog:
         who: facts for the first line, such as the name of the site.
     """
 
+    kind = "audit log"
+
     def __init__(self, path: str | Path, **who: Any):
         self.path, self.who = Path(path), who
 
-    def note(self, event: str, **facts: Any) -> None:
-        """Writes a line. Texts of more than 400 characters are cut.
+    def note(self, event: str, **facts: Any) -> str:
+        """Writes a line, and returns its SHA-256. Texts of more than 400 characters are cut.
 
         Raises:
             FedVLMError: the line cannot be written.
         """
         try:
             try:
-                self._write(event, facts)
+                return self._write(event, facts)
             except OSError as error:
                 if error.errno not in FULL or not self._reserve.exists():
                     raise
                 self._reserve.unlink(
                     missing_ok=True
                 )  # a full disk: the refusals that follow are noted, too
-                self._write(event, facts)
+                return self._write(event, facts)
         except (OSError, ValueError) as error:
             why = str(error) if isinstance(error, ValueError) else error.strerror
             why = "the disk is full" if getattr(error, "errno", 0) in FULL else why
             raise FedVLMError(
-                f"the audit log '{self.path.name}' cannot be written, and without it nothing is "
+                f"the {self.kind} '{self.path.name}' cannot be written, and without it nothing is "
                 f"done: {why}"
             ) from error
 
@@ -79,7 +81,7 @@ class AuditLog:
     def _reserve(self) -> Path:
         return self.path.with_name(f".{self.path.name}.reserve")
 
-    def _write(self, event: str, facts: Mapping[str, Any]) -> None:
+    def _write(self, event: str, facts: Mapping[str, Any]) -> str:
         with self._opened() as file:
             number, previous, torn = _end(file)
             new = not number and not torn
@@ -89,11 +91,12 @@ class AuditLog:
             if torn:
                 lost = {"bytes": len(torn), "sha256": sha256(torn)}
                 number, previous = _append(file, number, previous, "torn", lost)
-            _append(file, number, previous, event, facts)
+            _, written = _append(file, number, previous, event, facts)
         if new:
             sync(self.path.parent)
         if not self._reserve.exists():
             self._keep_reserve()
+        return written
 
     def _keep_reserve(self) -> None:
         """Takes the room for some lines, as far as the disk has it."""
@@ -207,18 +210,15 @@ def verify(path: str | Path, noted: str | None = None) -> Verified:
         FedVLMError: a line was changed, dropped, inserted or moved; the message has its number. Or
             the log lacks the line with the noted hash.
     """
-    number, previous, torn = 0, NONE, b""
+    number, previous = 0, NONE
     first: dict[str, Any] = {}
     found: bool | None = None if noted is None else False
     with open(path, "rb") as file:
-        for text in file:
-            if not text.endswith(b"\n"):
-                torn = text
-                break
-            line = _checked(text[:-1], number, previous, str(path))
+        for line, previous in read(file, str(path)):
             first = first or line
-            number, previous = number + 1, sha256(text[:-1])
+            number += 1
             found = found or (None if noted is None else previous == noted.strip().lower())
+        torn = file.read()
     if not number:
         raise FedVLMError(f"'{path}' is no audit log: it has no whole line")
     if first["event"] != "begun":
@@ -231,6 +231,31 @@ def verify(path: str | Path, noted: str | None = None) -> Verified:
     own = ("n", "time", "event", "previous", "own")
     facts = {key: value for key, value in first.items() if key not in own}
     return Verified(number, facts, previous, len(torn), found)
+
+
+def read(
+    file: IO[bytes], path: str, number: int = 0, previous: str = NONE
+) -> Iterator[tuple[dict[str, Any], str]]:
+    """Every whole line of a log, checked, with its SHA-256.
+
+    At the end, the position of the file is before the rest that a killed process has left.
+
+    Args:
+        file: the log, at its beginning or at the first line that was not read before.
+        path: its place, for messages.
+        number: the number of that line.
+        previous: the SHA-256 of the line before it.
+
+    Raises:
+        FedVLMError: see :func:`verify`.
+    """
+    for text in iter(file.readline, b""):
+        if not text.endswith(b"\n"):
+            file.seek(-len(text), os.SEEK_CUR)
+            return
+        line = _checked(text[:-1], number, previous, path)
+        number, previous = number + 1, sha256(text[:-1])
+        yield line, previous
 
 
 def _checked(text: bytes, number: int, previous: str, path: str) -> dict[str, Any]:

@@ -36,6 +36,10 @@ class Refused(FedVLMError):
     """A site refuses a request; the server gets the message."""
 
 
+class Spent(Refused):
+    """A site refuses a round because the run has no privacy left for it."""
+
+
 class Budgets(Section):
     """The numbers in a site's policy; see :class:`fedvlm.deploy.policy.Policy`."""
 

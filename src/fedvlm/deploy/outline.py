@@ -65,21 +65,23 @@ def outline(config: Config, site: str, tell_rows: bool) -> Outline:
     algorithm = of_run(config)
     rounds = list(plan(config, algorithm, (site,)))
     shapes, trained, kept = _messages(config, site, rounds)
+    private = config.privacy.local
     shared = {name for shape in shapes for name in shape.names}
     own = {**trained, **{name: None for name in kept if not name.startswith(HEAD)}}
     personal = [name for name in own if name not in shared]
     sent = [
         *(_of_shape(shape) for shape in shapes if shape.names),
-        "after each round of training: the mean training loss, and the seconds that it took",
-        _scores(config, rounds),
+        *(_measured(config, rounds) if not private else _protected(config)),
         "once: the initial adapter and its settings, a function of the model and the run's seed",
     ]
     if not any(shape.names for shape in shapes):
         sent[0:0] = ["no factor"]
-    if tell_rows:
+    if tell_rows and not private:
         sent.append("the numbers of training, validation and test rows")
     sent.append("messages about refused and failed requests")
     stays = ["pictures, questions and answers, and the models' answers to held-out rows"]
+    if private:
+        stays.append("scores of held-out rows, training losses and the numbers of rows")
     stays.append(f"personal: {factors(personal)}" if personal else "no factor is personal")
     if also := [name for name in kept if name in shared]:
         stays.append(f"the site's own {factors(also)}, of which a form is sent as above")
@@ -167,14 +169,26 @@ def _factors(names: Sequence[str]) -> Iterator[str]:
         yield f"'{head}', {count} tensor{'s' * (count > 1)} beside the factors"
 
 
-def _scores(config: Config, rounds: Sequence[Round]) -> str:
+def _measured(config: Config, rounds: Sequence[Round]) -> Iterator[str]:
+    """The numbers that a run without differential privacy sends."""
+    yield "after each round of training: the mean training loss, and the seconds that it took"
     times = sum(round_.evaluate for round_ in rounds)
     names = [name for name in METRICS if name in measured(config.objective.name)]
     rows = f"at most {config.eval.max_rows}" if config.eval.max_rows else "all"
-    return (
+    yield (
         f"mean scores ({', '.join(names)}) of the models on {rows} held-out rows "
         f"({config.eval.split}): before training and {times} more times"
     )
+
+
+def _protected(config: Config) -> Iterator[str]:
+    """What differential privacy does to the factors that are sent."""
+    asked = config.privacy
+    yield (
+        f"the factors are trained under differential privacy: unit '{asked.unit}', epsilon "
+        f"{asked.epsilon:g} at delta {asked.delta:g} for the whole run"
+    )
+    yield "after each round of training: the seconds that it took, to ten seconds"
 
 
 def size(count: int) -> str:

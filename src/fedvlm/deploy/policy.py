@@ -14,6 +14,7 @@ from fedvlm import config as configs
 from fedvlm.algorithms.table import ALIASES, find, names
 from fedvlm.deploy import limits
 from fedvlm.deploy.limits import Refused as Refused
+from fedvlm.deploy.protection import Protection, unmet
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.models.pin import allow
 from fedvlm.settings.method import Section
@@ -37,7 +38,7 @@ class Allowed(Section):
     )
 
 
-class Policy(limits.Budgets):
+class Policy(limits.Budgets, Protection):
     """The site's file: what the server may ask of this site. A missing setting has its default."""
 
     models: dict[str, Allowed] = Field(
@@ -47,7 +48,6 @@ class Policy(limits.Budgets):
     algorithms: list[str] | None = Field(
         None, description="names of allowed algorithms; empty: all"
     )
-    dp_required: bool = Field(False, description="refuse runs without differential privacy")
     approval: bool = Field(False, description="a person accepts each run: fedvlm site requests")
     set: dict[str, Any] = Field(
         {},
@@ -77,11 +77,7 @@ class Policy(limits.Budgets):
         if config.model.name not in self.models:
             known = ", ".join(self.models) or "none"
             wrong.append(f"model '{config.model.name}', but the site allows {known}")
-        if self.dp_required:  # no setting of a run provides it yet
-            wrong.append(
-                "training without differential privacy, which the site requires (dp_required) but "
-                "this version of fedvlm does not have"
-            )
+        wrong += unmet(self, config)
         wrong += limits.exceeded(self, self._own(config, None, "here", config.model.name))
         if wrong:
             raise Refused("the site's policy refuses this run: it asks for " + "; for ".join(wrong))
@@ -105,6 +101,7 @@ class Policy(limits.Budgets):
         tree["output"] = output
         tree["model"] |= {"name": model, "device": "auto"}
         tree["data"] = {"path": data, "split_seed": 0}
+        tree["privacy"] = self.privacy(config)
         tree["eval"]["group_by"] = EvalConfig().group_by
         tree["partition"] = {"kind": "iid", "clients": 1, "min_rows": 2, "splits": "alone"}
         tree["engine"] = {"name": tree["engine"]["name"], "clients": 1}

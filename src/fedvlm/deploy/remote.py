@@ -56,6 +56,10 @@ class Declined(Unanswered):
     """A site refuses a request. It works, and is asked again in the next round."""
 
 
+class Exhausted(Declined):
+    """A site refuses a round because the run has no privacy left there."""
+
+
 class Gone(Unanswered):
     """A site cannot be reached: its machine or the network may be down."""
 
@@ -101,6 +105,7 @@ class Remote:
         self.rows: dict[str, dict[str, int]] = {}
         self._peft: dict[str, Any] = {}
         self._measured: set[str] = set()
+        self._private = False  # the sites tell no losses and no scores
         self._bench = {site: Bench() for site in sites}
         self._round = 0
 
@@ -119,6 +124,7 @@ class Remote:
         self.algorithm = of_run(config)
         self.stages = compression(config.wire)
         self._measured = measured(config.objective.name)
+        self._private = config.privacy.local
         found: dict[str, dict[str, Any]] = {}
         opened = self._each(
             self.sites,
@@ -175,7 +181,7 @@ class Remote:
             due = {t.client: t for t in tasks}
         for site in (t.client for t in tasks if t.client not in due):
             self._tell({"event": "benched", "site": site, "round": self._round})
-        count, written = 0, Written()
+        count, exhausted, written = 0, 0, Written()
 
         def asked(site: str) -> tuple[dict[str, Any], bytes, float]:
             sampled = due[site].visit.sampled
@@ -183,13 +189,20 @@ class Remote:
             return header, written(due[site].down), self.limits.train_s
 
         for site, outcome in self._each(list(due), asked, self._arrived(due)):
+            exhausted += isinstance(outcome, Exhausted)
             if not isinstance(outcome, Unanswered):
                 self._bench[site] = Bench()
                 count += 1
                 yield outcome
-        self._enough(count, f"finished round {self._round}")
+        if exhausted < max(1, len(due)):  # else nobody trains any more, and the run can end
+            self._enough(count, f"finished round {self._round}")
 
     def score(self, models: Models) -> dict[str, Scores]:
+        """Scores by site; empty under differential privacy, where no score leaves a site."""
+        if self._private:
+            deque(models.downs, maxlen=0)  # the iteration is what trains the cohort
+            return {}
+
         def checked(site: str, header: dict[str, Any], blob: bytes, seconds: float) -> Scores:
             scores = header.get("scores")
             if not isinstance(scores, dict) or not scores:
@@ -242,15 +255,17 @@ class Remote:
         """The check of every reply to a training request; it gives the reply with its upload."""
 
         def checked(site: str, header: dict[str, Any], blob: bytes, seconds: float) -> Reply:
-            upload, loss = self._read(blob), float(header["loss"])
-            if not math.isfinite(loss):
-                raise Unanswered(f"its loss is {loss}")
+            upload, loss = self._read(blob), None
+            if not self._private:
+                loss = float(header["loss"])
+                if not math.isfinite(loss):
+                    raise Unanswered(f"its loss is {loss}")
             self._tell(
                 {
                     "event": "trained",
                     "site": site,
                     "round": tasks[site].round,
-                    "loss": loss,
+                    **({} if loss is None else {"loss": loss}),
                     "bytes_up": len(blob),
                     "seconds": round(seconds, 3),
                     "seconds_there": float(header.get("seconds", 0.0)),
@@ -306,6 +321,7 @@ class Remote:
         answer, tensors = self._call(site, header, blob, limit)
         if "error" in answer:
             kind = Declined if answer["error"] == "refused" else Unanswered
+            kind = Exhausted if kind is Declined and answer.get("spent") is True else kind
             raise kind(f"{answer['error']}: {answer.get('message', '')}"[:2000])
         if len(tensors) > self.limits.max_bytes:
             raise Unanswered(f"{len(tensors)} bytes are more than {self.limits.max_bytes}")

@@ -19,15 +19,19 @@ from typing import TYPE_CHECKING, Any, Literal
 from fedvlm.algorithms.base import NOBODY, Visit
 from fedvlm.data.fingerprint import content
 from fedvlm.deploy import limits
+from fedvlm.deploy.account import Account
 from fedvlm.deploy.ledger import Ledger
 from fedvlm.deploy.policy import Policy, Refused
 from fedvlm.deploy.sitestore import SiteStore, Version, on_a_full_disk
 from fedvlm.engines.base import Models, Scores
 from fedvlm.engines.wire import Task
 from fedvlm.errors import FedVLMError
+from fedvlm.metrics import average
+from fedvlm.privacy.plan import Unplanned
 from fedvlm.rounds import prepare as preparing
+from fedvlm.rounds.budget import work
 from fedvlm.rounds.results import write_answers
-from fedvlm.rounds.schedule import standing
+from fedvlm.rounds.schedule import plan, standing
 from fedvlm.settings.sections import Config
 from fedvlm.store import sealed
 from fedvlm.tree import Tree, digest, saved_bytes
@@ -47,24 +51,63 @@ class Site:
         data: path of the site's rows.
         folder: the folder of this run at this site, locked.
         policy: the site's policy.
+        state: the folder of the site's state, with the ledger of differential privacy over all
+            runs; None: two folders above the run's.
+
+    Attributes:
+        private: whether the run is under differential privacy. Then no number that depends on the
+            rows leaves the site, except for the factors that are trained with noise.
 
     Raises:
-        Refused: the policy does not allow the run.
+        Refused: the policy does not allow the run, or the rows have too little privacy left.
         FedVLMError: data or model cannot be used.
     """
 
-    def __init__(self, name: str, config: Config, data: str, folder: Path, policy: Policy):
+    def __init__(
+        self,
+        name: str,
+        config: Config,
+        data: str,
+        folder: Path,
+        policy: Policy,
+        state: Path | None = None,
+    ):
         policy.check(config)
         self.ledger = Ledger(folder)
         self.ledger.begin(folder.name, limits.digest_of(config))
         self.name, self.policy, self.folder = name, policy, folder
         self.config = policy.localized(config, data, folder)
+        self.private = self.config.privacy.local
         self.store = SiteStore(folder)
-        self.engine, own, _ = preparing.prepare(self.config, None, self._divided, self.store)
+        self.engine, own, _ = self._prepared()
         self.engine.score_step = policy.score_step
         self._check_rows(self.engine.collator.rows)
         self.rows = own.counts()[name]
         self.algorithm = self.engine.algorithm
+        self.account = self._opened_account(state or folder.parents[1]) if self.private else None
+
+    def _prepared(self) -> Any:
+        """Rows, model and engine of the run. No message to the server has a number of units."""
+        try:
+            return preparing.prepare(self.config, None, self._divided, self.store)
+        except Unplanned as error:
+            logger.error("%s", error)
+            raise Refused(
+                "the site cannot plan this run with its number of protected units: there are too "
+                "few for any plan, or for privacy.delta, which must be below 1 / their number; "
+                "the site's log has the number"
+            ) from None
+
+    def _opened_account(self, state: Path) -> Account:
+        """The account of the run, which is in the ledger from now on."""
+        rounds = list(plan(self.config, self.algorithm, (self.name,)))
+        steps, _ = work(self.config, self.algorithm, self.engine.adapter, rounds)
+        by_round = {r.number: count for r, count in zip(rounds, steps, strict=True)}
+        made = self.engine.plans[self.name]
+        account = Account(state, self.folder.name, made, by_round, self.policy)
+        chosen = self.engine.partition.splits[self.name].train
+        account.open(self.config.privacy, self.engine.collator.rows, chosen)
+        return account
 
     def _divided(self, config: Config, rows: Any) -> Partition:
         """The partition of the site's rows that the run may use, which has one client."""
@@ -91,7 +134,8 @@ class Site:
     def described(self) -> dict[str, Any]:
         """The facts about this site that the server needs."""
         about: dict[str, Any] = {"adapter": digest(self.engine.adapter)}
-        return about | ({"rows": self.rows} if self.policy.tell_rows else {})
+        told = self.policy.tell_rows and not self.private
+        return about | ({"rows": self.rows} if told else {})
 
     def train(self, round_: int, down: Tree, sampled: float = 1.0) -> Version:
         """Runs a round; a repeated request returns the saved result.
@@ -103,7 +147,8 @@ class Site:
 
         Raises:
             Refused: there is no such round, it is over or was repeated too often; a message or the
-                run's folder is too large; the upload holds a personal tensor.
+                run's folder is too large; the upload holds a personal tensor; the round would
+                spend more privacy than is left.
             FedVLMError: training failed, or the state cannot be read or written.
         """
         if round_ < 1:
@@ -123,12 +168,16 @@ class Site:
             )
         with on_a_full_disk(round_):
             self.ledger.training(round_, sent, rounds[-1] if rounds else 0)
+            if self.account:
+                self.account.spend(round_, sent)
         self.store.before = round_
         try:
             task = Task(visit, down, rated=True)
             (reply,) = self.engine.train([task])
         finally:
             self.store.before = None
+        if self.account:
+            self.account.check_trained(round_, reply.steps)
         end = self.engine.ended[self.name]
         self._check_upload(reply.upload)
         trees = {"upload": reply.upload, "mine": self.store.fresh, "end": end}
@@ -153,8 +202,14 @@ class Site:
         Each model of a round is scored once. The same question gets the same answer again.
 
         Raises:
-            Refused: the question is another one than before, or one too many.
+            Refused: the question is another one than before, or one too many; or the run is under
+                differential privacy.
         """
+        if self.private:
+            raise Refused(
+                "no score leaves a site under differential privacy (privacy.unit): a mean over "
+                "held-out rows has no noise and no accounting"
+            )
         models = self._models(kind, round_, down)
         sent = self._trained(round_).down if kind == "end" else digest(down)
         saved = self.ledger.scoring(kind, round_, sent, self.policy.scores)
@@ -171,6 +226,8 @@ class Site:
         limits.check_disk(self.policy, self.folder)
         found = self.engine.answer(name, self._models(kind, round_, down))
         write_answers(self.folder, name, found)
+        if self.private:  # the server, which prints the scores of other runs, gets none
+            logger.info("the %s model on held-out rows: %s", name, average(found[self.name]))
 
     def export(
         self, name: str, kind: Literal["global", "personal"], round_: int, down: Tree
@@ -233,5 +290,5 @@ class Site:
                 f"a cohort's share of all examples must be in (0, 1], got {sampled!r:.40}"
             )
         return standing(self.config, self.algorithm, round_).visit(
-            self.name, float(self.rows["train"]), sampled
+            self.name, 1.0 if self.private else float(self.rows["train"]), sampled
         )

@@ -16,10 +16,11 @@ from typing import TYPE_CHECKING, Any
 
 from fedvlm import config as configs
 from fedvlm.data.sources import load_rows
-from fedvlm.deploy import limits
+from fedvlm.deploy import balance, limits
 from fedvlm.deploy.policy import Allowed, Policy, read_policy
-from fedvlm.errors import ConfigError, FedVLMError, brief, shown
+from fedvlm.errors import ConfigError, DataError, FedVLMError, brief, shown
 from fedvlm.models.pin import pin
+from fedvlm.privacy.units import units_of
 from fedvlm.rounds import prepare as preparing
 from fedvlm.rounds.progress import Quiet
 from fedvlm.settings.sections import Config
@@ -75,12 +76,13 @@ def check(data: str, policy: str | None, model: str | None = None, state: str = 
         report.found.append("the policy cannot be used: the rows are checked by the default policy")
         rules = Policy()
     _models(report, rules, model)
-    _rows(report, rules, data, model if model in rules.models else None)
+    report.found.append(balance.limit(rules))
+    _rows(report, rules, data, model if model in rules.models else None, state)
     _disk(report, Path(state))
     return report
 
 
-def _rows(report: Report, policy: Policy, data: str, model: str | None) -> None:
+def _rows(report: Report, policy: Policy, data: str, model: str | None, state: str) -> None:
     """Reads the rows as a run does, and lets a model check them."""
     if not Path(data).exists():
         report.problems.append(f"data {shown(data, 200)}: there is no such file or folder")
@@ -92,6 +94,7 @@ def _rows(report: Report, policy: Policy, data: str, model: str | None) -> None:
             partition = preparing.partitioned(config, rows)
             report.found += [*_columns(config, rows), *_counts(len(rows), partition)]
             limits.admitted(policy, config, next(iter(partition.splits.values())))
+            report.found += _protected(policy, rows, partition, state)
             if model:
                 partition = _encoded(config, rows, partition)
                 report.found += [f"rows that '{model}' can take: {_splits(partition)}"]
@@ -119,6 +122,22 @@ def _settings(policy: Policy, data: str, model: str | None) -> tuple[bool, Confi
     strict = tree["data"]["on_error"] == "fail"
     tree["data"] |= {"on_error": "skip", "cache": 0}
     return strict, configs.load(tree)
+
+
+def _protected(policy: Policy, rows: Any, partition: Partition, state: str) -> Iterator[str]:
+    """The protected units of the training rows, and what earlier runs have spent on them."""
+    (split,) = partition.splits.values()
+    column = policy.column
+    if column is not None and column not in rows.column_names:
+        raise DataError(f"dp_unit: the rows have no column {shown(column)}")
+    count = len(units_of(rows, split.train, column))
+    yield f"protected units to train on: {count} ('{column or 'row'}')"
+    if policy.delta_max is not None and policy.delta_max * count >= 1:
+        yield (
+            f"warning: delta_max={policy.delta_max:g} is not below 1 / number of units: "
+            f"{0.1 / count:.1g} or less would protect them"
+        )
+    yield balance.on(state, policy, rows, split.train, column)
 
 
 def _columns(config: Config, rows: Any) -> Iterator[str]:

@@ -1,6 +1,7 @@
 """A site's state folder: all that fedvlm writes at a site, for its owner alone, and its removal.
 
 runs/RUN/                 personal state, adapters, answers and reference answers of a run
+spending/                 the ledger of differential privacy over all runs
 cache/                    copies of rows: texts, pictures, tokens and pixels
 nvflare/  *.log           NVFlare's workspace, and logs
 """
@@ -17,7 +18,7 @@ from fedvlm.store.files import only_one, sync
 RUNS, CACHE = "runs", "cache"
 OURS = {"HF_DATASETS_CACHE": "datasets", "FEDVLM_CACHE": "fedvlm", "TMPDIR": "tmp"}
 """Environment variables -> folders in ``cache/``. Libraries would write rows elsewhere."""
-KNOWN = (RUNS, CACHE, "nvflare", "site.log", "nvflare.log")
+KNOWN = (RUNS, CACHE, "spending", "nvflare", "site.log", "nvflare.log")
 TAKEN = "'{}' is in use by another fedvlm process: stop the site first, then erase"
 
 

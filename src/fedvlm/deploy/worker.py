@@ -44,20 +44,23 @@ class Worker:
         return audited_at_site(self.own, asked, blob, lambda: self._answer(asked, blob))
 
     def _answer(self, asked: dict[str, Any], blob: bytes) -> Message:
-        from fedvlm.deploy.policy import Refused
+        from fedvlm.deploy.limits import Refused, Spent
 
         try:
             return self._perform(asked, blob)
         except Refused as error:
             logger.warning("refused: %s", error)
-            return {"error": "refused", "message": self._hidden(str(error))}, b""
+            answer = {"error": "refused", "message": self._hidden(str(error))}
+            return answer | ({"spent": True} if isinstance(error, Spent) else {}), b""
         except Exception as error:
             # Details of the rows stay in the site's log. The server gets the kind of error only.
             if isinstance(error, FedVLMError):
                 logger.error("'%s' failed: %s", asked.get("do"), error)
             else:
                 logger.exception("'%s' failed", asked.get("do"))
+            private = self.site is not None and self.site.private
             told = isinstance(error, FedVLMError) and not isinstance(error, DataError)
+            told = told and not private  # whatever depends on rows needs an accounting
             message = str(error) if told else f"{type(error).__name__}; see the site's log"
             return {"error": "failed", "message": self._hidden(message)}, b""
 
@@ -86,9 +89,11 @@ class Worker:
         if do == "train":
             began = time.perf_counter()
             done = site.train(_round(asked), down, _share(asked))
-            step, took = site.policy.score_step, time.perf_counter() - began
-            loss = rounded(done.loss, scaled(step, done.loss))
-            about = {"loss": loss, "seconds": round(took, 3 if site.policy.tell_rows else -1)}
+            took = time.perf_counter() - began
+            step, exact = site.policy.score_step, site.policy.tell_rows and not site.private
+            about = {"seconds": round(took, 3 if exact else -1)}
+            if not site.private:
+                about["loss"] = rounded(done.loss, scaled(step, done.loss))
             if done.round > site.config.train.rounds and not site.config.train.tuning:
                 logger.info("end of training, %.1f s", took)
             else:
@@ -128,7 +133,8 @@ class Worker:
             lock = Store(folder).locked(LOCKED)  # an earlier worker may be ending
             lock.__enter__()
             try:
-                self.site = Site(self.own["name"], config, self.own["data"], folder, policy)
+                own = self.own["name"], config, self.own["data"], folder, policy
+                self.site = Site(*own, Path(self.own["state"]))
             except BaseException:
                 if new:  # a run that never began leaves no folder
                     shutil.rmtree(folder, ignore_errors=True)

@@ -58,7 +58,7 @@ class Reply:
         upload: the upload, after the wire's stages.
         weight: the number of the client's training examples.
         loss: mean training loss over the round's steps: nats a token (SFT), the DPO loss a pair; 0
-            where the round had no step.
+            where the round had no step. None: not told, as under differential privacy at a site.
         steps: optimizer steps of the round; 0 where unknown, as at deployed sites.
         passes: forward passes of the round, in rows: those of training, and those of validation
             for each validated adapter; 0 where unknown.
@@ -67,7 +67,7 @@ class Reply:
     client: str
     upload: Tree
     weight: float
-    loss: float
+    loss: float | None
     steps: int = 0
     passes: int = 0
 

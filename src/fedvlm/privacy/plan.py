@@ -13,6 +13,10 @@ from fedvlm.settings.privacy import PrivacyConfig
 FEWEST = 2  # units of a client
 
 
+class Unplanned(ConfigError):
+    """The number of a client's units allows no plan. The message has this number."""
+
+
 @dataclass(frozen=True)
 class Plan:
     """Differential privacy of one client, or of all clients together (``unit=client``).
@@ -70,15 +74,16 @@ def planned(settings: PrivacyConfig, units: int, batch: int, steps: int, client:
         client: its name, for messages.
 
     Raises:
-        ConfigError: delta is too large for the number of units, or the budget cannot be kept.
+        Unplanned: there are too few units, or delta is too large for their number.
+        ConfigError: the budget cannot be kept.
     """
     assert settings.epsilon is not None
     assert settings.delta is not None
     of = f" of client '{client}'" if client else ""
     if units < FEWEST:
-        raise ConfigError([f"privacy.unit={settings.unit}: the rows{of} hold {units} unit"])
+        raise Unplanned([f"privacy.unit={settings.unit}: the rows{of} hold {units} unit"])
     if settings.delta * units >= 1:
-        raise ConfigError(
+        raise Unplanned(
             [
                 f"privacy.delta={settings.delta:g} must be below 1 / number of units, and the rows"
                 f"{of} hold {units} units: set privacy.delta={0.1 / units:.1g} or less"

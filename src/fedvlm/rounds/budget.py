@@ -147,7 +147,7 @@ def budget(
         return _of_clients(config, algorithm, adapter, names)
     pools = find(config.algorithm.name).pools
     rounds = list(plan(config, algorithm, names))
-    done, floats = _work(config, algorithm, adapter, rounds)
+    done, floats = work(config, algorithm, adapter, rounds)
     spent: Counter[str] = Counter()
     for round_, steps in zip(rounds, done, strict=True):
         for client in round_.cohort:
@@ -178,7 +178,7 @@ def _of_clients(
     return Budget("client", {EVERYBODY: one}, {EVERYBODY: rounds}, floats, last, together=True)
 
 
-def _work(
+def work(
     config: Config, algorithm: Algorithm, adapter: Tree, rounds: Sequence[Round]
 ) -> tuple[list[int], int]:
     """The optimizer steps of a client in each round, and the most floats that a step trains."""

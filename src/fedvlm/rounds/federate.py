@@ -292,7 +292,8 @@ def one_round(
     def ends() -> Iterator[tuple[Visit, Tree]]:
         for reply in engine.train(tasks):
             counts = fold.add(reply)
-            progress.trained(reply.client, reply.loss)
+            if reply.loss is not None:
+                progress.trained(reply.client, reply.loss)
             if counts and reply.client in rated:
                 yield visits[reply.client], {}
 
@@ -302,7 +303,7 @@ def one_round(
     line: dict[str, Any] = {
         "round": round_.number,
         "cohort": list(round_.cohort),
-        "train_loss": fold.losses,
+        "train_loss": {c: loss for c, loss in fold.losses.items() if loss is not None},
         "bytes_up": fold.bytes_up,
         "bytes_down": {c: saved_bytes(tree) for c, tree in down.items()},
         "steps": fold.steps,

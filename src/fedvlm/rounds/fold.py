@@ -27,7 +27,7 @@ class Fold:
         noisy: the mean of ``privacy.unit=client``, which replaces that of ``settings``; or None.
 
     Attributes:
-        losses: client -> its training loss, for accepted uploads.
+        losses: client -> its training loss, or None where it is not told, for accepted uploads.
         rejected: client -> the reason for the rejection of its upload.
         bytes_up: client -> bytes of its message.
         steps: client -> optimizer steps, of the clients whose engine counts them.
@@ -46,7 +46,7 @@ class Fold:
     ):
         self.known, self.downs, self.forms = known, downs, forms
         self.server = forms.algorithm.server
-        self.losses: dict[str, float] = {}
+        self.losses: dict[str, float | None] = {}
         self.rejected: dict[str, str] = {}
         self.bytes_up: dict[str, int] = {}
         self.steps: dict[str, int] = {}
@@ -67,7 +67,7 @@ class Fold:
         except FedVLMError as error:
             self.rejected[client] = str(error)
             return False
-        if not math.isfinite(reply.loss):
+        if reply.loss is not None and not math.isfinite(reply.loss):
             self.rejected[client] = f"the loss of client '{client}' is {reply.loss}"
             return False
         if upload:

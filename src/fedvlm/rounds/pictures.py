@@ -75,7 +75,7 @@ def _redraw_run(folder: Path) -> list[Path]:
         partition = Partition.from_dict(json.loads((folder / "partition.json").read_bytes()))
         names = partition.clients
         found.append(skewplot.plot_partition(partition, folder / "partition.png"))
-    if lines:
+    if _any_score(lines):
         title = _title_of_run(config, names)
         found.append(plots.plot_run(lines, folder / "curves.png", title, metric=config.metric))
     return found
@@ -104,12 +104,18 @@ def draw_partition(partition: Partition, folder: Path) -> None:
 def draw_curves(
     folder: Path, config: Config, lines: Sequence[Mapping[str, Any]], names: Sequence[str]
 ) -> None:
-    """Draws ``curves.png``."""
+    """Draws ``curves.png``, unless no client told its scores."""
     from fedvlm.figures import plots
 
+    if not _any_score(lines):
+        return
     with optional(f"'{folder / 'curves.png'}'", _again(folder)):
         title = _title_of_run(config, names)
         plots.plot_run(lines, folder / "curves.png", title, metric=config.metric)
+
+
+def _any_score(lines: Sequence[Mapping[str, Any]]) -> bool:
+    return any((line["evaluation"] or {}).get("personal") for line in lines)
 
 
 def draw_comparison(

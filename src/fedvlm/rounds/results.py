@@ -29,6 +29,7 @@ from fedvlm.store.run import CHECKPOINT, DONE, Store, mark
 BUDGET = "privacy.json"
 """The file with everything that the privacy guarantee of a run depends on."""
 FILES = "files"  # key of the digests in table.json
+UNSCORED = "no client told its scores; each site has its models' answers in its own folder"
 MODELS = ("untuned", "global_before", "global", "personal_before", "personal")
 
 logger = logging.getLogger("fedvlm")
@@ -69,7 +70,7 @@ class Results:
 
     @property
     def metrics(self) -> list[str]:
-        """All metrics of the run, the main metric first."""
+        """All metrics of the run, the main metric first; empty where no client told its scores."""
         found = self.table["models"]["personal"]["summary"]
         return sorted((m for m in METRICS if m in found), key=lambda m: m != self.metric)
 
@@ -84,7 +85,12 @@ class Results:
         ``mean`` and ``std`` over the clients; ``worst10`` for a metric with a direction;
         ``interval`` of the mean (Student's t, from three clients); ``mean_rows``, the mean over all
         clients' rows, and its ``interval_rows``. What is not known is None.
+
+        Raises:
+            FedVLMError: no client told its scores, as in deployed runs under differential privacy.
         """
+        if not self.metrics:
+            raise FedVLMError(f"'{self.folder}': {UNSCORED}")
         return self.table["models"][model]["summary"][metric or self.metric]
 
     def answers(self, model: str = "personal") -> list[dict[str, Any]]:
@@ -263,9 +269,10 @@ def groups_csv(table: dict[str, Any]) -> str:
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
-    measured = [m for m in METRICS if m in rows[0]]
+    first = rows[0] if rows else {}
+    measured = [m for m in METRICS if m in first]
     bounds = list(ends(measured, {}))
-    names = [n for n in rows[0] if n not in (*measured, *bounds, "examples")]
+    names = [n for n in first if n not in (*measured, *bounds, "examples")]
     columns = [*names, *measured, "examples", *bounds]
     out = io.StringIO()
     writer = csv.DictWriter(out, columns, lineterminator="\n")
@@ -308,7 +315,7 @@ def _model(clients: dict[str, dict[str, float]], answers: list[Answer]) -> dict[
             c: intervals(own[c]) if c in own else from_means(scores)
             for c, scores in clients.items()
         },
-        "rows": sum(rows) if min(rows) > 0 else None,
+        "rows": sum(rows) if min(rows, default=0) > 0 else None,
         "summary": _summary(clients, answers),
     }
 
@@ -317,7 +324,7 @@ def _summary(
     clients: dict[str, dict[str, float]], answers: list[Answer]
 ) -> dict[str, dict[str, Any]]:
     """Mean and spread of every score over clients, and its mean over rows, with intervals."""
-    measured = next(iter(clients.values()))
+    measured = next(iter(clients.values()), {})
     pooled = {m: over_rows(m, clients.values()) for m in METRICS if m in measured}
     known = {m: mean for m, mean in pooled.items() if mean is not None}
     rows = sum(scores.get("examples", 0) for scores in clients.values())

@@ -194,6 +194,8 @@ class Told(Progress):
             self.tell({"event": "rejected", "site": site, "round": line["round"], "why": why})
         for site, how in line.get("bounded", {}).items():
             self.tell({"event": "bounded", "site": site, "round": line["round"], **how})
-        self.tell({"event": "round", "round": line["round"], "seconds": seconds})
+        scored = bool((line["evaluation"] or {}).get("global"))
+        event = {"event": "round", "round": line["round"], "seconds": seconds, "scored": scored}
+        self.tell(event)
         if self.renew.exists():
             raise Renewed
