@@ -84,6 +84,8 @@ class Remote:
         rows: client -> its numbers of train, val and test rows, for sites that report them.
     """
 
+    secure = True
+
     def __init__(
         self,
         call: Call,
