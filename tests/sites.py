@@ -90,10 +90,10 @@ class Keeping(Here):
 LOCK = threading.Lock()
 
 
-def deployed(call, settings, folder, *, resume=None, events=None, **limits):
+def deployed(call, settings, folder, *, resume=None, events=None, sites=SITES, **limits):
     """A run over sites by the ordinary round loop."""
     tell = (events if events is not None else []).append
-    engine = Remote(call, SITES, Limits(**{"at_once": 2} | limits), tell)
+    engine = Remote(call, sites, Limits(**{"at_once": 2} | limits), tell)
     engine.open("run-1", settings)
     settings = settings.model_copy(update={"output": str(folder)})
     kept = store.Store(folder)

@@ -151,7 +151,7 @@ def test_a_peer_that_is_not_pinned_is_refused():
 
 @pytest.mark.parametrize(
     "view", [{"download": "e" * 32}, {"config": "e" * 64}, {"attempt": 2}, {"round": 4},
-             {"run": "x"}, {"unit": 1.0}]
+             {"run": "x"}, {"unit": 1.0}, {"sampled": 0.5}]
 )  # fmt: skip
 def test_a_site_with_another_view_of_the_round_is_left_out(view):
     run = Veiled(5, contexts={"site-3": other(**view)})

@@ -17,12 +17,11 @@ from fedvlm.engines.blinded import Blinded
 from fedvlm.engines.summand import Summand, Summed
 from fedvlm.engines.wire import Reply
 from fedvlm.errors import ConfigError, FedVLMError
-from fedvlm.privacy.blind import messages
 from fedvlm.rounds import secure
 from fedvlm.store import files
 from fedvlm.store.run import Store
 from formulas import Formulas, drive
-from toy import FEDAVG, INITIAL, A, B
+from toy import FEDAVG, INITIAL, A, B, clients
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -113,7 +112,6 @@ def test_too_few_or_too_many_clients_are_refused(clients):
     config = fedvlm.load_config({"wire": {"secure": True}})
     with pytest.raises(ConfigError, match=f"3 to 64 clients in a round, but there are {clients}"):
         secure.check(config, of_run(config), clients)
-    assert (secure.LEAST, secure.MOST) == (messages.LEAST, messages.MOST)
 
 
 def test_an_algorithm_with_a_download_for_each_client_is_refused(tmp_path):
@@ -203,9 +201,11 @@ def test_a_run_ends_after_three_void_rounds():
         voids.after({"secure": {"void": "too few"}})
 
 
-def test_an_overflow_names_the_setting(tmp_path):
-    with pytest.raises(FedVLMError, match=r"raise wire.bound"):
-        ended(tmp_path, "lora", wire={"secure": True, "bound": 0.01})
+def test_an_overflow_names_the_setting(tmp_path, monkeypatch):
+    far = {c: (w, lambda name, now: now - 1e3) for c, (w, _) in clients().items()}
+    monkeypatch.setattr("formulas.clients", lambda: far)
+    with pytest.raises(FedVLMError, match=r"4 is the largest .wire.bound.: raise wire.bound"):
+        ended(tmp_path, "lora", wire={"secure": True})
 
 
 def test_the_round_loop_sees_no_upload_and_no_loss(tmp_path):

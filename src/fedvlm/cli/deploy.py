@@ -249,10 +249,18 @@ def line(event: dict[str, Any]) -> str:
         told = f"{rows['train']} train, {rows['val']} val, {rows['test']} test rows" if rows else ""
         return f"  {name}: ready, {told or 'number of rows not reported'}"
     if kind == "trained":
+        loss = "masked" if event["loss"] is None else f"loss {event['loss']:.3f}"
         return (
-            f"  {name}: round {event['round']}, loss {event['loss']:.3f}, "
+            f"  {name}: round {event['round']}, {loss}, "
             f"{event['bytes_up'] / 1000:.1f} kB up, {event['seconds']:.1f} s"
         )
+    if kind == "summed":
+        return (
+            f"  the secure sum of {', '.join(event['sites'])}: round {event['round']}, loss "
+            f"{event['loss']:.3f}"
+        )
+    if kind == "void":
+        return f"  VOID: round {event['round']} changes nothing: {event['why']}"
     if kind == "failed":
         return f"  {name}: FAILED in round {event['round']}: {event['why']}"
     if kind == "rejected":

@@ -3,6 +3,7 @@
 runs/RUN/                 personal state, adapters, answers and reference answers of a run
 cache/                    copies of rows: texts, pictures, tokens and pixels
 nvflare/  *.log           NVFlare's workspace, and logs
+identity.key              the site's long-lived key for secure aggregation
 """
 
 from __future__ import annotations

@@ -93,7 +93,13 @@ class Blinded:
             self._identities.setdefault(name, self._make(name))
         pins = {name: self._identities[name].fingerprint for name in names}
         context: Context = Context(
-            "here", tasks[0].round, 1, "0" * 64, digest(tasks[0].down), float(unit)
+            "here",
+            tasks[0].round,
+            1,
+            "0" * 64,
+            digest(tasks[0].down),
+            float(unit),
+            tasks[0].visit.sampled,
         )
         clients = {name: Client(self._identities[name], context, pins) for name in names}
         collector = Collector(context, HEAD + size)

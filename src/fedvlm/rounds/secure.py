@@ -11,12 +11,10 @@ from fedvlm.engines.blinded import Blinded
 from fedvlm.engines.summand import Summed
 from fedvlm.engines.wire import Reply
 from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.privacy.blind.messages import LEAST, MOST
 from fedvlm.rounds.fold import check_changes
 from fedvlm.settings.sections import Config
 from fedvlm.tree import digest
-
-LEAST, MOST = 3, 64
-"""Fewest and most clients of a sum, as in :mod:`fedvlm.privacy.blind.messages`."""
 
 VOIDS = 3
 """Void rounds in a row after which a run ends; it can be resumed."""

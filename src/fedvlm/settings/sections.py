@@ -14,7 +14,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from fedvlm.errors import shown
 from fedvlm.settings.aggregate import AggregateConfig
 from fedvlm.settings.method import AlgorithmConfig as AlgorithmConfig
-from fedvlm.settings.method import Filled, Fraction, Positive, Section, Whole
+from fedvlm.settings.method import Filled, Fraction, Positive, Ratio, Section, Whole
 from fedvlm.settings.method import LoraConfig as LoraConfig
 from fedvlm.settings.pictures import Formats, Window
 from fedvlm.settings.privacy import PrivacyConfig
@@ -237,7 +237,7 @@ class WireConfig(Section):
     secure: bool = Field(
         False, description="secure aggregation: the server gets the sum of the uploads, and no more"
     )
-    bound: Annotated[float, Field(gt=0)] = Field(
+    bound: Ratio = Field(
         4.0, description="secure: largest weighted change of a number, else the site gives up"
     )
 

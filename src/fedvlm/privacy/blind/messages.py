@@ -40,6 +40,7 @@ class Context:
         config: the digest of the configuration of the run.
         download: the digest of the download.
         unit: the number of training examples whose weight is 1.
+        sampled: the cohort's share of all clients' examples.
     """
 
     run: str
@@ -48,6 +49,7 @@ class Context:
     config: str
     download: str
     unit: float
+    sampled: float = 1.0
 
     @property
     def digest(self) -> bytes:
