@@ -210,6 +210,9 @@ def demo(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
     ] = None,
+    secure: Annotated[
+        bool, typer.Option("--secure", help="secure aggregation, with pinned keys at the sites")
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Try it on this machine: a server and three sites.
@@ -220,7 +223,7 @@ def demo(
     from fedvlm.deploy.nvflare.demo import demo as show
 
     tell = (lambda event: None) if quiet else Shown().tell
-    print_run(show(Path(to), list(words or []), tell))
+    print_run(show(Path(to), list(words or []), tell, secure))
     typer.echo(STAYED)
 
 

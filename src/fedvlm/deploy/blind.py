@@ -136,7 +136,9 @@ class Sums:
                 continue
             sent[site] += len(json.dumps(header["keys"]))
             event = {"event": "trained", "site": site, "round": context.round, "loss": None}
-            engine.tell({**event, "bytes_up": sent[site], "seconds": round(seconds, 3)})
+            there = float(header.get("seconds", 0.0))
+            took = {"seconds": round(seconds, 3), "seconds_there": there}
+            engine.tell({**event, "bytes_up": sent[site], **took})
             yield Reply(site, {}, engine.weights[site], float("nan"))
 
     def _step(

@@ -99,7 +99,8 @@ class Worker:
             else:
                 logger.info("round %d: loss %.3f, %.1f s", done.round, done.loss, took)
             if self.blind:
-                return self.blind.begin(asked, blob, down, done)
+                keys, _ = self.blind.begin(asked, blob, down, done)
+                return {**keys, "seconds": about["seconds"]}, b""
             return about, save(done.trees["upload"]) if done.trees["upload"] else b""
         if do == "score":
             kind = _kind(asked, "global", "personal", "end")
