@@ -84,7 +84,7 @@ def torch_tree(blob):
 # -- sites that die
 
 
-@pytest.mark.parametrize("step", STEPS)
+@pytest.mark.parametrize("step", ["train", "share", "mask", "unmask"])
 def test_a_site_may_be_killed_in_any_step(tmp_path, step):
     call = Five(tmp_path / "state")
     call.killed = {(1, step, "site-2")}
@@ -97,10 +97,12 @@ def test_a_site_may_be_killed_in_any_step(tmp_path, step):
     assert failed == ([] if step == "train" else [(1, "site-2")])
 
 
-@pytest.mark.parametrize("step", ["mask", "unmask"])
+@pytest.mark.parametrize("step", ["mask", "agree", "unmask"])
 def test_a_void_round_is_followed_by_one_with_fresh_keys(tmp_path, step):
+    """Two of five sites are killed; 'agree' is asked only where one has dropped out before."""
     call = Five(tmp_path / "state")
-    call.killed = {(1, step, s) for s in ("site-1", "site-2")}
+    first = "mask" if step == "agree" else step
+    call.killed = {(1, first, "site-1"), (1, step, "site-2")}
     lines, events = run(call, config(), tmp_path / "run")
     assert "3 sites have" in lines[1]["secure"]["void"]
     assert lines[2]["secure"]["clients"] == list(FIVE)
@@ -119,7 +121,7 @@ def test_a_round_whose_masked_upload_has_left_is_not_repeated_under_other_masks(
     def die(site, header, blob):
         raise Gone
 
-    call.lies[1, "agree"] = die
+    call.lies[1, "unmask"] = die
     with pytest.raises(Gone):
         run(call, settings, tmp_path / "run")
     call.lies.clear()
@@ -235,11 +237,13 @@ def test_another_share_of_the_cohort_for_one_site_leaves_it_out(tmp_path):
 
 def test_sets_of_uploads_that_differ_are_refused(tmp_path):
     def differ(site, header, blob):
-        if site in FIVE[:2]:
-            header["message"]["uploaded"] = list(FIVE[:4])
+        if site == "site-0":
+            header["message"]["uploaded"] = [*FIVE[:3], "site-4"]
         return header, blob
 
-    _, lines = attacked(tmp_path, {"agree": differ})
+    call = Five(tmp_path / "state")
+    call.killed, call.lies = {(1, "mask", "site-4")}, {(1, "agree"): differ}
+    lines, _ = run(call, config("train.rounds=1"), tmp_path / "run")
     assert "3 sites have confirmed" in lines[1]["secure"]["void"]
 
 

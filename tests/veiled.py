@@ -69,9 +69,8 @@ class Veiled:
         ask = getattr(self.collector, f"asks_{step}", lambda: dict.fromkeys(self.names))
         asked = copy.deepcopy(ask())
         asked = self.lies.get(step, lambda messages: messages)(asked)
+        self.gone |= {site for when, site in dead if when == step}
         for site, message in asked.items():
-            if (step, site) in dead:
-                self.gone.add(site)
             if site in self.gone:
                 continue
             try:
@@ -80,15 +79,15 @@ class Veiled:
                 self.refused[site] = str(why)
                 self.gone.add(site)
                 continue
-            take(site, answer)
+            take(site, *answer) if step == "mask" else take(site, answer)
 
     def answered(self, step, site, message):
         client = self.clients[site]
         if step == "advertise":
             return client.advertise()
         if step == "mask":
-            self.blobs[site] = client.mask(message, self.numbers(site))
-            return self.blobs[site]
+            told, self.blobs[site] = client.mask(message, self.numbers(site))
+            return told, self.blobs[site]
         return getattr(client, step)(message)
 
     def numbers(self, site):

@@ -145,7 +145,7 @@ class Sums:
         self,
         step: str,
         asks: Callable[[], dict[str, Any]],
-        take: Callable[[str, Any], None],
+        take: Callable[..., None],
         collector: Collector,
         sent: Counter[str],
     ) -> None:
@@ -164,11 +164,11 @@ class Sums:
             header, blob, _ = answer
             told = {name: value for name, value in header.items() if name not in ("id", "number")}
             try:
-                take(site, blob if step == "mask" else told)
+                take(site, told, *([blob] if step == "mask" else []))
             except Wrong as wrong:
                 engine.failed(site, f"its answer to '{step}' is refused: {wrong}")
                 continue
-            sent[site] += len(blob) or len(json.dumps(told))
+            sent[site] += len(blob) + len(json.dumps(told))
 
     def _report(self, round_: int, found: Summed) -> None:
         if found.void:

@@ -141,7 +141,7 @@ class Part:
             if values is None:
                 raise Refused("this site has sent its masked upload")
             numbers = encoded(self.site.config, client, values, weight)
-            return {}, client.mask(message, numbers)
+            return client.mask(message, numbers)
         if step == "agree":
             return client.agree(message), b""
         if step == "unmask":

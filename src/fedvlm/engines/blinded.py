@@ -70,8 +70,9 @@ class Blinded:
             assert isinstance(reply, Reply), "the engine makes no sum by itself"
             name = reply.client
             values, weight = summand.values(reply.upload, visits[name], unit, reply.loss)
-            blob = clients[name].mask(asked[name], encoded(self.config, collector, values, weight))
-            collector.masked(name, blob)
+            numbers = encoded(self.config, collector, values, weight)
+            told, blob = clients[name].mask(asked[name], numbers)
+            collector.masked(name, _counted(sent, name, told), blob)
             sent[name] += len(blob)
             yield Reply(name, {}, reply.weight, float("nan"), reply.steps, reply.passes)
         try:

@@ -57,7 +57,7 @@ class Client:
         self.identity, self.context, self.pins = identity, context, pins
         self.name, self.least, self._record = identity.name, max(least, LEAST), record
         self._digest = context.digest
-        self._next = "advertise"
+        self._next: tuple[str, ...] = ("advertise",)
         self._mask, self._cipher = X25519PrivateKey.generate(), X25519PrivateKey.generate()
         self._seed = secrets.token_bytes(32)
         self._keys: dict[str, Advertisement] = {}
@@ -81,7 +81,7 @@ class Client:
         }
         text = messages.advertised(self._digest, self.name, keys)
         self._own = Advertisement.parsed({**keys, "signature": self.identity.sign(text).hex()})
-        self._next = "share"
+        self._next = ("share",)
         return self._own.told()
 
     def share(self, asked: Any) -> dict[str, Any]:
@@ -118,11 +118,16 @@ class Client:
             n: self._cipher_of(self.name, n).encrypt(*self._aad(part, self.name, n)).hex()
             for n, part in parts.items()
         }
-        self._next = "mask"
+        self._next = ("mask",)
         return {"shares": sealed}
 
-    def mask(self, asked: Any, numbers: np.ndarray) -> bytes:
+    def mask(self, asked: Any, numbers: np.ndarray) -> tuple[dict[str, str], bytes]:
         """Step 3: the masked numbers, little-endian.
+
+        The answer also confirms the set of all sites that have shared, as in step 4. Where all of
+        them have uploaded, step 4 is left out. A site answers step 5 once, for one set, and a set
+        needs the answers of more than two thirds of the sites, so that a second signed set opens
+        nothing else.
 
         Args:
             asked: ``{"shares": {peer: sealed shares}}``, of the peers that have shared.
@@ -152,12 +157,13 @@ class Client:
         for peer in sorted(peers):
             key, count = self._keys[peer].mask, len(numbers)
             total += pairwise(self._mask, key, self._digest, self.name, peer, count)
+        signature = self._confirmed(set(self._shares))
         self._record(MASKED)
-        self._next = "agree"
-        return total.astype("<u4").tobytes()
+        self._next = ("agree", "unmask")
+        return {"signature": signature}, total.astype("<u4").tobytes()
 
     def agree(self, asked: Any) -> dict[str, str]:
-        """Step 4: the signature of the set of sites that have uploaded.
+        """Step 4, where a site has dropped out: the signature of the set of uploads.
 
         Args:
             asked: ``{"uploaded": [site, ...]}``.
@@ -173,11 +179,9 @@ class Client:
         if self.name not in uploaded:
             raise self._withheld("the server says that this site has not uploaded")
         self._check_many(len(uploaded), f"{len(uploaded)} sites have uploaded")
-        self._uploaded = uploaded
-        transcript = messages.seen(self._keys, self._shares)
-        self._confirms = messages.consistent(self._digest, transcript, uploaded)
-        self._next = "unmask"
-        return {"signature": self.identity.sign(self._confirms).hex()}
+        signature = self._confirmed(uploaded)
+        self._next = ("unmask",)
+        return {"signature": signature}
 
     def unmask(self, asked: Any) -> dict[str, dict[str, str]]:
         """Step 5: one share of each site: of its seed if it has uploaded, else of its mask key.
@@ -208,16 +212,24 @@ class Client:
             "keys": {name: self._shares[name][half:].hex() for name in sorted(dropped)},
         }
 
+    def _confirmed(self, uploaded: set[str]) -> str:
+        """Notes a set of uploads as the one that this site opens, and signs it."""
+        self._uploaded = uploaded
+        transcript = messages.seen(self._keys, self._shares)
+        self._confirms = messages.consistent(self._digest, transcript, uploaded)
+        return self.identity.sign(self._confirms).hex()
+
     # -- checks
 
     def _enter(self, step: str) -> None:
         """Begins a step; it is the only one that can follow, and a refusal in it is final."""
-        if self._next != step:
+        if step not in self._next:
+            after = " or to ".join(self._next)
             raise self._withheld(
                 f"it was asked to {step}, and "
-                + (f"the next step is to {self._next}" if self._next else "its part is over")
+                + (f"the next step is to {after}" if after else "its part is over")
             )
-        self._next = ""
+        self._next = ()
 
     def _check_many(self, count: int, what: str) -> None:
         least = self.least

@@ -8,7 +8,7 @@ does not come, or raises ``ValueError`` here, has dropped out.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -82,31 +82,36 @@ class Collector:
             for site in self._sealed
         }
 
-    def masked(self, site: str, blob: bytes) -> None:
-        """Adds the masked upload of a site; it is not kept."""
+    def masked(self, site: str, told: Any, blob: bytes) -> None:
+        """Adds the masked upload of a site; it is not kept.
+
+        The answer has the site's signature for the case that all sites upload.
+        """
         if site not in self._sealed or site in self._uploaded or self._closed:
             raise ValueError(f"no upload of '{site}' is expected")
         if len(blob) != 4 * self.size:
             raise ValueError(f"a masked upload has {4 * self.size} bytes here, got {len(blob)}")
+        signature = self._signature(site, told, self._sealed)
         self._total += np.frombuffer(blob, "<u4")
+        self._signatures[site] = signature
         self._uploaded.append(site)
 
     def asks_agree(self) -> dict[str, dict[str, Any]]:
-        """The message of step 4 to each site that has uploaded. Later uploads are refused."""
+        """The message of step 4 to each site that has uploaded; none where all have uploaded.
+
+        Later uploads are refused.
+        """
         self._enough(len(self._uploaded), "have uploaded")
         self._closed = True
         self._uploaded.sort()
+        if len(self._uploaded) == len(self._sealed):
+            return {}
+        self._signatures = {}
         return {site: {"uploaded": list(self._uploaded)} for site in self._uploaded}
 
     def agreed(self, site: str, told: Any) -> None:
         """Takes the signature of a site over the set of uploads."""
-        given = messages.mapping(told, ["signature"], "the answer")["signature"]
-        signature = messages.raw(given, SIGNATURE, "a signature")
-        transcript = messages.seen(self._keys, self._sealed)
-        text = messages.consistent(self._digest, transcript, self._uploaded)
-        if not signed(self._keys[site].identity, text, signature):
-            raise ValueError(f"'{site}' has signed another set of uploads")
-        self._signatures[site] = given
+        self._signatures[site] = self._signature(site, told, self._uploaded)
 
     def asks_unmask(self) -> dict[str, dict[str, Any]]:
         """The message of step 5 to each site that has confirmed."""
@@ -146,6 +151,16 @@ class Collector:
                 peer = self._keys[other].mask
                 total -= pairwise(key, peer, self._digest, other, site, self.size)
         return total, tuple(self._uploaded)
+
+    def _signature(self, site: str, told: Any, uploaded: Iterable[str]) -> str:
+        """The signature in an answer, which must be that of a site over a set of uploads."""
+        given: str = messages.mapping(told, ["signature"], "the answer")["signature"]
+        signature = messages.raw(given, SIGNATURE, "a signature")
+        transcript = messages.seen(self._keys, self._sealed)
+        text = messages.consistent(self._digest, transcript, uploaded)
+        if not signed(self._keys[site].identity, text, signature):
+            raise ValueError(f"'{site}' has signed another set of uploads")
+        return given
 
     def _recovered(
         self,

@@ -49,8 +49,11 @@ class Encoding:
 
     @property
     def quantum(self) -> float:
-        """The value of the number 1; a rounded value is off by less."""
-        return self.bound / self.most
+        """The value of the number 1; a rounded value is off by less.
+
+        The bound is one number below the largest, so that no rounding exceeds the largest.
+        """
+        return self.bound / (self.most - 1)
 
     def encoded(self, values: np.ndarray, weight: float) -> np.ndarray:
         """The numbers of a site, uint32 ``[HEAD + values]``.
@@ -69,7 +72,7 @@ class Encoding:
         np.multiply(values, weight, out=wide[1:])
         wide /= self.quantum
         largest = float(np.abs(wide).max())
-        if not largest <= self.most:
+        if not largest <= self.most - 0.5:
             found = largest * self.quantum
             raise Overflow(
                 f"the upload has a weighted value of {found:.4g}, and {self.bound:g} is the largest"
@@ -77,9 +80,10 @@ class Encoding:
                 else "the upload has a value that is not finite"
             )
         wide[1:] += _uniform(len(values))
-        rounded = np.floor(wide).astype(np.int64)
-        rounded[0] = round(wide[0])
-        return np.concatenate([[1], rounded.clip(-self.most, self.most)]).astype(np.uint32)
+        numbers = np.empty(HEAD + len(values), np.int64)
+        numbers[0], numbers[1] = 1, round(wide[0])
+        numbers[HEAD:] = np.floor(wide[1:], out=wide[1:])
+        return numbers.astype(np.uint32)
 
     def decoded(self, total: np.ndarray, sites: int) -> tuple[np.ndarray, float]:
         """The weighted sum of the sites' values (float64), and the sum of their weights.
