@@ -70,7 +70,7 @@ def outline(config: Config, site: str, tell_rows: bool) -> Outline:
     personal = [name for name in own if name not in shared]
     sent = [
         *(_of_shape(shape) for shape in shapes if shape.names),
-        "after each round of training: the mean training loss, and the seconds that it took",
+        *_losses(config.wire.secure),
         _scores(config, rounds),
         "once: the initial adapter and its settings, a function of the model and the run's seed",
     ]
@@ -86,6 +86,19 @@ def outline(config: Config, site: str, tell_rows: bool) -> Outline:
     if any(name.startswith(HEAD) for name in kept):
         stays.append("the average of the site's models over the rounds, and its tuned model")
     return Outline(tuple(sent), tuple(stays))
+
+
+def _losses(secure: bool) -> list[str]:
+    """The messages after a round of training beside the upload."""
+    if not secure:
+        return [
+            "after each round of training: the mean training loss, and the seconds that it took"
+        ]
+    return [
+        "with secure aggregation: the factors and the mean training loss leave the site under "
+        "masks, and the server opens their sum over at least three sites (min_sites)",
+        "after each round of training: the seconds that it took",
+    ]
 
 
 def _messages(
