@@ -107,6 +107,13 @@ def test_unequal_ranks_are_refused_by_name():
         secure.check(config, of_run(config))
 
 
+def test_privacy_of_whole_clients_is_refused_by_name():
+    tree = {"wire": {"secure": True}, "privacy": {"unit": "client", "epsilon": 8, "delta": 1e-3}}
+    config = fedvlm.load_config(tree)
+    with pytest.raises(ConfigError, match=r"privacy.unit=client clips single uploads"):
+        secure.check(config, of_run(config))
+
+
 @pytest.mark.parametrize("clients", [1, 2, 65])
 def test_too_few_or_too_many_clients_are_refused(clients):
     config = fedvlm.load_config({"wire": {"secure": True}})

@@ -49,6 +49,11 @@ def check(config: Config, algorithm: Algorithm, clients: int | None = None) -> N
             "wire.secure needs one download for all clients, and lora.ranks gives them different "
             f"ones: leave lora.ranks out, {OFF}"
         )
+    if config.privacy.unit == "client":
+        wrong.append(
+            "privacy.unit=client clips single uploads at the server, and wire.secure shows the "
+            f"server their sum only: set privacy.unit=row, {OFF}"
+        )
     size = None if clients is None else min(config.train.clients_per_round or clients, clients)
     if size is not None and not LEAST <= size <= MOST:
         wrong.append(
