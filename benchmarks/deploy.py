@@ -1,6 +1,6 @@
 """The overhead of a deployed round, beside Flower's deployment runtime.
 
-    python benchmarks/deploy.py [--quick] [--sites 3,10] [--megabytes 1,16] [--venv DIR]
+    python benchmarks/deploy.py [--quick] [--secure] [--sites 3,10] [--megabytes 1,16] [--venv DIR]
 
 The script starts real processes on this machine, over loopback, with TLS. For fedvlm these are
 `fedvlm deploy server`, a `fedvlm site start` for every site, and a run. For Flower they are
@@ -28,6 +28,9 @@ Memory is the peak resident memory (VmHWM) of the process with the round loop (`
 parent (`server`). For a client it is the peak of the memory allocated by all its processes, as a
 mean over all clients.
 
+With `--secure`, fedvlm also runs with secure aggregation (`wire.secure`), whose sites pin one
+another's keys. A line gives its overhead and its bytes over those without.
+
 Flower is installed as for `peers.py`. NVFlare comes with `pip install 'fedvlm[deploy]'`. The last
 line is `RATIO <number> <what>`.
 """
@@ -39,6 +42,7 @@ import os
 import statistics
 import tempfile
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -69,6 +73,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5, help="rounds after the first")
     parser.add_argument(
         "--at-once", type=int, default=16, help="calls in parallel of fedvlm's server"
+    )
+    parser.add_argument(
+        "--secure", action="store_true", help="measure fedvlm with secure aggregation as well"
     )
     parser.add_argument("--only", choices=("fedvlm", "flower"), help="measure one side only")
     parser.add_argument("--venv", type=Path, default=VENV, help="Flower's environment")
@@ -107,8 +114,9 @@ def compare(sites: int, size: float, options: argparse.Namespace, flower: bool) 
     """
     found: dict[str, Outcome] = {}
 
-    def ours(folder: Path) -> Outcome:
-        return _deploy.ours.measure(folder, sites, size, options.repeats, options.at_once)
+    def ours(folder: Path, secure: bool = False) -> Outcome:
+        repeats, most = options.repeats, options.at_once
+        return _deploy.ours.measure(folder, sites, size, repeats, most, secure)
 
     def theirs(folder: Path) -> Outcome:
         shapes = found["fedvlm"].shapes if "fedvlm" in found else _deploy.ours.shapes(size)
@@ -118,15 +126,24 @@ def compare(sites: int, size: float, options: argparse.Namespace, flower: bool) 
     sides: dict[str, Callable[[Path], Outcome]] = {}
     if options.only != "flower":
         sides["fedvlm"] = ours
+        if options.secure:
+            sides["fedvlm, secure"] = partial(ours, secure=True)
     if flower:
         sides["flower"] = theirs
     for name, measure in sides.items():
-        prefix = f"fedvlm-deploy-{name}-"
+        prefix = f"fedvlm-deploy-{name.split(',')[0]}-"
         with tempfile.TemporaryDirectory(prefix=prefix) as folder, limited(LIMIT, name):
             found[name] = measure(Path(folder))
         show(name, sites, found[name])
-    overheads = [outcome.overhead for outcome in found.values()]
-    return overheads[-1] / overheads[0] if len(found) == 2 else overheads[0]
+    if "fedvlm, secure" in found:
+        one, other = found["fedvlm, secure"], found["fedvlm"]
+        print(
+            f"secure / plain at {sites} sites: overhead {one.overhead / other.overhead:.2f}, "
+            f"bytes up {one.sent / other.sent:.4f}",
+            flush=True,
+        )
+    overheads = [outcome.overhead for name, outcome in found.items() if "secure" not in name]
+    return overheads[-1] / overheads[0] if len(overheads) == 2 else overheads[0]
 
 
 def show(name: str, sites: int, found: Outcome) -> None:

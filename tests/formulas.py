@@ -18,6 +18,8 @@ from toy import adapter, clients, masked
 class Formulas:
     """An engine over clients of :func:`fedvlm.simulate`, with kept states in a run's folder."""
 
+    secure = False
+
     def __init__(self, config, store, spare=0):
         self.adapter = adapter(config.lora.rank + spare)
         self.algorithm = of_run(config)

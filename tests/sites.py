@@ -7,7 +7,8 @@ import time
 import yaml
 
 from fedvlm.config import load
-from fedvlm.deploy.remote import Limits, Remote, Unanswered
+from fedvlm.deploy.remote import Limits, Remote
+from fedvlm.deploy.unanswered import Unanswered
 from fedvlm.deploy.worker import Worker
 from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Quiet
@@ -90,10 +91,10 @@ class Keeping(Here):
 LOCK = threading.Lock()
 
 
-def deployed(call, settings, folder, *, resume=None, events=None, **limits):
+def deployed(call, settings, folder, *, resume=None, events=None, sites=SITES, **limits):
     """A run over sites by the ordinary round loop."""
     tell = (events if events is not None else []).append
-    engine = Remote(call, SITES, Limits(**{"at_once": 2} | limits), tell)
+    engine = Remote(call, sites, Limits(**{"at_once": 2} | limits), tell)
     engine.open("run-1", settings)
     settings = settings.model_copy(update={"output": str(folder)})
     kept = store.Store(folder)

@@ -12,8 +12,9 @@ import torch
 import fedvlm
 from fedvlm import config as configs
 from fedvlm.deploy.nvflare.project import provision
-from fedvlm.deploy.remote import Limits, Remote, Unanswered
+from fedvlm.deploy.remote import Limits, Remote
 from fedvlm.deploy.sitestore import SiteStore
+from fedvlm.deploy.unanswered import Unanswered
 from fedvlm.deploy.worker import Worker
 from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Quiet

@@ -4,11 +4,13 @@ import json
 import socket
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
 from fedvlm.deploy import frames
-from fedvlm.deploy.remote import Remote, Unanswered
+from fedvlm.deploy.remote import Remote
+from fedvlm.deploy.unanswered import Unanswered
 from fedvlm.deploy.worker import Worker
 from fedvlm.errors import FedVLMError
 from fedvlm.tree import HEAD, read
@@ -56,7 +58,7 @@ def test_a_long_head_of_tensors_is_refused_at_both_ends(tmp_path):
     with pytest.raises(Unanswered, match="a head of"):
         Remote(lambda *_: ({}, b""), ["a"])._read(long)
     worker = Worker({"name": "a", "data": "rows", "state": str(tmp_path)})
-    worker.site = object()
+    worker.site = SimpleNamespace(private=False)
     answer, _ = worker.perform({"do": "train", "round": 1, "sampled": 1.0}, long)
     assert f"a head of {HEAD + 1} bytes" in answer["message"]
 

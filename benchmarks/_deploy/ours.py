@@ -24,7 +24,9 @@ def chosen(megabytes: float) -> tuple[str, int]:
     return name, max(1, round(size / MODELS[name]))
 
 
-def measure(folder: Path, sites: int, megabytes: float, repeats: int, at_once: int) -> Outcome:
+def measure(
+    folder: Path, sites: int, megabytes: float, repeats: int, at_once: int, secure: bool = False
+) -> Outcome:
     """Provisions a federation, runs it and ends its processes.
 
     Args:
@@ -34,19 +36,24 @@ def measure(folder: Path, sites: int, megabytes: float, repeats: int, at_once: i
         repeats: number of rounds that count. One more round runs before them, and one more after
             them, in which the sites evaluate.
         at_once: number of parallel calls of the server.
+        secure: with secure aggregation, whose sites pin one another's keys.
     """
     from fedvlm import config as configs
-    from fedvlm.deploy.nvflare.demo import Started, enrol, loopback
+    from fedvlm.deploy.nvflare.demo import Started, enrol, loopback, pinned
     from fedvlm.deploy.nvflare.federation import Federation
     from fedvlm.deploy.nvflare.project import provision
     from fedvlm.deploy.remote import Limits
     from fedvlm.errors import FedVLMError
-    from fedvlm.store.files import load_tree
+    from fedvlm.store.files import load_tree, read_lines
 
     check_memory(sites, NEEDS[chosen(megabytes)[0]])
     names = [f"site-{number}" for number in range(sites)]
     _write_rows(folder, sites)
     settings = _settings(folder, megabytes, repeats + 2)
+    policy = folder / "policy.yaml"
+    if secure:
+        settings["wire"] = {"secure": True}
+        policy = pinned(folder / "sites", names, **json.loads(policy.read_text()))
     kits = provision(loopback(names), folder / "federation")
     limits = Limits(min_sites=sites, at_once=at_once, open_s=600, train_s=120, score_s=300)
     with Watch(NAMES) as watch, Started(folder) as started:
@@ -55,7 +62,7 @@ def measure(folder: Path, sites: int, megabytes: float, repeats: int, at_once: i
         for name in names:
             data, state = str(folder / f"{name}.parquet"), str(folder / "sites" / name)
             enrol(kits[name], Path(state))
-            words = ["--data", data, "--state", state, "--policy", str(folder / "policy.yaml")]
+            words = ["--data", data, "--state", state, "--policy", str(policy)]
             started.start(name, "site", "start", *words)
             watch.add_other(started.processes[name].pid)
         federation = Federation(folder / "federation")
@@ -72,7 +79,7 @@ def measure(folder: Path, sites: int, megabytes: float, repeats: int, at_once: i
     return Outcome(
         walls=[ends[n] - ends[n - 1] for n in counted],
         there=[max(e["seconds_there"] for e in trained if e["round"] == n) for n in counted],
-        sent=trained[0]["bytes_up"],
+        sent=max(read_lines(folder / "run" / "metrics.jsonl")[2]["bytes_up"].values()),
         saving=statistics.median(map(_saving, folder.glob("sites/*/runs/*/rounds/[0-9]*"))),
         peaks=watch.peaks,
         shapes=[list(tensor.shape) for tensor in adapter.values()],

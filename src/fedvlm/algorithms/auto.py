@@ -51,7 +51,9 @@ def auto(*, server_lr: float = 1.0) -> Algorithm:
 
     def update(state: Tree, mean: Tree, round: int) -> Tree:
         changes = average(plain(state), plain(mean), round)
-        votes = {int(k): float(t) for k, t in part(mean, DOUBTS).items()}
+        # A secure sum is rounded at random, by less than this rounding, and must not decide a tie.
+        doubts = {k: t.double().round(decimals=6) for k, t in part(mean, DOUBTS).items()}
+        votes = {int(k): float(t) for k, t in doubts.items()}
         if votes.get(len(OWN), 0.0) > 0:  # the last number counts the voters
             changes[CHOICE] = torch.tensor(min(range(len(OWN)), key=votes.__getitem__))
         return changes

@@ -173,7 +173,7 @@ TABLE: dict[str, Entry] = {
         "A and B",
         "nothing",
         "FedEx-LoRA, arXiv 2410.09432",
-        lambda c, lora: exact(lora.rank, _spare(lora)),
+        lambda c, lora: exact(lora.rank, lora.spared),
         spare=True,
         partial=checks.VALUES,
     ),
@@ -181,7 +181,7 @@ TABLE: dict[str, Entry] = {
         "A and B",
         "nothing",
         "FLoRA, arXiv 2409.05976",
-        lambda c, lora: exact(lora.rank, _spare(lora), restart=True),
+        lambda c, lora: exact(lora.rank, lora.spared, restart=True),
         spare=True,
         partial=checks.VALUES,
     ),
@@ -378,7 +378,7 @@ def taken(name: str, settings: Mapping[str, Any]) -> dict[str, Any]:
 
 def spare_ranks(name: str, lora: LoraConfig) -> int:
     """The number of ranks of the adapter that no client trains."""
-    return _spare(lora) if find(name).spare else 0
+    return lora.spared if find(name).spare else 0
 
 
 def adapter_of(config: Any) -> LoraConfig:
@@ -396,7 +396,3 @@ def check_fit(config: AlgorithmConfig, adapter: Iterable[str]) -> None:
     problems = find(config.name).fits(config, sorted({module(name) for name in adapter}))
     if problems:
         raise ConfigError(problems)
-
-
-def _spare(lora: LoraConfig) -> int:
-    return 4 * lora.rank if lora.spare is None else lora.spare

@@ -210,6 +210,9 @@ def demo(
     words: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]...", show_default=False)
     ] = None,
+    secure: Annotated[
+        bool, typer.Option("--secure", help="secure aggregation, with pinned keys at the sites")
+    ] = False,
     quiet: QuietOption = False,
 ) -> None:
     """Try it on this machine: a server and three sites.
@@ -220,7 +223,7 @@ def demo(
     from fedvlm.deploy.nvflare.demo import demo as show
 
     tell = (lambda event: None) if quiet else Shown().tell
-    print_run(show(Path(to), list(words or []), tell))
+    print_run(show(Path(to), list(words or []), tell, secure))
     typer.echo(STAYED)
 
 
@@ -249,11 +252,16 @@ def line(event: dict[str, Any]) -> str:
         told = f"{rows['train']} train, {rows['val']} val, {rows['test']} test rows" if rows else ""
         return f"  {name}: ready, {told or 'number of rows not reported'}"
     if kind == "trained":
-        loss = f"loss {event['loss']:.3f}, " if "loss" in event else ""
+        loss = f"loss {event['loss']:.3f}, " if event.get("loss") is not None else ""
         return (
             f"  {name}: round {event['round']}, {loss}"
             f"{event['bytes_up'] / 1000:.1f} kB up, {event['seconds']:.1f} s"
         )
+    if kind == "summed":
+        loss = "" if event["loss"] is None else f", loss {event['loss']:.3f}"
+        return f"  the secure sum of {', '.join(event['sites'])}: round {event['round']}{loss}"
+    if kind == "void":
+        return f"  VOID: round {event['round']} changes nothing: {event['why']}"
     if kind == "failed":
         return f"  {name}: FAILED in round {event['round']}: {event['why']}"
     if kind == "rejected":

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import math
 import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,12 @@ from fedvlm.settings.sections import Config
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
+
+
+SECURE = (
+    "secure aggregation: the server gets sums of uploads only, so the mean is plain "
+    "(aggregate.kind=mean): no change is shrunk or left out"
+)
 
 
 class Plain(Progress):
@@ -28,6 +35,8 @@ class Plain(Progress):
     def started(self, config: Config) -> Iterator[None]:
         self.config = config
         self._say(f"{config.algorithm.name} on {source(config)}, into {config.output}")
+        if config.wire.secure:
+            self._say(SECURE)
         yield
 
     def partitioned(self, partition: Partition) -> None:
@@ -81,6 +90,8 @@ class Live(Progress):
 
     def partitioned(self, partition: Partition) -> None:
         self.bars.console.print(dealt(partition, self.config), highlight=False, markup=False)
+        if self.config.wire.secure:
+            self.bars.console.print(SECURE, highlight=False, markup=False)
 
     def encoded(self, done: int, rows: int) -> None:
         self.bars.update(
@@ -91,7 +102,8 @@ class Live(Progress):
         self.bars.update(self.task, note=f"checking row {done:,} of {rows:,}")
 
     def trained(self, client: str, loss: float) -> None:
-        self.bars.update(self.task, note=f"{client} loss {loss:.3f}")
+        told = "trained" if math.isnan(loss) else f"loss {loss:.3f}"
+        self.bars.update(self.task, note=f"{client} {told}")
 
     def round(self, line: dict[str, Any], seconds: float) -> None:
         done = min(line["round"], self.config.train.rounds)
@@ -139,6 +151,13 @@ def describe(line: dict[str, Any], config: Config) -> str:
         parts[-1] += f" {METRICS[metric].head}" + ("" if number else ", before any training")
     if "epsilon" in line:
         parts.append(f"epsilon {line['epsilon']:.3g}")
+    if summed := line.get("secure"):
+        parts.append(
+            f"void: {summed['void']}"
+            if "void" in summed
+            else f"{len(summed['clients'])} clients in the secure sum"
+            + ("" if summed["loss"] is None else f", loss {summed['loss']:.3f}")
+        )
     if rejected := line.get("rejected"):
         parts.append(f"rejected: {', '.join(rejected)}")
     if bounded := line.get("bounded"):

@@ -115,14 +115,21 @@ def renew(state: State, to: To = None) -> None:
 
 @site.command()
 def fingerprint(state: State) -> None:
-    """Show the fingerprints of the federation and of this site's key."""
+    """Show the fingerprints of the federation and of this site's keys.
+
+    The last one is that of the key for secure aggregation. It goes to the other sites, into 'peers'
+    of their policies, and not through the operator.
+    """
     from fedvlm.deploy.nvflare import joining, keys
+    from fedvlm.deploy.peers import identity
 
     about = joining.joined(Path(state).absolute(), waiting=True)
     typer.echo(f"site '{about.site}' of '{about.project}', server {about.address}:{about.port}")
     named = {"federation": "federation", "key": "this site", "next": "its new key"}
     for name, mark in joining.fingerprints(Path(state).absolute()).items():
         typer.echo(f"{named[name]:<12} {keys.grouped(mark)}")
+    mark = identity(Path(state).absolute(), about.site).fingerprint
+    typer.echo(f"{'for peers':<12} {keys.grouped(mark)}")
 
 
 def _tell_request(path: Path, state: str) -> None:

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import logging
 import os
+from collections.abc import Mapping
+from typing import Any
 
 import datasets
 import numpy as np
 
 from fedvlm.data.columns import SHOWN, TEXT
 from fedvlm.data.labels import codes_of, values_of
+
+logger = logging.getLogger("fedvlm")
 
 
 def image_groups(rows: datasets.Dataset) -> np.ndarray:
@@ -78,3 +83,35 @@ def _as_first(groups: np.ndarray, pictures: np.ndarray) -> np.ndarray:
     """Gives the rows of one picture the group of the first of them; ``pictures`` may be empty."""
     _, first, place = np.unique(pictures.astype(str), return_index=True, return_inverse=True)
     return np.where(pictures == "", groups, groups[first][place])
+
+
+def warn_of_shared_images(splits: Mapping[str, Any], groups: np.ndarray) -> None:
+    """Warns of test rows whose image another client trains on.
+
+    Args:
+        splits: client -> its rows, as :class:`fedvlm.data.partition.Split`.
+        groups: the number of each row's group.
+    """
+    trained = np.unique(groups[np.concatenate([s.train for s in splits.values()])])
+    tested = groups[np.concatenate([s.test for s in splits.values()])]
+    shared = int(np.isin(tested, trained).sum())
+    if shared:
+        logger.warning(
+            "%d of %d test rows show an image that another client trains on",
+            shared,
+            len(tested),
+        )
+
+
+def warn_of_equal_pictures(splits: Mapping[str, Any], pictures: np.ndarray) -> None:
+    """Warns of pictures that ``image_path`` calls different."""
+    tested = [np.isin(pictures[s.test], pictures[s.train]) for s in splits.values()]
+    known = [pictures[s.test] != "" for s in splits.values()]
+    equal = int((np.concatenate(tested) & np.concatenate(known)).sum())
+    if equal:
+        logger.warning(
+            "%d of %d test rows show a picture that the same client trains on under another "
+            "image_path: give equal pictures one image_path",
+            equal,
+            sum(map(len, tested)),
+        )

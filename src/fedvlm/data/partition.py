@@ -19,7 +19,13 @@ import numpy as np
 from fedvlm.data import assign, explicit
 from fedvlm.data.clusters import check_installed, cluster_codes
 from fedvlm.data.columns import SHOWN, TEXT, is_scalar, kind_of, listed
-from fedvlm.data.groups import image_groups, joined, same_pictures
+from fedvlm.data.groups import (
+    image_groups,
+    joined,
+    same_pictures,
+    warn_of_equal_pictures,
+    warn_of_shared_images,
+)
 from fedvlm.data.labels import binned_codes, codes_of, values_of
 from fedvlm.data.skew import Skew, frequent, measure
 from fedvlm.errors import DataError, brief
@@ -217,9 +223,9 @@ def make_partition(rows: datasets.Dataset, config: Config) -> Partition:
             own = np.unique(own, return_inverse=True)[1]
             order = _rng(seed, "split").permutation(own.max() + 1)
         splits[name] = _split(name, part, order[own], own, config)
-    _warn_of_shared_images(splits, groups)
+    warn_of_shared_images(splits, groups)
     if "image_path" in rows.column_names:
-        _warn_of_equal_pictures(splits, same_pictures(rows))
+        warn_of_equal_pictures(splits, same_pictures(rows))
     often = frequent(codes, list(parts.values()), len(names))
     skew = dict(zip(parts, measure(codes, list(parts.values()), names, often), strict=True))
     return Partition(kind, label, tuple(parts), splits, skew, tuple(names[i] for i in often))
@@ -380,29 +386,3 @@ def _take(blocks: list[np.ndarray], rows: int) -> tuple[list[np.ndarray], list[n
 
 def _joined(blocks: list[np.ndarray]) -> np.ndarray:
     return np.concatenate([np.empty(0, np.int64), *blocks]).astype(np.int64)
-
-
-def _warn_of_shared_images(splits: Mapping[str, Split], groups: np.ndarray) -> None:
-    trained = np.unique(groups[np.concatenate([s.train for s in splits.values()])])
-    tested = groups[np.concatenate([s.test for s in splits.values()])]
-    shared = int(np.isin(tested, trained).sum())
-    if shared:
-        logger.warning(
-            "%d of %d test rows show an image that another client trains on",
-            shared,
-            len(tested),
-        )
-
-
-def _warn_of_equal_pictures(splits: Mapping[str, Split], pictures: np.ndarray) -> None:
-    """Warns of pictures that ``image_path`` calls different."""
-    tested = [np.isin(pictures[s.test], pictures[s.train]) for s in splits.values()]
-    known = [pictures[s.test] != "" for s in splits.values()]
-    equal = int((np.concatenate(tested) & np.concatenate(known)).sum())
-    if equal:
-        logger.warning(
-            "%d of %d test rows show a picture that the same client trains on under another "
-            "image_path: give equal pictures one image_path",
-            equal,
-            sum(map(len, tested)),
-        )

@@ -71,7 +71,7 @@ def outline(config: Config, site: str, tell_rows: bool) -> Outline:
     personal = [name for name in own if name not in shared]
     sent = [
         *(_of_shape(shape) for shape in shapes if shape.names),
-        *(_measured(config, rounds) if not private else _protected(config)),
+        *(_protected(config) if private else _measured(config, rounds)),
         "once: the initial adapter and its settings, a function of the model and the run's seed",
     ]
     if not any(shape.names for shape in shapes):
@@ -88,6 +88,19 @@ def outline(config: Config, site: str, tell_rows: bool) -> Outline:
     if any(name.startswith(HEAD) for name in kept):
         stays.append("the average of the site's models over the rounds, and its tuned model")
     return Outline(tuple(sent), tuple(stays))
+
+
+def _losses(secure: bool) -> list[str]:
+    """The messages after a round of training beside the upload."""
+    if not secure:
+        return [
+            "after each round of training: the mean training loss, and the seconds that it took"
+        ]
+    return [
+        "with secure aggregation: the factors and the mean training loss leave the site under "
+        "masks, and the server opens their sum over at least three sites (min_sites)",
+        "after each round of training: the seconds that it took",
+    ]
 
 
 def _messages(
@@ -171,7 +184,7 @@ def _factors(names: Sequence[str]) -> Iterator[str]:
 
 def _measured(config: Config, rounds: Sequence[Round]) -> Iterator[str]:
     """The numbers that a run without differential privacy sends."""
-    yield "after each round of training: the mean training loss, and the seconds that it took"
+    yield from _losses(config.wire.secure)
     times = sum(round_.evaluate for round_ in rounds)
     names = [name for name in METRICS if name in measured(config.objective.name)]
     rows = f"at most {config.eval.max_rows}" if config.eval.max_rows else "all"
@@ -188,6 +201,11 @@ def _protected(config: Config) -> Iterator[str]:
         f"the factors are trained under differential privacy: unit '{asked.unit}', epsilon "
         f"{asked.epsilon:g} at delta {asked.delta:g} for the whole run"
     )
+    if config.wire.secure:
+        yield (
+            "with secure aggregation: the factors leave the site under masks, and the server opens "
+            "their sum over at least three sites (min_sites)"
+        )
     yield "after each round of training: the seconds that it took, to ten seconds"
 
 

@@ -12,7 +12,7 @@ from pydantic import Field, field_validator
 
 from fedvlm import config as configs
 from fedvlm.algorithms.table import ALIASES, find, names
-from fedvlm.deploy import limits
+from fedvlm.deploy import limits, peers
 from fedvlm.deploy.limits import Refused as Refused
 from fedvlm.deploy.protection import Protection, unmet
 from fedvlm.errors import ConfigError, FedVLMError
@@ -38,7 +38,7 @@ class Allowed(Section):
     )
 
 
-class Policy(limits.Budgets, Protection):
+class Policy(limits.Budgets, Protection, peers.Peers):
     """The site's file: what the server may ask of this site. A missing setting has its default."""
 
     models: dict[str, Allowed] = Field(
@@ -78,6 +78,7 @@ class Policy(limits.Budgets, Protection):
             known = ", ".join(self.models) or "none"
             wrong.append(f"model '{config.model.name}', but the site allows {known}")
         wrong += unmet(self, config)
+        wrong += peers.unsafe(self, config)
         wrong += limits.exceeded(self, self._own(config, None, "here", config.model.name))
         if wrong:
             raise Refused("the site's policy refuses this run: it asks for " + "; for ".join(wrong))
@@ -140,7 +141,8 @@ def read_policy(path: str | Path | None) -> Policy:
     policy = configs.read_file(path, Policy, "policy")
     odd = [key for key in policy.set if key.split(".")[0] not in SETTABLE]
     unknown = [name for name in policy.algorithms or () if name not in (*names(), *ALIASES)]
-    problems = [f"set.{key}: a site sets {', '.join(SETTABLE)} only" for key in odd]
+    problems = peers.problems(policy)
+    problems += [f"set.{key}: a site sets {', '.join(SETTABLE)} only" for key in odd]
     problems += [f"algorithms: there is no '{name}'" for name in unknown]
     if problems:
         raise ConfigError([f"policy '{path}': {text}" for text in problems])

@@ -15,21 +15,24 @@ import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import Any
 
 from fedvlm.algorithms.base import Algorithm
 from fedvlm.algorithms.table import of_run
+from fedvlm.deploy.blind import Sums
+from fedvlm.deploy.unanswered import Bench, Declined, Exhausted, Gone, Unanswered
 from fedvlm.deploy.weights import Limits as Limits
 from fedvlm.deploy.weights import described, weighed
 from fedvlm.engines.base import Answer, Models, Scores
 from fedvlm.engines.compress import compression
 from fedvlm.engines.stages import Stage
+from fedvlm.engines.summand import Summed
 from fedvlm.engines.wire import Reply, Task
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import measured
+from fedvlm.privacy.blind.messages import LEAST
 from fedvlm.settings.sections import Config
 from fedvlm.store.files import save_tree
 from fedvlm.tree import Tree, digest, read
@@ -48,30 +51,6 @@ MALFORMED = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
 """Errors from reading a malformed answer, such as a number of 400 digits or deeply nested lists."""
 
 
-class Unanswered(Exception):
-    """A site gave no answer, or an invalid answer."""
-
-
-class Declined(Unanswered):
-    """A site refuses a request. It works, and is asked again in the next round."""
-
-
-class Exhausted(Declined):
-    """A site refuses a round because the run has no privacy left there."""
-
-
-class Gone(Unanswered):
-    """A site cannot be reached: its machine or the network may be down."""
-
-
-@dataclass
-class Bench:
-    """The failures of a site in a row, and the round from which the server asks it again."""
-
-    failures: int = 0
-    until: int = 0
-
-
 class Remote:
     """The server's side of :class:`fedvlm.engines.base.Engine`.
 
@@ -88,6 +67,8 @@ class Remote:
         rows: client -> its numbers of train, val and test rows, for sites that report them.
     """
 
+    secure = True
+
     def __init__(
         self,
         call: Call,
@@ -95,7 +76,7 @@ class Remote:
         limits: Limits | None = None,
         tell: Callable[[dict[str, Any]], None] = lambda event: None,
     ):
-        self._call, self.limits, self._tell = call, limits or Limits(), tell
+        self._call, self.limits, self.tell = call, limits or Limits(), tell
         self.sites = tuple(sites)
         self.adapter: Tree = {}
         self.algorithm: Algorithm
@@ -108,6 +89,7 @@ class Remote:
         self._private = False  # the sites tell no losses and no scores
         self._bench = {site: Bench() for site in sites}
         self._round = 0
+        self._sums: Sums | None = None
 
     def open(self, run: str, config: Config, *, known: Mapping[str, float] | None = None) -> None:
         """Lets the sites load data and model.
@@ -126,7 +108,7 @@ class Remote:
         self._measured = measured(config.objective.name)
         self._private = config.privacy.local
         found: dict[str, dict[str, Any]] = {}
-        opened = self._each(
+        opened = self.each(
             self.sites,
             lambda s: (asked, b"", self.limits.open_s),
             lambda s, about, *_: described(about),
@@ -134,7 +116,7 @@ class Remote:
         for site, outcome in opened:
             if not isinstance(outcome, Unanswered):
                 found[site] = outcome
-                self._tell({**outcome, "event": "opened", "site": site})
+                self.tell({**outcome, "event": "opened", "site": site})
         self._enough(len(found), "could open the run")
         self._agree(found)
         self.rows = {s: about["rows"] for s, about in found.items() if "rows" in about}
@@ -147,9 +129,10 @@ class Remote:
                 f"the rows of {', '.join(changed)} have changed since the run began: restore them, "
                 "or start a new run"
             )
-        self.weights = weighed(self.claimed, self.limits, self._tell)
+        self.weights = weighed(self.claimed, self.limits, self.tell)
         self.sites = tuple(self.weights)
         self._bench = {site: self._bench.get(site, Bench()) for site in self.sites}
+        self._sums = Sums(self, run, config) if config.wire.secure else None
 
     def _agree(self, found: dict[str, dict[str, Any]]) -> None:
         """Fetches the initial adapter from one site, and checks that all sites have the same."""
@@ -174,21 +157,27 @@ class Remote:
 
     # -- the protocol
 
-    def train(self, tasks: Sequence[Task]) -> Iterator[Reply]:
+    def train(self, tasks: Sequence[Task]) -> Iterator[Reply | Summed]:
         self._round = tasks[0].round if tasks else self._round
         due = {t.client: t for t in tasks if self._bench[t.client].until <= self._round}
-        if len(due) < self.limits.min_sites:  # ask all sites rather than end the run
+        if len(due) < max(
+            self.limits.min_sites, LEAST if self._sums else 1
+        ):  # ask all sites rather than end the run
             due = {t.client: t for t in tasks}
         for site in (t.client for t in tasks if t.client not in due):
-            self._tell({"event": "benched", "site": site, "round": self._round})
+            self.tell({"event": "benched", "site": site, "round": self._round})
         count, exhausted, written = 0, 0, Written()
+        if self._sums:
+            yield from self._sums.train(due, written(tasks[0].down))
+            left = sum(bench.until <= self._round for bench in self._bench.values())
+            return self._enough(left, f"are left in round {self._round}")
 
         def asked(site: str) -> tuple[dict[str, Any], bytes, float]:
             sampled = due[site].visit.sampled
             header = {"do": "train", "round": self._round, "sampled": sampled}
             return header, written(due[site].down), self.limits.train_s
 
-        for site, outcome in self._each(list(due), asked, self._arrived(due)):
+        for site, outcome in self.each(list(due), asked, self._arrived(due)):
             exhausted += isinstance(outcome, Exhausted)
             if not isinstance(outcome, Unanswered):
                 self._bench[site] = Bench()
@@ -249,7 +238,7 @@ class Remote:
             about = {**header, "kind": models.kind, "round": visit.round}
             return about, written(down), self.limits.score_s
 
-        return self._each(list(due), asked, checked)
+        return self.each(list(due), asked, checked)
 
     def _arrived(self, tasks: Mapping[str, Task]) -> Any:
         """The check of every reply to a training request; it gives the reply with its upload."""
@@ -260,7 +249,7 @@ class Remote:
                 loss = float(header["loss"])
                 if not math.isfinite(loss):
                     raise Unanswered(f"its loss is {loss}")
-            self._tell(
+            self.tell(
                 {
                     "event": "trained",
                     "site": site,
@@ -275,7 +264,7 @@ class Remote:
 
         return checked
 
-    def _each(self, sites: Iterable[str], asked: Any, checked: Any = None) -> Iterator[Any]:
+    def each(self, sites: Iterable[str], asked: Any, checked: Any = None) -> Iterator[Any]:
         """Sites and their checked answers, in order; a failed site has its error as the answer."""
         left = iter(sites)
 
@@ -340,12 +329,18 @@ class Remote:
         except FedVLMError as error:
             raise Unanswered(str(error)) from None
 
+    def failed(self, site: str, why: str) -> None:
+        """Leaves a site out of the next rounds, because its answer is invalid."""
+        self._failed(site, Unanswered(why))
+
     def _failed(self, site: str, error: Unanswered) -> None:
         """Leaves a site out of the next rounds: none after one failure, then 1, 2, 4, at most 8."""
         bench = self._bench[site]
         bench.failures += not isinstance(error, Declined)
         bench.until = self._round + 1 + min(8, 2 ** max(0, bench.failures - 1) // 2)
-        self._tell(
+        if self._sums and isinstance(error, Declined):
+            bench.until = self._round  # it refuses a sum, and still gives scores
+        self.tell(
             {
                 "event": "failed",
                 "site": site,

@@ -4,6 +4,7 @@ runs/RUN/                 personal state, adapters, answers and reference answer
 spending/                 the ledger of differential privacy over all runs
 cache/                    copies of rows: texts, pictures, tokens and pixels
 nvflare/  *.log           NVFlare's workspace, and logs
+identity.key              the site's long-lived key for secure aggregation
 """
 
 from __future__ import annotations

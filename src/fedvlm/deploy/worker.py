@@ -36,6 +36,7 @@ class Worker:
     def __init__(self, own: dict[str, Any]):
         self.own = own
         self.site: Any = None
+        self.blind: Any = None  # the part in secure sums, where the run has them
         self._models: list[str] = []  # the places of the models in the policy
         self._lock: Any = None
 
@@ -85,9 +86,13 @@ class Worker:
         if do == "adapter":
             about, tree = site.adapter_files()
             return {"peft": about}, save(tree)
+        if do == "blind" and self.blind:
+            return self.blind.step(asked)
         down = read(blob)
         if do == "train":
             began = time.perf_counter()
+            if self.blind:
+                self.blind.check(_round(asked), asked)
             done = site.train(_round(asked), down, _share(asked))
             took = time.perf_counter() - began
             step, exact = site.policy.score_step, site.policy.tell_rows and not site.private
@@ -98,6 +103,9 @@ class Worker:
                 logger.info("end of training, %.1f s", took)
             else:
                 logger.info("round %d: loss %.3f, %.1f s", done.round, done.loss, took)
+            if self.blind:
+                keys, _ = self.blind.begin(asked, blob, down, done)
+                return {**keys, "seconds": about["seconds"]}, b""
             return about, save(done.trees["upload"]) if done.trees["upload"] else b""
         if do == "score":
             kind = _kind(asked, "global", "personal", "end")
@@ -134,7 +142,9 @@ class Worker:
             lock.__enter__()
             try:
                 own = self.own["name"], config, self.own["data"], folder, policy
-                self.site = Site(*own, Path(self.own["state"]))
+                site = Site(*own, Path(self.own["state"]))
+                self.blind = self._part(site, run, config)
+                self.site = site
             except BaseException:
                 if new:  # a run that never began leaves no folder
                     shutil.rmtree(folder, ignore_errors=True)
@@ -154,6 +164,15 @@ class Worker:
             raise FedVLMError(f"this worker has opened run '{self.run}' and cannot open '{run}'")
         self.site.ledger.begin(run, limits.digest_of(configs.load(_settings(asked))))
         return self.site.described()
+
+    def _part(self, site: Any, run: str, config: Any) -> Any:
+        """The site's part in secure sums; None for a run without them."""
+        if not config.wire.secure:
+            return None
+        from fedvlm.deploy.blindsite import Part
+        from fedvlm.deploy.limits import digest_of
+
+        return Part(site, self.own["state"], run, digest_of(config))
 
 
 def _settings(asked: dict[str, Any]) -> dict[str, Any]:

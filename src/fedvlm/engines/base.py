@@ -9,6 +9,7 @@ from typing import Any, Literal, Protocol
 
 from fedvlm.algorithms.base import Algorithm, Visit
 from fedvlm.engines.stages import Stage
+from fedvlm.engines.summand import Summed
 from fedvlm.engines.wire import Reply, Task
 from fedvlm.tree import Tree
 
@@ -51,8 +52,14 @@ class Engine(Protocol):
     stages: tuple[Stage, ...]
     """The stages that uploads go through."""
 
-    def train(self, tasks: Sequence[Task]) -> Iterator[Reply]:
-        """Runs the algorithm's ``work`` for each task, and keeps the personal states."""
+    secure: bool
+    """Whether the engine makes a secure sum by itself where the run asks for one."""
+
+    def train(self, tasks: Sequence[Task]) -> Iterator[Reply | Summed]:
+        """Runs the algorithm's ``work`` for each task, and keeps the personal states.
+
+        With secure aggregation, the replies have no upload, and the sum follows them.
+        """
         ...
 
     def score(self, models: Models) -> dict[str, Scores]:

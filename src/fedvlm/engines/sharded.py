@@ -75,6 +75,8 @@ class Sharded:
         width: clients in a turn, which is one pass of every process.
     """
 
+    secure = False
+
     def __init__(self, engine: Shell, group: Group):
         self.engine = engine
         self.group = group

@@ -63,6 +63,7 @@ class Shell:
     """
 
     width = 1
+    secure = False
 
     def __init__(
         self,

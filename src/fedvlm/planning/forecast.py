@@ -20,7 +20,7 @@ from fedvlm.errors import FedVLMError
 from fedvlm.planning import footprint
 from fedvlm.planning.footprint import Exchange, Exchanges, Footprint
 from fedvlm.privacy.units import units_of
-from fedvlm.rounds import noisymean, robust
+from fedvlm.rounds import noisymean, robust, secure
 from fedvlm.rounds.budget import budget
 from fedvlm.rounds.prepare import divide, weights_of
 from fedvlm.rounds.schedule import plan
@@ -96,6 +96,7 @@ def forecast(config: Config) -> Forecast:
     algorithm = of_run(config)
     robust.check(config, algorithm, len(names) if names else None)
     noisymean.check(config, algorithm)
+    secure.check(config, algorithm, len(names) if names else None)
     rounds = list(plan(config, algorithm, names or (NOBODY.client,)))
     weights = weights_of(config, partition) if partition else dict.fromkeys(names or ("",), 1.0)
     visits = [visit for round_ in rounds for visit in round_.visits(weights).values()]

@@ -13,10 +13,11 @@ from fedvlm.algorithms.base import Algorithm, State, Visit, expected
 from fedvlm.algorithms.table import of_run
 from fedvlm.engines.base import Engine, Models, Scores
 from fedvlm.engines.group import Group, joined
+from fedvlm.engines.summand import Summed
 from fedvlm.engines.wire import Forms, Task
 from fedvlm.errors import ConfigError, FedVLMError, shown
 from fedvlm.privacy import accountant
-from fedvlm.rounds import noisymean, robust
+from fedvlm.rounds import noisymean, robust, secure
 from fedvlm.rounds.beginning import begin, described
 from fedvlm.rounds.budget import Budget, budget_of
 from fedvlm.rounds.fold import Fold
@@ -91,6 +92,7 @@ def run(
             )
             progress.partitioned(partition)
             robust.check(settings, engine.algorithm, len(partition.clients))
+            secure.check(settings, engine.algorithm, len(partition.clients))
             with store.locked():
                 begin(settings, store, described, resume)
                 draw_partition(partition, store.folder)
@@ -145,6 +147,7 @@ def check(settings: Config, algorithm: Algorithm) -> None:
         ConfigError: names the setting.
     """
     robust.check(settings, algorithm)
+    secure.check(settings, algorithm)
     noisymean.check(settings, algorithm)
     if settings.privacy.unit is not None:
         accountant.check_installed()
@@ -237,7 +240,9 @@ def drive(
     """
     algorithm, names = engine.algorithm, tuple(weights)
     robust.check(config, algorithm, len(names))
-    clients = scored(config, names)
+    secure.check(config, algorithm, len(names))
+    engine = secure.secured(engine, config, weights, algorithm.init(engine.adapter))
+    clients, voids = scored(config, names), secure.Voids()
     forms = Forms(algorithm, engine.adapter, engine.stages, config.wire.max_norm)
     if store.finished() is None:
         state = algorithm.init(engine.adapter)
@@ -255,13 +260,23 @@ def drive(
             rated = clients if round_.evaluate else ()
             noisy = budget.mean(algorithm, state, round_) if budget else None
             state, line = one_round(
-                round_, engine, weights, state, rated, progress, forms, config.aggregate, noisy
+                round_,
+                engine,
+                weights,
+                state,
+                rated,
+                progress,
+                forms,
+                config.aggregate,
+                noisy,
+                config.wire.secure,
             )
             if budget:
                 line["epsilon"] = round(budget.epsilon([*store.lines(), line]), 6)
             seconds = time.perf_counter() - began
             store.commit(round_.number, state, line, {"round": round_.number, "seconds": seconds})
             progress.round(line, seconds)
+            voids.after(line)
     draw_curves(store.folder, config, store.lines(), names)
     results = write_results(config, names, store, engine)
     progress.finished(results)
@@ -278,8 +293,11 @@ def one_round(
     forms: Forms,
     aggregate: AggregateConfig | None = None,
     noisy: NoisyMean | None = None,
+    summed: bool = False,
 ) -> tuple[State, dict[str, Any]]:
     """One round: downloads, local training, aggregation, and the scores of ``clients``.
+
+    With ``summed``, the engine gives one secure sum instead of uploads.
 
     Returns:
         The server's next state, and the round's line of metrics.
@@ -287,11 +305,14 @@ def one_round(
     rated, visits = frozenset(clients), round_.visits(weights)
     down = {c: engine.algorithm.send(state, visit) for c, visit in visits.items()}
     tasks = [Task(visit, down[c], c in rated) for c, visit in visits.items()]
-    fold = Fold(visits, down, forms, aggregate, noisy)
+    single = Fold(visits, down, forms, aggregate, noisy)
+    fold = secure.SumFold(engine) if summed else single
 
     def ends() -> Iterator[tuple[Visit, Tree]]:
         for reply in engine.train(tasks):
             counts = fold.add(reply)
+            if isinstance(reply, Summed):
+                continue
             if reply.loss is not None:
                 progress.trained(reply.client, reply.loss)
             if counts and reply.client in rated:
@@ -310,10 +331,8 @@ def one_round(
         "passes": fold.passes,
         "evaluation": None,
     }
-    line |= {"rejected": fold.rejected} if fold.rejected else {}
-    line |= {"bounded": fold.bounded} if fold.bounded else {}
-    answered = fold.losses.keys() | fold.rejected.keys()
-    if missing := [c for c in round_.cohort if c not in answered]:
+    line |= fold.told
+    if missing := [c for c in round_.cohort if c not in fold.answered]:
         line["missing"] = missing
     if clients:
         idle = [c for c in clients if c not in before]

@@ -8,6 +8,7 @@ from dataclasses import replace
 from typing import Any
 
 from fedvlm.algorithms.base import Averaged, Gathered, State, Upload, Visit
+from fedvlm.engines.summand import Summed
 from fedvlm.engines.wire import Forms, Reply
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds.noisymean import NoisyMean
@@ -58,8 +59,9 @@ class Fold:
         self._mean = Trimmed(settings.trim) if settings.kind == "trimmed" else noisy or Mean()
         self._uploads: list[Upload] = []
 
-    def add(self, reply: Reply) -> bool:
+    def add(self, reply: Reply | Summed) -> bool:
         """Adds the reply of a client; returns whether the upload is accepted."""
+        assert isinstance(reply, Reply), "a sum needs a SumFold"
         client, visit = reply.client, self.known[reply.client]
         self.bytes_up[client] = saved_bytes(reply.upload)
         try:
@@ -78,6 +80,17 @@ class Fold:
         if reply.passes or reply.steps:
             self.steps[client], self.passes[client] = reply.steps, reply.passes
         return True
+
+    @property
+    def answered(self) -> set[str]:
+        """The clients that have sent a reply, accepted or not."""
+        return self.losses.keys() | self.rejected.keys()
+
+    @property
+    def told(self) -> dict[str, object]:
+        """The part of the round's line of metrics about rejected and shrunk uploads."""
+        found: dict[str, object] = {"rejected": self.rejected} if self.rejected else {}
+        return found | ({"bounded": self.bounded} if self.bounded else {})
 
     def _take(self, upload: Upload) -> None:
         if isinstance(self.server, Averaged):
@@ -103,11 +116,11 @@ class Fold:
         else:
             mean = self._mean
             changes = self.server.update(state, mean.tree(), round_) if mean.total else {}
-        _check_changes(changes, state)
+        check_changes(changes, state)
         return {**state, **changes}
 
 
-def _check_changes(changes: Any, state: State) -> None:
+def check_changes(changes: Any, state: State) -> None:
     """Refuses what an algorithm's server returns, before it is the next state.
 
     Raises:

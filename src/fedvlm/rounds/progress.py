@@ -30,7 +30,7 @@ class Progress:
         """``done`` of ``rows`` rows are checked, where they are not encoded ahead."""
 
     def trained(self, client: str, loss: float) -> None:
-        """A client finished its part of the round."""
+        """A client finished its part of the round; the loss is NaN where it is not told."""
 
     def round(self, line: dict[str, Any], seconds: float) -> None:
         """A round was committed; ``line`` is its metrics line."""

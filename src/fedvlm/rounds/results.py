@@ -236,7 +236,8 @@ def tabulate(
             if scores.get("examples", FEW_ROWS) < FEW_ROWS
         },
         "bytes": {
-            way: {"per_client_round": sum(n) / len(n), "total": sum(n)} for way, n in sent.items()
+            way: {"per_client_round": sum(n) / max(1, len(n)), "total": sum(n)}
+            for way, n in sent.items()
         },
         **{
             key: sum(sum(line.get(key, {}).values()) for line in trained)

@@ -102,6 +102,11 @@ class LoraConfig(Section):
         "or a regular expression over module names",
     )
 
+    @property
+    def spared(self) -> int:
+        """The number of spare ranks, for an algorithm that has them."""
+        return 4 * self.rank if self.spare is None else self.spare
+
     @field_validator("target")
     @classmethod
     def _target_can_be_read(cls, target: str) -> str:

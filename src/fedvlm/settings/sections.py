@@ -14,7 +14,7 @@ from pydantic import Field, SerializeAsAny, field_validator, model_validator
 from fedvlm.errors import shown
 from fedvlm.settings.aggregate import AggregateConfig
 from fedvlm.settings.method import AlgorithmConfig as AlgorithmConfig
-from fedvlm.settings.method import Filled, Fraction, Positive, Section, Whole
+from fedvlm.settings.method import Filled, Fraction, Positive, Ratio, Section, Whole
 from fedvlm.settings.method import LoraConfig as LoraConfig
 from fedvlm.settings.pictures import Formats, Window
 from fedvlm.settings.privacy import PrivacyConfig
@@ -223,7 +223,7 @@ class ObjectiveConfig(Section):
 
 
 class WireConfig(Section):
-    """The compression of uploads, and the server's limit on them."""
+    """The compression of uploads, the server's limit on them, and secure aggregation."""
 
     compress: Literal["none", "bf16", "int8", "topk"] = Field(
         "none", description="compression of uploads; int8 and topk send the rest in later rounds"
@@ -234,6 +234,26 @@ class WireConfig(Section):
     max_norm: Annotated[float, Field(gt=0)] | None = Field(
         None, description="largest norm of an upload's change, else it is rejected; empty: any"
     )
+    secure: bool = Field(
+        False, description="secure aggregation: the server gets the sum of the uploads, and no more"
+    )
+    bound: Ratio = Field(
+        4.0, description="secure: largest weighted change of a number, else the site gives up"
+    )
+
+    @model_validator(mode="after")
+    def _settings_of_a_sum_have_a_meaning(self) -> WireConfig:
+        if self.secure and self.compress != "none":
+            raise ValueError(
+                f"secure needs compress=none (got {self.compress}): a masked upload has 32 random "
+                "bits a number, which nothing can compress"
+            )
+        if not self.secure and self.bound != 4.0:
+            raise ValueError(
+                f"bound={self.bound:g} has no meaning without secure aggregation: leave it out, or "
+                "set secure=true"
+            )
+        return self
 
     @model_validator(mode="after")
     def _share_has_a_meaning(self) -> WireConfig:
@@ -306,6 +326,25 @@ class Config(Section):
     aggregate: AggregateConfig = AggregateConfig()
     eval: EvalConfig = EvalConfig()
     engine: EngineConfig = EngineConfig()
+
+    @model_validator(mode="before")
+    @classmethod
+    def _a_sum_has_a_plain_mean(cls, given: Any) -> Any:
+        """Secure aggregation has ``aggregate.kind=mean``, unless another kind is asked for."""
+        wire, how = (given.get(name) for name in ("wire", "aggregate"))
+        secure = wire.get("secure") if isinstance(wire, Mapping) else getattr(wire, "secure", False)
+        if secure in (True, "true") and (how is None or isinstance(how, dict)):
+            return {**given, "aggregate": {"kind": "mean", **(how or {})}}
+        return given
+
+    @model_validator(mode="after")
+    def _a_sum_is_not_made_robust(self) -> Config:
+        if self.wire.secure and self.aggregate.kind != "mean":
+            raise ValueError(
+                f"aggregate.kind={self.aggregate.kind} compares single uploads, and wire.secure "
+                "shows the server their sum only: set aggregate.kind=mean, or wire.secure=false"
+            )
+        return self
 
     @model_validator(mode="after")
     def _fractions_leave_rows(self) -> Config:

@@ -15,7 +15,9 @@ from fedvlm import config as configs
 from fedvlm.deploy.nvflare import admitting, joining
 from fedvlm.deploy.nvflare.federation import Federation
 from fedvlm.deploy.nvflare.project import Project, Server, provision
+from fedvlm.deploy.peers import identity
 from fedvlm.deploy.remote import Limits
+from fedvlm.documents import write_yaml
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds.results import Results
 
@@ -29,19 +31,26 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def demo(folder: Path, overrides: list[str], tell: Callable[[dict[str, Any]], None]) -> Results:
+def demo(
+    folder: Path,
+    overrides: list[str],
+    tell: Callable[[dict[str, Any]], None],
+    secure: bool = False,
+) -> Results:
     """Provisions a federation, starts its processes, runs, and ends the processes.
 
     Args:
         folder: gets all files. The run is in its subfolder ``run``.
         overrides: settings that replace those of the demo.
         tell: receives the events.
+        secure: whether the sites require secure aggregation, and pin one another's keys.
     """
     folder = folder.absolute()
     if folder.exists() and any(folder.iterdir()):
         raise FedVLMError(f"'{folder}' is not empty; choose another folder with --to DIR")
     rows(folder / "data")
     path = folder / "data" / "all.parquet"
+    overrides = [*(["wire.secure=true"] if secure else []), *overrides]
     settings = configs.load(SETTINGS, *overrides, f"output={folder / 'run'}", f"data.path={path}")
     kits = provision(loopback(SITES, "demo"), folder / "federation")
     with Started(folder) as started:
@@ -50,10 +59,26 @@ def demo(folder: Path, overrides: list[str], tell: Callable[[dict[str, Any]], No
             data = str(folder / "data" / f"{name}.parquet")
             state = folder / "sites" / name
             enrol(kits[name], state)
-            started.start(name, "site", "start", "--data", data, "--state", str(state))
+            words = ["--policy", str(pinned(folder / "sites", SITES))] if secure else []
+            started.start(name, "site", "start", "--data", data, "--state", str(state), *words)
         limits = Limits(min_sites=len(SITES), open_s=120, train_s=120, score_s=120)
         federation = Federation(folder / "federation")
         return federation.run(settings, limits=limits, wait=180, tell=tell)
+
+
+def pinned(sites: Path, names: Sequence[str], **policy: Any) -> Path:
+    """Writes the policy of sites that require secure aggregation, with all their fingerprints.
+
+    Args:
+        sites: folder with the state of each site.
+        names: the names of the sites.
+        **policy: other settings of the policy.
+    """
+    path = sites / "policy.yaml"
+    marks = {name: identity(sites / name, name).fingerprint for name in names}
+    tree = {"secure_required": True, "peers": marks, **policy}
+    path.write_text(write_yaml(tree))
+    return path
 
 
 def enrol(invitation: Path, state: Path) -> None:

@@ -23,7 +23,7 @@ from fedvlm.deploy.nvflare.server import RENEW, SITES
 from fedvlm.deploy.remote import Limits, as_sent
 from fedvlm.deploy.signature import sign
 from fedvlm.errors import ConfigError, FedVLMError
-from fedvlm.rounds import robust
+from fedvlm.rounds import robust, secure
 from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
 from fedvlm.store import files
@@ -146,6 +146,7 @@ class Federation:
         config = config.model_copy(update={"output": str(Path(config.output).absolute())})
         check(config, resume)
         robust.check(config, of_run(config), len(self.project.sites))
+        secure.check(config, of_run(config), len(self.project.sites))
         if stores.is_done(config.output):
             return Results.read(config.output)
         with self.session() as session:

@@ -18,7 +18,8 @@ from fedvlm.deploy.calls import Late, asking, settle
 from fedvlm.deploy.frames import NoMessage, parsed
 from fedvlm.deploy.nvflare.processes import MARK
 from fedvlm.deploy.nvflare.signing import Signer
-from fedvlm.deploy.remote import Gone, Limits, Remote, Unanswered
+from fedvlm.deploy.remote import Limits, Remote
+from fedvlm.deploy.unanswered import Gone, Unanswered
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Progress

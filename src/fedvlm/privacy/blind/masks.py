@@ -1,0 +1,49 @@
+"""Masks from keys: streams of random numbers, and keys that two sites agree on."""
+
+from __future__ import annotations
+
+import numpy as np
+from cryptography.hazmat.primitives import hashes
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.kdf.hkdf import HKDF
+
+from fedvlm.privacy.blind.messages import canonical
+
+MASK, SHARES = "fedvlm blind mask 1", "fedvlm blind shares 1"
+"""The purposes of agreed keys."""
+
+
+def stream(key: bytes, count: int) -> np.ndarray:
+    """``count`` random numbers, uint32, from a key of 32 bytes: the key stream of ChaCha20."""
+    cipher = Cipher(algorithms.ChaCha20(key, bytes(16)), None).encryptor()
+    return np.frombuffer(cipher.update(bytes(4 * count)), "<u4")
+
+
+def agreed(
+    own: X25519PrivateKey, peer: bytes, purpose: str, context: bytes, names: tuple[str, str]
+) -> bytes:
+    """The key of 32 bytes that two sites agree on.
+
+    Args:
+        own: the secret key of one site.
+        peer: the public key of the other site.
+        purpose: :data:`MASK` or :data:`SHARES`.
+        context: the digest of the round, see :class:`fedvlm.privacy.blind.messages.Context`.
+        names: the names of the sites, in the same order at both.
+
+    Raises:
+        ValueError: the public key is none.
+    """
+    shared = own.exchange(X25519PublicKey.from_public_bytes(peer))
+    info = canonical([purpose, *names])
+    return HKDF(hashes.SHA256(), 32, salt=context, info=info).derive(shared)
+
+
+def pairwise(
+    own: X25519PrivateKey, peer: bytes, context: bytes, name: str, other: str, count: int
+) -> np.ndarray:
+    """The mask that site ``name`` adds for site ``other``; theirs is its negative modulo 2^32."""
+    low, high = sorted((name, other))
+    mask = stream(agreed(own, peer, MASK, context, (low, high)), count)
+    return mask if name == low else np.negative(mask)
