@@ -2,12 +2,13 @@
 
 import numpy as np
 import pytest
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedvlm.privacy.blind import shamir
 from fedvlm.privacy.blind.client import MASKED, OPENED
 from fedvlm.privacy.blind.encoding import HEAD, Encoding, Overflow
 from fedvlm.privacy.blind.identity import Identity, plain
-from fedvlm.privacy.blind.masks import stream
+from fedvlm.privacy.blind.masks import MASK, SHARES, agreed, stream
 from fedvlm.privacy.blind.messages import Void, Withheld, threshold
 from veiled import BOUND, CONTEXT, STEPS, Veiled, other
 
@@ -400,6 +401,21 @@ def test_two_uploads_of_the_same_values_share_no_bytes():
     first.run(), second.run()
     one, two = (np.frombuffer(r.blobs["site-0"], np.uint32) for r in (first, second))
     assert (one == two).mean() < 0.05
+
+
+def test_two_sites_agree_on_a_key_that_depends_on_round_purpose_and_names():
+    one, two = X25519PrivateKey.generate(), X25519PrivateKey.generate()
+    mine, theirs = (key.public_key().public_bytes_raw() for key in (one, two))
+    known = agreed(one, theirs, MASK, CONTEXT.digest, ("a", "b"))
+    assert agreed(two, mine, MASK, CONTEXT.digest, ("a", "b")) == known
+    others = [
+        agreed(one, theirs, MASK, other(download="e" * 32).digest, ("a", "b")),
+        agreed(one, theirs, SHARES, CONTEXT.digest, ("a", "b")),
+        agreed(one, theirs, MASK, CONTEXT.digest, ("a", "c")),
+    ]
+    assert known not in others
+    with pytest.raises(ValueError):
+        agreed(one, bytes(32), MASK, CONTEXT.digest, ("a", "b"))
 
 
 def test_streams_of_different_keys_differ():
