@@ -176,10 +176,18 @@ def test_more_steps_than_were_charged_stay_at_the_site(data, tmp_path):
     site = Site("s", asked, str(data / "site-0.parquet"), tmp_path / "runs" / "r", policy)
     site.account.steps[1] -= 1
     down = site.algorithm.send(site.algorithm.init(site.engine.adapter), NOBODY)
+    plain, known = site.engine.train, []
+
+    def train(tasks):
+        known.extend(charges(tmp_path))
+        return plain(tasks)
+
+    site.engine.train = train
     with pytest.raises(FedVLMError, match="round 1 trained 2 steps, and 1 were planned and charg"):
         site.train(1, down)
     assert site.store.rounds() == [], "neither sent nor kept"
     assert [c.spend.steps for c in charges(tmp_path)] == [1]
+    assert known == charges(tmp_path), "the charge is written before the first step"
 
 
 def opened(call, run, *settings, site="site-0"):
