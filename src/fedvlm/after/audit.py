@@ -1,9 +1,9 @@
 """audit(): how much a run's models reveal of its canaries.
 
 The attacker of :mod:`fedvlm.privacy.audit` knows all canaries, the base model, and one of three
-views: the last upload of each client, the global model, or the personal models. The score of a
-canary is its loss on the base model minus its loss on the model of the view. A loss is the negative
-log-likelihood of the answer in nats (SFT), or the loss of the pair (DPO).
+views: the last upload of each client, the global model, or the personal models. It scores a canary
+by its losses on the base model and on the model of the view. A loss is the negative log-likelihood
+of the wrong answer in nats (SFT), or the loss of the swapped pair (DPO).
 """
 
 from __future__ import annotations
@@ -95,7 +95,7 @@ def audit(folder: str | Path, *overrides: str, algorithm: Algorithm | None = Non
     settings, delta, views = run.config.privacy, run.config.privacy.delta or 0.0, {}
     for view, own in losses.items():
         if own:
-            scores = [base[at] - loss for at, loss in own.items()]
+            scores = statistics.scores([base[at] for at in own], list(own.values()))
             views[view] = statistics.find(scores, [found[at].trained for at in own], delta)
     result = Audit(run.folder, settings.unit, settings.epsilon, delta, views)
     sealed.write(run.folder / FILE, _record(result, found, {"base": base, **losses}))

@@ -67,7 +67,7 @@ class Finding:
 
 
 def find(
-    scores: Sequence[float], trained: Sequence[bool], delta: float = 0.0, level: float = CONFIDENCE
+    scores: Sequence[float] | np.ndarray, trained: Sequence[bool], delta: float = 0.0, level: float = CONFIDENCE
 ) -> Finding:
     """Audits one view.
 
@@ -96,6 +96,25 @@ def find(
     best = max(tried, key=lambda one: (one.epsilon, one.guesses))
     rates = area(found, inside), found_at(found, inside)
     return Finding(len(found), int(inside.sum()), best, tuple(tried), *rates)
+
+
+def scores(base: Sequence[float], losses: Sequence[float]) -> np.ndarray:
+    """The attacker's scores: the loss that the base model leads to expect, minus the loss.
+
+    The expected loss is the least-squares line through all canaries' losses, in and out: it needs
+    no coin. Where training changes little, the line is nearly the base model's loss, and the score
+    is the fall of the loss. Where a model has learnt its rows by heart, the base model's loss says
+    little, and the line is flat.
+
+    Args:
+        base: the canaries' losses on the base model.
+        losses: their losses on the view.
+    """
+    before, after = np.asarray(base, float), np.asarray(losses, float)
+    centred = before - before.mean()
+    spread = float(centred @ centred)
+    slope = float(centred @ after) / spread if spread else 0.0
+    return after.mean() + slope * centred - after
 
 
 def lower_bound(
