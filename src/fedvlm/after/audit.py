@@ -1,14 +1,16 @@
-"""audit(): how much a run's models reveal of its canaries.
+"""audit(): how much a run's models reveal of its canaries, to an attacker with one of three views.
 
-The attacker of :mod:`fedvlm.privacy.audit` knows all canaries, the base model, and one of three
-views: the last upload of each client, the global model, or the personal models. It scores a canary
-by its losses on the base model and on the model of the view. A loss is the negative log-likelihood
-of the wrong answer in nats (SFT), or the loss of the swapped pair (DPO).
+- ``upload``: the last upload of each client, as an honest but curious server sees it.
+- ``global``: the shared model.
+- ``personal``: the model that each client has.
+
+:mod:`fedvlm.after.attacks` scores the canaries, :mod:`fedvlm.privacy.audit` judges the scores.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,7 +18,6 @@ from typing import TYPE_CHECKING, Any
 from fedvlm.after.opened import open_run
 from fedvlm.algorithms.base import NOBODY, Algorithm
 from fedvlm.errors import FedVLMError
-from fedvlm.models import lora
 from fedvlm.privacy import audit as statistics
 from fedvlm.privacy import canaries
 from fedvlm.privacy.audit import Finding
@@ -26,9 +27,10 @@ from fedvlm.rounds.beginning import check_same, described
 from fedvlm.rounds.prepare import prepare
 from fedvlm.rounds.results import global_models, personal_models
 from fedvlm.rounds.schedule import standing
+from fedvlm.settings.privacy import PrivacyConfig
 from fedvlm.settings.sections import Config
 from fedvlm.store import files, sealed
-from fedvlm.store.run import Store
+from fedvlm.store.run import CONFIG, Store
 from fedvlm.tree import Tree
 from fedvlm.version import __version__
 
@@ -40,31 +42,42 @@ VIEWS = ("upload", "global", "personal")
 
 
 @dataclass(frozen=True)
+class Claim:
+    """The guarantee of a run for one canary in one view."""
+
+    epsilon: float
+    delta: float
+
+
+@dataclass(frozen=True)
 class Audit:
     """The audit of a run.
 
     Attributes:
         folder: the run's folder.
         unit: ``privacy.unit`` of the run; None without differential privacy.
-        epsilon: ``privacy.epsilon`` of the run.
-        delta: ``privacy.delta``; 0 without differential privacy.
-        views: view -> the finding. A view is missing where the run has no such models.
+        claims: view -> the guarantee of the run; views without a guarantee are missing.
+        views: view -> attack -> the finding. A view is missing where the run has no such models.
     """
 
     folder: Path
     unit: str | None
-    epsilon: float | None
-    delta: float
-    views: dict[str, Finding]
+    claims: dict[str, Claim]
+    views: dict[str, dict[str, Finding]]
+
+    @property
+    def bounds(self) -> dict[str, float]:
+        """View -> the lower bound of epsilon at 95 %, the larger one of the two attacks."""
+        return {
+            view: max(found.best.epsilon for found in attacks.values())
+            for view, attacks in self.views.items()
+        }
 
     @property
     def broken(self) -> tuple[str, ...]:
-        """The views whose lower bound is above the run's epsilon."""
-        return tuple(
-            view
-            for view, found in self.views.items()
-            if self.epsilon is not None and found.best.epsilon > self.epsilon
-        )
+        """The views whose bound is above the guarantee."""
+        known = self.claims
+        return tuple(v for v, low in self.bounds.items() if v in known and low > known[v].epsilon)
 
 
 def audit(folder: str | Path, *overrides: str, algorithm: Algorithm | None = None) -> Audit:
@@ -79,27 +92,48 @@ def audit(folder: str | Path, *overrides: str, algorithm: Algorithm | None = Non
         FedVLMError: the folder holds no finished run, the run has no canaries, or its data or its
             model have changed.
     """
+    from fedvlm.after.attacks import Attackers
+
     run = open_run(folder, *overrides, algorithm=algorithm)
     if not (run.folder / canaries.FILE).exists():
         raise FedVLMError(
-            f"the run in '{folder}' has no canaries. Train once more with them, in another folder: "
-            f"fedvlm run {run.folder / 'config.yaml'} privacy.canaries=500 output=DIR; then "
-            "fedvlm audit DIR"
+            f"the run in '{folder}' has no canaries to audit. Train once more with them: fedvlm "
+            f"run {run.folder / CONFIG} privacy.canaries=500 output=DIR; then: fedvlm audit DIR"
         )
     sent = {n: d for n, d in run.results.files.items() if n.startswith(f"{seen.FOLDER}/")}
     sealed.check(run.folder, sent)
     engine, found = _prepared(run.config, run.folder, algorithm)
-    everyone = range(len(found))
-    base = _losses(engine, found, [(everyone, engine.adapter)])
-    losses = {view: _losses(engine, found, _models(view, engine, found)) for view in VIEWS}
-    settings, delta, views = run.config.privacy, run.config.privacy.delta or 0.0, {}
-    for view, own in losses.items():
-        if own:
-            scores = statistics.scores([base[at] for at in own], list(own.values()))
-            views[view] = statistics.find(scores, [found[at].trained for at in own], delta)
-    result = Audit(run.folder, settings.unit, settings.epsilon, delta, views)
-    sealed.write(run.folder / FILE, _record(result, found, {"base": base, **losses}))
+    attackers, trained = Attackers(engine, found), [one.trained for one in found]
+    claims, views = claims_of(run.config.privacy), {}
+    scores = {view: attackers.scores(_models(view, engine, found)) for view in VIEWS}
+    for view, attacks in scores.items():
+        delta = claims[view].delta if view in claims else 0.0
+        level = 1 - (1 - statistics.CONFIDENCE) / len(attacks)  # the larger bound still holds
+        views[view] = {
+            attack: statistics.find(list(own.values()), [trained[at] for at in own], delta, level)
+            for attack, own in attacks.items()
+            if own
+        }
+    whole = {view: attacks for view, attacks in views.items() if attacks}
+    result = Audit(run.folder, run.config.privacy.unit, claims, whole)
+    sealed.write(run.folder / FILE, _record(result, found, scores))
     return result
+
+
+def claims_of(settings: PrivacyConfig) -> dict[str, Claim]:
+    """View -> the guarantee for one canary, which is in or out of training.
+
+    With ``unit=client``, a canary is one row of a client. In or out, its client's change is another
+    one: a client is removed and another one is added. Only what the server sends has noise then.
+    """
+    if settings.unit is None:
+        return {}
+    assert settings.epsilon is not None
+    assert settings.delta is not None
+    if settings.unit == "client":
+        delta = settings.delta * (1 + math.exp(settings.epsilon))
+        return {"global": Claim(2 * settings.epsilon, min(1.0, delta))}
+    return dict.fromkeys(VIEWS, Claim(settings.epsilon, settings.delta))
 
 
 def _prepared(
@@ -138,46 +172,27 @@ def _models(
         yield range(len(found)), tree
 
 
-def _losses(
-    engine: Shell, found: Sequence[Canary], models: Iterable[tuple[Sequence[int], Tree]]
-) -> dict[int, float]:
-    """Position of a canary -> the sum of its rows' losses on its model."""
-    import torch
-
-    losses: dict[int, float] = {}
-    size = engine.config.eval.batch_size
-    params = lora.handles(engine.model)
-    engine.model.eval()
-    for positions, tree in models:
-        lora.write(params, tree)
-        owners = [(at, row) for at in positions for row in found[at].rows]
-        for start in range(0, len(owners), size):
-            part = owners[start : start + size]
-            batch = engine.collator.training([row for _, row in part])
-            with torch.no_grad():
-                terms = engine.objective.terms(engine.model, batch)
-            for (at, _), loss in zip(part, terms.loss.tolist(), strict=True):
-                losses[at] = losses.get(at, 0.0) + loss
-    return losses
-
-
 def _record(
-    result: Audit, found: Sequence[Canary], losses: Mapping[str, Mapping[int, float]]
+    result: Audit, found: Sequence[Canary], scores: Mapping[str, Mapping[str, Mapping[int, float]]]
 ) -> dict[str, Any]:
-    """The content of ``audit.json``: the findings, and all numbers that they follow from."""
-    told = asdict(result)
-    del told["folder"]
+    """The content of ``audit.json``: the findings, and the coins and scores behind them."""
     return {
         "version": __version__,
-        **told,
         "level": statistics.CONFIDENCE,
         "shares": statistics.SHARES,
+        "unit": result.unit,
+        "claims": {view: asdict(claim) for view, claim in result.claims.items()},
+        "bounds": result.bounds,
+        "views": {v: {a: asdict(f) for a, f in own.items()} for v, own in result.views.items()},
         "canaries": [
             {
                 "client": one.client,
                 "numbers": one.numbers,
                 "trained": one.trained,
-                "loss": {view: own[at] for view, own in losses.items() if at in own},
+                "scores": {
+                    view: {attack: own[at] for attack, own in attacks.items() if at in own}
+                    for view, attacks in scores.items()
+                },
             }
             for at, one in enumerate(found)
         ],

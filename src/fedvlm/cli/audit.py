@@ -9,11 +9,11 @@ import typer
 if TYPE_CHECKING:
     from fedvlm.after.audit import Audit
 
-ABOUT = {
-    "upload": "what a curious server sees of a client",
-    "global": "the shared model",
-    "personal": "what a client keeps",
-}
+READING = (
+    "upload: what a curious server sees of a client; global: the shared model; personal: what a "
+    "client has. The bound of a view is the larger one of its two",
+    "a low bound is no proof: a better attack may find more",
+)
 
 
 def audit(
@@ -31,7 +31,7 @@ def audit(
 ) -> None:
     """Measure how much a run's models reveal of its canaries.
 
-    The run needs privacy.canaries=N. Exits with 1 if a bound is above the run's epsilon.
+    The run needs privacy.canaries=N. Exits with 1 if a bound is above the run's guarantee.
     """
     from fedvlm.after.audit import audit as measured
 
@@ -42,35 +42,48 @@ def audit(
 
 
 def print_audit(found: Audit) -> None:
-    """Prints a row for each view, and how to read the numbers."""
+    """Prints a row for each view and attack, and how to read the numbers."""
     from rich.table import Table
 
     from fedvlm.cli.tables import console_for_tables
 
     console = console_for_tables()
     table = Table(title="lower bounds of epsilon at 95 %, from one run")
-    for head in ("view", "canaries", "guesses", "right", "epsilon >=", "AUC", "TPR at 1 % FPR"):
-        table.add_column(head, justify="left" if head == "view" else "right")
-    for view, one in found.views.items():
-        numbers = (str(one.canaries), str(one.best.guesses), str(one.best.right))
-        shares = (f"{one.auc:.3f}", f"{100 * one.tpr:.1f} %")
-        table.add_row(view, *numbers, f"{one.best.epsilon:.2f}", *shares)
+    heads = (
+        "view",
+        "attack",
+        "canaries",
+        "guesses",
+        "right",
+        "epsilon >=",
+        "AUC",
+        "TPR at 1 % FPR",
+    )
+    for head in heads:
+        table.add_column(head, justify="left" if head in ("view", "attack") else "right")
+    for view, attacks in found.views.items():
+        for attack, one in attacks.items():
+            numbers = (one.canaries, one.best.guesses, one.best.right)
+            bound, auc, tpr = f"{one.best.epsilon:.2f}", f"{one.auc:.3f}", f"{100 * one.tpr:.1f} %"
+            table.add_row(view, attack, *map(str, numbers), bound, auc, tpr)
+        table.add_section()
     console.print(table)
-    lines = [f"{view}: {ABOUT[view]}" for view in found.views]
-    lines += ["A low bound is no proof of privacy: a better attack may find more", *verdict(found)]
+    lines = [*READING, *verdict(found), f"written to {found.folder / 'audit.json'}"]
     console.print("\n".join(lines), highlight=False, markup=False)
-    console.print(f"written to {found.folder / 'audit.json'}", highlight=False, markup=False)
 
 
 def verdict(found: Audit) -> list[str]:
-    """The sentences that compare the bounds with the run's epsilon."""
-    if found.epsilon is None:
-        return ["The run claims no differential privacy (privacy.unit)"]
-    claim = f"the run's epsilon, {found.epsilon:g} (privacy.unit={found.unit})"
-    if not found.broken:
-        return [f"No bound is above {claim}"]
-    return [
-        f"The guarantee is broken: the bound of the {view} model, "
-        f"{found.views[view].best.epsilon:.2f}, is above {claim}"
-        for view in found.broken
-    ]
+    """The sentences that compare the bounds with the guarantee of the run."""
+    if not found.claims:
+        return ["the run claims no differential privacy (privacy.unit is empty)"]
+    lines = []
+    for view, bound in found.bounds.items():
+        if view not in found.claims:
+            lines.append(f"{view}: no guarantee, with privacy.unit={found.unit}")
+            continue
+        claim = f"the guarantee, epsilon {found.claims[view].epsilon:g}"
+        if view in found.broken:
+            lines.append(f"{view}: BROKEN: the bound {bound:.2f} is above {claim}")
+        else:
+            lines.append(f"{view}: the bound {bound:.2f} does not contradict {claim}")
+    return lines

@@ -67,7 +67,10 @@ class Finding:
 
 
 def find(
-    scores: Sequence[float] | np.ndarray, trained: Sequence[bool], delta: float = 0.0, level: float = CONFIDENCE
+    scores: Sequence[float] | np.ndarray,
+    trained: Sequence[bool],
+    delta: float = 0.0,
+    level: float = CONFIDENCE,
 ) -> Finding:
     """Audits one view.
 

@@ -186,7 +186,7 @@ def warning(canaries: Sequence[Canary]) -> str:
     """The sentence for whoever starts a run with canaries."""
     inside = sum(one.trained for one in canaries)
     return (
-        f"privacy.canaries={len(canaries)}: this run is an experiment for 'fedvlm audit'. It trains "
-        f"on {inside} canaries, which have wrong answers, and leaves out the other "
+        f"privacy.canaries={len(canaries)}: this run is an experiment for 'fedvlm audit'. It "
+        f"trains on {inside} canaries, which have wrong answers, and leaves out the other "
         f"{len(canaries) - inside}"
     )

@@ -12,7 +12,6 @@ from fedvlm.engines.stages import opened
 from fedvlm.engines.wire import Reply, Task
 from fedvlm.privacy import canaries
 from fedvlm.store import files
-from fedvlm.tree import Tree
 
 FOLDER = "uploads"
 
