@@ -52,12 +52,14 @@ class Attackers:
         lora.write(self.params, engine.adapter)
         for name, p in self.params.items():
             p.requires_grad_(name in self._names)
-        self._gradients = torch.stack([self._direction(one.rows) for one in found])
-        self._ordinary = self._sums()
+        own = [self._direction(one.rows) for one in found]
+        self._atoms = torch.stack(own + self._sums())  # [canaries and clients, floats]
 
     def scores(self, models: Models) -> dict[str, dict[int, float]]:
-        """Attack -> position of a canary -> its score."""
+        """Attack -> position of a canary -> its score; empty for a view without models."""
         models = list(models)
+        if not models:
+            return {}
         after = self.losses(models)
         before = [self.base[at] for at in after]
         loss = by_loss(before, list(after.values()))
@@ -95,15 +97,16 @@ class Attackers:
         norm = torch.linalg.vector_norm(whole)
         return whole / norm if norm.isfinite() and norm else torch.zeros_like(whole)
 
-    def _sums(self) -> dict[str, Tensor]:
-        """Client -> the sum of the directions of its ordinary rows, or of some of them."""
+    def _sums(self) -> list[Tensor]:
+        """For each client, the sum of the directions of its ordinary rows, or of some of them."""
         planted = {row for one in self.found for row in one.rows}
-        splits = {c: self.engine.partition.splits[c] for c in {one.client for one in self.found}}
-        most = max(1, ORDINARY // len(splits))
-        sums = {}
-        for client, split in splits.items():
-            rows = [int(row) for row in split.train if int(row) not in planted][:most]
-            sums[client] = sum((self._direction([row]) for row in rows), torch.zeros(()))
+        clients = dict.fromkeys(one.client for one in self.found)
+        most, sums = max(1, ORDINARY // len(clients)), []
+        for client in clients:
+            train = self.engine.partition.splits[client].train.tolist()
+            rows = [row for row in train if row not in planted][:most]
+            whole = torch.stack([self._direction([row]) for row in rows]).sum(0)
+            sums.append(whole / torch.linalg.vector_norm(whole).clamp(min=1e-30))
         return sums
 
     def _multiples(self, models: Models) -> dict[int, float]:
@@ -112,17 +115,14 @@ class Attackers:
         The multiples of a client's canaries are scaled to a mean square of 1, because clients with
         other numbers of rows make other steps.
         """
+        initial, atoms = self.engine.adapter, self._atoms
+        gram = (atoms @ atoms.T).double()
+        gram.diagonal().add_(RIDGE)
         found: dict[int, float] = {}
         for positions, tree in models:
-            initial = self.engine.adapter
             moved = torch.cat([(initial[n] - tree[n]).flatten().float() for n in self._names])
-            clients = dict.fromkeys(self.found[at].client for at in positions)
-            sums = torch.stack([self._ordinary[c].expand_as(moved) for c in clients])
-            atoms = torch.cat([self._gradients[list(positions)], unit(sums)])
-            gram = (atoms @ atoms.T).double()
-            gram.diagonal().add_(RIDGE)
-            solved = torch.linalg.solve(gram, (atoms @ moved).double())
-            found |= dict(zip(positions, solved[: len(positions)].tolist(), strict=True))
+            solved = torch.linalg.solve(gram, (atoms @ moved).double()).tolist()
+            found |= {at: solved[at] for at in positions}
         return scaled(found, self.found)
 
 
@@ -138,11 +138,6 @@ def chosen(adapter: Tree, most: int) -> list[str]:
             break
         names.append(name)
     return names
-
-
-def unit(rows: Tensor) -> Tensor:
-    """Rows with norm 1; a row of zeros stays."""
-    return rows / torch.linalg.vector_norm(rows, dim=1, keepdim=True).clamp(min=1e-30)
 
 
 def scaled(scores: Mapping[int, float], found: Sequence[Canary]) -> dict[int, float]:

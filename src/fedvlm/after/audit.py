@@ -27,7 +27,6 @@ from fedvlm.rounds.beginning import check_same, described
 from fedvlm.rounds.prepare import prepare
 from fedvlm.rounds.results import global_models, personal_models
 from fedvlm.rounds.schedule import standing
-from fedvlm.settings.privacy import PrivacyConfig
 from fedvlm.settings.sections import Config
 from fedvlm.store import files, sealed
 from fedvlm.store.run import CONFIG, Store
@@ -104,36 +103,38 @@ def audit(folder: str | Path, *overrides: str, algorithm: Algorithm | None = Non
     sealed.check(run.folder, sent)
     engine, found = _prepared(run.config, run.folder, algorithm)
     attackers, trained = Attackers(engine, found), [one.trained for one in found]
-    claims, views = claims_of(run.config.privacy), {}
+    claims, views = claims_of(run.results.table), {}
     scores = {view: attackers.scores(_models(view, engine, found)) for view in VIEWS}
     for view, attacks in scores.items():
-        delta = claims[view].delta if view in claims else 0.0
-        level = 1 - (1 - statistics.CONFIDENCE) / len(attacks)  # the larger bound still holds
-        views[view] = {
-            attack: statistics.find(list(own.values()), [trained[at] for at in own], delta, level)
-            for attack, own in attacks.items()
-            if own
-        }
-    whole = {view: attacks for view, attacks in views.items() if attacks}
-    result = Audit(run.folder, run.config.privacy.unit, claims, whole)
+        if attacks:
+            delta = claims[view].delta if view in claims else 0.0
+            level = 1 - (1 - statistics.CONFIDENCE) / len(attacks)  # so the larger bound holds
+            views[view] = {
+                attack: statistics.find(list(own.values()), [trained[k] for k in own], delta, level)
+                for attack, own in attacks.items()
+            }
+    result = Audit(run.folder, run.config.privacy.unit, claims, views)
     sealed.write(run.folder / FILE, _record(result, found, scores))
     return result
 
 
-def claims_of(settings: PrivacyConfig) -> dict[str, Claim]:
-    """View -> the guarantee for one canary, which is in or out of training.
+def claims_of(table: Mapping[str, Any]) -> dict[str, Claim]:
+    """View -> the guarantee of a run for one canary, which is in or out of training.
 
-    With ``unit=client``, a canary is one row of a client. In or out, its client's change is another
-    one: a client is removed and another one is added. Only what the server sends has noise then.
+    It is the epsilon that the run has spent. With ``unit=client``, a canary is one row of a client.
+    In or out, its client's change is another one: one client is removed, another one is added. Only
+    what the server sends has noise then.
+
+    Args:
+        table: the content of ``table.json``.
     """
-    if settings.unit is None:
+    about = table.get("privacy")
+    if about is None:
         return {}
-    assert settings.epsilon is not None
-    assert settings.delta is not None
-    if settings.unit == "client":
-        delta = settings.delta * (1 + math.exp(settings.epsilon))
-        return {"global": Claim(2 * settings.epsilon, min(1.0, delta))}
-    return dict.fromkeys(VIEWS, Claim(settings.epsilon, settings.delta))
+    epsilon, delta = about["spent"], about["delta"]
+    if about["unit"] == "client":
+        return {"global": Claim(2 * epsilon, min(1.0, delta * (1 + math.exp(epsilon))))}
+    return dict.fromkeys(VIEWS, Claim(epsilon, delta))
 
 
 def _prepared(

@@ -81,7 +81,7 @@ def verdict(found: Audit) -> list[str]:
         if view not in found.claims:
             lines.append(f"{view}: no guarantee, with privacy.unit={found.unit}")
             continue
-        claim = f"the guarantee, epsilon {found.claims[view].epsilon:g}"
+        claim = f"the guarantee, epsilon {found.claims[view].epsilon:.4g}"
         if view in found.broken:
             lines.append(f"{view}: BROKEN: the bound {bound:.2f} is above {claim}")
         else:
