@@ -58,7 +58,7 @@ STEPS = {
         "local_steps": 2,
         "batch_size": 500,
         "optimizer": "sgd",
-        "lr": 1.0,
+        "lr": 0.1,
         "max_grad_norm": None,
     },
     "privacy": PRIVATE,

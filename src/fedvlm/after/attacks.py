@@ -131,7 +131,8 @@ def chosen(adapter: Tree, most: int) -> list[str]:
 
     At the initial adapter B is zero, and so the gradient of A is zero.
     """
-    names, room = [], most
+    names: list[str] = []
+    room = most
     for name in reversed([n for n in adapter if factor(n) == "B"]):
         room -= adapter[name].numel()
         if room < 0 and names:

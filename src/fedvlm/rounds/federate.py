@@ -98,7 +98,7 @@ def run(
                 begin(settings, store, described, resume)
                 draw_partition(partition, store.folder)
                 weights = weights_of(settings, partition)
-                engine = watched(engine, partition, store.folder)
+                engine = watched(engine, partition, settings, store.folder)
                 results = drive(settings, engine, weights, store, progress, budget)
     return results
 

@@ -9,8 +9,10 @@ from pathlib import Path
 from fedvlm.data.partition import Partition
 from fedvlm.engines.base import Answer, Engine, Models, Scores
 from fedvlm.engines.stages import opened
+from fedvlm.engines.summand import Summed
 from fedvlm.engines.wire import Reply, Task
 from fedvlm.privacy import canaries
+from fedvlm.settings.sections import Config
 from fedvlm.store import files
 
 FOLDER = "uploads"
@@ -18,18 +20,22 @@ FOLDER = "uploads"
 logger = logging.getLogger("fedvlm")
 
 
-def watched(engine: Engine, partition: Partition, folder: Path) -> Engine:
+def watched(engine: Engine, partition: Partition, config: Config, folder: Path) -> Engine:
     """The engine of a run; where the run has canaries, one that keeps uploads.
+
+    With secure aggregation, the server sees no upload, and none is kept.
 
     Args:
         engine: the engine of the run.
         partition: the run's partition, with its canaries.
+        config: the settings of the run.
         folder: the folder of the run.
     """
     found = canaries.of(partition)
-    if not found:
+    if found:
+        logger.warning(canaries.warning(found))
+    if not found or config.wire.secure:
         return engine
-    logger.warning(canaries.warning(found))
     return Watched(engine, folder, partition.clients)
 
 
@@ -46,16 +52,18 @@ class Watched:
         clients: the names of all clients.
     """
 
+    secure = False
+
     def __init__(self, engine: Engine, folder: Path, clients: Sequence[str]):
         self.engine = engine
         self.adapter, self.algorithm, self.stages = engine.adapter, engine.algorithm, engine.stages
         self._paths = paths(folder, clients)
 
-    def train(self, tasks: Sequence[Task]) -> Iterator[Reply]:
+    def train(self, tasks: Sequence[Task]) -> Iterator[Reply | Summed]:
         """Trains, and keeps each upload before the server takes it."""
         downs = {task.client: task.down for task in tasks}
         for reply in self.engine.train(tasks):
-            if reply.upload:
+            if isinstance(reply, Reply) and reply.upload:
                 down = downs[reply.client]
                 told = {**down, **opened(self.stages, reply.upload, down)}
                 files.save_tree(self._paths[reply.client], told)
