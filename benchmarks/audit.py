@@ -32,8 +32,7 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from _common import environment
 from fedvlm.after.audit import audit
-from fedvlm.engines import perunit, reference
-from fedvlm.privacy.chance import gaussian
+from fedvlm.privacy import chance
 from fedvlm.rounds.federate import run
 
 EPSILON = 3.0
@@ -85,13 +84,12 @@ QUICK = {"scenes": {"rows": 40}}
 def weak(share: float) -> Iterator[None]:
     """A defect: the noise has only a share of its standard deviation."""
 
-    def drawn(chance: Any, shape: tuple[int, ...], deviation: float) -> Any:
-        return gaussian(chance, shape, share * deviation)
+    whole = chance.gaussian
 
-    with (
-        mock.patch.object(perunit, "gaussian", drawn),
-        mock.patch.object(reference, "gaussian", drawn),
-    ):
+    def drawn(source: chance.Chance, count: int, deviation: float) -> Any:
+        return whole(source, count, share * deviation)
+
+    with mock.patch.object(chance, "gaussian", drawn):
         yield
 
 

@@ -18,12 +18,11 @@ from fedvlm.cli.app import app
 from fedvlm.config import load
 from fedvlm.data.partition import Partition, Split
 from fedvlm.deploy.policy import Policy, Refused
-from fedvlm.engines import perunit
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.planning.forecast import forecast
+from fedvlm.privacy import chance
 from fedvlm.privacy.audit import find
 from fedvlm.privacy.canaries import drawn, planted, spread
-from fedvlm.privacy.chance import gaussian
 from fedvlm.store import sealed
 from fedvlm.store.files import load_tree
 from stopping import Stop
@@ -242,7 +241,8 @@ def test_too_little_noise_is_found_and_the_command_exits_with_one(tmp_path, monk
     steps = {"rounds": 1, "local_steps": 2, "batch_size": 64, "optimizer": "sgd", "lr": 1.0}
     steps |= {"average": "none", "max_grad_norm": None}
     private = config(tmp_path / "run", train=steps, algorithm={"name": "ffa"}, privacy=PRIVATE)
-    monkeypatch.setattr(perunit, "gaussian", lambda *a: 0 * gaussian(*a))
+    whole = chance.gaussian
+    monkeypatch.setattr(chance, "gaussian", lambda *a: 0 * whole(*a))
     fedvlm.run(private)
     done = CliRunner().invoke(app, ["audit", str(tmp_path / "run")])
     assert done.exit_code == 1
