@@ -48,7 +48,7 @@ COMMON: dict[str, Any] = {
     "engine": {"threads": 1},
     "privacy": {"canaries": 500},
 }
-PRIVATE = {"unit": "row", "epsilon": EPSILON, "delta": 1e-4, "clip": 0.1}
+PRIVATE = {"unit": "row", "epsilon": EPSILON, "delta": 1e-5, "clip": 0.1}
 STEPS = {
     "algorithm": {"name": "ffa"},
     "lora": {"rank": 4},
