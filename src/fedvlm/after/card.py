@@ -107,6 +107,10 @@ def of_run(run: Opened, client: str | None, *, base: str, tree: Tree, loading: s
     title = f"LoRA by fedvlm: {whose}" if not merged else f"Fine-tuned by fedvlm: {whose}"
     head = front_matter(base, merged=merged)
     warnings = [few] if (few := few_rows(scored_rows, named=False)) else []
+    if planted := config.privacy.canaries:
+        warnings.append(
+            f"An experiment: {planted} canaries, half of them trained with wrong answers"
+        )
     left = _privacy(run, client)
     return text(title, facts, tables, left, loading, head, warnings, _guarantee(table))
 

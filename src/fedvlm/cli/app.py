@@ -15,6 +15,7 @@ from typing import Annotated, Any
 import typer
 
 from fedvlm import processes
+from fedvlm.cli import audit as cli_audit
 from fedvlm.cli import auditlog as cli_auditlog
 from fedvlm.cli import deploy as cli_deploy
 from fedvlm.cli import site as cli_site
@@ -305,6 +306,7 @@ def algorithms(
         print_algorithm(name)
 
 
+app.command()(cli_audit.audit)
 app.add_typer(cli_deploy.deploy, name="deploy")
 app.add_typer(cli_site.site, name="site")
 app.add_typer(cli_auditlog.audit_log, name="audit-log")

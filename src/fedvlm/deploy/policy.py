@@ -79,6 +79,8 @@ class Policy(limits.Budgets, Protection, peers.Peers):
             wrong.append(f"model '{config.model.name}', but the site allows {known}")
         wrong += unmet(self, config)
         wrong += peers.unsafe(self, config)
+        if config.privacy.canaries:
+            wrong.append("canaries (privacy.canaries), which only a simulated run may have")
         wrong += limits.exceeded(self, self._own(config, None, "here", config.model.name))
         if wrong:
             raise Refused("the site's policy refuses this run: it asks for " + "; for ".join(wrong))

@@ -19,6 +19,7 @@ from fedvlm.algorithms.table import find, of_run
 from fedvlm.errors import FedVLMError
 from fedvlm.planning import footprint
 from fedvlm.planning.footprint import Exchange, Exchanges, Footprint
+from fedvlm.privacy.canaries import planted
 from fedvlm.privacy.units import units_of
 from fedvlm.rounds import noisymean, robust, secure
 from fedvlm.rounds.budget import budget
@@ -142,10 +143,13 @@ def _total(values: Sequence[int | None]) -> int | None:
 
 def _divided(config: Config, unknown: list[str]) -> tuple[Any, Partition | None]:
     """The rows and their partition; None for what is not known."""
+    from fedvlm.batches import objectives
+
     on_hub = config.data.path and not Path(os.path.expanduser(config.data.path)).exists()
     try:
         with _from_cache():
-            return divide(config)
+            rows, partition = divide(config)
+            return planted(rows, partition, config, objectives.build(config.objective).pairs)
     except FedVLMError as error:
         if not on_hub or not isinstance(error.__cause__, OSError):
             raise

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedvlm import config as configs
 from fedvlm.errors import FedVLMError
+from fedvlm.privacy import canaries
 from fedvlm.rounds.budget import Budget
 from fedvlm.rounds.prepare import environment
 from fedvlm.rounds.results import BUDGET
@@ -32,6 +33,7 @@ def described(
         "model.json": json.dumps({"mark": mark_of(config.model)}) + "\n",
         "data.json": json.dumps({"rows": len(rows), "columns": columns}, indent=2) + "\n",
         "partition.json": json.dumps(partition.to_dict()),
+        **canaries.described(partition),
         **private,
     }
 
@@ -49,9 +51,7 @@ def begin(config: Config, store: stores.Store, described: Mapping[str, str], res
         FedVLMError: the folder is in use, or the clients have changed.
     """
     if resume:
-        for name, text in described.items():
-            if (store.folder / name).read_bytes() != text.encode():
-                raise FedVLMError(_changed(store.folder, name, text))
+        check_same(store.folder, described)
         store.rewind()
     else:
         stores.check_fresh(store.folder)
@@ -60,6 +60,17 @@ def begin(config: Config, store: stores.Store, described: Mapping[str, str], res
             stores.CONFIG: configs.dump(config),
         }
         store.create({**described, **about})
+
+
+def check_same(folder: Path, described: Mapping[str, str]) -> None:
+    """Refuses data or a model other than those that the run in ``folder`` began with.
+
+    Raises:
+        FedVLMError: the message says what differs.
+    """
+    for name, text in described.items():
+        if (folder / name).read_bytes() != text.encode():
+            raise FedVLMError(_changed(folder, name, text))
 
 
 def _changed(folder: Path, name: str, text: str) -> str:

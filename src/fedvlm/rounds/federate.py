@@ -35,6 +35,7 @@ from fedvlm.rounds.results import (
     write_results,
 )
 from fedvlm.rounds.schedule import Round, plan
+from fedvlm.rounds.seen import watched
 from fedvlm.settings.aggregate import AggregateConfig
 from fedvlm.settings.sections import Config
 from fedvlm.store import run as stores
@@ -97,6 +98,7 @@ def run(
                 begin(settings, store, described, resume)
                 draw_partition(partition, store.folder)
                 weights = weights_of(settings, partition)
+                engine = watched(engine, partition, settings, store.folder)
                 results = drive(settings, engine, weights, store, progress, budget)
     return results
 

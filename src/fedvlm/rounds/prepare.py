@@ -125,7 +125,8 @@ def _most_kept(config: Config, partition: Partition, algorithm: Algorithm) -> in
     trained = min(everyone, cohort * config.train.rounds)
     states = 2 * trained + (2 * cohort if cohort < trained else 0)
     states *= 2 if config.wire.compress in ("int8", "topk") else 1  # the unsent rest of an upload
-    return states + len(scored(config, partition.clients)) + 7
+    uploads = 2 * everyone if config.privacy.canaries else 0  # with their downloads
+    return states + uploads + len(scored(config, partition.clients)) + 7
 
 
 def divide(config: Config, divider: Divider | None = None) -> tuple[Any, Partition]:
@@ -169,6 +170,8 @@ def usable(
 ) -> tuple[Collator, Partition]:
     """Batches of the rows that the model can take, and the partition of these rows.
 
+    Canaries have their wrong answers in the batches, and the partition lacks those that are out.
+
     Args:
         config: the settings of the run.
         rows: the rows.
@@ -186,10 +189,12 @@ def usable(
     from fedvlm.data.columns import name_of
     from fedvlm.data.pictures import Pictures
     from fedvlm.data.unusable import without
+    from fedvlm.privacy.canaries import planted
 
     pairs, names = objectives.build(config.objective).pairs, find(config.algorithm.name).names
     while True:
-        asked = pool.named(rows, partition) if names else rows
+        asked, trained = planted(rows, partition, config, pairs)
+        asked = pool.named(asked, partition) if names else asked
         collator = Collator(
             asked,
             loaded,
@@ -198,11 +203,11 @@ def usable(
             pairs=pairs,
             pictures=Pictures.of(config.data),
         )
-        ahead = visits(config, partition) >= len(rows)
+        ahead = visits(config, trained) >= len(rows)
         budget = config.data.cache * 2**20 if ahead else 0
         bad = collator.check(budget, progress.encoded, progress.checked)
         if not bad:
-            return collator, partition
+            return collator, trained
         rows = without(rows, bad, name_of(config.data), config.data.on_error)
         partition = (divider or partitioned)(config, rows)
 

@@ -133,6 +133,7 @@ def write_results(config: Config, names: Sequence[str], store: Store, engine: En
     if table["groups"]:
         write_text(store.folder / "groups.csv", groups_csv(table))
     ends = [*store.folder.glob("answers/*.jsonl"), *folder.glob("[!.]*/adapter_*")]
+    ends += store.folder.glob("uploads/*.safetensors")
     digests = sealed.digests(store.folder, sorted(str(p.relative_to(store.folder)) for p in ends))
     digests[CHECKPOINT] = mark(store.folder)  # no table of another run
     sealed.write(store.folder / DONE, table | {FILES: digests})

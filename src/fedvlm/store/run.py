@@ -59,12 +59,14 @@ FILES: tuple[str, ...] = (
     "data.json",
     "model.json",
     "sites.json",
+    "canaries.json",
     CHECKPOINT,
 )
 FILES += (METRICS, TIMING, DONE, "table.csv", "groups.csv", "partition.png", "curves.png", ".lock")
 AUDIT = ("audit.jsonl", ".audit.jsonl.reserve")  # of a deployed run; it begins before the run does
-FILES += AUDIT
-FOLDERS = ("server", "personal", "answers", "adapters", "onboarded", "export")
+FILES += (*AUDIT, "audit.json")
+_WRITTEN = ("server", "personal", "answers", "adapters", "uploads")
+FOLDERS = (*_WRITTEN, "onboarded", "export")
 
 
 class Store:
@@ -159,7 +161,7 @@ class Store:
     def _leftovers(self) -> list[Path]:
         """The half-written files and folders of a killed process, at the run's own places."""
         own = [self.folder / f"{mark}{name}.tmp" for name in FILES for mark in ("", ".")]
-        inside = (self.folder / name for name in ("server", "personal", "answers", "adapters"))
+        inside = (self.folder / name for name in _WRITTEN)
         found = (path for folder in inside for path in folder.glob("*"))
         return [*filter(Path.exists, own), *filter(_unfinished, found)]
 
