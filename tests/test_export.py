@@ -13,7 +13,7 @@ from PIL import Image
 
 import fedvlm
 from fedvlm.after import card, export
-from fedvlm.after.opened import open_run
+from fedvlm.after.opened import Opened, open_run
 from fedvlm.data.sources import load_rows
 from fedvlm.errors import FedVLMError
 from fedvlm.models.load import BUNDLED
@@ -273,6 +273,14 @@ def test_a_relative_folder_becomes_absolute(tmp_path, monkeypatch):
 
 
 # Whole or not at all
+
+
+def test_the_global_model_of_a_deployed_run_is_exported_without_rows_here(own_run, monkeypatch):
+    monkeypatch.setattr(Opened, "deployed", True)
+    monkeypatch.setattr(Opened, "partition", None)  # the rows and their partition are at the sites
+    text = (fedvlm.export(own_run) / "README.md").read_text()
+    assert "| data | at the sites |" in text
+    assert "The clients were sites" in text
 
 
 def test_all_exports_every_client_and_the_global_model(own_run, capsys, monkeypatch):

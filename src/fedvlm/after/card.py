@@ -87,16 +87,23 @@ def of_run(run: Opened, client: str | None, *, base: str, tree: Tree, loading: s
     """The card of a client's model, or of the global model (``client`` is None)."""
     config, table = run.config, run.results.table
     whose = "the global model" if client is None else f"the model of client `{client}`"
-    counts = run.partition.counts()
+    counts = {} if run.deployed else run.partition.counts()
     kept = [client] if client is not None else list(counts)
     rows = {k: sum(counts[c][k] for c in kept) for k in ("train", "val", "test")}
+    known = (
+        {
+            "partition": run.partition.kind,
+            "data": _source(config),
+            "rows" if client else "rows, all clients": _rows(rows),
+        }
+        if counts
+        else {"data": "at the sites"}
+    )
     facts = {
         "base model": f"`{base}`",
         **_training(config, tree),
-        "clients": of_all(run.clients, counts),
-        "partition": run.partition.kind,
-        "data": _source(config),
-        "rows" if client else "rows, all clients": _rows(rows),
+        "clients": of_all(run.clients, counts or run.clients),
+        **known,
     }
     scored_rows = {
         c: s["examples"]
@@ -263,8 +270,10 @@ def _privacy(run: Opened, client: str | None) -> list[str]:
         if up
         else "Sent to the server: nothing, every client trained alone.",
         f"Kept by the clients: {entry.keeps}; and all images, questions and answers.",
-        "The run was a simulation in one process, which read the rows of all clients and scored "
-        "every client's models.",
+        "The clients were sites, which kept their rows and scored their own models."
+        if run.deployed
+        else "The run was a simulation in one process, which read the rows of all clients and "
+        "scored every client's models.",
     ]
     if client is not None:
         lines.append(

@@ -99,6 +99,11 @@ class Opened:
         found = sorted((self.folder / ONBOARDED).glob(f"[!.]*/{SCORES}"))  # .NAME.tmp: unfinished
         return {sealed.read(p)["site"]: p.parent for p in found}
 
+    @property
+    def deployed(self) -> bool:
+        """Whether the clients were sites; the rows and their partition are there, not here."""
+        return not (self.folder / "partition.json").exists()
+
     @cached_property
     def partition(self) -> Partition:
         """The partition of the run's rows into clients and splits."""
@@ -119,8 +124,7 @@ class Opened:
     @property
     def names(self) -> tuple[str, ...]:
         """The names of all clients. A deployed run knows those of the scored clients."""
-        known = (self.folder / "partition.json").exists()
-        return self.partition.clients if known else self.clients
+        return self.clients if self.deployed else self.partition.clients
 
     @property
     def inputs(self) -> tuple[str, ...]:
@@ -164,7 +168,7 @@ class Opened:
         if (folder / MADE).exists():
             sealed.check(folder, sealed.read(folder / MADE)["files"])
             return folder
-        if client and not (self.folder / "partition.json").exists():  # a deployed run
+        if client and self.deployed:
             raise FedVLMError(
                 f"a file of the run is missing: there is no '{folder / WEIGHTS}'; the model of "
                 f"client '{client}' stays at its site"
