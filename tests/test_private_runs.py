@@ -199,7 +199,7 @@ def test_what_has_no_accounting_is_refused_by_name(private, overrides, message):
 
 def test_a_private_run_without_a_name_takes_the_default_for_privacy():
     given = ["privacy.unit=row", "privacy.epsilon=3", "privacy.delta=1e-5"]
-    assert load(None, *given).algorithm.name == "ffa"
+    assert load(None, *given).algorithm.name == "plora"
     assert load(None).algorithm.name == "auto"
 
 

@@ -25,7 +25,7 @@ from fedvlm.settings.sections import Config
 
 S = TypeVar("S", bound=BaseModel)
 Source = str | Path | dict[str, Any] | Config | None
-PRIVATE = "ffa"  # the algorithm under differential privacy, where a run names none
+PRIVATE = "plora"  # the algorithm under differential privacy, where a run names none
 SHOWN = 30  # most problems of one section that are described
 FILES = (".parquet", ".jsonl", ".json", ".csv", ".yaml", ".yml", ".zip")
 PARTS = 16  # most parts of a dotted key

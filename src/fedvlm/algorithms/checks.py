@@ -100,7 +100,7 @@ def private(config: Config, entry: Any) -> list[str]:
     if privacy.local and entry.unprotected:
         wrong.append(
             f"algorithm.name={name} cannot run with privacy.unit={privacy.unit}: "
-            f"{entry.unprotected}; choose ffa, plora, rolora or local"
+            f"{entry.unprotected}; choose plora, rolora, ffa or local"
         )
     if privacy.local and config.train.local_epochs is not None:
         wrong.append(
