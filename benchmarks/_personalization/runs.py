@@ -122,6 +122,10 @@ def digest(config: Config) -> str:
         del tree["aggregate"]
     if config.data.split_seed is None:
         del tree["data"]["split_seed"]
+    if config.privacy.unit is None and not config.privacy.canaries:
+        del tree["privacy"]
+    if not config.wire.secure:
+        del tree["wire"]["secure"], tree["wire"]["bound"]
     return hashlib.sha256(json.dumps(tree, sort_keys=True).encode()).hexdigest()[:16]
 
 
