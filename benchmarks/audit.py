@@ -18,6 +18,7 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import logging
 import os
 import statistics
@@ -132,6 +133,7 @@ def main() -> None:
                 (f for own in result.views.values() for f in own.values()),
                 key=lambda finding: finding.best.epsilon,
             )
+            gc.collect()  # models lie in circles of references
             bounds = [result.bounds.get(v, 0.0) for v in ("upload", "global", "personal")]
             found.setdefault(case, []).append(max(bounds))
             low = "  ".join(f"{bound:6.2f}" for bound in bounds)

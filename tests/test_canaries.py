@@ -6,6 +6,7 @@ import json
 import shutil
 from collections import Counter
 from dataclasses import replace
+from types import SimpleNamespace
 
 import datasets
 import numpy as np
@@ -23,6 +24,7 @@ from fedvlm.planning.forecast import forecast
 from fedvlm.privacy import chance
 from fedvlm.privacy.audit import find
 from fedvlm.privacy.canaries import drawn, planted, spread
+from fedvlm.rounds.seen import Watched, watched
 from fedvlm.store import sealed
 from fedvlm.store.files import load_tree
 from stopping import Stop
@@ -140,6 +142,19 @@ def test_sites_refuse_canaries():
         Policy().check(settings(1))
 
 
+@pytest.mark.parametrize(
+    "more", [{"wire": {"secure": True}}, {"algorithm": {"name": "centralized"}}]
+)
+def test_no_upload_is_kept_where_no_server_sees_one(rows, more, tmp_path):
+    plain = load({"privacy": {"canaries": 12}, "algorithm": {"name": "lora"}})
+    engine = SimpleNamespace(adapter={}, algorithm=None, stages=())
+    left = planted(rows, partition(), plain, pairs=False)[1]
+    assert isinstance(watched(engine, left, plain, tmp_path), Watched)
+    assert watched(engine, partition(), plain, tmp_path) is engine
+    other = load({"privacy": {"canaries": 12}, "algorithm": {"name": "lora"}, **more})
+    assert watched(engine, left, other, tmp_path) is engine
+
+
 # Whole runs. One run of two clients serves all tests that do not write to its folder.
 
 
@@ -203,6 +218,11 @@ def test_a_resumed_run_repeats_its_canaries(planted_run, tmp_path, caplog):
     fedvlm.resume(again["output"])
     for name in ("canaries.json", *(f"uploads/client-site-{k}.safetensors" for k in (0, 1))):
         assert (tmp_path / "run" / name).read_bytes() == (planted_run / name).read_bytes()
+
+
+def test_the_card_of_its_model_warns(planted_run, tmp_path):
+    fedvlm.export(planted_run, to=tmp_path / "model")
+    assert "**An experiment: 24 canaries," in (tmp_path / "model" / "README.md").read_text()
 
 
 def test_a_damaged_upload_is_named(planted_run, tmp_path):

@@ -6,6 +6,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 
+from fedvlm.algorithms.table import find
 from fedvlm.data.partition import Partition
 from fedvlm.engines.base import Answer, Engine, Models, Scores
 from fedvlm.engines.stages import opened
@@ -23,7 +24,7 @@ logger = logging.getLogger("fedvlm")
 def watched(engine: Engine, partition: Partition, config: Config, folder: Path) -> Engine:
     """The engine of a run; where the run has canaries, one that keeps uploads.
 
-    With secure aggregation, the server sees no upload, and none is kept.
+    With secure aggregation, the server sees no upload, and none is kept. Pooled rows send nothing.
 
     Args:
         engine: the engine of the run.
@@ -34,7 +35,7 @@ def watched(engine: Engine, partition: Partition, config: Config, folder: Path) 
     found = canaries.of(partition)
     if found:
         logger.warning(canaries.warning(found))
-    if not found or config.wire.secure:
+    if not found or config.wire.secure or find(config.algorithm.name).pools:
         return engine
     return Watched(engine, folder, partition.clients)
 
