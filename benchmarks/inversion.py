@@ -97,7 +97,8 @@ def _named(asked: argparse.Namespace) -> str:
 
 def _measured(asked: argparse.Namespace, noise: cases.Noises, seconds: float) -> str:
     """The line above a table: settings, date, commit and command."""
-    command = shlex.join(["python", "benchmarks/inversion.py", *asked.words])
+    words = [Path(word).name if word == asked.data else word for word in asked.words]
+    command = shlex.join(["python", "benchmarks/inversion.py", *words])
     loud = ", ".join(f"{n:.3f} for epsilon {e:g}" for e, n in noise.items())
     return (
         f"LoRA on all linear layers, seed {asked.seed}. Noise over the clipping norm: {loud} (site "

@@ -145,7 +145,7 @@ def _ranks(
 
 def search(lab: Lab, noise: Noises, quick: bool) -> Part:
     """The searches for pictures."""
-    count, steps = (1, (1, 1)) if quick else (3, (60, 200))
+    count, steps = (1, (1, 1)) if quick else (3, (60, 240))
     sets = {(title, 1): case for title, case in cases.of_search(noise).items()}
     if lab.source.data is None and not quick:
         sets |= {("without protection", rows): Case("plora", rows=rows) for rows in (2, 4)}
