@@ -64,6 +64,8 @@ class Engine:
 class ToySite(Site):
     """A site with this engine."""
 
+    private = False
+
     def __init__(self, name, config, folder, policy, far):
         policy.check(config)
         self.ledger = Ledger(folder)

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -137,7 +136,8 @@ def raw(given: Any, size: int, what: str) -> bytes:
     Raises:
         ValueError: it is something else, or has another size.
     """
-    if not isinstance(given, str) or not re.fullmatch(f"[0-9a-f]{{{2 * size}}}", given):
+    whole = isinstance(given, str) and len(given) == 2 * size
+    if not whole or set(given) - set("0123456789abcdef"):
         raise ValueError(f"{what} must be {size} bytes as hexadecimal digits, got {given!r:.60}")
     return bytes.fromhex(given)
 
