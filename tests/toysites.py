@@ -65,6 +65,7 @@ class ToySite(Site):
     """A site with this engine."""
 
     private = False
+    account = None
 
     def __init__(self, name, config, folder, policy, far):
         policy.check(config)
