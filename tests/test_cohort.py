@@ -198,7 +198,7 @@ def test_every_family_trains_the_same_adapters(small, tmp_path, family):
     small["model"] = {"name": families.folder(family), "device": "cpu"}
     small["data"]["scenes"] |= {"rows": 10}
     small["train"] |= {"rounds": 1, "batch_size": 2, "optimizer": "sgd", "lr": 0.5}
-    both(tmp_path, small, tolerance=1e-5)
+    both(tmp_path, small, EXACT, tolerance=1e-9)
 
 
 def test_clients_do_not_touch_each_other(small, tmp_path):
