@@ -125,7 +125,7 @@ def federated(tmp_path):
 @pytest.mark.parametrize("moment", ["asked", "ready"])
 @pytest.mark.parametrize("step", ["train", "share", "mask", "unmask"])
 def test_a_killed_site_costs_at_most_its_own_upload(federated, tmp_path, step, moment):
-    sites, lines, events = federated({"site-2": (1, step, moment)})
+    _, lines, events = federated({"site-2": (1, step, moment)})
     uploaded = step in ("train", "unmask")  # the next process trains again, with fresh keys
     there = [site for site in FIVE if uploaded or site != "site-2"]
     assert [line["secure"]["clients"] for line in lines[1:]] == [there, list(FIVE)]
