@@ -18,14 +18,15 @@ from fedvlm import processes
 from fedvlm.cli import audit as cli_audit
 from fedvlm.cli import auditlog as cli_auditlog
 from fedvlm.cli import deploy as cli_deploy
+from fedvlm.cli import lists as cli_lists
 from fedvlm.cli import site as cli_site
 from fedvlm.cli.options import QuietOption, Words, parse
 from fedvlm.errors import ConfigError, FedVLMError, cut, one_record, shown
+from fedvlm.version import __version__
 
 app = typer.Typer(
     help="Federated fine-tuning of vision-language models: a personal LoRA adapter for every site.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -54,8 +55,22 @@ SetOption = Annotated[
 ]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedvlm {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _check_processes(context: typer.Context) -> None:
+def _check_processes(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="print the version and exit"
+        ),
+    ] = False,
+) -> None:
     if processes.size() > 1 and context.invoked_subcommand != "run":
         raise FedVLMError(
             f"'fedvlm {context.invoked_subcommand}' works in one process, but {processes.size()} "
@@ -293,19 +308,8 @@ def plot(
         typer.echo(path)
 
 
-@app.command()
-def algorithms(
-    name: Annotated[str | None, typer.Argument(help="one algorithm, with its settings")] = None,
-) -> None:
-    """List the algorithms, or show one: what it sends and keeps, its paper, its settings."""
-    from fedvlm.cli.algorithms import print_algorithm, print_algorithms
-
-    if name is None:
-        print_algorithms()
-    else:
-        print_algorithm(name)
-
-
+app.command()(cli_lists.algorithms)
+app.command()(cli_lists.config)
 app.command()(cli_audit.audit)
 app.add_typer(cli_deploy.deploy, name="deploy")
 app.add_typer(cli_site.site, name="site")
