@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -23,6 +23,9 @@ from fedvlm.cli import site as cli_site
 from fedvlm.cli.options import QuietOption, Words, parse
 from fedvlm.errors import ConfigError, FedVLMError, cut, one_record, shown
 from fedvlm.version import __version__
+
+if TYPE_CHECKING:
+    from fedvlm.rounds.comparison import Comparison
 
 app = typer.Typer(
     help="Federated fine-tuning of vision-language models: a personal LoRA adapter for every site.",
@@ -161,7 +164,7 @@ def demo(
 ) -> None:
     """Compare personalized LoRA with baselines on eight sites."""
     from fedvlm import config as configs
-    from fedvlm.cli.demo import ALGORITHMS, INTRODUCTION, SETTINGS
+    from fedvlm.cli.demo import ALGORITHMS, INTRODUCTION, SETTINGS, print_demo
 
     source, overrides = parse(words)
     if source:
@@ -172,7 +175,9 @@ def demo(
     if not quiet:
         typer.echo(INTRODUCTION)
     began = time.monotonic()
-    _compare(list(ALGORITHMS), settings, seeds, jobs or min(4, os.cpu_count() or 1), quiet)
+    jobs = jobs or min(4, os.cpu_count() or 1)
+    best = _compare(list(ALGORITHMS), settings, seeds, jobs, quiet).best
+    print_demo(best)
     typer.echo(f"the demo took {time.monotonic() - began:.0f} s")
 
 
@@ -365,7 +370,9 @@ def _stop(message: object) -> int:
     return 2
 
 
-def _compare(names: list[str], tree: dict[str, Any], seeds: int, jobs: int, quiet: bool) -> None:
+def _compare(
+    names: list[str], tree: dict[str, Any], seeds: int, jobs: int, quiet: bool
+) -> Comparison:
     from fedvlm.cli.board import board
     from fedvlm.cli.tables import print_comparison
     from fedvlm.rounds.comparison import compare as run_comparison
@@ -376,6 +383,7 @@ def _compare(names: list[str], tree: dict[str, Any], seeds: int, jobs: int, quie
     with _interruptible(again), board(runs, quiet) as tell:
         comparison = run_comparison(names, tree, seeds=seeds, jobs=jobs, tell=tell)
     print_comparison(comparison)
+    return comparison
 
 
 @contextlib.contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
 import io
 import json
 import os
@@ -46,6 +47,15 @@ class Comparison:
     folder: Path
     rows: list[dict[str, Any]]
     verdicts: list[dict[str, Any]]
+
+    @property
+    def best(self) -> Path:
+        """The folder of the best algorithm's run with the first seed."""
+        (first, *_) = sorted(
+            self.folder.glob(f"{glob.escape(self.rows[0]['algorithm'])}-seed-*"),
+            key=lambda path: int(path.name.rpartition("-")[2]),
+        )
+        return first
 
 
 def compare(
