@@ -21,7 +21,7 @@ from fedvlm.rounds import noisymean, robust, secure
 from fedvlm.rounds.beginning import begin, described
 from fedvlm.rounds.budget import Budget, budget_of
 from fedvlm.rounds.fold import Fold
-from fedvlm.rounds.located import check_apart, located
+from fedvlm.rounds.located import check_apart, located, with_rows
 from fedvlm.rounds.noisymean import NoisyMean
 from fedvlm.rounds.pictures import draw_curves, draw_partition
 from fedvlm.rounds.prepare import prepare, weights_of
@@ -52,6 +52,7 @@ if TYPE_CHECKING:
 def run(
     config: configs.Source = None,
     *overrides: str,
+    data: Any = None,
     algorithm: Algorithm | None = None,
     resume: bool = False,
     progress: Progress | None = None,
@@ -64,6 +65,9 @@ def run(
     Args:
         config: path of a YAML file, a nested dict, a ``Config``, or None for the defaults.
         *overrides: dotted assignments, such as ``"train.rounds=20"``.
+        data: the rows as an object, instead of ``data.path``: a ``datasets.Dataset`` or
+            ``DatasetDict``, a pandas ``DataFrame``, or a list of dicts. They are written to
+            ``rows-DIGEST.parquet`` in the parent folder of ``output``.
         algorithm: your own algorithm; then leave out the section ``algorithm``.
         resume: continue the unfinished run in ``config.output``.
         progress: gets the run's events; None: no output.
@@ -82,6 +86,7 @@ def run(
     progress = progress or Quiet()
     if not resume:
         stores.check_fresh(settings.output)
+        settings = with_rows(settings, data)
         check_apart(settings)
     with joined() as group:
         given, settings = settings, located(settings)
