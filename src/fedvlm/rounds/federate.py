@@ -36,6 +36,7 @@ from fedvlm.rounds.results import (
 )
 from fedvlm.rounds.schedule import Round, plan
 from fedvlm.rounds.seen import watched
+from fedvlm.rounds.trackers import tracked
 from fedvlm.settings.aggregate import AggregateConfig
 from fedvlm.settings.sections import Config
 from fedvlm.store import run as stores
@@ -56,6 +57,7 @@ def run(
     algorithm: Algorithm | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    callbacks: Sequence[Progress] = (),
 ) -> Results:
     """Runs one federated fine-tuning, from data to a folder with all results.
 
@@ -71,6 +73,7 @@ def run(
         algorithm: your own algorithm; then leave out the section ``algorithm``.
         resume: continue the unfinished run in ``config.output``.
         progress: gets the run's events; None: no output.
+        callbacks: more receivers of the run's events, see :class:`fedvlm.Callback`.
 
     Returns:
         The results: scores per client and their summary, the bytes, the folder.
@@ -83,7 +86,7 @@ def run(
 
     settings = _configuration(algorithm)(config, *overrides)
     check(settings, of_run(settings, algorithm))
-    progress = progress or Quiet()
+    progress = tracked(settings, progress or Quiet(), callbacks)
     if not resume:
         stores.check_fresh(settings.output)
         settings = with_rows(settings, data)
@@ -112,6 +115,7 @@ def resume(
     folder: str | Path,
     *overrides: str,
     progress: Progress | None = None,
+    callbacks: Sequence[Progress] = (),
     algorithm: Algorithm | None = None,
 ) -> Results:
     """Continues the run in ``folder``; the result is bit-identical to an uninterrupted run's.
@@ -120,6 +124,7 @@ def resume(
         folder: the folder of the run.
         *overrides: ``data.path=...`` or ``model.name=...``, if the data or the model have moved.
         progress: gets the run's events; None: no output.
+        callbacks: more receivers of the run's events.
         algorithm: the object, if the run was started with one.
 
     Raises:
@@ -144,7 +149,7 @@ def resume(
                 f"{key}: '{path}' is not there any more; if it has moved, give its new place: "
                 f"fedvlm run --resume {folder} {key}=..."
             )
-    return run(settings, algorithm=algorithm, resume=True, progress=progress)
+    return run(settings, algorithm=algorithm, resume=True, progress=progress, callbacks=callbacks)
 
 
 def check(settings: Config, algorithm: Algorithm) -> None:

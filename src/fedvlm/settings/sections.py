@@ -326,6 +326,9 @@ class Config(Section):
     aggregate: AggregateConfig = AggregateConfig()
     eval: EvalConfig = EvalConfig()
     engine: EngineConfig = EngineConfig()
+    report_to: tuple[Literal["trackio", "wandb", "mlflow", "tensorboard"], ...] = Field(
+        (), description="experiment trackers that get the scores by round: trackio, wandb, …"
+    )
 
     @model_validator(mode="before")
     @classmethod
