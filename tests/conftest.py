@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import smallest
 from fedvlm.processes import cores
 from forked import Commands, Warm
 
@@ -59,9 +60,10 @@ def pictures(no_pictures):
 
 @pytest.fixture
 def small(tmp_path):
-    """Settings of a run that takes a second or two: three sites, two rounds."""
+    """Settings of a run that takes a second: three sites, two rounds, the smallest model."""
     return {
         "output": str(tmp_path / "run"),
+        "model": {"name": smallest.model()},
         "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
         "partition": {"min_rows": 4},
         "algorithm": {"name": "plora"},
