@@ -23,7 +23,7 @@ from fedvlm.store import run as store
 from loopback import begin, processes, said, serve
 
 pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy]'")
-pytestmark = [pytest.mark.slow, pytest.mark.waits]
+pytestmark = [pytest.mark.slow, pytest.mark.waits("machines")]
 
 FAULTY = Path(__file__).parent / "faulty"
 SITES = ("north", "slow", "full", "liar")
