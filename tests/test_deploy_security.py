@@ -19,7 +19,6 @@ import psutil
 import pytest
 import yaml
 
-import smallest
 from fedvlm.deploy.nvflare import admitting
 from fedvlm.deploy.nvflare.project import CLOSED, UNADMITTED, provision
 from fedvlm.store import run as store
@@ -32,7 +31,6 @@ pytestmark = [pytest.mark.slow, pytest.mark.waits("machines")]
 SITES = ("north", "south")
 HERE = Path(__file__).parent
 SMALL = {
-    "model": {"name": smallest.model()},
     "algorithm": {"name": "plora"},
     "train": {"rounds": 2, "local_steps": 2, "batch_size": 4, "lr": 5e-3},
     "eval": {"every": 0, "max_rows": 3, "max_new_tokens": 3},
