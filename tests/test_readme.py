@@ -35,6 +35,8 @@ SECONDS = 300
 NOT_RUN = ["installs packages from an index"]
 
 SHELL = ("bash", "sh", "shell", "console")
+pytestmark = pytest.mark.waits("readme")  # its blocks need one worker, in order
+
 NEEDS_NETWORK = re.compile(r"\b(git clone|pip install|curl|wget|huggingface-cli|hf download)\b")
 
 
