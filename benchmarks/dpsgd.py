@@ -8,9 +8,9 @@ Three tables:
   grid, and of pfl-research's PLD where `pfl` is installed.
 - gradients: for every family of docs/families.md, the largest relative difference of a unit's
   gradient in the stack and by autograd, one unit at a time, in single and in double precision.
-- cost: time and memory of a private step over a plain step of one client at the same batch, by
-  turns in one process (time) and in processes of their own (memory: the growth of the resident
-  set while training).
+- cost: CPU time of one thread and memory of a private step over a plain step of one client at the
+  same batch, by turns in one process (time) and in processes of their own (memory: the growth of
+  the resident set while training).
 
 The last line is `RATIO <number> <what>`.
 """
@@ -25,6 +25,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import time
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -38,7 +39,7 @@ import torch
 
 import _sides
 import fedvlm
-from _common import ROOT, environment, paired, ratio, seconds
+from _common import ROOT, Work, environment, paired, ratio
 from fedvlm.models import lora
 from fedvlm.privacy.accountant import Spend, epsilon, noise_for
 from fedvlm.privacy.plan import Plan
@@ -167,7 +168,7 @@ def cost_table(cases: list[tuple[str, int, str]], repeats: int) -> float:
     for model, batch, target in cases:
         plain, private = (step_of(side, model, batch, target)[0] for side in SIDES)
         plain(), private()
-        turns = {"plain": partial(seconds, plain), "private": partial(seconds, private)}
+        turns = {"plain": partial(cpu_seconds, plain), "private": partial(cpu_seconds, private)}
         taken = paired(turns, repeats)
         times, low, high = ratio(taken["private"], taken["plain"])
         grown = {side: memory(side, model, batch, target) for side in SIDES}
@@ -179,6 +180,13 @@ def cost_table(cases: list[tuple[str, int, str]], repeats: int) -> float:
               flush=True)  # fmt: skip
         most = max(most, times)
     return most
+
+
+def cpu_seconds(work: Work) -> float:
+    """CPU time of this process for a piece of work: other processes disturb it less."""
+    began = time.process_time()
+    work()
+    return time.process_time() - began
 
 
 def memory(side: str, model: str, batch: int, target: str) -> float:
