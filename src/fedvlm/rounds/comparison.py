@@ -21,7 +21,7 @@ from fedvlm.metrics import mean, standard_error
 from fedvlm.rounds.claims import gains, steps, verdicts
 from fedvlm.rounds.contenders import Compared, planned
 from fedvlm.rounds.located import check_apart, located
-from fedvlm.rounds.pictures import COMPARISON, draw_comparison
+from fedvlm.rounds.pictures import COMPARISON, draw_comparison, read_comparison
 from fedvlm.rounds.progress import Progress
 from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
@@ -46,6 +46,16 @@ class Comparison:
     folder: Path
     rows: list[dict[str, Any]]
     verdicts: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Comparison:
+        """Reads a finished comparison.
+
+        Raises:
+            FedVLMError: ``comparison.json`` is damaged.
+        """
+        found = read_comparison(Path(folder))
+        return cls(Path(folder), found["algorithms"], found["verdicts"])
 
 
 def compare(
@@ -120,6 +130,7 @@ def each(work: Work, runs: Mapping[str, Config], jobs: int = 1, tell: Tell | Non
 def _check_ours(folder: Path, runs: Mapping[str, Config]) -> None:
     """Refuses a folder with files of the comparison's names that no comparison wrote."""
     there = [folder / f"comparison.{kind}" for kind in ("csv", "json", "png")]
+    there.append(folder / stores.REPORT)
     taken = [path for path in there if path.exists()]
     for config in runs.values():
         data = Path(os.path.expanduser(config.data.path or ""))

@@ -52,6 +52,7 @@ CONFIG = "config.yaml"
 CHECKPOINT = "checkpoint.json"
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 DONE = "table.json"
+REPORT = "report.html"
 FILES: tuple[str, ...] = (
     CONFIG,
     "environment.json",
@@ -64,7 +65,7 @@ FILES: tuple[str, ...] = (
 )
 FILES += (METRICS, TIMING, DONE, "table.csv", "groups.csv", "partition.png", "curves.png", ".lock")
 AUDIT = ("audit.jsonl", ".audit.jsonl.reserve")  # of a deployed run; it begins before the run does
-FILES += (*AUDIT, "audit.json")
+FILES += (*AUDIT, "audit.json", REPORT)
 _WRITTEN = ("server", "personal", "answers", "adapters", "uploads")
 FOLDERS = (*_WRITTEN, "onboarded", "export")
 
