@@ -269,9 +269,11 @@ def what_left(run: Opened, client: str | None) -> list[str]:
     up = run.results.table["bytes"]["bytes_up"]["per_client_round"]
     share = getattr(run.config.algorithm, "share", None)
     what = f"{entry.sends}: {share}" if share else ""
+    private = run.config.privacy.unit is not None  # then all clients have the same weight
+    weighed = "" if private else ", and the number of training rows, which weighs the mean"
     lines = [
         f"Sent to the server, each round: LoRA factors ({what or entry.sends}), {up:,.0f} bytes a "
-        "client on average, and the number of training rows, which weighs the mean."
+        f"client on average{weighed}."
         if up
         else "Sent to the server: nothing, every client trained alone.",
         f"Kept by the clients: {entry.keeps}; and all images, questions and answers.",

@@ -18,8 +18,10 @@ from fedvlm import processes
 from fedvlm.cli import audit as cli_audit
 from fedvlm.cli import auditlog as cli_auditlog
 from fedvlm.cli import deploy as cli_deploy
+from fedvlm.cli import report as cli_report
 from fedvlm.cli import site as cli_site
 from fedvlm.cli.options import QuietOption, Words, parse
+from fedvlm.cli.report import reported
 from fedvlm.errors import ConfigError, FedVLMError, cut, one_record, shown
 
 app = typer.Typer(
@@ -116,6 +118,7 @@ def run(
             results = federate.run(settings, progress=choose(quiet))
     if processes.rank() == 0:
         print_run(results)
+        reported(results.folder)
 
 
 @app.command()
@@ -307,6 +310,7 @@ def algorithms(
 
 
 app.command()(cli_audit.audit)
+app.command()(cli_report.report)
 app.add_typer(cli_deploy.deploy, name="deploy")
 app.add_typer(cli_site.site, name="site")
 app.add_typer(cli_auditlog.audit_log, name="audit-log")
@@ -372,6 +376,7 @@ def _compare(names: list[str], tree: dict[str, Any], seeds: int, jobs: int, quie
     with _interruptible(again), board(runs, quiet) as tell:
         comparison = run_comparison(names, tree, seeds=seeds, jobs=jobs, tell=tell)
     print_comparison(comparison)
+    reported(comparison.folder)
 
 
 @contextlib.contextmanager
