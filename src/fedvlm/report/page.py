@@ -182,6 +182,8 @@ def _banners(run: Run) -> Iterator[str]:
             f"An experiment: the run has {planted} canaries, half of them trained on with wrong "
             "answers. Do not use its models."
         )
+    for why in run.missing:
+        yield f"Something is missing here: {why}"
     if not run.deployed:
         yield (
             "This file shows rows of the sites, with pictures and answers. Handle it like the data."
