@@ -8,6 +8,7 @@ or a dash of its own next to its colour.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -23,6 +24,19 @@ DASHES: tuple[list[int], ...] = ([2, 2], [1, 0], [6, 3], [8, 3, 2, 3])
 MOST = 40  # sites of a chart
 LONGEST = 28  # characters of a name
 Values = Sequence[Mapping[str, Any]]
+
+
+def _data(values: Values) -> dict[str, Any]:
+    """The data of a chart. JSON has no infinite numbers, so they are left out."""
+    return {
+        "values": [
+            {
+                k: None if isinstance(v, float) and not math.isfinite(v) else v
+                for k, v in one.items()
+            }
+            for one in values
+        ]
+    }
 
 
 def _spec(height: Any, **parts: Any) -> dict[str, Any]:
@@ -139,7 +153,7 @@ def scores(
     rule = {**place, "x": {**x, "field": "low"}, "x2": {"field": "high"}}
     return _spec(
         {"step": 17, "for": "offset"},
-        data={"values": list(values)},
+        data=_data(values),
         layer=[
             {"mark": {"type": "rule", "strokeWidth": 2, "aria": False}, "encoding": rule},
             {
@@ -212,7 +226,7 @@ def curves(
     if limit is not None:
         rule = {"type": "rule", "color": "var(--soft)", "strokeDash": [4, 4]}
         lines.append({"mark": rule, "encoding": {"y": {"datum": limit}}})
-    return _spec(240, data={"values": list(values)}, layer=lines)
+    return _spec(240, data=_data(values), layer=lines)
 
 
 def bars(
@@ -252,7 +266,7 @@ def bars(
     else:
         encoding["order"] = order
     height = {"step": 13, "for": "offset"} if beside else {"step": 26}
-    return _spec(height, data={"values": numbered}, mark=mark, encoding=encoding)
+    return _spec(height, data=_data(numbered), mark=mark, encoding=encoding)
 
 
 def shares(values: Values, labels: Sequence[str]) -> dict[str, Any]:
@@ -284,7 +298,7 @@ def shares(values: Values, labels: Sequence[str]) -> dict[str, Any]:
     mark = {"type": "rect", "color": "var(--c1)", "stroke": "var(--line)"}
     return _spec(
         {"step": 24},
-        data={"values": list(values)},
+        data=_data(values),
         mark=mark,
         encoding={"x": x, "y": _sites(), "opacity": opacity},
     )

@@ -143,6 +143,8 @@ def _algorithm(name: str) -> str:
         entry = find(name)
     except KeyError:  # of a package that is not installed here
         return name
+    if entry.pools:
+        return f"{name}: all rows in one place, without federation"
     return f"{name}: of its adapter, a site sends {entry.sends} each round, and keeps {entry.keeps}"
 
 

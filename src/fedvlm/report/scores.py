@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -118,7 +119,7 @@ def curves_of_run(run: Run) -> Section:
     losses = {
         int(line["round"]): mean(told)
         for line in run.lines
-        if (told := [v for v in line.get("train_loss", {}).values() if v == v])
+        if (told := [v for v in line.get("train_loss", {}).values() if math.isfinite(v)])
         and not _ending(run, line)
     }
     parts: list[Part] = []
@@ -132,7 +133,10 @@ def curves_of_run(run: Run) -> Section:
         note = f"The loss measures how surprising the sites' own answers are to the model. {BESIDE}"
         parts.append(Chart(spec, "Loss in training, the mean of sites", note))
     if not parts:
-        return Section("rounds", title, [Text("No round has been finished yet.")])
+        none = (
+            "The sites have told neither scores nor losses." if run.round else "No round is done."
+        )
+        return Section("rounds", title, [Text(none)])
     rounds = sorted({r for points in found.values() for r in points} | losses.keys())
     rows = [
         (

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedvlm.algorithms.table import find
 from fedvlm.data.partition import SPLITS, Partition
 from fedvlm.errors import brief
 from fedvlm.metrics import size
@@ -103,6 +104,9 @@ def _table(partition: Partition) -> Any:
 def costs_of_run(run: Run) -> Section:
     """Bytes by site, seconds and memory by round."""
     title, name = "What was sent, time and memory", "costs"
+    if find(run.config.algorithm.name).pools:
+        told = Text("All rows were in one place, so nothing was sent to a server.")
+        return Section(name, title, [told, Items(list(_time(run)), "Time and memory")])
     sent = {way: Counter[str]() for way in WAYS}
     for line in run.lines:
         for way, total in sent.items():
@@ -116,7 +120,7 @@ def costs_of_run(run: Run) -> Section:
             for way, head in WAYS.items()
         ]
         spec = charts.bars(values, list(WAYS.values()), "bytes", unit="~s", beside=True)
-        note = f"M: million bytes. The table has the same numbers.{charts.rest(run.clients)}"
+        note = f"k: thousand bytes, M: million bytes. The table has the same numbers.{charts.rest(run.clients)}"
         keys = charts.bar_keys(list(WAYS.values()))
         parts.append(Chart(spec, "Bytes of each site in the whole run", note, keys))
         rows = [
@@ -129,7 +133,7 @@ def costs_of_run(run: Run) -> Section:
         told = "Bytes of each site: LoRA factors, without the overhead of the network"
         parts.append(table(told, heads, rows, foot=foot, more="metrics.jsonl"))
     else:
-        parts.append(Text("No site has sent or received anything: every site trains alone."))
+        parts.append(Text("Nothing was sent between the sites and a server."))
     parts.append(Items(list(_time(run)), "Time and memory"))
     if run.opened:
         from fedvlm.after.card import what_left

@@ -38,7 +38,7 @@ class Rows:
     def __init__(self, config: Config, folder: Path):
         with _quiet(), from_cache():
             self._rows = rows_of(config)
-        _check(self._rows, folder)
+        _check(self._rows, folder, config)
         self._pictures = Pictures.of(config.data)
         numbers = np.asarray(self._rows["row"][:])
         self._places: Mapping[Any, int] = {n: at for at, n in enumerate(numbers.tolist())}
@@ -61,7 +61,7 @@ class Rows:
             return None
         try:
             return row["question"], address(self._pictures.open(row["image"]))
-        except FedVLMError:
+        except (FedVLMError, OSError):
             return row["question"], ""
 
 
@@ -73,9 +73,11 @@ def address(image: Any) -> str:
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 
-def _check(rows: Any, folder: Path) -> None:
+def _check(rows: Any, folder: Path, config: Config) -> None:
     """Refuses rows other than those of the run. Its canaries have other answers in the run."""
     known = json.loads((folder / "data.json").read_bytes())
+    if len(rows) > known["rows"] and config.data.on_error == "skip":
+        return  # the run has left out the rows that its model cannot take
     if len(rows) == known["rows"]:
         now = content(rows)
         same = (c for c in ("row", "question", "image") if c in known["columns"])

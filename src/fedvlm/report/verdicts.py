@@ -82,7 +82,7 @@ def _apart(site: str, models: Mapping[str, Mapping[str, Any]], metric: str) -> V
 
 def _tied(text: str) -> str:
     """The text with no line break between a number and its unit."""
-    return text.replace(" %", "\N{NO-BREAK SPACE}%").replace("−", "\N{WORD JOINER}−")
+    return text.replace(" %", "\N{NO-BREAK SPACE}%")
 
 
 def _head(marks: Mapping[str, str], rows: int) -> str:
