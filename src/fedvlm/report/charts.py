@@ -28,15 +28,11 @@ Values = Sequence[Mapping[str, Any]]
 
 def _data(values: Values) -> dict[str, Any]:
     """The data of a chart. JSON has no infinite numbers, so they are left out."""
-    return {
-        "values": [
-            {
-                k: None if isinstance(v, float) and not math.isfinite(v) else v
-                for k, v in one.items()
-            }
-            for one in values
-        ]
-    }
+
+    def kept(value: Any) -> Any:
+        return None if isinstance(value, float) and not math.isfinite(value) else value
+
+    return {"values": [{key: kept(value) for key, value in one.items()} for one in values]}
 
 
 def _spec(height: Any, **parts: Any) -> dict[str, Any]:

@@ -139,10 +139,7 @@ def _measured(metric: str) -> str:
 
 
 def _algorithm(name: str) -> str:
-    try:
-        entry = find(name)
-    except KeyError:  # of a package that is not installed here
-        return name
+    entry = find(name)
     if entry.pools:
         return f"{name}: all rows in one place, without federation"
     return f"{name}: of its adapter, a site sends {entry.sends} each round, and keeps {entry.keeps}"

@@ -133,9 +133,8 @@ def curves_of_run(run: Run) -> Section:
         note = f"The loss measures how surprising the sites' own answers are to the model. {BESIDE}"
         parts.append(Chart(spec, "Loss in training, the mean of sites", note))
     if not parts:
-        none = (
-            "The sites have told neither scores nor losses." if run.round else "No round is done."
-        )
+        none = "The sites have told neither scores nor losses."
+        none = none if run.round else "No round is done."
         return Section("rounds", title, [Text(none)])
     rounds = sorted({r for points in found.values() for r in points} | losses.keys())
     rows = [

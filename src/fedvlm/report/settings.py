@@ -111,7 +111,4 @@ def _cited(runs: list[Run]) -> Iterator[str]:
     )
     yield f"The method that fedvlm builds on: {PAPER}"
     for name in dict.fromkeys(run.config.algorithm.name for run in runs):
-        try:
-            yield f"Algorithm {name}: {find(name).source}"
-        except KeyError:  # of a package that is not installed here
-            yield f"Algorithm {name}: not installed here"
+        yield f"Algorithm {name}: {find(name).source}"

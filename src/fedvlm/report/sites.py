@@ -16,6 +16,7 @@ from fedvlm.report.parts import Chart, Items, Part, Section, Text, table
 
 USES = {"train": "training", "val": "validation", "test": "held out"}
 OTHERS = "all others"
+BESIDE = "The table has the same numbers."
 WAYS = {"bytes_up": "sent to the server", "bytes_down": "received"}
 
 
@@ -32,7 +33,7 @@ def of_run(run: Run) -> Section:
         for site, label in names.items()
         for split in SPLITS
     ]
-    note = f"The table has the same numbers.{charts.rest(partition.clients)}"
+    note = f"{BESIDE}{charts.rest(partition.clients)}"
     uses = list(USES.values())
     spec = charts.bars(values, uses, "rows")
     parts: list[Part] = [Chart(spec, "Rows of each site", note, charts.bar_keys(uses))]
@@ -105,8 +106,8 @@ def costs_of_run(run: Run) -> Section:
     """Bytes by site, seconds and memory by round."""
     title, name = "What was sent, time and memory", "costs"
     if find(run.config.algorithm.name).pools:
-        told = Text("All rows were in one place, so nothing was sent to a server.")
-        return Section(name, title, [told, Items(list(_time(run)), "Time and memory")])
+        none = Text("All rows were in one place, so nothing was sent to a server.")
+        return Section(name, title, [none, Items(list(_time(run)), "Time and memory")])
     sent = {way: Counter[str]() for way in WAYS}
     for line in run.lines:
         for way, total in sent.items():
@@ -120,7 +121,7 @@ def costs_of_run(run: Run) -> Section:
             for way, head in WAYS.items()
         ]
         spec = charts.bars(values, list(WAYS.values()), "bytes", unit="~s", beside=True)
-        note = f"k: thousand bytes, M: million bytes. The table has the same numbers.{charts.rest(run.clients)}"
+        note = f"k: thousand bytes, M: million bytes. {BESIDE}{charts.rest(run.clients)}"
         keys = charts.bar_keys(list(WAYS.values()))
         parts.append(Chart(spec, "Bytes of each site in the whole run", note, keys))
         rows = [
