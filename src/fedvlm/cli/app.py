@@ -311,6 +311,7 @@ def algorithms(
 
 app.command()(cli_audit.audit)
 app.command()(cli_report.report)
+app.command()(cli_report.watch)
 app.add_typer(cli_deploy.deploy, name="deploy")
 app.add_typer(cli_site.site, name="site")
 app.add_typer(cli_auditlog.audit_log, name="audit-log")

@@ -76,7 +76,7 @@ def _of_run(run: Run, room: int) -> Page:
         lead,
         facts,
         sections,
-        _made(),
+        made(),
         list(_banners(run)),
     )
 
@@ -109,7 +109,7 @@ def _of_comparison(found: Compared, room: int) -> Page:
         "Score": _measured(run.metric),
     }
     title = f"Comparison: {brief(found.folder.absolute().name, 60)}"
-    return Page(title, lead, facts, sections, _made(), list(_banners(run)))
+    return Page(title, lead, facts, sections, made(), list(_banners(run)))
 
 
 def _words(run: Run, *more: Part) -> Section:
@@ -164,7 +164,8 @@ def _when(run: Run) -> str:
     return f"{datetime.fromtimestamp(done, UTC):%Y-%m-%d %H:%M} UTC"
 
 
-def _made() -> str:
+def made() -> str:
+    """When and by which version a page is made."""
     return f"Made by fedvlm {__version__} on {datetime.now(UTC):%Y-%m-%d %H:%M} UTC"
 
 

@@ -219,6 +219,7 @@ class Page:
         sections: the sections.
         made: when, and by which version.
         banners: warnings at the top.
+        refresh: seconds after which a browser asks again; 0: never.
     """
 
     title: str
@@ -227,6 +228,7 @@ class Page:
     sections: Sequence[Section]
     made: str
     banners: Sequence[str] = field(default_factory=tuple)
+    refresh: int = 0
 
 
 def table(
