@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedvlm.cli.report import reported
+
 if TYPE_CHECKING:
     from fedvlm.after.audit import Audit
 
@@ -31,6 +33,7 @@ def audit(
 
     found = measured(folder, *set_ or ())
     print_audit(found)
+    reported(found.folder)
     if found.broken:
         raise typer.Exit(1)
 

@@ -173,9 +173,7 @@ def _banners(run: Run) -> Iterator[str]:
     if run.opened is None:
         yield (
             f"This run is unfinished, after round {run.round} of {run.config.train.rounds}. To "
-            f"finish it: fedvlm run --resume {run.folder.name}"
-            if not run.deployed
-            else f"This run is unfinished, after round {run.round} of {run.config.train.rounds}."
+            f"finish it: fedvlm {'deploy ' * run.deployed}run --resume {run.folder.name}"
         )
     if planted := run.config.privacy.canaries:
         yield (
