@@ -380,6 +380,8 @@ def test_the_commands_of_a_comparison_write_its_report(folder, capsys, monkeypat
     words += ("train.rounds=1", "eval.every=0")
     assert told(capsys, monkeypatch, *words)[0] == 0
     assert report.exists()
+    runs = sorted(path.parent.name for path in (folder / "compared").glob("*/report.html"))
+    assert runs == ["local-seed-0", "plora-seed-0"]
 
 
 def told(capsys, monkeypatch, *words):

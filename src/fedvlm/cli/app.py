@@ -21,7 +21,7 @@ from fedvlm.cli import deploy as cli_deploy
 from fedvlm.cli import report as cli_report
 from fedvlm.cli import site as cli_site
 from fedvlm.cli.options import QuietOption, Words, parse
-from fedvlm.cli.report import reported
+from fedvlm.cli.report import reported, reported_all
 from fedvlm.errors import ConfigError, FedVLMError, cut, one_record, shown
 
 app = typer.Typer(
@@ -377,7 +377,7 @@ def _compare(names: list[str], tree: dict[str, Any], seeds: int, jobs: int, quie
     with _interruptible(again), board(runs, quiet) as tell:
         comparison = run_comparison(names, tree, seeds=seeds, jobs=jobs, tell=tell)
     print_comparison(comparison)
-    reported(comparison.folder)
+    reported_all(comparison.folder)
 
 
 @contextlib.contextmanager

@@ -61,10 +61,21 @@ def _events(federation: str, folder: str) -> list[dict[str, Any]]:
 
 
 def reported(folder: Path) -> None:
-    """Writes the report of a finished run or comparison, and prints its path."""
+    """Writes the report of a finished run, and prints its path."""
     from fedvlm.report.write import after
 
-    after(folder, lambda path: typer.echo(f"report: {path}"))
+    after(folder, _told)
+
+
+def reported_all(folder: Path) -> None:
+    """Writes the reports of a finished comparison and of its runs; prints the path of the first."""
+    from fedvlm.report.write import after_comparison
+
+    after_comparison(folder, _told)
+
+
+def _told(path: Path) -> None:
+    typer.echo(f"report: {path}")
 
 
 def _opened(address: str) -> bool:

@@ -31,20 +31,15 @@ def of_run(run: Run, room: int) -> Section:
 
 
 def of_comparison(found: Compared, room: int) -> Section:
-    """As :func:`of_run`, with the personal models of all algorithms, of the first seed."""
+    """As :func:`of_run`, with the personal models of all algorithms, of one seed."""
     run = found.first
     lists = {"untuned": run.answers.get("untuned", ())}
-    seed = run.config.seed
+    seed = run.config.seed  # the same seed has the same rows
     for name, runs in found.runs.items():
-        own = [r.answers["personal"] for r in runs if "personal" in r.answers if same(r, seed)]
-        if own:
-            lists[name] = own[0]
+        for one in runs:
+            if one.config.seed == seed and "personal" in one.answers:
+                lists[name] = one.answers["personal"]
     return _section(run, {name: answers for name, answers in lists.items() if answers}, room)
-
-
-def same(run: Run, seed: int) -> bool:
-    """Whether a run has a seed, and so the rows of the others with this seed."""
-    return run.config.seed == seed
 
 
 def _section(run: Run, lists: Lists, room: int) -> Section:

@@ -6,12 +6,14 @@ import shlex
 from collections.abc import Iterator
 
 from fedvlm.algorithms.table import OWN, find
+from fedvlm.errors import cut
 from fedvlm.report.folder import Compared, Run, data_files, environment
 from fedvlm.report.parts import Code, Items, Part, Section, Text, table
 from fedvlm.store.run import CONFIG
 from fedvlm.version import __version__
 
 NAME, TITLE = "settings", "Settings, versions, how to repeat and cite"
+LONGEST = 60_000  # characters of the settings, which may hold lists of rows
 PAPER = (
     "A. Mitra, A. Anjum, P. Agbaje, M. Pesé, H. Olufowobi: FedVLM: Scalable Personalized "
     "Vision-Language Models through Federated Learning. 2025. arXiv:2507.17088"
@@ -54,7 +56,7 @@ def _repeats(run: Run) -> str:
 
 
 def _config(run: Run) -> str:
-    return (run.folder / CONFIG).read_text(encoding="utf-8")
+    return cut((run.folder / CONFIG).read_text(encoding="utf-8"), LONGEST)
 
 
 def _versions(run: Run) -> Iterator[Part]:

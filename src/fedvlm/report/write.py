@@ -14,7 +14,7 @@ from fedvlm.report import page
 from fedvlm.report.folder import read
 from fedvlm.report.parts import Page
 from fedvlm.store.files import write_text
-from fedvlm.store.run import REPORT
+from fedvlm.store.run import DONE, REPORT
 
 ASSETS = Path(__file__).parents[1] / "assets"
 SCRIPTS = ("vega.min.js", "vega-lite.min.js", "vega-embed.min.js")
@@ -56,6 +56,14 @@ def after(folder: str | Path, done: Callable[[Path], object] = lambda path: None
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         again = f"'fedvlm report {folder}' makes it again"
         logger.warning("'%s' was not written (%.300s); %s", Path(folder) / REPORT, reason, again)
+
+
+def after_comparison(folder: Path, done: Callable[[Path], object]) -> None:
+    """As :func:`after`, for a comparison and those of its runs that have no report yet."""
+    after(folder, done)
+    for table in sorted(folder.glob(f"*/{DONE}")):
+        if not (table.parent / REPORT).exists():
+            after(table.parent)
 
 
 def html(shown: Page) -> str:
