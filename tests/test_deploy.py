@@ -91,6 +91,7 @@ def test_the_run_has_a_report_without_rows(demo):
     assert f"report: {report}" in said
     text = report.read_text(encoding="utf-8")
     assert "The rows of a deployed run never leave the sites" in text
+    assert "Numbers of rows that the sites report" in text
     assert "data:image" not in text
 
 

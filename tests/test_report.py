@@ -7,7 +7,6 @@ import json
 import re
 import shutil
 from dataclasses import replace
-from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
@@ -19,52 +18,21 @@ import fedvlm
 import hostile
 from fedvlm.cli.app import _exit_code
 from fedvlm.errors import FedVLMError
-from fedvlm.report import charts, examples, write
-from fedvlm.report.folder import read
+from fedvlm.report import charts, examples, privacy, write
+from fedvlm.report.folder import Compared, read
 from fedvlm.report.page import of
 from fedvlm.report.thumbnails import address
 from fedvlm.report.write import MOST, after, html, write_report
 from fedvlm.rounds import federate
 from fedvlm.rounds.comparison import compare
 from fedvlm.rounds.results import Results
+from pages import Parsed
 from sites import Here, config, deployed
 from stopping import Stop
 
 VEGA = Path(write.ASSETS) / "vega"
 SECTIONS = ["verdicts", "words", "scores", "rounds", "sites", "costs", "privacy", "rows"]
 SECTIONS += ["settings"]
-
-
-class Parsed(HTMLParser):
-    """A page as a browser reads it: its visible text, tags, and blocks of JSON."""
-
-    def __init__(self, path):
-        super().__init__()
-        self.texts, self.tags, self.json, self.inside = [], [], [], []
-        self.addresses, self.ids = [], []
-        self.feed(Path(path).read_text(encoding="utf-8"))
-        self.text = " ".join(" ".join(self.texts).split())
-
-    def handle_starttag(self, tag, attrs):
-        self.tags.append(tag)
-        if tag not in ("meta", "img", "link", "br"):
-            self.inside.append((tag, dict(attrs)))
-        for name, value in attrs:
-            if name in ("src", "href"):
-                self.addresses.append(value)
-            if name == "id":
-                self.ids.append(value)
-
-    def handle_endtag(self, tag):
-        assert self.inside.pop()[0] == tag
-
-    def handle_data(self, data):
-        tag, attributes = self.inside[-1] if self.inside else ("", {})
-        if tag == "script":
-            if attributes.get("type") == "application/json":
-                self.json.append(json.loads(data))
-        elif tag != "style":
-            self.texts.append(data)
 
 
 @pytest.fixture(scope="module")
@@ -313,6 +281,15 @@ def test_the_code_in_a_report_computes_the_epsilon_of_the_run(private, monkeypat
     exec(code, {})
     spent = found.lines[-1]["epsilon"]
     assert float(capsys.readouterr().out) == pytest.approx(spent, abs=1e-6)
+
+
+def test_a_comparison_of_private_runs_adds_nothing_up(private):
+    run = read(private)
+    section = privacy.of_comparison(Compared(private, (), (), {"ffa": [run]}))
+    text = " ".join(getattr(part, "text", "") for part in section.parts)
+    assert "their epsilons add up. No single number above holds" in text
+    (rows,) = (p.rows for p in section.parts if getattr(p, "title", "").startswith("Epsilon of"))
+    assert rows == [("ffa", "0", f"{run.lines[-1]['epsilon']:.4g}", "0.001")]
 
 
 def test_privacy_of_clients_gives_no_epsilon_to_personal_models(

@@ -122,7 +122,9 @@ def _deployed(events: Events) -> Iterator[Part]:
         (site, f"{sites.duration(max(0.0, now - event['time']))} ago", _words(event))
         for site, event in last.items()
     ]
-    yield table("When the server last heard of a site", ("site", "heard", "last event"), rows, texts=(1, 2))
+    yield table(
+        "When the server last heard of a site", ("site", "heard", "last event"), rows, texts=(1, 2)
+    )
     told = [
         (f"{datetime.fromtimestamp(e['time'], UTC):%H:%M:%S}", str(e.get("site", "")), _words(e))
         for e in reversed(events[-EVENTS:])

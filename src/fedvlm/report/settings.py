@@ -50,8 +50,9 @@ def _repeats(run: Run) -> str:
             "whoever knew their seed could subtract the noise."
         )
     return (
-        "On a processor of the same kind, with the same versions and the same data, the result is "
-        "bit-identical. Graphics cards, other processors and other versions round differently."
+        "On a processor of the same kind, with the same versions, data and number of threads, the "
+        "result is bit-identical. Graphics cards, other processors and other versions round "
+        "differently."
     )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -13,6 +14,7 @@ from fedvlm.metrics import size
 from fedvlm.report import charts
 from fedvlm.report.folder import Compared, Run
 from fedvlm.report.parts import Chart, Items, Part, Section, Text, table
+from fedvlm.store.run import SITES
 
 USES = {"train": "training", "val": "validation", "test": "held out"}
 OTHERS = "all others"
@@ -55,20 +57,18 @@ def of_run(run: Run) -> Section:
 
 def _told(run: Run) -> list[Part]:
     """What the server knows of deployed sites."""
-    rows = {
-        site: scores["examples"]
-        for site, scores in (run.models["personal"]["clients"] if run.models else {}).items()
-        if "examples" in scores
-    }
     parts: list[Part] = [
         Text(
-            "The sites keep their rows, and the server knows neither rows nor labels. So this "
-            "report cannot show how the sites differ. Each site finds that out on its own machine."
+            "The sites keep their rows. The server knows none of them, nor their labels, so this "
+            "report cannot show how the sites differ. Each site sees its own rows on its machine."
         )
     ]
+    path = run.folder / SITES
+    rows = json.loads(path.read_bytes())["rows"] if path.exists() else {}
     if rows:
-        told = [(site, f"{count:g}") for site, count in rows.items()]
-        parts.append(table("Held-out rows that the sites report", ("site", "rows"), told))
+        told = [(site, *(f"{counts[s]:,}" for s in SPLITS)) for site, counts in rows.items()]
+        title = "Numbers of rows that the sites report"
+        parts.append(table(title, ("site", *USES.values()), told, more=SITES))
     return parts
 
 

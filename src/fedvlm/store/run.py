@@ -52,6 +52,7 @@ CONFIG = "config.yaml"
 CHECKPOINT = "checkpoint.json"
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 DONE = "table.json"
+SITES = "sites.json"  # of a deployed run: the sites, with the rows that they report
 REPORT = "report.html"
 FILES: tuple[str, ...] = (
     CONFIG,
@@ -59,7 +60,7 @@ FILES: tuple[str, ...] = (
     "partition.json",
     "data.json",
     "model.json",
-    "sites.json",
+    SITES,
     "canaries.json",
     CHECKPOINT,
 )

@@ -20,7 +20,7 @@ from fedvlm.deploy.digests import digest_of
 from fedvlm.deploy.events import EVENTS, output_of
 from fedvlm.deploy.nvflare.processes import read_federation
 from fedvlm.deploy.nvflare.project import ADMIN, Project, admitted, write_job
-from fedvlm.deploy.nvflare.server import RENEW, SITES
+from fedvlm.deploy.nvflare.server import RENEW
 from fedvlm.deploy.remote import Limits, as_sent
 from fedvlm.deploy.signature import sign
 from fedvlm.errors import ConfigError, FedVLMError
@@ -29,6 +29,7 @@ from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
 from fedvlm.store import files
 from fedvlm.store import run as stores
+from fedvlm.store.run import SITES
 
 Tell = Callable[[dict[str, Any]], None]
 
