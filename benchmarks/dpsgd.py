@@ -25,6 +25,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from statistics import median
@@ -148,7 +149,8 @@ def engine(name: str, model: str, *, batch: int = 8, target: str = "all-linear",
 def step_of(side: str, model: str, batch: int, target: str) -> tuple[Any, Any]:
     """A round of four steps, plain or private, on the same number of rows; and its engine."""
     found = engine("cohort", model, batch=batch, target=target, rows=2 * batch)
-    found._units = {"site-0": found.units("site-0")[:batch]}
+    split = found.partition.splits["site-0"]
+    found.partition.splits["site-0"] = replace(split, train=split.train[:batch])
     if side == "plain":
         found.plans = {}
     else:  # all units in every step: exactly as many rows as the plain step

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import smallest
 from fedvlm.processes import cores
 from forked import Commands, Warm
 
@@ -59,9 +60,10 @@ def pictures(no_pictures):
 
 @pytest.fixture
 def small(tmp_path):
-    """Settings of a run that takes a second or two: three sites, two rounds."""
+    """Settings of a run that takes a second: three sites, two rounds, the smallest model."""
     return {
         "output": str(tmp_path / "run"),
+        "model": {"name": smallest.model()},
         "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
         "partition": {"min_rows": 4},
         "algorithm": {"name": "plora"},
@@ -104,13 +106,40 @@ def pytest_xdist_auto_num_workers():
     return cores() + 2
 
 
-def pytest_collection_modifyitems(items):
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config, items):
     """Runs tests that wait first, and the tests of a family, which share a model, together."""
     ours = [n for n, item in enumerate(items) if item.path.name == "test_families.py"]
     by_family = sorted((items[n] for n in ours), key=lambda item: item.callspec.params["family"])
     for n, item in zip(ours, by_family, strict=True):
         items[n] = item
-    items.sort(key=lambda item: item.get_closest_marker("waits") is None)
+    workers = getattr(config, "workerinput", {}).get("workercount", 1)
+    items[:] = dealt(items, workers, lambda item: item.get_closest_marker("waits"))
+
+
+def dealt(items, workers, mark):
+    """The items in an order in which workers begin with tests that wait, one group a worker.
+
+    The workers of ``--dist=worksteal`` begin with equal shares of the list. A worker without tests
+    then takes some from the end of another share, so that the beginning of a share stays together.
+
+    Args:
+        items: the tests.
+        workers: the number of workers.
+        mark: returns the mark ``waits(group)`` of a test, or None.
+    """
+    rest, waiting = [], defaultdict(list)
+    for item in items:
+        found = mark(item)
+        (waiting[found.args] if found else rest).append(item)
+    groups, order = list(waiting.values()), []
+    for worker in range(workers):
+        end = len(order) + (len(items) - len(order)) // (workers - worker)
+        order += [item for group in groups[worker::workers] for item in group]
+        more = max(0, end - len(order))
+        order += rest[:more]
+        del rest[:more]
+    return order + rest
 
 
 @pytest.hookimpl(wrapper=True)

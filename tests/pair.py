@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+import smallest
 from fedvlm.algorithms.table import find, of_run
 from fedvlm.config import load
 from fedvlm.engines.base import Models
@@ -72,6 +73,7 @@ def prepared(folder):
     An algorithm changes neither the model nor its rows, so that tests of many share this.
     """
     settings = {
+        "model": {"name": smallest.model()},
         "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
         "partition": {"min_rows": 4},
         "train": {"rounds": 2, "local_steps": 2, "batch_size": 4, "lr": 0.001},

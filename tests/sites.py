@@ -6,6 +6,7 @@ import time
 
 import yaml
 
+import smallest
 from fedvlm.config import load
 from fedvlm.deploy.remote import Limits, Remote
 from fedvlm.deploy.unanswered import Unanswered
@@ -26,7 +27,8 @@ SETTINGS = {
 }
 
 FEW = {"train_rows": 1, "batch_rows": 1, "scored_rows": 1, "score_step": 0}
-"""A policy for runs on few rows, whose scores are compared exactly."""
+FEW["models"] = {name: name for name in ("tiny", smallest.model())}
+"""A policy for runs on few rows, whose scores are compared exactly, with either small model."""
 
 
 def written(path, **policy):
@@ -37,7 +39,8 @@ def written(path, **policy):
 
 
 def config(data, *overrides):
-    return load(SETTINGS, f"data.path={data / 'all.parquet'}", *overrides)
+    words = f"data.path={data / 'all.parquet'}", f"model.name={smallest.model()}"
+    return load(SETTINGS, *words, *overrides)
 
 
 class Here:

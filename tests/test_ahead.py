@@ -110,7 +110,7 @@ def test_what_decides_the_features_decides_the_name(small, folder):
 
 
 def test_a_small_budget_leaves_rows_to_be_encoded_when_they_come(small, cache):
-    collator, rows = prepared(small, "data.cache=1")
+    collator, rows = prepared(small, "model.name=tiny", "data.cache=1")
     assert rows == 0
     assert collator._ahead is None
     assert not list(cache.glob("encoded-*"))
@@ -118,6 +118,7 @@ def test_a_small_budget_leaves_rows_to_be_encoded_when_they_come(small, cache):
 
 
 def test_older_data_sets_make_room(small, cache):
+    small["model"] = {"name": "tiny"}
     prepared(small)
     (old,) = cache.glob("encoded-*.arrow")
     os.utime(old, (1, 1))

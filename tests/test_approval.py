@@ -378,7 +378,7 @@ def test_an_approved_run_opens_for_real(tmp_path):
     (tmp_path / "policy.yml").write_text("approval: true\nalgorithms: [plora]\ntrain_rows: 8\n")
     own = {"name": "north", "data": str(tmp_path / "rows.parquet")}
     own |= {"state": str(tmp_path / "state"), "policy": str(tmp_path / "policy.yml")}
-    tree = json.loads(json.dumps(as_sent(config(tmp_path, "eval.max_rows=10"))))
+    tree = json.loads(json.dumps(as_sent(config(tmp_path, "model.name=tiny", "eval.max_rows=10"))))
     asked = {"do": "open", "run": "r", "config": tree}
     worker = Worker(own)
     assert waits(worker.perform(dict(asked), b"")[0])

@@ -17,7 +17,7 @@ from fedvlm.errors import FedVLMError
 from fedvlm.tree import read
 from test_cli import call
 
-pytestmark = pytest.mark.waits
+pytestmark = pytest.mark.waits("site")
 RUN = {
     "algorithm": {"name": "plora"},
     "train": {"rounds": 20, "local_steps": 10, "batch_size": 8},  # more than the rows: encoded

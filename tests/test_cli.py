@@ -13,12 +13,14 @@ import yaml
 from typer.testing import CliRunner
 
 import fedvlm
+import smallest
 from fedvlm.cli.app import app, main
-from fedvlm.errors import ConfigError
 from fedvlm.rounds import comparison
 from fedvlm.store import run as store
+from stopping import refused
 
 SMALL = (
+    f"model.name={smallest.model()}",
     "data.scenes.sites=2",
     "data.scenes.rows=16",
     "partition.min_rows=4",
@@ -221,13 +223,8 @@ def test_compare_in_two_processes_gives_the_same_scores(tmp_path):
     }
 
 
-def refuse(name, config, tell):
-    """Stands for a run that fails."""
-    raise ConfigError([f"lora.rank: {config.lora.rank} is larger than a layer, {name} says"])
-
-
 def test_an_error_in_a_process_of_compare_is_the_same_clear_error(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(comparison, "run_one", refuse)
+    monkeypatch.setattr(comparison, "run_one", refused)
     words = ("compare", "plora", "--jobs", "2", f"output={tmp_path}", "lora.rank=999")
     code, _, errors = call(capsys, monkeypatch, *words)
     assert (code, errors.count("error: ")) == (2, 1)

@@ -264,10 +264,11 @@ def test_kept_image_features_change_nothing(small, tmp_path, family):
     small["data"]["scenes"] |= {"rows": 10}
     small["lora"] |= {"target": "language"}
     small["train"] = SGD
-    sides = engines(small, folder=tmp_path)
-    kept = sides[1][0]._images
-    assert (kept is None) == (family == "git"), "GIT has no image features of its own"
-    assert_same(*(play(*side) for side in sides), 1e-5)
+    engine, partition, _ = prepare(fedvlm.load_config(small), store=Kept(tmp_path))
+    assert (engine._images is None) == (family == "git"), "GIT has no image features of its own"
+    with_them = play(engine, partition)
+    engine._images, engine.store = None, Kept(tmp_path)
+    assert_same(play(engine, partition), with_them, 1e-5)
 
 
 def test_a_budget_of_memory_decides_how_many_clients_share_a_pass(small, tmp_path):

@@ -18,7 +18,7 @@ from fedvlm.rounds import federate
 from fedvlm.store import files
 from test_cli import call
 
-pytestmark = pytest.mark.waits
+pytestmark = pytest.mark.waits("machines")
 needed = pytest.mark.skipif(
     find_spec("nvflare") is None, reason="needs NVFlare: pip install 'fedvlm[deploy]'"
 )

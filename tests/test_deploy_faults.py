@@ -10,6 +10,7 @@ import pytest
 import torch
 
 import fedvlm
+import smallest
 from fedvlm import config as configs
 from fedvlm.deploy.nvflare.project import provision
 from fedvlm.deploy.remote import Limits, Remote
@@ -23,7 +24,7 @@ from fedvlm.store import run as store
 from loopback import begin, processes, said, serve
 
 pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy]'")
-pytestmark = [pytest.mark.slow, pytest.mark.waits]
+pytestmark = [pytest.mark.slow, pytest.mark.waits("machines")]
 
 FAULTY = Path(__file__).parent / "faulty"
 SITES = ("north", "slow", "full", "liar")
@@ -45,6 +46,7 @@ LIES = {
 }
 """Round -> fate of the liar's upload, and the reason. ``faulty/sitecustomize.py`` has the lies."""
 SETTINGS = {
+    "model": {"name": smallest.model()},
     "algorithm": {"name": "plora"},
     "train": {"rounds": ROUNDS, "local_steps": 2, "batch_size": 4, "lr": 5e-3, "average": "none"},
     "eval": {"every": 0, "max_rows": 3, "max_new_tokens": 3},

@@ -26,7 +26,7 @@ from loopback import processes, said, serve, start, until
 from wiretap import Wiretap, are_records, pieces_of, pieces_of_rows
 
 pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy]'")
-pytestmark = [pytest.mark.slow, pytest.mark.waits]
+pytestmark = [pytest.mark.slow, pytest.mark.waits("machines")]
 
 SITES = ("north", "south")
 HERE = Path(__file__).parent

@@ -10,6 +10,7 @@ import torch
 
 import families
 import fedvlm
+import smallest
 from fedvlm.engines.wire import Task
 from fedvlm.errors import FedVLMError
 from fedvlm.models import lora
@@ -37,6 +38,7 @@ def private(small):
 def sides(tmp_path_factory):
     """Settings of a small private run, both engines for it, and a folder."""
     settings = {
+        "model": {"name": smallest.model()},
         "data": {"scenes": {"style": "mixed", "sites": 2, "rows": 16}},
         "partition": {"min_rows": 4},
         "algorithm": {"name": "ffa"},

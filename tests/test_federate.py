@@ -1,4 +1,4 @@
-"""The round loop on the bundled model: results, files, resumption and refusals."""
+"""The round loop on a small model: results, files, resumption and refusals."""
 
 import contextlib
 import json
@@ -14,6 +14,7 @@ import pytest
 import torch
 import yaml
 
+import smallest
 from fedvlm.algorithms.base import Visit
 from fedvlm.algorithms.table import build
 from fedvlm.batches.draw import Length, batches
@@ -72,6 +73,7 @@ class Finished(dict):
         ending = ENDING if ends else {"average": "none"}
         config = {
             "output": str(self.folder / name.replace(" ", "-")),
+            "model": {"name": smallest.model()},
             "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
             "partition": {"min_rows": 4},
             "algorithm": {"name": algorithm},

@@ -54,7 +54,7 @@ def test_a_trial_ends_as_one_of_the_outcomes(trial, end, monkeypatch, tmp_path):
 
 @pytest.mark.slow
 def test_a_short_run_ends_with_its_counts_and_without_a_failure():
-    command = [sys.executable, SCRIPTS / "fuzz.py", "--seconds", "6", "--kinds", "config,wire"]
+    command = [sys.executable, SCRIPTS / "fuzz.py", "--seconds", "2", "--kinds", "config,wire"]
     done = subprocess.run(command, capture_output=True, text=True, timeout=120)
     last = done.stdout.splitlines()[-1]
     pattern = (

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import fedvlm
+import smallest
 from fedvlm.algorithms import table
 from fedvlm.algorithms.sharing import sharing
 from fedvlm.cli.algorithms import print_algorithms
@@ -26,6 +27,7 @@ from toy import FEDAVG
 
 EXAMPLE = Path(__file__).parents[1] / "examples" / "fedrep"
 SHORT = (
+    f"model.name={smallest.model()}",
     "data.scenes.sites=2",
     "data.scenes.rows=14",
     "partition.min_rows=4",

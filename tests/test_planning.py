@@ -123,7 +123,8 @@ def test_spare_ranks_are_held_and_not_trained(small):
 
 def test_quantized_linear_layers_take_half_a_byte_a_weight(small, monkeypatch):
     monkeypatch.setattr(loading, "quantization", lambda kind, device: {})
-    size = forecast(load(small, "model.quantization=4bit", "model.device=cpu")).size
+    words = "model.name=tiny", "model.quantization=4bit", "model.device=cpu"
+    size = forecast(load(small, *words)).size
     model = loading.load_shapes(ModelConfig(device="cpu"))
     linear = sum(model.get_submodule(n).weight.numel() for n in lora.targets(model, "all-linear"))
     assert size.weights == linear // 2 + 4 * (size.parameters - linear)

@@ -222,3 +222,19 @@ def test_an_object_that_reads_validation_rows_is_refused_before_round_1(private)
     with pytest.raises(ConfigError, match="no noise"):
         fedvlm.run(private, algorithm=reads)
     assert not Path(private["output"]).exists()
+
+
+def documented():
+    """The settings and messages in the table of docs/privacy.md."""
+    text = (Path(__file__).parents[1] / "docs" / "privacy.md").read_text(encoding="utf-8")
+    table = text.split("| settings with `privacy.unit=row` | message |")[1].split("\n\n")[0]
+    lines = [line.strip("| ").split(" | ") for line in table.splitlines()[2:]]
+    return [(words.strip("`").split(), message) for words, message in lines]
+
+
+@pytest.mark.parametrize(("words", "message"), documented(), ids=lambda found: str(found)[:40])
+def test_every_refusal_in_the_docs_is_the_message(words, message):
+    given = ("privacy.unit=row", "privacy.epsilon=3", "privacy.delta=1e-5", *words)
+    with pytest.raises(ConfigError) as refused:
+        load({}, *given)
+    assert message in str(refused.value)

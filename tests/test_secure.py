@@ -17,11 +17,14 @@ from fedvlm.engines.blinded import Blinded
 from fedvlm.engines.summand import Summand, Summed
 from fedvlm.engines.wire import Reply
 from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.planning.footprint import Exchanges
 from fedvlm.rounds import secure
+from fedvlm.rounds.schedule import plan
 from fedvlm.store import files
 from fedvlm.store.run import Store
 from formulas import Formulas, drive
 from toy import FEDAVG, INITIAL, A, B, clients
+from toy import adapter as widened
 
 pytestmark = pytest.mark.usefixtures("no_pictures")
 
@@ -63,6 +66,22 @@ def test_a_secure_sum_gives_the_plain_mean(tmp_path, name):
     assert all(one["clients"] == ["c0", "c1", "c2"] for one in told)
     assert all(one["loss"] == pytest.approx(1.0, abs=1e-4) for one in told)
     assert all(line["train_loss"] == {} and "missing" not in line for line in lines[1:])
+    assert [line["bytes_up"] for line in lines[1:]] == planned_bytes(name)
+
+
+def planned_bytes(name):
+    """The bytes by round and client that a dry run shows."""
+    config, names = fedvlm.load_config(settings(name, **SECURE)), ("c0", "c1", "c2")
+    algorithm = of_run(config)
+    adapter = widened(2 + spare_ranks(name, config.lora))
+    shapes = {n: t.to("meta") for n, t in adapter.items()}
+    exchanges = Exchanges(config, algorithm, shapes, names)
+    rounds = plan(config, algorithm, names)
+    weights = dict.fromkeys(names, 1.0)
+    return [
+        {client: exchanges.of(visit, 1).up for client, visit in round_.visits(weights).items()}
+        for round_ in rounds
+    ]
 
 
 @pytest.mark.parametrize("name", OTHERS)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+import smallest
 from fedvlm.algorithms.base import Visit
 from fedvlm.engines.group import End
 from fedvlm.engines.portable import pack, unpack
@@ -24,6 +25,7 @@ from fedvlm.store import run as store
 from test_cli import call
 
 SETTINGS = (
+    f"model.name={smallest.model()}",
     "data.scenes.sites=4",
     "data.scenes.rows=16",
     "partition.min_rows=4",

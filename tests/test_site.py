@@ -7,6 +7,7 @@ import pytest
 import torch
 
 import fedvlm
+import smallest
 from fedvlm import tree
 from fedvlm.algorithms.base import NOBODY, Visit
 from fedvlm.algorithms.table import build
@@ -338,10 +339,10 @@ def test_a_full_disk_loses_nothing_and_the_round_can_be_done_again(data, tmp_pat
 
 
 def test_a_site_refuses_what_its_policy_does_not_allow(data, tmp_path):
-    policy = Policy(**FEW, rounds=1, algorithms=["lora"], models={"other": "x"})
+    policy = Policy(**FEW | {"rounds": 1, "algorithms": ["lora"], "models": {"other": "x"}})
     with pytest.raises(Refused) as error:
         policy.check(config(data))
-    for part in ("2 rounds", "algorithm 'plora'", "model 'tiny'"):
+    for part in ("2 rounds", "algorithm 'plora'", f"model '{smallest.model()}'"):
         assert part in str(error.value)
     file = written(tmp_path / "policy.yml", bytes_per_round=100)
     own = {"name": "site-0", "data": str(data / "site-0.parquet"), "state": str(tmp_path / "s")}

@@ -13,7 +13,7 @@ import pytest
 
 from fedvlm.deploy.supervisor import Supervisor
 
-pytestmark = pytest.mark.waits
+pytestmark = pytest.mark.waits("site")
 
 ECHO = """
 import json, os, re, socket, sys, time

@@ -7,6 +7,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 import fedvlm
 from fedvlm.cli import demo
@@ -263,8 +264,10 @@ def test_the_demo_has_equal_budgets_and_curves_of_four_points_or_more():
 def test_a_small_demo_prints_a_verdict_for_each_site_and_fits_80_columns(
     tmp_path, capsys, monkeypatch
 ):
-    monkeypatch.setattr("fedvlm.cli.tables.console_for_tables", lambda: console(80))
-    monkeypatch.setattr(sys, "argv", ["fedvlm", "demo", f"output={tmp_path / 'd'}", *SMALL])
+    for module in ("tables", "aftertables"):
+        monkeypatch.setattr(f"fedvlm.cli.{module}.console_for_tables", lambda: console(80))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["fedvlm", "demo", "output=d", *SMALL])
     with pytest.raises(SystemExit) as stop:
         main()
     assert stop.value.code == 0
@@ -273,6 +276,9 @@ def test_a_small_demo_prints_a_verdict_for_each_site_and_fits_80_columns(
     lines = text[text.index("Should a site take part?") :].splitlines()
     assert [line.split()[0] for line in lines if line.startswith(" site-")] == ["site-0", "site-1"]
     assert "unequal" not in text
+    asked = text[text.index("  (") :]  # the last table: every model's answer to one picture
+    assert all(model in asked for model in ("site-0", "site-1", "global", "untuned"))
+    assert Image.open(tmp_path / "d" / "picture.png").size
     assert text.rstrip().endswith(" s")
     below = text[text.index("exact match on every") :].splitlines()
     assert max(len(line) for line in below if not line.startswith("report: ")) <= 80

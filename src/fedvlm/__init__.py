@@ -24,6 +24,7 @@ _HOMES = {
     "open_run": "fedvlm.after.opened",
     "scenes": "fedvlm.data.scenes",
     "load_config": "fedvlm.config",
+    "Callback": "fedvlm.rounds.progress",
     "Results": "fedvlm.rounds.results",
     "Comparison": "fedvlm.rounds.comparison",
     "Config": "fedvlm.settings.sections",
@@ -44,10 +45,13 @@ _HOMES = {
     "DataError": "fedvlm.errors",
 }
 
+_NAMES = {"load_config": "load", "Callback": "Progress"}
+
 __all__ = [
     "Algorithm",
     "AlgorithmConfig",
     "Averaged",
+    "Callback",
     "Comparison",
     "Config",
     "ConfigError",
@@ -101,6 +105,7 @@ if TYPE_CHECKING:
     from fedvlm.errors import ConfigError, DataError, FedVLMError
     from fedvlm.rounds.comparison import Comparison, compare
     from fedvlm.rounds.federate import resume, run
+    from fedvlm.rounds.progress import Progress as Callback
     from fedvlm.rounds.results import Results
     from fedvlm.settings.method import AlgorithmConfig
     from fedvlm.settings.sections import Config
@@ -111,7 +116,7 @@ def __getattr__(name: str) -> Any:
         raise AttributeError(f"module 'fedvlm' has no attribute '{name}'")
     from importlib import import_module
 
-    value = getattr(import_module(_HOMES[name]), "load" if name == "load_config" else name)
+    value = getattr(import_module(_HOMES[name]), _NAMES.get(name, name))
     globals()[name] = value
     return value
 

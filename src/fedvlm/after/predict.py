@@ -11,6 +11,7 @@ from fedvlm.after import inputs
 from fedvlm.after.names import none_chosen
 from fedvlm.after.opened import open_run
 from fedvlm.after.outputs import check_out, write_table
+from fedvlm.errors import FedVLMError
 
 
 @dataclass(frozen=True)
@@ -108,6 +109,50 @@ def predict_many(
     if out is not None:
         write_table(answers.rows, out)
     return answers
+
+
+@dataclass(frozen=True)
+class SideBySide:
+    """One held-out row, and the answers of all models of a run to it.
+
+    Attributes:
+        client: the client that has the row.
+        question: the question.
+        reference: the answer in the data.
+        image: the picture, as encoded bytes.
+        answers: model -> its answer.
+    """
+
+    client: str
+    question: str
+    reference: str
+    image: bytes
+    answers: dict[str, str]
+
+
+def side_by_side(folder: str | Path) -> SideBySide:
+    """Asks all models of a finished run about one row that its client held out.
+
+    The row is the first one that its client's personal model answered right, or the first one of
+    all where there is none.
+
+    Raises:
+        FedVLMError: the run is not finished, or it was deployed, so that its rows are at the sites.
+    """
+    from fedvlm.rounds.prepare import divide
+
+    run = open_run(folder)
+    known = run.results.answers("personal")
+    if not known or run.deployed:
+        raise FedVLMError(f"'{run.folder}': its held-out rows and answers are not here")
+    first = next((a for a in known if a.get("exact_match") == 1), known[0])
+    rows = divide(run.config)[0].select([first["row"]])
+    models = run.chosen(global_=True, untuned=True, every=True)
+    answers = {name: texts[0] for name, texts in run.answers(rows, models).items()}
+    row = rows[0]
+    return SideBySide(
+        first["client"], row["question"], first["reference"], row["image"]["bytes"], answers
+    )
 
 
 def _own(overrides: Sequence[str], key: str) -> int | None:

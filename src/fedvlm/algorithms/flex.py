@@ -69,7 +69,10 @@ def hetlora() -> Algorithm:
             ((upload[b].T @ upload[b]) * (upload[a] @ upload[a].T)).sum()
             for a, b in pairs(upload).values()
         ]
-        return upload, float(sum(squares[1:], squares[0]).clamp(min=1e-20).sqrt())
+        square = sum(squares[1:], squares[0])
+        # A dry run has shapes without values.
+        weight = 1.0 if square.is_meta else float(square.clamp(min=1e-20).sqrt())
+        return upload, weight
 
     return replace(sharing({"": "AB"}), server=Averaged(lambda state, mean, round: mean, lift))
 

@@ -18,7 +18,7 @@ from fedvlm.metrics import METRICS
 if TYPE_CHECKING:
     from fedvlm.after.evaluate import Evaluation
     from fedvlm.after.onboard import Onboarded
-    from fedvlm.after.predict import Answers
+    from fedvlm.after.predict import Answers, SideBySide
 
 MOST_ROWS = 40
 SITE_MODELS = {
@@ -51,6 +51,27 @@ def print_answers(answers: Answers, out: str | Path | None) -> None:
     if len(answers.rows) > MOST_ROWS:
         left = len(answers.rows) - MOST_ROWS
         console.print(f"and {left} more rows; --out answers.jsonl writes all rows", highlight=False)
+
+
+def print_side_by_side(found: SideBySide, picture: Path, run: str) -> None:
+    """Prints a question and every answer with the models that give it, in at most 80 columns."""
+    given: dict[str, list[str]] = {}
+    for model, answer in found.answers.items():
+        given.setdefault(answer, []).append(model)
+    shown = Table(title=escape(f"{found.question}  ({found.reference})"), width=78)
+    shown.add_column("answer", style="bold", overflow="fold", ratio=2)
+    shown.add_column("models", overflow="fold", ratio=3)
+    for answer, models in given.items():
+        shown.add_row(escape(answer) or "(nothing)", escape(", ".join(models)))
+    console = console_for_tables()
+    console.print(shown)
+    console.print(
+        f"One picture ({picture}), held out by {found.client}, whose answer is in brackets; the "
+        f"models of {run}. Ask them more: fedvlm predict {picture.parent / run} {picture} "
+        '"..." --all',
+        highlight=False,
+        markup=False,
+    )
 
 
 def print_evaluation(found: Evaluation, out: str | Path | None) -> None:

@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import difflib
-from typing import Any, get_args
 
-from pydantic import BaseModel
-from pydantic.fields import FieldInfo
 from rich.table import Table
 
 from fedvlm.algorithms.table import ALIASES, TABLE, find, names
+from fedvlm.cli.settings import rows_of
 from fedvlm.cli.tables import console_for_tables
 from fedvlm.errors import ConfigError, FedVLMError
 
@@ -53,8 +51,9 @@ def print_algorithm(name: str) -> None:
     lines = [title, *(f"  {what:<7} {text}" for what, text in facts.items())]
     console.print("\n".join(lines), highlight=False, markup=False)
     out = Table("setting", "type", "default", "meaning")
-    for key, kind, default, about in _settings(entry.settings, "algorithm."):
-        out.add_row(key, kind, default, about)
+    for row in rows_of(entry.settings, "algorithm."):
+        if row[0] != "algorithm.name":
+            out.add_row(*row)
     if entry.ranks:
         out.add_row(
             "lora.ranks", "mapping", "", "pattern of client names -> rank; empty: lora.rank"
@@ -62,35 +61,3 @@ def print_algorithm(name: str) -> None:
     if entry.spare:
         out.add_row("lora.spare", "int", "", "ranks that are not trained; empty: 4 times lora.rank")
     console.print(out) if out.row_count else console.print("  no settings of its own")
-
-
-def _settings(kind: type[BaseModel], prefix: str) -> list[tuple[str, str, str, str]]:
-    found = []
-    for name, field in kind.model_fields.items():
-        if prefix == "algorithm." and name == "name":
-            continue
-        inner = field.annotation
-        if isinstance(inner, type) and issubclass(inner, BaseModel):
-            found += _settings(inner, f"{prefix}{name}.")
-        else:
-            row = _kind(inner), _default(field), field.description or ""
-            found.append((f"{prefix}{name}", *row))
-    return found
-
-
-def _default(field: FieldInfo) -> str:
-    if field.is_required():
-        return "required"
-    return "" if field.default is None else str(field.default)
-
-
-def _kind(annotation: Any) -> str:
-    """A type as a person reads it: choices, or the name."""
-    options = [a for a in get_args(annotation) if a is not type(None)]
-    if options and all(isinstance(a, str) for a in options):
-        return " | ".join(options)
-    if str(annotation).startswith("dict"):
-        return "mapping"
-    if options:
-        return _kind(options[0])
-    return getattr(annotation, "__name__", str(annotation))

@@ -10,7 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
-from typing import Annotated, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -18,16 +18,20 @@ from fedvlm import processes
 from fedvlm.cli import audit as cli_audit
 from fedvlm.cli import auditlog as cli_auditlog
 from fedvlm.cli import deploy as cli_deploy
+from fedvlm.cli import lists as cli_lists
 from fedvlm.cli import report as cli_report
 from fedvlm.cli import site as cli_site
 from fedvlm.cli.options import QuietOption, Words, parse
 from fedvlm.cli.report import reported, reported_all
 from fedvlm.errors import ConfigError, FedVLMError, cut, one_record, shown
+from fedvlm.version import __version__
+
+if TYPE_CHECKING:
+    from fedvlm.rounds.comparison import Comparison
 
 app = typer.Typer(
     help="Federated fine-tuning of vision-language models: a personal LoRA adapter for every site.",
     no_args_is_help=True,
-    add_completion=False,
     pretty_exceptions_enable=False,
     rich_markup_mode=None,
 )
@@ -56,8 +60,22 @@ SetOption = Annotated[
 ]
 
 
+def _print_version(asked: bool) -> None:
+    if asked:
+        typer.echo(f"fedvlm {__version__}")
+        raise typer.Exit
+
+
 @app.callback()
-def _check_processes(context: typer.Context) -> None:
+def _check_processes(
+    context: typer.Context,
+    version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_print_version, is_eager=True, help="print the version and exit"
+        ),
+    ] = False,
+) -> None:
     if processes.size() > 1 and context.invoked_subcommand != "run":
         raise FedVLMError(
             f"'fedvlm {context.invoked_subcommand}' works in one process, but {processes.size()} "
@@ -149,7 +167,7 @@ def demo(
 ) -> None:
     """Compare personalized LoRA with baselines on eight sites."""
     from fedvlm import config as configs
-    from fedvlm.cli.demo import ALGORITHMS, INTRODUCTION, SETTINGS
+    from fedvlm.cli.demo import ALGORITHMS, INTRODUCTION, SETTINGS, print_demo
 
     source, overrides = parse(words)
     if source:
@@ -160,7 +178,9 @@ def demo(
     if not quiet:
         typer.echo(INTRODUCTION)
     began = time.monotonic()
-    _compare(list(ALGORITHMS), settings, seeds, jobs or min(4, os.cpu_count() or 1), quiet)
+    jobs = jobs or min(4, os.cpu_count() or 1)
+    best = _compare(list(ALGORITHMS), settings, seeds, jobs, quiet).best
+    print_demo(best)
     typer.echo(f"the demo took {time.monotonic() - began:.0f} s")
 
 
@@ -283,32 +303,9 @@ def onboard(
     print_onboarded(join(folder, data, *set_ or (), name=name, steps=steps, lr=lr))
 
 
-@app.command()
-def plot(
-    folder: Annotated[
-        str, typer.Argument(metavar="DIR", help="the folder of a run or of a comparison")
-    ],
-) -> None:
-    """Draw the pictures of a run or a comparison again, from its files."""
-    from fedvlm.rounds.pictures import redraw
-
-    for path in redraw(folder):
-        typer.echo(path)
-
-
-@app.command()
-def algorithms(
-    name: Annotated[str | None, typer.Argument(help="one algorithm, with its settings")] = None,
-) -> None:
-    """List the algorithms, or show one: what it sends and keeps, its paper, its settings."""
-    from fedvlm.cli.algorithms import print_algorithm, print_algorithms
-
-    if name is None:
-        print_algorithms()
-    else:
-        print_algorithm(name)
-
-
+app.command()(cli_report.plot)
+app.command()(cli_lists.algorithms)
+app.command()(cli_lists.config)
 app.command()(cli_audit.audit)
 app.command()(cli_report.report)
 app.command()(cli_report.watch)
@@ -366,7 +363,9 @@ def _stop(message: object) -> int:
     return 2
 
 
-def _compare(names: list[str], tree: dict[str, Any], seeds: int, jobs: int, quiet: bool) -> None:
+def _compare(
+    names: list[str], tree: dict[str, Any], seeds: int, jobs: int, quiet: bool
+) -> Comparison:
     from fedvlm.cli.board import board
     from fedvlm.cli.tables import print_comparison
     from fedvlm.rounds.comparison import compare as run_comparison
@@ -378,6 +377,7 @@ def _compare(names: list[str], tree: dict[str, Any], seeds: int, jobs: int, quie
         comparison = run_comparison(names, tree, seeds=seeds, jobs=jobs, tell=tell)
     print_comparison(comparison)
     reported_all(comparison.folder)
+    return comparison
 
 
 @contextlib.contextmanager

@@ -7,7 +7,8 @@ import sys
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from fedvlm.cli.live import describe
+from fedvlm.cli.bars import bars, named, noted
+from fedvlm.cli.live import describe, means
 from fedvlm.rounds.comparison import Event
 from fedvlm.settings.sections import Config
 
@@ -34,35 +35,20 @@ def board(runs: Mapping[str, Config], quiet: bool) -> Iterator[Callable[[Event],
 
         yield line
         return
-    from rich.progress import (
-        BarColumn,
-        Progress,
-        TextColumn,
-        TimeElapsedColumn,
-        TimeRemainingColumn,
-    )
-
-    columns = (
-        TextColumn("[bold]{task.description}"),
-        BarColumn(),
-        TextColumn("{task.fields[note]}"),
-        TimeElapsedColumn(),
-        TextColumn("left"),
-        TimeRemainingColumn(),
-    )
-    with Progress(*columns) as bars:
+    with bars() as shown:
         total = len(runs) * (rounds + 1)
-        everything = bars.add_task("all", total=total, note="loading")
+        everything = shown.add_task("all runs", total=total, note="loading model and rows")
         tasks: dict[str, Any] = {}
 
         def update(event: Event) -> None:
             name, metrics, _ = event
             if name not in tasks:
-                tasks[name] = bars.add_task(name, total=rounds, note="")
-            number = min(metrics["round"], rounds)
-            bars.update(tasks[name], completed=number)
-            if metrics["evaluation"]:
-                bars.update(tasks[name], note=describe(metrics, config))
-            bars.update(everything, advance=1, note="")
+                tasks[name] = shown.add_task(named(name), total=rounds, note="training")
+            shown.update(tasks[name], completed=min(metrics["round"], rounds))
+            if scores := means(metrics, config):
+                text = ", ".join(f"{model} {mean:.0%}" for model, mean in scores.items())
+                shown.update(tasks[name], note=noted(text))
+            if metrics["round"] <= rounds:  # the end of a run may be a line of its own
+                shown.update(everything, advance=1, note="")
 
         yield update

@@ -8,6 +8,8 @@ import sys
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from fedvlm.cli.bars import NOTE, bars, named, noted
+from fedvlm.errors import brief
 from fedvlm.metrics import METRICS, summarize
 from fedvlm.rounds.progress import Progress, Quiet, source
 from fedvlm.settings.sections import Config
@@ -58,33 +60,16 @@ class Live(Progress):
     """Shows a bar over the rounds with the time left, and prints a line for every evaluation."""
 
     def __init__(self) -> None:
-        from rich.progress import (
-            BarColumn,
-            MofNCompleteColumn,
-            TextColumn,
-            TimeElapsedColumn,
-            TimeRemainingColumn,
-        )
-        from rich.progress import (
-            Progress as Bars,
-        )
-
-        self.bars = Bars(
-            TextColumn("[bold]{task.description}"),
-            BarColumn(),
-            MofNCompleteColumn(),
-            TextColumn("rounds · {task.fields[note]} ·"),
-            TimeElapsedColumn(),
-            TextColumn("· left"),
-            TimeRemainingColumn(),
-        )
+        self.bars = bars()
 
     @contextlib.contextmanager
     def started(self, config: Config) -> Iterator[None]:
         self.config = config
         with self.bars:
             self.task = self.bars.add_task(
-                config.algorithm.name, total=config.train.rounds, note=f"loading {source(config)}"
+                named(config.algorithm.name),
+                total=config.train.rounds,
+                note=noted(f"loading {source(config)}"),
             )
             yield
 
@@ -94,16 +79,14 @@ class Live(Progress):
             self.bars.console.print(SECURE, highlight=False, markup=False)
 
     def encoded(self, done: int, rows: int) -> None:
-        self.bars.update(
-            self.task, note=f"encoding row {done:,} of {rows:,} for this and later runs"
-        )
+        self.bars.update(self.task, note=noted(f"encoding row {done:,} of {rows:,}"))
 
     def checked(self, done: int, rows: int) -> None:
-        self.bars.update(self.task, note=f"checking row {done:,} of {rows:,}")
+        self.bars.update(self.task, note=noted(f"checking row {done:,} of {rows:,}"))
 
     def trained(self, client: str, loss: float) -> None:
         told = "trained" if math.isnan(loss) else f"loss {loss:.3f}"
-        self.bars.update(self.task, note=f"{client} {told}")
+        self.bars.update(self.task, note=f"{brief(client, NOTE - len(told) - 1)} {told}")
 
     def round(self, line: dict[str, Any], seconds: float) -> None:
         done = min(line["round"], self.config.train.rounds)
@@ -134,6 +117,17 @@ def dealt(partition: Partition, config: Config) -> str:
     return text
 
 
+def means(line: dict[str, Any], config: Config) -> dict[str, float]:
+    """The mean scores of the personal and of the global models; empty without an evaluation."""
+    found = line["evaluation"]
+    if not found or not found["personal"]:
+        return {}
+    return {
+        model: summarize({c: s[config.metric] for c, s in found[model].items()})["mean"]
+        for model in ("personal", "global")
+    }
+
+
 def describe(line: dict[str, Any], config: Config) -> str:
     """A metrics line as text."""
     rounds, metric = config.train.rounds, config.metric
@@ -143,11 +137,8 @@ def describe(line: dict[str, Any], config: Config) -> str:
     parts = []
     if (number <= rounds or config.train.tuning) and (losses := line.get("train_loss")):
         parts.append(f"{len(losses)} clients, loss {sum(losses.values()) / len(losses):.3f}")
-    if line["evaluation"] and line["evaluation"]["personal"]:
-        for model in ("personal", "global"):
-            scores = line["evaluation"][model]
-            mean = summarize({c: s[metric] for c, s in scores.items()})["mean"]
-            parts.append(f"{model} {mean:.1%}")
+    if scores := means(line, config):
+        parts += [f"{model} {mean:.1%}" for model, mean in scores.items()]
         parts[-1] += f" {METRICS[metric].head}" + ("" if number else ", before any training")
     if "epsilon" in line:
         parts.append(f"epsilon {line['epsilon']:.3g}")

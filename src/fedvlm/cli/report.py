@@ -1,4 +1,4 @@
-"""``fedvlm report`` and ``fedvlm watch``: a run or a comparison in a browser."""
+"""``fedvlm report``, ``watch`` and ``plot``: a run or a comparison in a browser and as pictures."""
 
 from __future__ import annotations
 
@@ -58,6 +58,18 @@ def _events(federation: str, folder: str) -> list[dict[str, Any]]:
     from fedvlm.deploy.events import events_of
 
     return events_of(Path(federation), Path(folder))
+
+
+def plot(
+    folder: Annotated[
+        str, typer.Argument(metavar="DIR", help="the folder of a run or of a comparison")
+    ],
+) -> None:
+    """Draw the pictures of a run or a comparison again, from its files."""
+    from fedvlm.rounds.pictures import redraw
+
+    for path in redraw(folder):
+        typer.echo(path)
 
 
 def reported(folder: Path) -> None:

@@ -95,7 +95,8 @@ class PerUnit(Shell):
             return 1
         settings = self.config
         size = settings.privacy.unit_rows if settings.privacy.column else 1
-        limit = settings.engine.micro_batch or settings.train.batch_size * size
+        usual = settings.train.batch_size * size
+        limit = settings.engine.micro_batch or usual + usual // 4  # most samples are one pass
         return min(max(1, limit // size), self._fitting(size, MOST))
 
     def _passes_of(self, units: Units, most: int) -> Iterator[Units]:

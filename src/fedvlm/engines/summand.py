@@ -45,7 +45,7 @@ class Summand:
 
     Args:
         algorithm: the algorithm of the run, whose server averages.
-        adapter: the common initial adapter; only its shapes are used.
+        adapter: the common initial adapter; only its shapes are used, so they may be on `meta`.
         visit: any client of the round.
         down: the download, the same for all clients.
         max_norm: see :class:`fedvlm.engines.wire.Forms`.
@@ -67,7 +67,8 @@ class Summand:
         assert isinstance(algorithm.server, Averaged), "checked before round 1"
         self._lift, self._down, self._max_norm = algorithm.server.lift, down, max_norm
         form = sent_up(algorithm, bare(adapter), visit, bare(down))
-        blank = {n: torch.zeros(t.shape, dtype=t.dtype) for n, t in form.items()}
+        device = next(iter(adapter.values())).device
+        blank = {n: torch.zeros(t.shape, dtype=t.dtype, device=device) for n, t in form.items()}
         lifted = self._lift(blank, visit)[0] if blank else {}
         self._form = {name: wide(lifted[name]) for name in sorted(lifted)}
         self.size = sum(t.numel() for t in self._form.values()) + 1

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -11,6 +11,7 @@ from fedvlm.algorithms.dry import rehearse
 from fedvlm.algorithms.table import adapter_of, check_fit, find
 from fedvlm.engines.compress import compression
 from fedvlm.engines.stages import packed
+from fedvlm.engines.summand import Summand
 from fedvlm.layers import searcher
 from fedvlm.settings.sections import Config
 from fedvlm.tree import Tree, nbytes, pad, saved_bytes
@@ -150,10 +151,14 @@ class Exchanges:
         config: the settings of the run.
         algorithm: the algorithm of the run.
         adapter: see :func:`shapes`.
+        names: the clients of a round; the messages of a secure sum grow with them.
     """
 
-    def __init__(self, config: Config, algorithm: Algorithm, adapter: Tree):
+    def __init__(
+        self, config: Config, algorithm: Algorithm, adapter: Tree, names: Sequence[str] = ()
+    ):
         self.algorithm, self.adapter = algorithm, adapter
+        self._names = tuple(names) if config.wire.secure else ()
         pools = find(config.algorithm.name).pools
         self.stages = () if pools else compression(config.wire)
         self._ranks = {p: searcher(p) for p in config.lora.ranks or {}}
@@ -168,5 +173,14 @@ class Exchanges:
             down = self.algorithm.send(self._state, visit)
             found = rehearse(self.algorithm, self.adapter, visit, down, steps)
             message, _ = packed(self.stages, found.sent.up, down, {}, visit)
-            self._known[key] = Exchange(saved_bytes(message), saved_bytes(down), found.stretches)
+            up = self._masked(visit, down) if self._names else saved_bytes(message)
+            self._known[key] = Exchange(up, saved_bytes(down), found.stretches)
         return self._known[key]
+
+    def _masked(self, visit: Visit, down: Tree) -> int:
+        """Bytes of a client's messages in a secure sum."""
+        from fedvlm.privacy.blind.encoding import HEAD
+        from fedvlm.privacy.blind.messages import told_bytes
+
+        size = HEAD + Summand(self.algorithm, self.adapter, visit, down).size
+        return 4 * size + told_bytes(self._names[0], self._names)

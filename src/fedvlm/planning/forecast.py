@@ -103,7 +103,8 @@ def forecast(config: Config) -> Forecast:
     visits = [visit for round_ in rounds for visit in round_.visits(weights).values()]
     model = _model(config, unknown)
     adapter = footprint.stand_in(config) if model is None else footprint.shapes(model, config)
-    exchanges = footprint.Exchanges(config, algorithm, adapter)
+    together = len(rounds[0].cohort) if names else 0
+    exchanges = footprint.Exchanges(config, algorithm, adapter, (names or ())[:together])
     found = list(_work(config, partition, names, visits, exchanges))
     steps, seen = [w.steps for w in found], [w.examples for w in found]
     size, sent = None, dict[str, list[int]]()

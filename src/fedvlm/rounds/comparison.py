@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import contextlib
 import csv
+import glob
+import html
 import io
 import json
 import os
@@ -11,16 +13,17 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedvlm import config as configs
 from fedvlm.algorithms.base import Algorithm
 from fedvlm.algorithms.table import OWN
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import mean, standard_error
+from fedvlm.rounds import shown
 from fedvlm.rounds.claims import gains, steps, verdicts
 from fedvlm.rounds.contenders import Compared, planned
-from fedvlm.rounds.located import check_apart, located
+from fedvlm.rounds.located import check_apart, located, with_rows
 from fedvlm.rounds.pictures import COMPARISON, draw_comparison, read_comparison
 from fedvlm.rounds.progress import Progress
 from fedvlm.rounds.results import Results
@@ -28,12 +31,15 @@ from fedvlm.settings.sections import Config
 from fedvlm.store import files
 from fedvlm.store import run as stores
 
+if TYPE_CHECKING:
+    import pandas as pd
+
 Event = tuple[str, dict[str, Any], float]
 Tell = Callable[[Event], None]
 Work = Callable[[str, Config, Tell], None]
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Comparison:
     """A finished comparison.
 
@@ -57,11 +63,33 @@ class Comparison:
         found = read_comparison(Path(folder))
         return cls(Path(folder), found["algorithms"], found["verdicts"])
 
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each algorithm, the best first; the columns of ``comparison.csv``."""
+        import pandas
+
+        return pandas.DataFrame(self.rows)
+
+    def __repr__(self) -> str:
+        return f"<Comparison in '{self.folder}': {shown.compared(self.rows)}>"
+
+    def _repr_html_(self) -> str:
+        return f"<p>{html.escape(repr(self)[1:-1])}</p>{self.to_pandas().to_html(escape=True)}"
+
+    @property
+    def best(self) -> Path:
+        """The folder of the best algorithm's run with the first seed."""
+        (first, *_) = sorted(
+            self.folder.glob(f"{glob.escape(self.rows[0]['algorithm'])}-seed-*"),
+            key=lambda path: int(path.name.rpartition("-")[2]),
+        )
+        return first
+
 
 def compare(
     algorithms: Sequence[Compared],
     config: configs.Source = None,
     *overrides: str,
+    data: Any = None,
     seeds: int = 1,
     jobs: int = 1,
     tell: Tell | None = None,
@@ -75,6 +103,7 @@ def compare(
         algorithms: names, see ``fedvlm algorithms``; or objects, as ``(label, algorithm)``.
         config: as for :func:`fedvlm.run`; ``output`` is the folder of the comparison.
         *overrides: dotted assignments.
+        data: the rows as an object, as for :func:`fedvlm.run`.
         seeds: number of seeds: ``config.seed``, ``config.seed + 1``, ...
         jobs: runs at a time, each in its own process with one thread. Objects need jobs=1, because
             they do not cross processes.
@@ -84,6 +113,10 @@ def compare(
         FedVLMError: as :func:`fedvlm.run`; or the folder holds other runs.
     """
     runs = planned(algorithms, config, *overrides, seeds=seeds, jobs=jobs)
+    if data is not None:
+        first = next(iter(runs.values()))
+        whole = with_rows(first.model_copy(update={"output": str(Path(first.output).parent)}), data)
+        runs = {name: c.model_copy(update={"data": whole.data}) for name, c in runs.items()}
     objects = dict(a for a in algorithms if not isinstance(a, str))
     folder = Path(next(iter(runs.values())).output).parent
     if stores.is_run(folder):

@@ -22,7 +22,7 @@ from fedvlm.rounds import noisymean, robust, secure
 from fedvlm.rounds.beginning import begin, described
 from fedvlm.rounds.budget import Budget, budget_of
 from fedvlm.rounds.fold import Fold
-from fedvlm.rounds.located import check_apart, located
+from fedvlm.rounds.located import check_apart, located, with_rows
 from fedvlm.rounds.noisymean import NoisyMean
 from fedvlm.rounds.pictures import draw_curves, draw_partition
 from fedvlm.rounds.prepare import prepare, weights_of
@@ -37,6 +37,7 @@ from fedvlm.rounds.results import (
 )
 from fedvlm.rounds.schedule import Round, plan
 from fedvlm.rounds.seen import watched
+from fedvlm.rounds.trackers import tracked
 from fedvlm.settings.aggregate import AggregateConfig
 from fedvlm.settings.sections import Config
 from fedvlm.store import run as stores
@@ -53,9 +54,11 @@ if TYPE_CHECKING:
 def run(
     config: configs.Source = None,
     *overrides: str,
+    data: Any = None,
     algorithm: Algorithm | None = None,
     resume: bool = False,
     progress: Progress | None = None,
+    callbacks: Sequence[Progress] = (),
 ) -> Results:
     """Runs one federated fine-tuning, from data to a folder with all results.
 
@@ -65,9 +68,13 @@ def run(
     Args:
         config: path of a YAML file, a nested dict, a ``Config``, or None for the defaults.
         *overrides: dotted assignments, such as ``"train.rounds=20"``.
+        data: the rows as an object, instead of ``data.path``: a ``datasets.Dataset`` or
+            ``DatasetDict``, a pandas ``DataFrame``, or a list of dicts. They are written to
+            ``rows-DIGEST.parquet`` in the parent folder of ``output``.
         algorithm: your own algorithm; then leave out the section ``algorithm``.
         resume: continue the unfinished run in ``config.output``.
         progress: gets the run's events; None: no output.
+        callbacks: more receivers of the run's events, see :class:`fedvlm.Callback`.
 
     Returns:
         The results: scores per client and their summary, the bytes, the folder.
@@ -80,9 +87,10 @@ def run(
 
     settings = _configuration(algorithm)(config, *overrides)
     check(settings, of_run(settings, algorithm))
-    progress = progress or Quiet()
+    progress = tracked(settings, progress or Quiet(), callbacks)
     if not resume:
         stores.check_fresh(settings.output)
+        settings = with_rows(settings, data)
         check_apart(settings)
     with joined() as group:
         given, settings = settings, located(settings)
@@ -108,6 +116,7 @@ def resume(
     folder: str | Path,
     *overrides: str,
     progress: Progress | None = None,
+    callbacks: Sequence[Progress] = (),
     algorithm: Algorithm | None = None,
 ) -> Results:
     """Continues the run in ``folder``; the result is bit-identical to an uninterrupted run's.
@@ -116,6 +125,7 @@ def resume(
         folder: the folder of the run.
         *overrides: ``data.path=...`` or ``model.name=...``, if the data or the model have moved.
         progress: gets the run's events; None: no output.
+        callbacks: more receivers of the run's events.
         algorithm: the object, if the run was started with one.
 
     Raises:
@@ -140,7 +150,7 @@ def resume(
                 f"{key}: '{path}' is not there any more; if it has moved, give its new place: "
                 f"fedvlm run --resume {folder} {key}=..."
             )
-    return run(settings, algorithm=algorithm, resume=True, progress=progress)
+    return run(settings, algorithm=algorithm, resume=True, progress=progress, callbacks=callbacks)
 
 
 def check(settings: Config, algorithm: Algorithm) -> None:

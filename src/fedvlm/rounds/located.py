@@ -1,9 +1,10 @@
-"""The paths in a run's settings: absolute, so that they hold in any working folder."""
+"""The paths in a run's settings, absolute; and rows that are objects, as files."""
 
 from __future__ import annotations
 
 import os
 from pathlib import Path
+from typing import Any
 
 from fedvlm.errors import ConfigError
 from fedvlm.settings.sections import Config
@@ -19,6 +20,34 @@ def located(config: Config) -> Config:
     if data.path is not None:
         data = data.model_copy(update={"path": _absolute(data.path)})
     return config.model_copy(update={"model": model, "data": data})
+
+
+def with_rows(config: Config, data: Any) -> Config:
+    """The settings of a run whose rows are an object; see :mod:`fedvlm.data.handed`.
+
+    Args:
+        config: the settings; the rows are written into the parent folder of ``output``.
+        data: the rows; None: the settings name them.
+
+    Raises:
+        ConfigError: the settings name rows as well.
+        DataError: the object holds no rows.
+    """
+    if data is None:
+        return config
+    if config.data.path is not None:
+        raise ConfigError(
+            [
+                f"data.path is '{config.data.path}', and rows were handed over too (data=...): "
+                "leave one of them out"
+            ]
+        )
+    from fedvlm.data.handed import kept
+
+    folder = Path(config.output).parent
+    path = str(kept(data, folder, config.data.split, config.data.columns.image))
+    rows = config.data.model_copy(update={"path": path, "split": "train"})
+    return config.model_copy(update={"data": rows})
 
 
 def _absolute(name: str) -> str:

@@ -10,7 +10,7 @@ import logging
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -19,12 +19,17 @@ from fedvlm.engines.base import Answer, Engine, Models
 from fedvlm.errors import FedVLMError
 from fedvlm.intervals import FEW_ROWS, ends, from_means, intervals, mean_interval, over_rows
 from fedvlm.metrics import METRICS, average, summarize
+from fedvlm.rounds import shown
 from fedvlm.rounds.schedule import Round, standing
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config
 from fedvlm.store import sealed
 from fedvlm.store.files import read_lines, slugs, write_text
 from fedvlm.store.run import CHECKPOINT, DONE, Store, mark
+
+if TYPE_CHECKING:
+    import pandas as pd
+    from matplotlib.figure import Figure
 
 BUDGET = "privacy.json"
 """The file with everything that the privacy guarantee of a run depends on."""
@@ -35,7 +40,7 @@ MODELS = ("untuned", "global_before", "global", "personal_before", "personal")
 logger = logging.getLogger("fedvlm")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Results:
     """A finished run.
 
@@ -92,6 +97,29 @@ class Results:
         if not self.metrics:
             raise FedVLMError(f"'{self.folder}': {UNSCORED}")
         return self.table["models"][model]["summary"][metric or self.metric]
+
+    def to_pandas(self) -> pd.DataFrame:
+        """A row for each client and model: all scores, and their 95 % intervals."""
+        return shown.frame(self.table)
+
+    def plot(self) -> Figure:
+        """The scores by round and at the end, as in ``curves.png``.
+
+        Raises:
+            FedVLMError: no client told its scores.
+        """
+        from fedvlm.figures import plots
+
+        if not self.metrics:
+            raise FedVLMError(f"'{self.folder}': {UNSCORED}")
+        title = f"{self.table['algorithm']}, {self.table['clients']:,} clients"
+        return plots.figure_run(Store(self.folder).lines(), title, metric=self.metric)
+
+    def __repr__(self) -> str:
+        return shown.line(self.folder, self.table)
+
+    def _repr_html_(self) -> str:
+        return shown.html(self.folder, self.table)
 
     def answers(self, model: str = "personal") -> list[dict[str, Any]]:
         """Answers and scores of a model (``untuned``, ``global``, ``personal``), one a row.

@@ -84,9 +84,13 @@ def check_pattern(pattern: str) -> None:
 class LoraConfig(Section):
     """LoRA on the frozen model (Hu et al., arXiv 2106.09685), attached by PEFT."""
 
-    rank: Positive = 8
-    alpha: Annotated[float, Field(gt=0)] = 16.0
-    dropout: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    rank: Positive = Field(8, description="rank of the factors A and B")
+    alpha: Annotated[float, Field(gt=0)] = Field(
+        16.0, description="the product B A is multiplied by alpha / rank"
+    )
+    dropout: Annotated[float, Field(ge=0, lt=1)] = Field(
+        0.0, description="share of the inputs of A that are dropped in training"
+    )
     ranks: dict[str, Positive] | None = Field(
         None,
         description="pattern of client names -> rank, at most lora.rank; empty: lora.rank for all "

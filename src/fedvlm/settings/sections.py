@@ -55,9 +55,9 @@ def checked(given: Any) -> dict[str, list[int]]:
 class Columns(Section):
     """The names of the data's columns. The defaults are those of RLAIF-V."""
 
-    image: Filled = "image"
-    question: Filled = "question"
-    answer: Filled = "chosen"
+    image: Filled = Field("image", description="the picture: bytes, or the path of a file")
+    question: Filled = Field("question", description="the question about the picture")
+    answer: Filled = Field("chosen", description="the answer to learn")
     rejected: Filled = Field("rejected", description="the worse answer, for objective.name=dpo")
 
 
@@ -272,9 +272,9 @@ class EvalConfig(Section):
     clients: Positive | None = Field(
         None, description="most clients to score, the same clients every time; empty: all"
     )
-    batch_size: Positive = 64
+    batch_size: Positive = Field(64, description="rows in a batch of the scoring")
     max_rows: Positive | None = Field(200, description="most held-out rows a client; empty: all")
-    max_new_tokens: Positive = 24
+    max_new_tokens: Positive = Field(24, description="most tokens of an answer of the model")
     split: Literal["test", "val"] = Field("test", description="val: to choose settings")
     metric: Literal["exact_match", "token_f1", "rouge_l", "bleu", "reward_accuracy"] | None = Field(
         None, description="main metric; empty: exact_match for sft, reward_accuracy for dpo"
@@ -313,7 +313,7 @@ class Config(Section):
     """The whole configuration of a run; ``fedvlm run --print-config`` prints it with defaults."""
 
     output: Filled = Field("runs/run", description="folder of this run")
-    seed: Whole = 0
+    seed: Whole = Field(0, description="of the partition, the batches and the initial adapter")
     model: ModelConfig = ModelConfig()
     data: DataConfig = DataConfig()
     partition: PartitionConfig = PartitionConfig()
@@ -326,6 +326,9 @@ class Config(Section):
     aggregate: AggregateConfig = AggregateConfig()
     eval: EvalConfig = EvalConfig()
     engine: EngineConfig = EngineConfig()
+    report_to: tuple[Literal["trackio", "wandb", "mlflow", "tensorboard"], ...] = Field(
+        (), description="experiment trackers that get the scores by round: trackio, wandb, …"
+    )
 
     @model_validator(mode="before")
     @classmethod

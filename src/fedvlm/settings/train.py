@@ -13,7 +13,7 @@ from fedvlm.settings.method import Positive, Section, Whole
 class TrainConfig(Section):
     """Rounds and the clients' local optimizer."""
 
-    rounds: Positive = 20
+    rounds: Positive = Field(20, description="rounds of local training and averaging")
     clients_per_round: Positive | None = Field(
         None, description="clients sampled for a round; empty: all clients"
     )
@@ -33,26 +33,28 @@ class TrainConfig(Section):
         description="a client's final model: a mean of its models over the rounds, where late "
         "rounds weigh more; their exponential moving average; or its last model (none)",
     )
-    batch_size: Positive = 8
+    batch_size: Positive = Field(8, description="rows in a batch of the training")
     sort_by_length: bool = Field(
         False, description="batches of rows of similar length: less padding, less mixed batches"
     )
-    optimizer: Literal["adamw", "sgd"] = "adamw"
-    lr: Annotated[float, Field(gt=0)] = 3e-3
+    optimizer: Literal["adamw", "sgd"] = Field("adamw", description="of the local steps")
+    lr: Annotated[float, Field(gt=0)] = Field(3e-3, description="learning rate")
     lr_a: Annotated[float, Field(gt=0)] | None = Field(
         None, description="learning rate of A; empty: lr"
     )
     lr_b: Annotated[float, Field(gt=0)] | None = Field(
         None, description="learning rate of B; empty: lr"
     )
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0)] = Field(
+        0.0, description="decoupled weight decay of the local steps"
+    )
     max_grad_norm: Annotated[float, Field(gt=0)] | None = Field(
         1.0, description="largest gradient norm of a client; empty: no clipping"
     )
     schedule: Literal["constant", "linear", "cosine"] = Field(
         "constant", description="schedule of the learning rate over the rounds"
     )
-    warmup_rounds: Whole = 0
+    warmup_rounds: Whole = Field(0, description="rounds in which the learning rate rises")
 
     @model_validator(mode="after")
     def _one_length(self) -> TrainConfig:

@@ -23,6 +23,7 @@ from fedvlm.deploy.unanswered import Gone, Unanswered
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Progress
+from fedvlm.rounds.trackers import tracked
 from fedvlm.store.files import append_line
 from fedvlm.store.run import SITES, Store
 from fedvlm.tree import digest
@@ -165,7 +166,9 @@ def perform(
         settle()
         tell({"event": "begun", "sites": list(engine.sites)})
         told = Told(tell, Path(job["events"]).with_name(RENEW))
-        federate.drive(config, engine, engine.weights, store, told)
+        progress = tracked(config, told)
+        with progress.started(config):
+            federate.drive(config, engine, engine.weights, store, progress)
 
 
 def signed(operator: dict[str, str], call: Callable[..., Any]) -> Callable[..., Any]:

@@ -125,6 +125,24 @@ def threshold(sites: int) -> int:
     return 2 * sites // 3 + 1
 
 
+def told_bytes(name: str, names: Iterable[str]) -> int:
+    """Bytes of a site's messages without its masked upload, if no site drops out.
+
+    Args:
+        name: the site.
+        names: all sites of the round.
+    """
+    key, signature = "0" * 2 * KEY, "0" * 2 * SIGNATURE
+    keys = dict.fromkeys(("identity", "mask", "shares", "seed"), key) | {"signature": signature}
+    told: tuple[dict[str, Any], ...] = (
+        keys,
+        {"shares": {peer: "0" * 2 * SEALED for peer in names if peer != name}},
+        {"signature": signature},
+        {"seeds": dict.fromkeys(names, key), "keys": {}},
+    )
+    return sum(len(json.dumps(message)) for message in told)
+
+
 def canonical(tree: Any) -> bytes:
     """The one JSON text of a tree: keys sorted, no spaces, ASCII only."""
     return json.dumps(tree, sort_keys=True, separators=(",", ":")).encode()
