@@ -18,6 +18,7 @@ PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 NAMES = {
     "PIL": "pillow",
     "grpc": "grpcio",
+    "mlflow": "mlflow-skinny",
     "re2": "google-re2",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",

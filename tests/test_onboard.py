@@ -8,6 +8,7 @@ import pytest
 import torch
 
 import fedvlm
+import smallest
 from fedvlm.after.onboard import _personal, _steps, _tuning
 from fedvlm.after.opened import open_run
 from fedvlm.algorithms.base import Local, Trained, Validation, Visit, step
@@ -219,6 +220,9 @@ def test_on_sentences_that_people_wrote(shared_data, tmp_path, monkeypatch, caps
     words = ("partition.clients=3", "train.rounds=2", "train.local_steps=4", "lora.rank=4")
     words += ("train.finish_steps=4",)
     scored = ("eval.every=0", "eval.max_rows=8", "eval.max_new_tokens=4", "engine.threads=1")
+    words += (
+        f"model.name={smallest.model()}",
+    )  # its tokenizer and its template write a begin token
     fedvlm.run(None, f"data.path={tmp_path / 'run.parquet'}", f"output={run}", *words, *scored)
     adapter = fedvlm.export(run, client="client-1")
     image = tmp_path / "one.png"

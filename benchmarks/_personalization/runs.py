@@ -117,7 +117,7 @@ def digest(config: Config) -> str:
 
     Settings that are newer than the first results count only where they change something.
     """
-    tree = config.model_dump(exclude={"output", "engine"})
+    tree = config.model_dump(exclude={"output", "engine", "report_to"})
     if config.aggregate.kind == "mean":
         del tree["aggregate"]
     if config.data.split_seed is None:

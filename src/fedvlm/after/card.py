@@ -205,8 +205,11 @@ if processor.chat_template:
     content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
     turn = [{"role": "user", "content": content}]
     prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
+begin = processor.tokenizer.bos_token
+bare = bool(processor.chat_template and begin and prompt.startswith(begin))
+options = {"add_special_tokens": False} if bare else {}  # a second begin token changes answers
 image = Image.open(PICTURE).convert("RGB")
-inputs = processor(text=[prompt], images=[[image]], return_tensors="pt")
+inputs = processor(text=[prompt], images=[[image]], return_tensors="pt", **options)
 inputs = inputs.to(model.device, DTYPE)  # the picture; the tokens stay integers
 with torch.no_grad():
     ids = model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
