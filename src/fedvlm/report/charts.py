@@ -21,7 +21,7 @@ COLOURS = 8
 SHAPES = ("circle", "square", "triangle-up", "diamond", "cross", "triangle-down")
 GLYPHS = ("●", "■", "▲", "◆", "✚", "▼")
 DASHES: tuple[list[int], ...] = ([2, 2], [1, 0], [6, 3], [8, 3, 2, 3])
-MOST = 40  # sites of a chart
+MOST, LINES = 40, 200  # sites of a chart, and lines of all sites
 LONGEST = 28  # characters of a name
 Values = Sequence[Mapping[str, Any]]
 
@@ -101,10 +101,20 @@ def _sites(sort: Any = None) -> dict[str, Any]:
     return {"field": "site", "type": "nominal", "sort": sort, "axis": axis}
 
 
-def labels(sites: Sequence[str]) -> dict[str, str]:
-    """The sites of a chart -> short names, each another one."""
+def _room(series: int) -> int:
+    """The most sites of a chart that has a line for each of some series."""
+    return max(4, min(MOST, LINES // series))
+
+
+def labels(sites: Sequence[str], series: int = 1) -> dict[str, str]:
+    """The sites of a chart -> short names, each another one.
+
+    Args:
+        sites: all sites.
+        series: the number of lines of a site.
+    """
     found: dict[str, str] = {}
-    for site in sites[:MOST]:
+    for site in sites[: _room(series)]:
         name = short = brief(site, LONGEST)
         while name in found.values():
             number = sum(other.startswith(short) for other in found.values()) + 1
@@ -113,10 +123,11 @@ def labels(sites: Sequence[str]) -> dict[str, str]:
     return found
 
 
-def rest(sites: Sequence[str]) -> str:
-    """A sentence on the sites that a chart leaves out."""
-    left = len(sites) - MOST
-    return f" The chart has the first {MOST} sites, and {left:,} are left out." * (left > 0)
+def rest(sites: Sequence[str], series: int = 1) -> str:
+    """A sentence on the sites that a chart leaves out; arguments as of :func:`labels`."""
+    room = _room(series)
+    left = len(sites) - room
+    return f" The chart has the first {room} sites, and {left:,} are left out." * (left > 0)
 
 
 def scores(

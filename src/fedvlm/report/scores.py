@@ -172,13 +172,13 @@ def of_comparison(found: Compared) -> Section:
     values = [
         {"site": label, "model": a, "value": scores[site], "low": low, "high": high}
         for a, scores in ends.items()
-        for site, label in charts.labels(run.sites).items()
+        for site, label in charts.labels(run.sites, len(ends)).items()
         if site in scores
         for low, high in [_bounds(found.runs[a], site, single) or (scores[site], scores[site])]
     ]
     spec = charts.scores(values, list(ends), metric.head, metric.share, kinds=False)
     lines_are = "Lines are 95 % intervals over rows. " if single else "Means over seeds. "
-    note = f"{lines_are}{BESIDE}{charts.rest(run.sites)}"
+    note = f"{lines_are}{BESIDE}{charts.rest(run.sites, len(ends))}"
     title = f"{_capital(metric.head)} of each site's own model"
     parts.append(Chart(spec, title, note, charts.keys(list(ends))))
     rows = []
