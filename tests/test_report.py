@@ -156,7 +156,9 @@ def test_a_report_of_a_thousand_sites_stays_small(folder):
 
 def test_short_names_of_a_chart_stay_distinct():
     names = ["x" * 80 + end for end in "abc"]
-    assert len(set(charts.labels(names).values())) == 3
+    short = charts.labels(names)[names[0]]
+    names += [f"{short} (2)", f"{short} (4)"]
+    assert len(set(charts.labels(names).values())) == 5
     assert len(charts.labels([str(k) for k in range(99)], series=30)) == 6
 
 

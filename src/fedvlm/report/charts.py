@@ -8,6 +8,7 @@ or a dash of its own next to its colour.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -115,11 +116,9 @@ def labels(sites: Sequence[str], series: int = 1) -> dict[str, str]:
     """
     found: dict[str, str] = {}
     for site in sites[: _room(series)]:
-        name = short = brief(site, LONGEST)
-        while name in found.values():
-            number = sum(other.startswith(short) for other in found.values()) + 1
-            name = f"{short} ({number})"
-        found[site] = name
+        short = brief(site, LONGEST)
+        tries = (short if n == 1 else f"{short} ({n})" for n in itertools.count(1))
+        found[site] = next(name for name in tries if name not in found.values())
     return found
 
 
