@@ -47,7 +47,7 @@ def call(capsys, monkeypatch, *words):
 
 
 COMMANDS = ("run", "compare", "demo", "algorithms", "export", "predict", "evaluate", "onboard")
-COMMANDS += ("audit",)
+COMMANDS += ("audit", "report", "watch")
 HELP = """
 import sys, fedvlm
 from fedvlm.cli.app import app

@@ -85,6 +85,17 @@ def test_the_run_can_be_followed(demo):
 
 
 @needed
+def test_the_run_has_a_report_without_rows(demo):
+    folder, said = demo
+    report = folder / "run" / "report.html"
+    assert f"report: {report}" in said
+    text = report.read_text(encoding="utf-8")
+    assert "The rows of a deployed run never leave the sites" in text
+    assert "Numbers of rows that the sites report" in text
+    assert "data:image" not in text
+
+
+@needed
 def test_a_site_allows_one_class_and_no_code(demo):
     folder, _ = demo
     kit = folder / "sites" / "north" / "nvflare"

@@ -258,7 +258,7 @@ def test_the_card_of_the_global_model_has_the_mean_of_all(own_run):
 def test_the_card_of_an_algorithm_without_uploads_says_so(finished_run):
     run = open_run(finished_run)
     run.results.table["bytes"]["bytes_up"]["per_client_round"] = 0
-    assert "nothing" in card._privacy(run, "site-1")[0]
+    assert "nothing" in card.what_left(run, "site-1")[0]
 
 
 @pytest.mark.parametrize("name", ["HuggingFaceTB/SmolVLM-256M-Instruct", "some-model"])

@@ -37,7 +37,7 @@ ENDING = {"average": "mean", "finish_steps": 2}
 
 def bytes_of(folder):
     """File -> digest, without the files that differ between equal runs."""
-    skipped = {".lock", "timing.jsonl", "config.yaml"}
+    skipped = {".lock", "timing.jsonl", "config.yaml", "report.html"}
     return {
         str(p.relative_to(folder)): sha256(_content(p)).hexdigest()
         for p in sorted(Path(folder).rglob("*"))

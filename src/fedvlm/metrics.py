@@ -245,3 +245,12 @@ def number(metric: str, value: float | None) -> str:
     if METRICS[metric].share:
         return _percent(value)
     return f"{value:.1f}" if metric == "length" else f"{value:.3f}"
+
+
+def size(count: float) -> str:
+    """Bytes in a fitting unit."""
+    for unit in ("B", "kB", "MB"):
+        if count < 1000:
+            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
+        count /= 1000
+    return f"{count:.1f} GB"

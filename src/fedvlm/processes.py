@@ -8,7 +8,9 @@ these variables the run has one process. This module does not import torch.
 from __future__ import annotations
 
 import os
+import sys
 import time
+from typing import Any
 
 SILENCE = 10.0  # seconds that the other processes wait before they print an error
 
@@ -47,3 +49,23 @@ def let_first_speak() -> None:
     """
     if rank():
         time.sleep(SILENCE)
+
+
+def peak_memory() -> dict[str, int]:
+    """The largest memory of this process so far, in bytes: ``memory``, and ``device_memory``.
+
+    The memory of a graphics card is what torch has allocated there. It is left out without a card,
+    and ``memory`` is left out on systems that do not count it.
+    """
+    found: dict[str, int] = {}
+    try:
+        import resource
+    except ImportError:
+        pass
+    else:
+        most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+        found["memory"] = most if sys.platform == "darwin" else most * 1024  # Linux counts in KiB
+    torch: Any = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        found["device_memory"] = int(torch.cuda.max_memory_allocated())
+    return found

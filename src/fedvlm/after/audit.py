@@ -38,6 +38,11 @@ if TYPE_CHECKING:
 
 FILE = "audit.json"
 VIEWS = ("upload", "global", "personal")
+READING = (
+    "upload: what a curious server sees of a client; global: the shared model; personal: what a "
+    "client has. The bound of a view is the larger one of its two",
+    "a low bound is no proof: a better attack may find more",
+)
 
 
 @dataclass(frozen=True)
@@ -77,6 +82,38 @@ class Audit:
         """The views whose bound is above the guarantee."""
         known = self.claims
         return tuple(v for v, low in self.bounds.items() if v in known and low > known[v].epsilon)
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Audit:
+        """Reads the audit of a run from its ``audit.json``.
+
+        Raises:
+            FedVLMError: the file is missing or damaged.
+        """
+        found = sealed.read(Path(folder) / FILE)
+        claims = {view: Claim(**claim) for view, claim in found["claims"].items()}
+        views = {
+            view: {attack: statistics.read(one) for attack, one in attacks.items()}
+            for view, attacks in found["views"].items()
+        }
+        return cls(Path(folder), found["unit"], claims, views)
+
+
+def verdict(found: Audit) -> list[str]:
+    """The sentences that compare the bounds with the guarantee of the run."""
+    if not found.claims:
+        return ["the run claims no differential privacy (privacy.unit is empty)"]
+    lines = []
+    for view, bound in found.bounds.items():
+        if view not in found.claims:
+            lines.append(f"{view}: no guarantee, with privacy.unit={found.unit}")
+            continue
+        claim = f"the guarantee, epsilon {found.claims[view].epsilon:.4g}"
+        if view in found.broken:
+            lines.append(f"{view}: BROKEN: the bound {bound:.2f} is above {claim}")
+        else:
+            lines.append(f"{view}: the bound {bound:.2f} does not contradict {claim}")
+    return lines
 
 
 def audit(folder: str | Path, *overrides: str, algorithm: Algorithm | None = None) -> Audit:

@@ -24,6 +24,10 @@ Scored = dict[str, tuple[float | None, list[float] | None]]
 
 Stages = Mapping[str, Scored]
 
+NO_ROWS = (
+    "This card holds counts and scores, no row of data. LoRA factors can still reveal something "
+    "about the rows that they were trained on."
+)
 STAGES = {
     "untuned": "before training",
     "global": "the global model",
@@ -118,8 +122,8 @@ def of_run(run: Opened, client: str | None, *, base: str, tree: Tree, loading: s
         warnings.append(
             f"An experiment: {planted} canaries, half of them trained with wrong answers"
         )
-    left = _privacy(run, client)
-    return text(title, facts, tables, left, loading, head, warnings, _guarantee(table))
+    left = [*what_left(run, client), NO_ROWS]
+    return text(title, facts, tables, left, loading, head, warnings, guarantee(table))
 
 
 def of_site(
@@ -260,16 +264,19 @@ def _rows(counts: Mapping[str, int]) -> str:
     return ", ".join(f"{n} {name}" for name, n in counts.items())
 
 
-def _privacy(run: Opened, client: str | None) -> list[str]:
+def what_left(run: Opened, client: str | None) -> list[str]:
+    """What the clients of a run have sent, and what they have kept, one sentence each."""
     from fedvlm.algorithms.table import find
 
     entry = find(run.config.algorithm.name)
     up = run.results.table["bytes"]["bytes_up"]["per_client_round"]
     share = getattr(run.config.algorithm, "share", None)
     what = f"{entry.sends}: {share}" if share else ""
+    private = run.config.privacy.unit is not None  # then all clients have the same weight
+    weighed = "" if private else ", and the number of training rows, which weighs the mean"
     lines = [
         f"Sent to the server, each round: LoRA factors ({what or entry.sends}), {up:,.0f} bytes a "
-        "client on average, and the number of training rows, which weighs the mean."
+        f"client on average{weighed}."
         if up
         else "Sent to the server: nothing, every client trained alone.",
         f"Kept by the clients: {entry.keeps}; and all images, questions and answers.",
@@ -283,14 +290,10 @@ def _privacy(run: Opened, client: str | None) -> list[str]:
             "This folder holds the whole adapter, the factors that stayed with the client "
             "included: publishing it publishes them."
         )
-    lines.append(
-        "This card holds counts and scores, no row of data. LoRA factors can still reveal "
-        "something about the rows that they were trained on."
-    )
     return lines
 
 
-def _guarantee(table: Mapping[str, Any]) -> list[str]:
+def guarantee(table: Mapping[str, Any]) -> list[str]:
     """The privacy guarantee of the run, and its limits; empty without one."""
     about = table.get("privacy")
     if about is None:

@@ -19,8 +19,10 @@ from fedvlm.cli import audit as cli_audit
 from fedvlm.cli import auditlog as cli_auditlog
 from fedvlm.cli import deploy as cli_deploy
 from fedvlm.cli import lists as cli_lists
+from fedvlm.cli import report as cli_report
 from fedvlm.cli import site as cli_site
 from fedvlm.cli.options import QuietOption, Words, parse
+from fedvlm.cli.report import reported, reported_all
 from fedvlm.errors import ConfigError, FedVLMError, cut, one_record, shown
 from fedvlm.version import __version__
 
@@ -134,6 +136,7 @@ def run(
             results = federate.run(settings, progress=choose(quiet))
     if processes.rank() == 0:
         print_run(results)
+        reported(results.folder)
 
 
 @app.command()
@@ -300,22 +303,12 @@ def onboard(
     print_onboarded(join(folder, data, *set_ or (), name=name, steps=steps, lr=lr))
 
 
-@app.command()
-def plot(
-    folder: Annotated[
-        str, typer.Argument(metavar="DIR", help="the folder of a run or of a comparison")
-    ],
-) -> None:
-    """Draw the pictures of a run or a comparison again, from its files."""
-    from fedvlm.rounds.pictures import redraw
-
-    for path in redraw(folder):
-        typer.echo(path)
-
-
+app.command()(cli_report.plot)
 app.command()(cli_lists.algorithms)
 app.command()(cli_lists.config)
 app.command()(cli_audit.audit)
+app.command()(cli_report.report)
+app.command()(cli_report.watch)
 app.add_typer(cli_deploy.deploy, name="deploy")
 app.add_typer(cli_site.site, name="site")
 app.add_typer(cli_auditlog.audit_log, name="audit-log")
@@ -383,6 +376,7 @@ def _compare(
     with _interruptible(again), board(runs, quiet) as tell:
         comparison = run_comparison(names, tree, seeds=seeds, jobs=jobs, tell=tell)
     print_comparison(comparison)
+    reported_all(comparison.folder)
     return comparison
 
 

@@ -6,14 +6,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedvlm.cli.report import reported
+
 if TYPE_CHECKING:
     from fedvlm.after.audit import Audit
-
-READING = (
-    "upload: what a curious server sees of a client; global: the shared model; personal: what a "
-    "client has. The bound of a view is the larger one of its two",
-    "a low bound is no proof: a better attack may find more",
-)
 
 
 def audit(
@@ -37,6 +33,7 @@ def audit(
 
     found = measured(folder, *set_ or ())
     print_audit(found)
+    reported(found.folder)
     if found.broken:
         raise typer.Exit(1)
 
@@ -45,6 +42,7 @@ def print_audit(found: Audit) -> None:
     """Prints a row for each view and attack, and how to read the numbers."""
     from rich.table import Table
 
+    from fedvlm.after.audit import READING, verdict
     from fedvlm.cli.tables import console_for_tables
 
     console = console_for_tables()
@@ -70,20 +68,3 @@ def print_audit(found: Audit) -> None:
     console.print(table)
     lines = [*READING, *verdict(found), f"written to {found.folder / 'audit.json'}"]
     console.print("\n".join(lines), highlight=False, markup=False)
-
-
-def verdict(found: Audit) -> list[str]:
-    """The sentences that compare the bounds with the guarantee of the run."""
-    if not found.claims:
-        return ["the run claims no differential privacy (privacy.unit is empty)"]
-    lines = []
-    for view, bound in found.bounds.items():
-        if view not in found.claims:
-            lines.append(f"{view}: no guarantee, with privacy.unit={found.unit}")
-            continue
-        claim = f"the guarantee, epsilon {found.claims[view].epsilon:.4g}"
-        if view in found.broken:
-            lines.append(f"{view}: BROKEN: the bound {bound:.2f} is above {claim}")
-        else:
-            lines.append(f"{view}: the bound {bound:.2f} does not contradict {claim}")
-    return lines

@@ -9,6 +9,7 @@ from typing import Annotated, Any
 import typer
 
 from fedvlm.cli.options import QuietOption, Words, needs_nvflare, parse
+from fedvlm.cli.report import reported
 from fedvlm.errors import ConfigError, FedVLMError
 
 HOME = "federation"
@@ -166,6 +167,7 @@ def run(
         )
         sys.exit(130)
     print_run(results)
+    reported(results.folder)
     typer.echo(STAYED)
 
 
@@ -223,7 +225,9 @@ def demo(
     from fedvlm.deploy.nvflare.demo import demo as show
 
     tell = (lambda event: None) if quiet else Shown().tell
-    print_run(show(Path(to), list(words or []), tell, secure))
+    results = show(Path(to), list(words or []), tell, secure)
+    print_run(results)
+    reported(results.folder)
     typer.echo(STAYED)
 
 

@@ -13,9 +13,9 @@ from rich.table import Table
 
 from fedvlm.errors import brief
 from fedvlm.intervals import few_rows, scored, scored_parts
-from fedvlm.metrics import METRICS, _percent, number
+from fedvlm.metrics import METRICS, _percent, number, size
 from fedvlm.privacy import statement
-from fedvlm.rounds.claims import BASELINES
+from fedvlm.rounds.claims import BASELINES, harm
 from fedvlm.rounds.results import UNSCORED
 
 if TYPE_CHECKING:
@@ -229,12 +229,8 @@ def _gain(row: Mapping[str, Any], baseline: str, counts: Mapping[str, float | No
 
 
 def _harm(gains: Mapping[str, Mapping[str, float]]) -> str:
-    """The way of sharing that is furthest behind training alone, of those that are clearly so."""
-    behind = {name: found["gain"] for name, found in gains.items() if found["high"] < 0}
-    if not behind:
-        return ""
-    name = min(behind, key=lambda name: behind[name])
-    return f"{name} {100 * behind[name]:+.1f}"
+    name = harm(gains)
+    return f"{name} {100 * gains[name]['gain']:+.1f}" if name else ""
 
 
 def _narrow(title: str) -> Table:
@@ -277,12 +273,3 @@ def console_for_tables() -> Console:
     """Standard output. Without a terminal it has at least 110 columns, so that nothing is cut."""
     console = Console()
     return console if console.is_terminal else Console(width=max(110, console.width))
-
-
-def size(count: float) -> str:
-    """Bytes in a fitting unit."""
-    for unit in ("B", "kB", "MB"):
-        if count < 1000:
-            return f"{count:.0f} {unit}" if unit == "B" else f"{count:.1f} {unit}"
-        count /= 1000
-    return f"{count:.1f} GB"

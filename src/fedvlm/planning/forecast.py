@@ -148,7 +148,7 @@ def _divided(config: Config, unknown: list[str]) -> tuple[Any, Partition | None]
 
     on_hub = config.data.path and not Path(os.path.expanduser(config.data.path)).exists()
     try:
-        with _from_cache():
+        with from_cache():
             rows, partition = divide(config)
             return planted(rows, partition, config, objectives.build(config.objective).pairs)
     except FedVLMError as error:
@@ -162,7 +162,7 @@ def _divided(config: Config, unknown: list[str]) -> tuple[Any, Partition | None]
 
 
 @contextmanager
-def _from_cache() -> Iterator[None]:
+def from_cache() -> Iterator[None]:
     """Reads data sets of the hub from the cache only."""
     import datasets
 

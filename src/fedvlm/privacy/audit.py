@@ -15,7 +15,7 @@ bounds holds at the full confidence.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -64,6 +64,12 @@ class Finding:
     tried: tuple[Guesses, ...]
     auc: float
     tpr: float
+
+
+def read(found: Mapping[str, Any]) -> Finding:
+    """The finding of which :func:`dataclasses.asdict` made a tree of plain values."""
+    tried = tuple(Guesses(**one) for one in found["tried"])
+    return Finding(**{**found, "best": Guesses(**found["best"]), "tried": tried})
 
 
 def find(

@@ -13,6 +13,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from fedvlm.engines.base import Answer
 from fedvlm.intervals import gain, paired
 from fedvlm.metrics import mean
 from fedvlm.rounds.results import Results, by
@@ -139,3 +140,43 @@ def _decided(gains: Mapping[str, Mapping[str, float]]) -> tuple[str, str]:
     if worse and gains[by_gain[0]]["gain"] <= 0:
         return STAY, worse[0]
     return UNCLEAR, by_gain[0]
+
+
+def harm(gains: Mapping[str, Mapping[str, float]]) -> str:
+    """The way of sharing that is furthest behind training alone, of those that are clearly so.
+
+    It is empty without such a way.
+    """
+    behind = {name: found["gain"] for name, found in gains.items() if found["high"] < 0}
+    return min(behind, key=lambda name: behind[name]) if behind else ""
+
+
+def changes(
+    answers: Mapping[str, Sequence[Answer]], metric: str
+) -> dict[str, dict[str, dict[str, float]]]:
+    """How a client's personal model differs from the untuned and from the global model.
+
+    Answers are paired, row by row. The two intervals of a client hold together with 95 %.
+
+    Args:
+        answers: ``untuned``, ``global`` and ``personal`` -> the answers to all held-out rows.
+        metric: a score in [0, 1].
+
+    Returns:
+        Client -> ``untuned`` or ``global`` -> ``gain``, ``low``, ``high``, and ``n``, the rows.
+    """
+    found = {model: by("client", own) for model, own in answers.items()}
+    return {
+        client: {
+            other: _change(rows, found[other][client], metric)
+            for other in ("untuned", "global")
+            if [a["row"] for a in found[other].get(client, ())] == [a["row"] for a in rows]
+        }
+        for client, rows in found["personal"].items()
+    }
+
+
+def _change(own: Sequence[Answer], other: Sequence[Answer], metric: str) -> dict[str, float]:
+    differences = [a[metric] - b[metric] for a, b in zip(own, other, strict=True)]
+    low, high = paired(differences, looks=2)
+    return {"gain": mean(differences), "low": low, "high": high, "n": len(own)}

@@ -24,7 +24,7 @@ from fedvlm.rounds import shown
 from fedvlm.rounds.claims import gains, steps, verdicts
 from fedvlm.rounds.contenders import Compared, planned
 from fedvlm.rounds.located import check_apart, located, with_rows
-from fedvlm.rounds.pictures import COMPARISON, draw_comparison
+from fedvlm.rounds.pictures import COMPARISON, draw_comparison, read_comparison
 from fedvlm.rounds.progress import Progress
 from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
@@ -52,6 +52,16 @@ class Comparison:
     folder: Path
     rows: list[dict[str, Any]]
     verdicts: list[dict[str, Any]]
+
+    @classmethod
+    def read(cls, folder: str | Path) -> Comparison:
+        """Reads a finished comparison.
+
+        Raises:
+            FedVLMError: ``comparison.json`` is damaged.
+        """
+        found = read_comparison(Path(folder))
+        return cls(Path(folder), found["algorithms"], found["verdicts"])
 
     def to_pandas(self) -> pd.DataFrame:
         """A row for each algorithm, the best first; the columns of ``comparison.csv``."""
@@ -153,6 +163,7 @@ def each(work: Work, runs: Mapping[str, Config], jobs: int = 1, tell: Tell | Non
 def _check_ours(folder: Path, runs: Mapping[str, Config]) -> None:
     """Refuses a folder with files of the comparison's names that no comparison wrote."""
     there = [folder / f"comparison.{kind}" for kind in ("csv", "json", "png")]
+    there.append(folder / stores.REPORT)
     taken = [path for path in there if path.exists()]
     for config in runs.values():
         data = Path(os.path.expanduser(config.data.path or ""))

@@ -17,6 +17,7 @@ from fedvlm.engines.summand import Summed
 from fedvlm.engines.wire import Forms, Task
 from fedvlm.errors import ConfigError, FedVLMError, shown
 from fedvlm.privacy import accountant
+from fedvlm.processes import peak_memory
 from fedvlm.rounds import noisymean, robust, secure
 from fedvlm.rounds.beginning import begin, described
 from fedvlm.rounds.budget import Budget, budget_of
@@ -286,7 +287,8 @@ def drive(
             if budget:
                 line["epsilon"] = round(budget.epsilon([*store.lines(), line]), 6)
             seconds = time.perf_counter() - began
-            store.commit(round_.number, state, line, {"round": round_.number, "seconds": seconds})
+            timing = {"round": round_.number, "seconds": seconds, **peak_memory()}
+            store.commit(round_.number, state, line, timing)
             progress.round(line, seconds)
             voids.after(line)
     draw_curves(store.folder, config, store.lines(), names)

@@ -44,20 +44,42 @@ def redraw(folder: str | Path) -> list[Path]:
         return _redraw_run(path)
     if not (path / COMPARISON).exists():
         raise FedVLMError(f"'{path}' holds no run and no comparison; give the folder of one")
+    runs = runs_of(path, [str(row["algorithm"]) for row in read_comparison(path)["algorithms"]])
+    every = [run for found in runs.values() for run in found]
+    return [plot_all(path, runs, [settings_of(run) for run in every])]
+
+
+def read_comparison(folder: Path) -> dict[str, Any]:
+    """The content of ``comparison.json``: the lists ``algorithms`` and ``verdicts``.
+
+    Raises:
+        FedVLMError: the file is damaged.
+    """
     try:
-        found = json.loads((path / COMPARISON).read_bytes())
-        order = [str(row["algorithm"]) for row in found["algorithms"]]
+        found = json.loads((folder / COMPARISON).read_bytes())
+        for row in found["algorithms"]:
+            row["algorithm"]
+        found["verdicts"]
     except (ValueError, TypeError, KeyError, RecursionError) as error:
-        raise sealed.damaged(path / COMPARISON) from error
+        raise sealed.damaged(folder / COMPARISON) from error
+    return found
+
+
+def runs_of(folder: Path, names: Sequence[str]) -> dict[str, list[Path]]:
+    """Algorithm -> the folders of its finished runs in a comparison.
+
+    Raises:
+        FedVLMError: there is none, or one of them is damaged.
+    """
     runs: dict[str, list[Path]] = {}
-    for name in order:
-        runs[name] = sorted(p for p in path.glob(f"{_escaped(name)}-seed-*") if stores.is_done(p))
+    for name in names:
+        found = folder.glob(f"{_escaped(name)}-seed-*")
+        runs[name] = sorted(p for p in found if stores.is_done(p))
         for run in runs[name]:
             stores.check_whole(run)
-    every = [run for found in runs.values() for run in found]
-    if not every:
-        raise FedVLMError(f"'{path}' holds no finished run of its comparison")
-    return [plot_all(path, runs, [_settings(run) for run in every])]
+    if not any(runs.values()):
+        raise FedVLMError(f"'{folder}' holds no finished run of its comparison")
+    return runs
 
 
 def _escaped(name: str) -> str:
@@ -69,7 +91,7 @@ def _redraw_run(folder: Path) -> list[Path]:
     from fedvlm.figures import plots, skewplot
 
     stores.check_whole(folder)
-    config, lines, found = _settings(folder), stores.Store(folder).lines(), []
+    config, lines, found = settings_of(folder), stores.Store(folder).lines(), []
     names: Sequence[str] = list(lines[0]["evaluation"]["personal"]) if lines else ()
     if (folder / "partition.json").exists():  # a deployed run has none
         partition = Partition.from_dict(json.loads((folder / "partition.json").read_bytes()))
@@ -81,7 +103,7 @@ def _redraw_run(folder: Path) -> list[Path]:
     return found
 
 
-def _settings(folder: Path) -> Config:
+def settings_of(folder: Path) -> Config:
     """The settings of a run, whose algorithm may have been an object."""
     tree, _ = configs.read(folder / stores.CONFIG)
     own = str((tree.get("algorithm") or {}).get("name", "")).partition(":")[0] == OWN

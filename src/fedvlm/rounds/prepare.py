@@ -131,14 +131,20 @@ def _most_kept(config: Config, partition: Partition, algorithm: Algorithm) -> in
 
 def divide(config: Config, divider: Divider | None = None) -> tuple[Any, Partition]:
     """The rows and their partition into clients."""
-    from fedvlm.batches import objectives
     from fedvlm.data.clusters import check_installed
-    from fedvlm.data.sources import load_rows
 
     check_installed(config.partition)
-    pairs = objectives.build(config.objective).pairs
-    rows = load_rows(config.data, config.seed, pairs=pairs, by=config.partition.column)
+    rows = rows_of(config)
     return rows, (divider or partitioned)(config, rows)
+
+
+def rows_of(config: Config) -> Any:
+    """The rows of a run."""
+    from fedvlm.batches import objectives
+    from fedvlm.data.sources import load_rows
+
+    pairs = objectives.build(config.objective).pairs
+    return load_rows(config.data, config.seed, pairs=pairs, by=config.partition.column)
 
 
 def partitioned(config: Config, rows: Any) -> Partition:

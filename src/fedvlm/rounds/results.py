@@ -258,7 +258,7 @@ def tabulate(
         "seed": config.seed,
         "rounds": config.train.rounds,
         "split": config.eval.split,
-        "models": {name: _model(models[name], answers.get(name) or []) for name in MODELS},
+        "models": {name: scored_model(models[name], answers.get(name) or []) for name in MODELS},
         "few_rows": {
             client: scores["examples"]
             for client, scores in models["personal"].items()
@@ -332,7 +332,7 @@ def by(key: str, answers: Iterable[Answer]) -> dict[str, list[Answer]]:
     return found
 
 
-def _model(clients: dict[str, dict[str, float]], answers: list[Answer]) -> dict[str, Any]:
+def scored_model(clients: dict[str, dict[str, float]], answers: list[Answer]) -> dict[str, Any]:
     """A model's scores by client, their intervals over rows, and their summary.
 
     Without answers, which stay at deployed sites, shares still have intervals.

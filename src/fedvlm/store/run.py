@@ -10,6 +10,7 @@ Layout::
     personal/00007-00016.safetensors                   states of a pass of clients, since round 7
     metrics.jsonl  timing.jsonl                        one line per round
     answers/  adapters/  groups.csv  table.csv  curves.png  table.json     written at the end
+    report.html                                        made from the other files, by commands
 
 A round's files are written first, each with an atomic rename, and synced to the disk. The round
 counts once ``checkpoint.json`` names it. A process that is killed at any moment leaves the last
@@ -18,8 +19,8 @@ describes the packs in ``personal``.
 
 ``checkpoint.json`` has the digests of the files that were written once, of the server's state and
 of the lines of metrics, and it names the packs. ``table.json`` has the digests of the answers and
-adapters. Both have a seal, see :mod:`fedvlm.store.sealed`. ``timing.jsonl``, the CSV files and the
-pictures are not needed to resume or to open a run, and have no digests.
+adapters. Both have a seal, see :mod:`fedvlm.store.sealed`. ``timing.jsonl``, the CSV files, the
+pictures and the report are not needed to resume or to open a run, and have no digests.
 """
 
 from __future__ import annotations
@@ -52,19 +53,21 @@ CONFIG = "config.yaml"
 CHECKPOINT = "checkpoint.json"
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
 DONE = "table.json"
+SITES = "sites.json"  # of a deployed run: the sites, with the rows that they report
+REPORT = "report.html"
 FILES: tuple[str, ...] = (
     CONFIG,
     "environment.json",
     "partition.json",
     "data.json",
     "model.json",
-    "sites.json",
+    SITES,
     "canaries.json",
     CHECKPOINT,
 )
 FILES += (METRICS, TIMING, DONE, "table.csv", "groups.csv", "partition.png", "curves.png", ".lock")
 AUDIT = ("audit.jsonl", ".audit.jsonl.reserve")  # of a deployed run; it begins before the run does
-FILES += (*AUDIT, "audit.json")
+FILES += (*AUDIT, "audit.json", REPORT)
 _WRITTEN = ("server", "personal", "answers", "adapters", "uploads")
 FOLDERS = (*_WRITTEN, "onboarded", "export")
 

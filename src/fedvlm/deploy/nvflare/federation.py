@@ -17,9 +17,10 @@ from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 from fedvlm import config as configs
 from fedvlm.algorithms.table import find, of_run
 from fedvlm.deploy.digests import digest_of
+from fedvlm.deploy.events import EVENTS, output_of
 from fedvlm.deploy.nvflare.processes import read_federation
 from fedvlm.deploy.nvflare.project import ADMIN, Project, admitted, write_job
-from fedvlm.deploy.nvflare.server import RENEW, SITES
+from fedvlm.deploy.nvflare.server import RENEW
 from fedvlm.deploy.remote import Limits, as_sent
 from fedvlm.deploy.signature import sign
 from fedvlm.errors import ConfigError, FedVLMError
@@ -28,13 +29,13 @@ from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
 from fedvlm.store import files
 from fedvlm.store import run as stores
+from fedvlm.store.run import SITES
 
 Tell = Callable[[dict[str, Any]], None]
 
 CONNECT = 20.0  # seconds to wait for the server's answer
 HEARD = 100.0  # seconds since the last heartbeat of a connected site; one is sent every 30 seconds
 ASKED = 5.0  # seconds between two requests for the job's status
-EVENTS = "events.jsonl"
 OVER = ("done", "renewed", "aborted", "error")  # the last event of a job is one of these
 AGAIN = 3  # number of jobs in a row without a finished round that is an error
 
@@ -182,7 +183,7 @@ class Federation:
         for job in (str(job["job_id"]) for job in self.jobs(session)):
             folder = next((p.parent for p in self._submitted() if p.read_text() == job), None)
             events = files.read_lines(folder / EVENTS) if folder else []
-            if resume and folder and _output(folder) == config.output:
+            if resume and folder and output_of(folder) == config.output:
                 with contextlib.suppress(Exception):  # it may run nowhere
                     session.abort_job(job)
             elif not (events and events[-1]["event"] in OVER):  # else NVFlare is about to end it
@@ -376,11 +377,6 @@ def saved(folder: str | Path) -> Config:
     stores.check_whole(folder)
     config = configs.load(Path(folder) / stores.CONFIG)
     return config.model_copy(update={"output": str(folder)})
-
-
-def _output(folder: Path) -> str:
-    """The folder for the results of a job."""
-    return str(json.loads((folder / "job.json").read_text())["config"]["output"])
 
 
 def _how(config: Config) -> str:

@@ -25,10 +25,9 @@ from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Progress
 from fedvlm.rounds.trackers import tracked
 from fedvlm.store.files import append_line
-from fedvlm.store.run import Store
+from fedvlm.store.run import SITES, Store
 from fedvlm.tree import digest
 
-SITES = "sites.json"
 RENEW = "renew"
 """Name of a file beside a job's events. When the file exists, the job ends after the round."""
 MALFORMED = "its answer is not a JSON object with bytes"
