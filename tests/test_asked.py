@@ -46,7 +46,7 @@ def test_answers_equal_those_of_predict_in_one_pass_a_picture(
 ):
     table = predict_many(finished_run, new_rows / "site.parquet", QUESTION, every=True)
     passes = counted(monkeypatch)
-    found = asked.ask_all(pictures, QUESTION, asked.models)
+    found = [asked.ask(picture, QUESTION, asked.models) for picture in pictures]
     assert passes == [5] * len(pictures)
     for replies, row in zip(found, table.rows, strict=False):
         assert {r.model: r.answer for r in replies.replies} == {m: row[m] for m in table.models}
@@ -130,12 +130,8 @@ def test_the_chosen_models_answer_in_the_chosen_order_and_stay_in_memory(
     assert len(loads) == 1
 
 
-def test_a_bad_picture_does_not_stop_the_others(asked, pictures):
-    good, bad = asked.ask_all([pictures[0], b"no picture"], QUESTION, ["site-0"])
-    assert good.replies[0].model == "site-0"
-    assert isinstance(bad, DataError)
-    assert "does not decode" in str(bad)
-    with pytest.raises(DataError, match="does not decode"):
+def test_a_bad_picture_is_refused_with_the_reason(asked):
+    with pytest.raises(DataError, match=r"^the image does not decode: "):
         asked.ask(b"no picture", QUESTION, ["site-0"])
 
 

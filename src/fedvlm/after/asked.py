@@ -99,40 +99,18 @@ class Asked:
             FedVLMError: the picture cannot be opened, the question is empty or too long, or there
                 is no such model.
         """
-        (only,) = self.ask_all([image], question, models)
-        if isinstance(only, DataError):
-            raise only
-        return only
-
-    def ask_all(
-        self, images: Sequence[Any], question: str, models: Sequence[str]
-    ) -> list[Replies | DataError]:
-        """Asks several models the same question about each picture.
-
-        Returns:
-            For each picture the answers, or the reason why the picture cannot be used.
-
-        Raises:
-            FedVLMError: the question is empty, or there is no such model.
-        """
-        models = self._known(models)
+        names = self._known(models)
         from_images([], question)  # checks the question
         with self._lock:
-            rows = [self._row(image, question) for image in images]
-            found: list[list[Reply]] = [[] for _ in rows]
-            seconds = [0.0] * len(rows)
-            for start in range(0, len(models), self._width):
-                self._load(models[start : start + self._width])
-                for at, row in enumerate(rows):
-                    if isinstance(row, DataError):
-                        continue
-                    began = time.monotonic()
-                    found[at] += self._pass(row)
-                    seconds[at] += time.monotonic() - began
-        return [
-            row if isinstance(row, DataError) else Replies(tuple(own), took)
-            for row, own, took in zip(rows, found, seconds, strict=True)
-        ]
+            row = self._row(image, question)
+            found: list[Reply] = []
+            seconds = 0.0
+            for start in range(0, len(names), self._width):
+                self._load(names[start : start + self._width])
+                began = time.monotonic()
+                found += self._pass(row)
+                seconds += time.monotonic() - began
+        return Replies(tuple(found), seconds)
 
     def held_out(self) -> HeldOut:
         """The rows that the run's sites have not trained on.
@@ -152,16 +130,14 @@ class Asked:
             raise FedVLMError("no model is chosen; choose at least one")
         return names
 
-    def _row(self, image: Any, question: str) -> Collator | DataError:
-        """Batches of the one row, or the reason why it cannot be used."""
+    def _row(self, image: Any, question: str) -> Collator:
+        """Batches of the one row."""
         data = self.run.config.data.model_copy(update={"on_error": "fail"})
-        try:
-            Pictures.of(data).opened(image)
-            collator = self._base.collator(from_images([image], question, data))
-            bad = collator.check(0, unseen, unseen)
-        except DataError as error:
-            return error
-        return DataError(bad[0]) if bad else collator
+        Pictures.of(data).opened(image)  # its error is shorter than that of a list of images
+        collator = self._base.collator(from_images([image], question, data))
+        if bad := collator.check(0, unseen, unseen):
+            raise DataError(bad[0])
+        return collator
 
     def _load(self, names: tuple[str, ...]) -> None:
         """Puts adapters into the model, unless they are there."""
