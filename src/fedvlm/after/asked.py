@@ -99,8 +99,7 @@ class Asked:
             FedVLMError: the picture cannot be opened, the question is empty or too long, or there
                 is no such model.
         """
-        names = self._known(models)
-        from_images([], question)  # checks the question
+        names = self.check(question, models)
         with self._lock:
             row = self._row(image, question)
             found: list[Reply] = []
@@ -112,6 +111,21 @@ class Asked:
                 seconds += time.monotonic() - began
         return Replies(tuple(found), seconds)
 
+    def check(self, question: str, models: Sequence[str]) -> tuple[str, ...]:
+        """The names of the models, each once.
+
+        Raises:
+            FedVLMError: the question is empty, no model is chosen, or there is no such model.
+        """
+        from_images([], question)
+        names = tuple(dict.fromkeys(models))
+        odd = [name for name in names if name not in self.models]
+        if odd:
+            raise FedVLMError(f"'{self.run.folder}' has no model {shown(odd[0])}")
+        if not names:
+            raise FedVLMError("no model is chosen; choose at least one")
+        return names
+
     def held_out(self) -> HeldOut:
         """The rows that the run's sites have not trained on.
 
@@ -120,15 +134,6 @@ class Asked:
         """
         with self._lock:
             return HeldOut(self.run, self._base.base)
-
-    def _known(self, models: Sequence[str]) -> tuple[str, ...]:
-        names = tuple(dict.fromkeys(models))
-        odd = [name for name in names if name not in self.models]
-        if odd:
-            raise FedVLMError(f"'{self.run.folder}' has no model {shown(odd[0])}")
-        if not names:
-            raise FedVLMError("no model is chosen; choose at least one")
-        return names
 
     def _row(self, image: Any, question: str) -> Collator:
         """Batches of the one row."""

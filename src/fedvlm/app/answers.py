@@ -94,9 +94,7 @@ def table(
     for name, one in found.items():
         asked = {"picture": name, "question": question}
         if isinstance(one, FedVLMError):
-            rows.append(
-                {**asked, "model": "", "answer": "", "confidence": None, "problem": f"{one}"}
-            )
+            rows.append({**asked, **dict.fromkeys(ANSWER), "problem": str(one)})
             continue
         rows += [
             {

@@ -22,10 +22,15 @@ QUESTION = "What is in the picture?"
 FONTS = ("system-ui", "-apple-system", "Segoe UI", "Roboto", "sans-serif")  # none is fetched
 
 
-def theme() -> gr.themes.Base:
+def theme() -> Any:
     """Calm colours, and fonts that the browser has."""
     return gr.themes.Base(
         primary_hue="teal", neutral_hue="slate", font=FONTS, font_mono=("ui-monospace", "monospace")
+    ).set(
+        button_primary_background_fill="*primary_700",
+        button_primary_background_fill_hover="*primary_800",
+        button_primary_background_fill_dark="*primary_700",
+        button_primary_background_fill_hover_dark="*primary_800",
     )
 
 
@@ -83,6 +88,10 @@ class Handlers:
         if len(files) > PICTURES:
             said = f"these are {len(files)} pictures; choose at most {PICTURES}, or use the "
             return answers.problem(f"{said}command 'fedvlm predict' for a whole folder"), nothing
+        try:
+            names = self.asked.check(question, models)
+        except FedVLMError as error:
+            return answers.problem(error), nothing
         found: dict[str, Replies | FedVLMError] = {}
         for at, file in enumerate(files):
             progress((at, len(files)), desc="pictures")
@@ -92,7 +101,6 @@ class Handlers:
                 found[name] = self.asked.ask(Path(file).read_bytes(), question, models)
             except FedVLMError as error:
                 found[name] = error
-        names = list(dict.fromkeys(models)) or ["answer"]
         made = tempfile.mkdtemp(dir=self._folder)
         path = write_table(answers.table(found, question), Path(made) / "answers.csv")
         return answers.batch(found, names), gr.DownloadButton(value=str(path), visible=True)
@@ -108,16 +116,21 @@ def page(asked: Asked, folder: Path) -> gr.Blocks:
     does, run = Handlers(asked, folder), asked.run
     sites = [name for name in asked.models if name not in (GLOBAL, UNTUNED)]
     first = [*sites[:FIRST], GLOBAL, UNTUNED]
-    with gr.Blocks(title=f"fedvlm: {run.folder.name}", analytics_enabled=False) as blocks:
+    with gr.Blocks(title=f"fedvlm: {run.folder.resolve().name}", analytics_enabled=False) as blocks:
         reference = gr.State(None)
         gr.HTML(_head(asked, len(sites)))
         with gr.Row(equal_height=False):
             models = gr.Dropdown(
-                list(asked.models), value=first, multiselect=True, label="Models", scale=5
+                list(asked.models),
+                value=first,
+                multiselect=True,
+                label="Models",
+                scale=5,
+                min_width=320,
             )
             with gr.Column(scale=1, min_width=150):
                 everyone = gr.Button(f"All {len(asked.models)} models", size="sm")
-                few = gr.Button(f"First {min(FIRST, len(sites))} sites", size="sm")
+                few = gr.Button(f"First {FIRST} sites", size="sm", visible=len(sites) > FIRST)
         with gr.Tab("One picture"), gr.Row(equal_height=False):
             with gr.Column(scale=2, min_width=300):
                 picture = gr.Image(
@@ -125,6 +138,7 @@ def page(asked: Asked, folder: Path) -> gr.Blocks:
                     format="png",
                     sources=["upload"],
                     label="Picture",
+                    elem_id="picture",
                     height=300,
                     buttons=[],
                 )
@@ -159,7 +173,7 @@ def page(asked: Asked, folder: Path) -> gr.Blocks:
         everyone.click(lambda: list(asked.models), None, models, **quiet)
         few.click(lambda: first, None, models, **quiet)
         inputs = [picture, question, models, reference]
-        gr.on([ask.click, question.submit], does.ask, inputs, shown, **quiet)
+        gr.on([ask.click, question.submit], does.ask, inputs, shown, scroll_to_output=True, **quiet)
         gr.on(
             [picture.upload, picture.clear, question.input], lambda: None, None, reference, **quiet
         )
@@ -171,36 +185,40 @@ def page(asked: Asked, folder: Path) -> gr.Blocks:
 
 
 def _head(asked: Asked, sites: int) -> str:
-    run = asked.run
+    run, name = asked.run, f"The models of {asked.run.folder.resolve().name}"
     said = (
         f"{sites} sites · base model {run.config.model.name} · algorithm "
         f"{run.config.algorithm.name} · pictures stay in this process and are deleted when it ends"
     )
     alone = f"The models answer one after another: {asked.alone}." if asked.alone else ""
     return (
-        f"<h1>{answers.text(str(run.folder))}</h1>{answers.note(said)}"
-        f"{answers.note(alone) if alone else ''}"
+        f"<h1>{answers.text(name)}</h1>{answers.note(said)}{answers.note(alone) if alone else ''}"
     )
 
 
 CSS = """
-.gradio-container { max-width: 1200px !important; margin: 0 auto !important; }
+.gradio-container { width: 100% !important; max-width: 1200px !important;
+  margin: 0 auto !important; }
 h1 { font-size: 1.35rem; font-weight: 650; margin: 0.4rem 0 0.1rem; overflow-wrap: anywhere; }
-.note { color: var(--body-text-color-subdued); font-size: 0.9rem; margin: 0.2rem 0; }
+#picture img { width: 100%; height: 100%; object-fit: contain; }
+.note { opacity: 0.75; font-size: 0.9rem; margin: 0.2rem 0; overflow-wrap: anywhere; }
 .problem { border-left: 4px solid #b3261e; padding: 0.6rem 0.8rem; overflow-wrap: anywhere; }
 .answers p { margin: 0 0 0.6rem; overflow-wrap: anywhere; }
-.answers table { width: 100%; border-collapse: collapse; }
-.answers th, .answers td { text-align: left; vertical-align: top; padding: 0.5rem 0.6rem 0.5rem 0;
-  border-bottom: 1px solid var(--border-color-primary); overflow-wrap: anywhere; }
-.answers thead th { font-size: 0.85rem; font-weight: 500; color: var(--body-text-color-subdued); }
+.answers table { width: 100%; border-collapse: collapse; margin: 0.4rem 0 0.8rem;
+  border: 0 !important; }
+.answers table tr > * { text-align: left; vertical-align: top; padding: 0.5rem 0.8rem 0.5rem 0;
+  border-width: 0 0 1px !important; border-color: var(--border-color-primary) !important;
+  border-style: solid !important; overflow-wrap: anywhere; }
+.answers table tr > :last-child { padding-right: 0; }
+.answers table thead tr > * { font-size: 0.85rem; font-weight: 500; }
 .answers tbody th { font-weight: 600; }
-.answers td:last-child { font-variant-numeric: tabular-nums; }
-.answers > table th:last-child, .answers > table td:last-child { width: 6.2rem; padding-right: 0; }
-.answers > table th:first-child { width: 28%; }
+.answers > table { table-layout: fixed; }
+.answers > table tr > :last-child { width: 6rem; font-variant-numeric: tabular-nums; }
+.answers > table tr > :first-child { width: 27%; }
 .said { white-space: pre-wrap; }
 .mark { display: inline-block; min-width: 1.5em; padding: 0 0.3em; border-radius: 4px;
   border: 1px solid currentColor; text-align: center; font-size: 0.8rem; font-weight: 600;
-  margin-right: 0.3em; color: #5b3a8c; background: #f3eefb; }
+  margin-right: 0.2em; color: #5b3a8c; background: #f3eefb; }
 .mark-A { color: #0f5f59; background: #e6f4f1; }
 .dark .mark { color: #d8c6f5; background: #38294f; }
 .dark .mark-A { color: #a9e3dc; background: #143d39; }
@@ -210,7 +228,7 @@ h1 { font-size: 1.35rem; font-weight: 650; margin: 0.4rem 0 0.1rem; overflow-wra
   background: var(--border-color-primary); }
 .bar > span { display: block; height: 4px; border-radius: 2px; background: var(--primary-600); }
 .wide { overflow-x: auto; }
-.wide td { min-width: 8rem; }
-.wide small { color: var(--body-text-color-subdued); }
+.wide tr > * { min-width: 7.5rem; }
+.wide small { white-space: nowrap; }
 footer { display: none !important; }
 """

@@ -5,7 +5,9 @@ from __future__ import annotations
 import ipaddress
 import os
 import secrets
+import signal
 import socket
+import sys
 import tempfile
 from collections.abc import Awaitable, Callable, MutableMapping
 from http.cookies import CookieError, SimpleCookie
@@ -17,7 +19,6 @@ from urllib.parse import parse_qs
 from fedvlm.after.asked import Asked
 from fedvlm.errors import FedVLMError, shown
 
-HOST, PORT = "127.0.0.1", 7860
 LARGEST = 64 * 2**20  # bytes of an uploaded file
 CLOSED = b"Open the address that 'fedvlm app' has printed: it holds the token of this page.\n"
 HEADERS = {
@@ -86,7 +87,7 @@ class Door:
             await self._app(scope, receive, _with_headers(send))
         elif self._fits(parse_qs(scope["query_string"].decode("latin-1")).get("token", [""])[0]):
             kept = f"{self._cookie}={self._token}; HttpOnly; SameSite=Strict; Path=/"
-            await _reply(send, 303, b"", {"location": scope["path"], "set-cookie": kept})
+            await _reply(send, 303, b"", {"location": "/", "set-cookie": kept})
         else:
             await _reply(send, 401, CLOSED, {"content-type": "text/plain; charset=utf-8"})
 
@@ -131,6 +132,7 @@ def serve(asked: Asked, listener: socket.socket, token: str, ready: Callable[[],
         token: the token of the page.
         ready: called when the page can be opened.
     """
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # so the folder is deleted then too
     with tempfile.TemporaryDirectory(prefix="fedvlm-app-") as folder:
         # Gradio reads both when it is imported.
         os.environ["GRADIO_TEMP_DIR"] = folder
