@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ipaddress
+import logging
 import os
 import secrets
 import signal
@@ -169,5 +170,8 @@ def serve(asked: Asked, listener: socket.socket, token: str, ready: Callable[[],
             timeout_graceful_shutdown=1,
             ws="none",
         )
+        serving = uvicorn.Server(config)
+        # Open pages keep a connection; that it is cut at the end is no error.
+        logging.getLogger("uvicorn.error").addFilter(lambda record: not serving.should_exit)
         ready()
-        uvicorn.Server(config).run(sockets=[listener])
+        serving.run(sockets=[listener])
