@@ -185,7 +185,7 @@ def page(asked: Asked, folder: Path) -> gr.Blocks:
 
 
 def _head(asked: Asked, sites: int) -> str:
-    run, name = asked.run, f"The models of {asked.run.folder.resolve().name}"
+    run, name = asked.run, f"The models of run {asked.run.folder.resolve().name}"
     said = (
         f"{sites} sites · base model {run.config.model.name} · algorithm "
         f"{run.config.algorithm.name} · pictures stay in this process and are deleted when it ends"
@@ -206,6 +206,7 @@ h1 { font-size: 1.35rem; font-weight: 650; margin: 0.4rem 0 0.1rem; overflow-wra
 .answers p { margin: 0 0 0.6rem; overflow-wrap: anywhere; }
 .answers table { width: 100%; border-collapse: collapse; margin: 0.4rem 0 0.8rem;
   border: 0 !important; }
+.answers thead, .answers tbody, .answers tr { border: 0 !important; }
 .answers table tr > * { text-align: left; vertical-align: top; padding: 0.5rem 0.8rem 0.5rem 0;
   border-width: 0 0 1px !important; border-color: var(--border-color-primary) !important;
   border-style: solid !important; overflow-wrap: anywhere; }
