@@ -14,7 +14,7 @@ from fedvlm.after.heldout import HeldOut
 from fedvlm.after.names import GLOBAL, UNTUNED
 from fedvlm.after.outputs import write_table
 from fedvlm.app import answers
-from fedvlm.errors import FedVLMError
+from fedvlm.errors import DataError, FedVLMError
 
 FIRST = 10  # sites that are chosen at the beginning
 PICTURES = 200  # most pictures of a batch
@@ -39,12 +39,12 @@ class Handlers:
 
     Args:
         asked: the models.
-        folder: folder for files to download.
+        folder: folder of uploads, and of files to download.
     """
 
     def __init__(self, asked: Asked, folder: Path):
         self.asked = asked
-        self._folder = folder
+        self._folder = folder.resolve()
         self._rows: HeldOut | None = None
 
     def ask(
@@ -54,8 +54,8 @@ class Handlers:
         if not picture:
             return answers.problem("there is no picture; drop one, or take a held-out row")
         try:
-            found = self.asked.ask(Path(picture).read_bytes(), question, models)
-        except (FedVLMError, OSError) as error:
+            found = self.asked.ask(self._uploaded(picture), question, models)
+        except FedVLMError as error:
             return answers.problem(str(error))
         return answers.answers(found, reference, bool(self.asked.alone))
 
@@ -98,12 +98,23 @@ class Handlers:
             name = Path(file).name
             name = f"{name} ({at + 1})" if name in found else name
             try:
-                found[name] = self.asked.ask(Path(file).read_bytes(), question, models)
+                found[name] = self.asked.ask(self._uploaded(file), question, models)
             except FedVLMError as error:
                 found[name] = error
         made = tempfile.mkdtemp(dir=self._folder)
         path = write_table(answers.table(found, question), Path(made) / "answers.csv")
         return answers.batch(found, names), gr.DownloadButton(value=str(path), visible=True)
+
+    def _uploaded(self, file: str) -> bytes:
+        """The content of an uploaded file. A request could name any other file of this machine.
+
+        Raises:
+            DataError: it is no uploaded file.
+        """
+        path = Path(file).resolve()
+        if not (path.is_relative_to(self._folder) and path.is_file()):
+            raise DataError("the picture was not uploaded here; drop it again")
+        return path.read_bytes()
 
 
 def page(asked: Asked, folder: Path) -> gr.Blocks:
@@ -111,7 +122,7 @@ def page(asked: Asked, folder: Path) -> gr.Blocks:
 
     Args:
         asked: the models of the run.
-        folder: folder for files to download.
+        folder: folder of uploads, and of files to download.
     """
     does, run = Handlers(asked, folder), asked.run
     sites = [name for name in asked.models if name not in (GLOBAL, UNTUNED)]

@@ -161,6 +161,7 @@ def serve(asked: Asked, listener: socket.socket, token: str, ready: Callable[[],
             ssr_mode=False,
             theme=page.theme(),
         )
+        blocks.has_launched = True  # without it, gradio takes files that nobody has uploaded
         door = Door(app, token, listener.getsockname()[1])
         config = uvicorn.Config(
             door,
