@@ -123,7 +123,7 @@ def test_the_commands_in_the_document_exist_with_their_options():
     assert all(block.language for block in blocks)
     lines = [c for b in blocks if b.language == "bash" for c in commands(b)]
     ours = [line.split() for line in lines if line.startswith("fedvlm ")]
-    assert {words[1] for words in ours} == {"export", "predict", "evaluate", "onboard"}
+    assert {words[1] for words in ours} == {"app", "export", "predict", "evaluate", "onboard"}
     known = typer.main.get_command(app).commands
     for words in ours:
         options = {o for p in known[words[1]].params for o in p.opts}

@@ -62,8 +62,8 @@ def imports(tree: ast.AST, functions: bool = True) -> set[str]:
     return {NAMES.get(module, module.replace("_", "-").lower()) for module in modules}
 
 
-ROOMS = ("deploy/nvflare/", "privacy/blind/")
-"""Folders that need an extra as a whole; other files import them inside functions."""
+ROOMS = ("app/page.py", "deploy/nvflare/", "privacy/blind/")
+"""Places that need an extra as a whole; other files import them inside functions."""
 
 
 @cache

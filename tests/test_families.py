@@ -18,6 +18,9 @@ from PIL import Image
 
 import families
 import fedvlm
+from fedvlm.after.asked import Asked
+from fedvlm.after.inputs import from_images
+from fedvlm.after.opened import open_run
 from fedvlm.algorithms.ending import without
 from fedvlm.batches.collate import Collator
 from fedvlm.batches.objectives import IGNORE, answer_nll, sft_terms
@@ -243,3 +246,17 @@ def test_export(family):
     batches = Collator(load_rows(config.data), load_model(ModelConfig(name=str(merged))))
     texts = greedy(model.to(batches.device), batches.prompts(rows), batches.tokenizer, 4)
     assert texts == [a["prediction"] for a in answers]
+
+
+def test_models_that_share_a_pass_answer_as_each_of_them_alone(family):
+    run = open_run(ran(family).folder, "eval.max_new_tokens=4")
+    asked, question = Asked(run), "What colour is it?"
+    for image in (noise(64, 64), noise(40, 90)):
+        together = asked.ask(image, question, asked.models).replies
+        alone = [asked.ask(image, question, [name]).replies[0] for name in asked.models]
+        assert [r.answer for r in together] == [r.answer for r in alone]
+        confidences = [r.confidence for r in alone]
+        assert [r.confidence for r in together] == pytest.approx(confidences, abs=1e-5)
+        models = run.chosen(global_=True, untuned=True, every=True)
+        texts = run.answers(from_images([image], question), models)
+        assert {r.model: [r.answer] for r in together} == texts

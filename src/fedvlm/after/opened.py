@@ -221,7 +221,7 @@ class Opened:
     @property
     def initial(self) -> Tree:
         """The common initial adapter, with which the model equals the base model."""
-        return self._attached[1]
+        return self.attached[1]
 
     # -- the base model
 
@@ -235,7 +235,7 @@ class Opened:
         return loaded
 
     @cached_property
-    def _attached(self) -> tuple[Any, Tree]:
+    def attached(self) -> tuple[Any, Tree]:
         """The model with LoRA on the layers of the run, and the initial adapter."""
         from fedvlm.models import lora
 
@@ -264,12 +264,14 @@ class Opened:
         """
         from fedvlm.models import lora
 
-        model = self._attached[0]
-        params = lora.handles(model)
-        odd = params.keys() ^ tree.keys()
-        self._check_fit(odd or {n for n, p in params.items() if p.shape != tree[n].shape})
-        lora.write(params, tree)
-        return model.eval()
+        self.check_shapes(tree)
+        lora.write(lora.handles(self.attached[0]), tree)
+        return self.attached[0].eval()
+
+    def check_shapes(self, tree: Tree) -> None:
+        """Refuses an adapter that was made for other layers."""
+        odd = self.initial.keys() ^ tree.keys()
+        self._check_fit(odd or {n for n, p in self.initial.items() if p.shape != tree[n].shape})
 
     def _check_fit(self, odd: Iterable[str]) -> None:
         names = sorted(odd)
@@ -305,9 +307,9 @@ class Opened:
         partition = Partition("iid", "answer", names, dict(splits), {}, ())
         store = stores.Store(folder)
         trains = algorithm or ALONE
-        return ReferenceEngine(model, self._collator(rows), partition, config, store, trains)
+        return ReferenceEngine(model, self.collator(rows), partition, config, store, trains)
 
-    def _collator(self, rows: Any) -> Any:
+    def collator(self, rows: Any) -> Any:
         """Batches of rows that the model can take.
 
         Raises:
@@ -333,7 +335,7 @@ class Opened:
         """
         from fedvlm.data.unusable import without
 
-        bad = self._collator(rows).check(0, _unseen, _unseen)
+        bad = self.collator(rows).check(0, unseen, unseen)
         return without(rows, bad, "the source", self.config.data.on_error)
 
     @property
@@ -349,7 +351,7 @@ class Opened:
         """Model -> its answers to all rows."""
         from fedvlm.models.generate import greedy
 
-        collator, settings = self._collator(rows), self.config.eval
+        collator, settings = self.collator(rows), self.config.eval
         found: dict[str, list[str]] = {}
         for name, tree in models.items():
             model, texts = self.write(tree), []
@@ -373,7 +375,7 @@ class Opened:
         rows = rows.add_column("answer", ["a lamp"])
         model = self.base.model.eval() if tree is None else self.write(tree)
         with torch.no_grad():
-            return model(**self._collator(rows).training([0])).logits.float().cpu()
+            return model(**self.collator(rows).training([0])).logits.float().cpu()
 
     def predict(self, image: Any, question: str, *, client: str | None = None) -> str:
         """The answer of one model to a question about an image; see :func:`fedvlm.predict`."""
@@ -384,7 +386,7 @@ class Opened:
         return texts[0]
 
 
-def _unseen(done: int, rows: int) -> None:
+def unseen(done: int, rows: int) -> None:
     """Progress that nobody sees."""
 
 

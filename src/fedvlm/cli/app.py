@@ -19,6 +19,7 @@ from fedvlm.cli import audit as cli_audit
 from fedvlm.cli import auditlog as cli_auditlog
 from fedvlm.cli import deploy as cli_deploy
 from fedvlm.cli import lists as cli_lists
+from fedvlm.cli import playground as cli_playground
 from fedvlm.cli import report as cli_report
 from fedvlm.cli import site as cli_site
 from fedvlm.cli.options import QuietOption, Words, parse
@@ -309,6 +310,7 @@ app.command()(cli_lists.config)
 app.command()(cli_audit.audit)
 app.command()(cli_report.report)
 app.command()(cli_report.watch)
+app.command("app")(cli_playground.playground)
 app.add_typer(cli_deploy.deploy, name="deploy")
 app.add_typer(cli_site.site, name="site")
 app.add_typer(cli_auditlog.audit_log, name="audit-log")

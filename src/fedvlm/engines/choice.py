@@ -27,15 +27,21 @@ def engine_class(config: EngineConfig, model: Any) -> type[Shell]:
     """
     from fedvlm.engines.cohort import CohortEngine
     from fedvlm.engines.reference import ReferenceEngine
-    from fedvlm.models.lora import handles
 
-    routed = sorted({module(name) for name in handles(model) if ROUTED.search(name)})
-    if config.name == "cohort" and routed:
+    experts = routed(model)
+    if config.name == "cohort" and experts:
         logger.warning(
             "LoRA is on %d layers of a mixture of experts, such as %s: clients train one after "
             "another (engine.name=reference); to train many at once, leave them out of lora.target",
-            len(routed),
-            routed[0],
+            len(experts),
+            experts[0],
         )
         return ReferenceEngine
     return {"cohort": CohortEngine, "reference": ReferenceEngine}[config.name]
+
+
+def routed(model: Any) -> list[str]:
+    """The layers with LoRA that belong to a mixture of experts; no stack can serve them."""
+    from fedvlm.models.lora import handles
+
+    return sorted({module(name) for name in handles(model) if ROUTED.search(name)})

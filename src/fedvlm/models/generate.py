@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
 
 
-@torch.no_grad()
 def greedy(model: Any, batch: dict[str, Tensor], tokenizer: Any, max_new_tokens: int) -> list[str]:
     """Generates an answer to each prompt of a left-padded batch, stripped.
 
@@ -18,6 +18,42 @@ def greedy(model: Any, batch: dict[str, Tensor], tokenizer: Any, max_new_tokens:
         tokenizer: the model's tokenizer.
         max_new_tokens: longest answer, in tokens.
     """
+    return _texts(_generated(model, batch, tokenizer, max_new_tokens), tokenizer)
+
+
+def rated(
+    model: Any, batch: dict[str, Tensor], tokenizer: Any, max_new_tokens: int
+) -> list[tuple[str, float]]:
+    """The answers of :func:`greedy`, each with its confidence.
+
+    The confidence is the exponential of the mean log-probability of the answer's tokens, the token
+    that ends the answer included: the geometric mean of their probabilities.
+    """
+    steps: list[Tensor] = []  # for each token, the log-probabilities of all rows
+
+    def recorded(ids: Tensor, scores: Tensor) -> Tensor:
+        steps.append(scores.float().log_softmax(-1).amax(-1))  # greedy decoding takes the maximum
+        return scores
+
+    new = _generated(model, batch, tokenizer, max_new_tokens, (recorded,))
+    logs = torch.stack(steps, 1)  # [rows, tokens]
+    ends = torch.isin(new[:, -logs.shape[1] :], _ends(model, new.device)).long()
+    counted = ends.cumsum(1) - ends == 0  # all tokens up to the first end
+    means = (logs * counted).sum(1) / counted.sum(1)
+    return list(zip(_texts(new, tokenizer), means.exp().tolist(), strict=True))
+
+
+@torch.no_grad()
+def _generated(
+    model: Any,
+    batch: dict[str, Tensor],
+    tokenizer: Any,
+    max_new_tokens: int,
+    watchers: Sequence[Callable[[Tensor, Tensor], Tensor]] = (),
+) -> Tensor:
+    """The tokens of the answers, ``[rows, tokens]``."""
+    from transformers import LogitsProcessorList
+
     pad = tokenizer.pad_token_id
     ids = model.generate(
         **batch,
@@ -25,9 +61,20 @@ def greedy(model: Any, batch: dict[str, Tensor], tokenizer: Any, max_new_tokens:
         num_beams=1,
         max_new_tokens=max_new_tokens,
         pad_token_id=tokenizer.eos_token_id if pad is None else pad,
+        logits_processor=LogitsProcessorList(watchers),
     )
     prompt = batch["input_ids"]
     if ids.shape[1] >= prompt.shape[1] and torch.equal(ids[:, : prompt.shape[1]], prompt):
         ids = ids[:, prompt.shape[1] :]  # a decoder-only model repeats the prompt
-    texts = tokenizer.batch_decode(ids, skip_special_tokens=True)
-    return [t.strip() for t in texts]
+    return ids
+
+
+def _texts(ids: Tensor, tokenizer: Any) -> list[str]:
+    return [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
+
+
+def _ends(model: Any, device: torch.device) -> Tensor:
+    """The tokens that end an answer."""
+    end = model.generation_config.eos_token_id
+    ends = [] if end is None else end if isinstance(end, list) else [end]
+    return torch.tensor(ends, dtype=torch.long, device=device)
