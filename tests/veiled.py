@@ -86,7 +86,7 @@ class Veiled:
         if step == "advertise":
             return client.advertise()
         if step == "mask":
-            told, self.blobs[site] = client.mask(message, self.numbers(site))
+            told, self.blobs[site] = client.mask(message, lambda: self.numbers(site))
             return told, self.blobs[site]
         return getattr(client, step)(message)
 

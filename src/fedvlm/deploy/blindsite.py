@@ -8,6 +8,8 @@ sum of other sites, would make the difference of two sums one upload.
 
 from __future__ import annotations
 
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -100,6 +102,8 @@ class Part:
         loss = 0.0  # under differential privacy, no loss leaves the site, not even in a sum
         if not site.private:
             loss = rounded(done.loss, scaled(site.policy.score_step, done.loss))
+        if not site.policy.tell_rows:  # a weight below 1 would show the number of rows
+            visit = replace(visit, weight=unit)
         self._values = summand.values(done.trees["upload"], visit, unit, loss)
         context = Context(self._run, done.round, attempt, self._config, sha256(blob), unit, sampled)
         least = site.policy.min_sites
@@ -142,7 +146,7 @@ class Part:
             self._values = (None, 0.0)
             if values is None:
                 raise Refused("this site has sent its masked upload")
-            numbers = encoded(self.site.config, client, values, weight)
+            numbers = partial(encoded, self.site.config, client, values, weight)
             return client.mask(message, numbers)
         if step == "agree":
             return client.agree(message), b""

@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -70,7 +71,7 @@ class Blinded:
             assert isinstance(reply, Reply), "the engine makes no sum by itself"
             name = reply.client
             values, weight = summand.values(reply.upload, visits[name], unit, reply.loss or 0.0)
-            numbers = encoded(self.config, collector, values, weight)
+            numbers = partial(encoded, self.config, collector, values, weight)
             told, blob = clients[name].mask(asked[name], numbers)
             collector.masked(name, _counted(sent, name, told), blob)
             sent[name] += len(blob)

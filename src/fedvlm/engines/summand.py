@@ -7,6 +7,7 @@ mean.
 
 from __future__ import annotations
 
+import logging
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -16,6 +17,8 @@ from fedvlm.algorithms.dry import bare
 from fedvlm.engines.wire import norm, sent_up
 from fedvlm.errors import FedVLMError
 from fedvlm.tree import Tree, change, plain, wide
+
+logger = logging.getLogger("fedvlm")
 
 STEEPEST = 64.0
 """Largest loss in a sum; a larger one counts as this one."""
@@ -87,9 +90,11 @@ class Summand:
         """
         moved = norm(change(self._down, upload))
         if self._max_norm is not None and not moved <= self._max_norm:
+            # The error travels to the server, which must not learn a number of one upload.
+            logger.warning("the upload differs from the download by a norm of %.4g", moved)
             raise FedVLMError(
-                f"the upload differs from the download by a norm of {moved:.4g}, above "
-                f"wire.max_norm={self._max_norm:g}"
+                "the upload differs from the download by a norm above "
+                f"wire.max_norm={self._max_norm:g}; the site's log has the norm"
             )
         own = replace(visit, weight=min(1.0, visit.weight / unit))
         lifted, weight = self._lift(upload, own) if upload else ({}, own.weight)

@@ -26,7 +26,7 @@ def of_run(run: Run) -> Section:
         Text("In the folder of the run, this command repeats it in a new folder NEW:"),
         Code(f"fedvlm {'deploy ' * run.deployed}run {CONFIG} output=NEW"),
     ]
-    if _is_object(run):
+    if _has_own_algorithm(run):
         how = [
             Text(
                 "The algorithm of this run was an object of Python: fedvlm.run(..., "
@@ -85,7 +85,7 @@ def of_comparison(found: Compared) -> Section:
         f"fedvlm run {shlex.quote(f'{run.folder.name}/{CONFIG}')} "
         f"output={shlex.quote(f'NEW/{run.folder.name}')}"
         for run in runs
-        if not _is_object(run)
+        if not _has_own_algorithm(run)
     ]
     parts: list[Part] = [
         Text(
@@ -101,7 +101,7 @@ def of_comparison(found: Compared) -> Section:
     return Section(NAME, TITLE, parts)
 
 
-def _is_object(run: Run) -> bool:
+def _has_own_algorithm(run: Run) -> bool:
     """Whether the algorithm of the run was an object of Python, which no command can name."""
     return run.config.algorithm.name.partition(":")[0] == OWN
 

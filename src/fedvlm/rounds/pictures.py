@@ -59,7 +59,7 @@ def read_comparison(folder: Path) -> dict[str, Any]:
         found = json.loads((folder / COMPARISON).read_bytes())
         for row in found["algorithms"]:
             row["algorithm"]
-        found["verdicts"]
+        found.setdefault("verdicts", [])  # 0.1 has written none
     except (ValueError, TypeError, KeyError, RecursionError) as error:
         raise sealed.damaged(folder / COMPARISON) from error
     return found

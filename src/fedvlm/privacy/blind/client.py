@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from fedvlm.privacy.blind import messages, shamir
@@ -109,6 +109,8 @@ class Client:
         if len(set(used)) < len(used) or len({one.identity for one in keys.values()}) < len(keys):
             raise self._withheld("two sites have the same key")
         self._keys = dict(sorted(keys.items()))
+        for name, one in keys.items():
+            self._check_exchange(name, one)
         needed = messages.threshold(len(keys))
         halves = [self._seed, self._mask.private_bytes_raw()]
         seeds, secret = (shamir.split(half, needed, len(keys)) for half in halves)
@@ -121,24 +123,22 @@ class Client:
         self._next = ("mask",)
         return {"shares": sealed}
 
-    def mask(self, asked: Any, numbers: np.ndarray) -> tuple[dict[str, str], bytes]:
+    def mask(self, asked: Any, encoded: Callable[[], np.ndarray]) -> tuple[dict[str, str], bytes]:
         """Step 3: the masked numbers, little-endian.
 
         The answer also confirms the set of all sites that have shared, as in step 4. Where all of
         them have uploaded, step 4 is left out. A site answers step 5 once, for one set, and a set
-        needs the answers of more than two thirds of the sites, so that a second signed set opens
-        nothing else.
+        needs the answers of more than two thirds of the sites, all of which have seen the same keys
+        (:meth:`_aad`): of the set of all sites and a smaller set, only one reaches that number.
 
         Args:
             asked: ``{"shares": {peer: sealed shares}}``, of the peers that have shared.
-            numbers: the encoded upload, uint32.
+            encoded: gives the encoded upload, uint32; called after all checks of the message.
 
         Raises:
             Withheld: a peer's shares are not for this site and round, or peers are too few.
         """
         self._enter("mask")
-        if numbers.dtype != np.uint32:
-            raise TypeError(f"encoded numbers are uint32, got {numbers.dtype}")
         given = self._read(messages.mapping, asked, ["shares"], "the message")["shares"]
         given = self._read(messages.mapping, given, None, "the shares")
         others = self._keys.keys() - {self.name}
@@ -153,6 +153,9 @@ class Client:
                 raise self._withheld(
                     f"the shares of '{peer}' are not for this site, round and attempt"
                 ) from None
+        numbers = encoded()
+        if numbers.dtype != np.uint32:
+            raise TypeError(f"encoded numbers are uint32, got {numbers.dtype}")
         total = numbers + stream(self._seed, len(numbers))
         for peer in sorted(peers):
             key, count = self._keys[peer].mask, len(numbers)
@@ -256,20 +259,29 @@ class Client:
                 "configuration, download or attempt, or another signer"
             )
 
+    def _check_exchange(self, name: str, one: Advertisement) -> None:
+        """Refuses keys of low order, with which no secret can be agreed on."""
+        try:
+            for own, peer in ((self._mask, one.mask), (self._cipher, one.shares)):
+                own.exchange(X25519PublicKey.from_public_bytes(peer))
+        except ValueError:
+            raise self._withheld(f"'{name}' has advertised a key that is none") from None
+
     def _cipher_of(self, source: str, target: str) -> ChaCha20Poly1305:
         """The cipher of the shares from one site to another; its key has this one use."""
         peer = target if source == self.name else source
-        try:
-            key = agreed(
-                self._cipher, self._keys[peer].shares, SHARES, self._digest, (source, target)
-            )
-        except ValueError:
-            raise self._withheld(f"'{peer}' has advertised a key that is none") from None
-        return ChaCha20Poly1305(key)
+        own, other = self._cipher, self._keys[peer].shares
+        return ChaCha20Poly1305(agreed(own, other, SHARES, self._digest, (source, target)))
 
     def _aad(self, text: bytes, source: str, target: str) -> tuple[bytes, bytes, bytes]:
-        """The nonce, the text and the associated data of sealed shares."""
-        return bytes(12), text, messages.canonical([self._digest.hex(), source, target])
+        """The nonce, the text and the associated data of sealed shares.
+
+        The associated data bind the keys of all sites that this site was shown. Sites that were
+        shown different keys cannot open one another's shares, so all sites of a sum have seen the
+        same keys. Without that, a server could give two groups of sites quorums for one upload.
+        """
+        bound = [self._digest.hex(), messages.seen(self._keys, []).hex(), source, target]
+        return bytes(12), text, messages.canonical(bound)
 
     def _read(self, reader: Callable[..., Any], *given: Any) -> Any:
         try:

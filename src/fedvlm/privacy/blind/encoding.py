@@ -8,6 +8,7 @@ can wrap. A value beyond the bound is an error.
 
 from __future__ import annotations
 
+import logging
 import math
 import os
 from dataclasses import dataclass
@@ -16,6 +17,8 @@ import numpy as np
 from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from fedvlm.errors import FedVLMError
+
+logger = logging.getLogger("fedvlm")
 
 HEAD = 2
 """Numbers before the values: the count and the weight."""
@@ -66,17 +69,18 @@ class Encoding:
             Overflow: a weighted value is not finite or beyond the bound.
         """
         if not 0 < weight <= self.bound:
-            raise Overflow(f"a weight must be above 0 and at most {self.bound:g}, got {weight:g}")
+            raise Overflow(f"a weight must be above 0 and at most {self.bound:g}")
         wide = np.empty(HEAD - 1 + len(values))
         wide[0] = weight
         np.multiply(values, weight, out=wide[1:])
         wide /= self.quantum
         largest = float(np.abs(wide).max())
         if not largest <= self.most - 0.5:
-            found = largest * self.quantum
+            # The error travels to the server, which must not learn a number of one upload.
+            logger.warning("the largest weighted value is %.4g", largest * self.quantum)
             raise Overflow(
-                f"the upload has a weighted value of {found:.4g}, and {self.bound:g} is the largest"
-                if math.isfinite(found)
+                f"the upload has a weighted value that is too large: {self.bound:g} is the largest"
+                if math.isfinite(largest)
                 else "the upload has a value that is not finite"
             )
         wide[1:] += _uniform(len(values))
