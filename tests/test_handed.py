@@ -141,3 +141,17 @@ def test_a_name_is_text_in_a_notebook(tmp_path):
     results, _ = result(SETTINGS, tmp_path, data=rows)
     assert "<b>x</b>" not in results._repr_html_()
     assert "&lt;b&gt;x&lt;/b&gt;" in results._repr_html_()
+
+
+def test_the_row_of_the_last_table_is_the_one_that_was_scored(scenes, tmp_path):
+    """A sample of the rows has other places than the source."""
+    from fedvlm.after.predict import side_by_side
+
+    results, _ = result({**SETTINGS, "data": {"max_rows": 22}}, tmp_path, data=scenes)
+    known = results.answers("personal")
+    first = next((a for a in known if a["exact_match"] == 1), known[0])
+    found = side_by_side(results.folder)
+    row = scenes[first["row"]]
+    assert (found.question, found.reference) == (row["question"], row["chosen"])
+    assert found.answers[found.client] == first["prediction"]
+    assert set(found.answers) == {"site-0", "site-1", "global", "untuned"}

@@ -137,7 +137,8 @@ def side_by_side(folder: str | Path) -> SideBySide:
     all where there is none.
 
     Raises:
-        FedVLMError: the run is not finished, or it was deployed, so that its rows are at the sites.
+        FedVLMError: the run is not finished, or it was deployed, so that its rows are at the sites;
+            or the data have changed.
     """
     from fedvlm.rounds.prepare import divide
 
@@ -146,7 +147,13 @@ def side_by_side(folder: str | Path) -> SideBySide:
     if not known or run.deployed:
         raise FedVLMError(f"'{run.folder}': its held-out rows and answers are not here")
     first = next((a for a in known if a.get("exact_match") == 1), known[0])
-    rows = divide(run.config)[0].select([first["row"]])
+    rows = divide(run.config)[0]
+    numbers = enumerate(rows["row"])  # of the source, in which there may be more rows
+    there = [place for place, number in numbers if number == first["row"]]
+    same = [k for k in there if rows[k]["answer"].strip() == first["reference"]]
+    if not same:
+        raise FedVLMError(f"'{run.folder}': row {first['row']} of its data is another one by now")
+    rows = rows.select(same[:1])
     models = run.chosen(global_=True, untuned=True, every=True)
     answers = {name: texts[0] for name, texts in run.answers(rows, models).items()}
     row = rows[0]
