@@ -147,7 +147,9 @@ def test_the_row_of_the_last_table_is_the_one_that_was_scored(scenes, tmp_path):
     """A sample of the rows has other places than the source."""
     from fedvlm.after.predict import side_by_side
 
-    results, _ = result({**SETTINGS, "data": {"max_rows": 22}}, tmp_path, data=scenes)
+    sites = {**SETTINGS["partition"], "min_rows": 4}
+    settings = {**SETTINGS, "partition": sites, "data": {"max_rows": 20}}
+    results, _ = result(settings, tmp_path, data=scenes)
     known = results.answers("personal")
     first = next((a for a in known if a["exact_match"] == 1), known[0])
     found = side_by_side(results.folder)
