@@ -22,6 +22,7 @@ _HOMES = {
     "evaluate": "fedvlm.after.evaluate",
     "onboard": "fedvlm.after.onboard",
     "open_run": "fedvlm.after.opened",
+    "write_report": "fedvlm.report.write",
     "scenes": "fedvlm.data.scenes",
     "load_config": "fedvlm.config",
     "Callback": "fedvlm.rounds.progress",
@@ -78,6 +79,7 @@ __all__ = [
     "scenes",
     "sharing",
     "simulate",
+    "write_report",
 ]
 
 if TYPE_CHECKING:
@@ -103,6 +105,7 @@ if TYPE_CHECKING:
     from fedvlm.data.scenes import scenes
     from fedvlm.engines.simulate import simulate
     from fedvlm.errors import ConfigError, DataError, FedVLMError
+    from fedvlm.report.write import write_report
     from fedvlm.rounds.comparison import Comparison, compare
     from fedvlm.rounds.federate import resume, run
     from fedvlm.rounds.progress import Progress as Callback
