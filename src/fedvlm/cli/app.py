@@ -180,8 +180,8 @@ def demo(
         typer.echo(INTRODUCTION)
     began = time.monotonic()
     jobs = jobs or min(4, os.cpu_count() or 1)
-    best = _compare(list(ALGORITHMS), settings, seeds, jobs, quiet).best
-    print_demo(best)
+    found = _compare(list(ALGORITHMS), settings, seeds, jobs, quiet)
+    print_demo(found.first(ALGORITHMS[0]))
     typer.echo(f"the demo took {time.monotonic() - began:.0f} s")
 
 

@@ -75,14 +75,13 @@ class Comparison:
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(repr(self)[1:-1])}</p>{self.to_pandas().to_html(escape=True)}"
 
-    @property
-    def best(self) -> Path:
-        """The folder of the best algorithm's run with the first seed."""
-        (first, *_) = sorted(
-            self.folder.glob(f"{glob.escape(self.rows[0]['algorithm'])}-seed-*"),
+    def first(self, algorithm: str) -> Path:
+        """The folder of an algorithm's run with the first seed."""
+        (found, *_) = sorted(
+            self.folder.glob(f"{glob.escape(algorithm)}-seed-*"),
             key=lambda path: int(path.name.rpartition("-")[2]),
         )
-        return first
+        return found
 
 
 def compare(
