@@ -17,7 +17,7 @@ from matplotlib.figure import Figure
 from PIL import Image
 
 from fedvlm import open_run
-from fedvlm.rounds.prepare import divide
+from fedvlm.rounds.prepare import rows_of
 
 NAMES = {"untuned": "before training", "global": "one model for all"}
 INK, FAINT = "#1f2933", "#66737f"
@@ -25,7 +25,7 @@ INK, FAINT = "#1f2933", "#66737f"
 
 def main(folder: str, row: int, path: str) -> None:
     run = open_run(folder)
-    rows = divide(run.config)[0].select([row])
+    rows = rows_of(run.config).select([row])
     answers = run.answers(rows, run.chosen(global_=True, untuned=True, every=True))
     order = ["untuned", "global", *(name for name in answers if name not in NAMES)]
     figure = Figure((7.6, 2.4), dpi=200, facecolor="white")

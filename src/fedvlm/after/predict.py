@@ -140,14 +140,14 @@ def side_by_side(folder: str | Path) -> SideBySide:
         FedVLMError: the run is not finished, or it was deployed, so that its rows are at the sites;
             or the data have changed.
     """
-    from fedvlm.rounds.prepare import divide
+    from fedvlm.rounds.prepare import rows_of
 
     run = open_run(folder)
     known = run.results.answers("personal")
     if not known or run.deployed:
         raise FedVLMError(f"'{run.folder}': its held-out rows and answers are not here")
     first = next((a for a in known if a.get("exact_match") == 1), known[0])
-    rows = divide(run.config)[0]
+    rows = rows_of(run.config)
     numbers = enumerate(rows["row"])  # of the source, in which there may be more rows
     there = [place for place, number in numbers if number == first["row"]]
     same = [k for k in there if rows[k]["answer"].strip() == first["reference"]]

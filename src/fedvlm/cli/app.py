@@ -10,6 +10,7 @@ import sys
 import time
 import traceback
 from collections.abc import Iterator
+from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
@@ -22,13 +23,13 @@ from fedvlm.cli import lists as cli_lists
 from fedvlm.cli import playground as cli_playground
 from fedvlm.cli import report as cli_report
 from fedvlm.cli import site as cli_site
-from fedvlm.cli.options import QuietOption, Words, parse
+from fedvlm.cli.options import QuietOption, SetOption, Words, parse
 from fedvlm.cli.report import reported, reported_all
 from fedvlm.errors import ConfigError, FedVLMError, cut, one_record, shown
 from fedvlm.version import __version__
 
 if TYPE_CHECKING:
-    from fedvlm.rounds.comparison import Comparison
+    from fedvlm.settings.sections import Config
 
 app = typer.Typer(
     help="Federated fine-tuning of vision-language models: a personal LoRA adapter for every site.",
@@ -49,15 +50,6 @@ DataOption = Annotated[
 OutOption = Annotated[
     str | None,
     typer.Option(metavar="FILE", help="write the results as .jsonl, .json, .csv or .parquet"),
-]
-SetOption = Annotated[
-    list[str] | None,
-    typer.Option(
-        "--set",
-        metavar="KEY=VALUE",
-        help="change a setting of the run, such as "
-        "model.device=cpu or data.columns.answer=label; may be repeated",
-    ),
 ]
 
 
@@ -180,8 +172,8 @@ def demo(
         typer.echo(INTRODUCTION)
     began = time.monotonic()
     jobs = jobs or min(4, os.cpu_count() or 1)
-    found = _compare(list(ALGORITHMS), settings, seeds, jobs, quiet)
-    print_demo(found.first(ALGORITHMS[0]))
+    runs = _compare(list(ALGORITHMS), settings, seeds, jobs, quiet)
+    print_demo(Path(next(iter(runs.values())).output))  # of the first algorithm and seed
     typer.echo(f"the demo took {time.monotonic() - began:.0f} s")
 
 
@@ -367,7 +359,8 @@ def _stop(message: object) -> int:
 
 def _compare(
     names: list[str], tree: dict[str, Any], seeds: int, jobs: int, quiet: bool
-) -> Comparison:
+) -> dict[str, Config]:
+    """Runs a comparison and prints it; returns the settings of its runs by name."""
     from fedvlm.cli.board import board
     from fedvlm.cli.tables import print_comparison
     from fedvlm.rounds.comparison import compare as run_comparison
@@ -379,7 +372,7 @@ def _compare(
         comparison = run_comparison(names, tree, seeds=seeds, jobs=jobs, tell=tell)
     print_comparison(comparison)
     reported_all(comparison.folder)
-    return comparison
+    return runs
 
 
 @contextlib.contextmanager

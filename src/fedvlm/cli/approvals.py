@@ -127,20 +127,13 @@ def _settings(here: dict[str, Any], whole: bool) -> Iterator[str]:
     """The settings, one ``section.key: value`` a line."""
     from fedvlm import config as configs
     from fedvlm.errors import FedVLMError
+    from fedvlm.settings.plain import dotted
 
     try:
         name = here["algorithm"]["name"]
-        usual = dict(_flat(configs.load({"algorithm": {"name": name}}).model_dump()))
+        usual = dict(dotted(configs.load({"algorithm": {"name": name}}).model_dump()))
     except (FedVLMError, KeyError, TypeError):  # an algorithm with settings that are required
-        usual = dict(_flat(configs.load().model_dump()))
-    for key, value in _flat(here):
+        usual = dict(dotted(configs.load().model_dump()))
+    for key, value in dotted(here):
         if whole or key not in usual or usual[key] != value or key == "algorithm.name":
             yield f"{shown(key, 200, quotes=False)}: {shown(value, 400, quotes=False)}"
-
-
-def _flat(tree: dict[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in tree.items():
-        if isinstance(value, dict) and value:
-            yield from _flat(value, f"{head}{key}.")
-        else:
-            yield f"{head}{key}", list(value) if isinstance(value, tuple) else value

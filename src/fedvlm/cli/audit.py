@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from fedvlm.cli.options import SetOption
 from fedvlm.cli.report import reported
 
 if TYPE_CHECKING:
@@ -16,14 +17,7 @@ def audit(
     folder: Annotated[
         str, typer.Argument(metavar="DIR", help="the folder of a finished run with canaries")
     ],
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="change a setting of the run, such as model.device=cpu; may be repeated",
-        ),
-    ] = None,
+    set_: SetOption = None,
 ) -> None:
     """Measure how much a run's models reveal of its canaries.
 

@@ -18,6 +18,15 @@ Words = Annotated[
     ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print only the final table")]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--set",
+        metavar="KEY=VALUE",
+        help="change a setting of the run, such as "
+        "model.device=cpu or data.columns.answer=label; may be repeated",
+    ),
+]
 
 
 def parse(words: list[str] | None) -> tuple[str | None, list[str]]:

@@ -9,6 +9,7 @@ from typing import Annotated
 
 import typer
 
+from fedvlm.cli.options import SetOption
 from fedvlm.errors import FedVLMError
 
 
@@ -26,14 +27,7 @@ def playground(
             help="the token of the page; default: a random one",
         ),
     ] = None,
-    set_: Annotated[
-        list[str] | None,
-        typer.Option(
-            "--set",
-            metavar="KEY=VALUE",
-            help="change a setting of the run, such as model.device=cpu; may be repeated",
-        ),
-    ] = None,
+    set_: SetOption = None,
 ) -> None:
     """Open a page to ask a run's models about pictures, side by side.
 

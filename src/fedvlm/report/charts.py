@@ -16,6 +16,7 @@ from typing import Any
 from fedvlm.errors import brief
 from fedvlm.report.parts import Key
 
+BESIDE = "The table has the same numbers."  # a note below a chart
 KINDS = {"untuned": 0, "global": 2, "personal": 1}
 """The models' places among the colours. A colour is ``--c0``, ``--c1``, ... of the style sheet."""
 COLOURS = 8

@@ -86,9 +86,6 @@ def _rows(run: Run) -> tuple[Look, str]:
     return (lambda number, reference: None), reason.rstrip(".")
 
 
-Site = tuple[str, list[list[tuple[str, Answer]]]]
-
-
 def _sites(run: Run, lists: Lists) -> Iterator[tuple[str, tuple[list[Answer], Lists]]]:
     """The sites with their first rows; each row has the answer of each model."""
     found = {model: by("client", answers) for model, answers in lists.items()}

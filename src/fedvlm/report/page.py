@@ -8,6 +8,7 @@ from pathlib import Path
 
 from fedvlm.algorithms.table import find
 from fedvlm.errors import brief
+from fedvlm.figures.series import capital
 from fedvlm.metrics import METRICS
 from fedvlm.report import examples, privacy, scores, settings, sites, verdicts
 from fedvlm.report.folder import Compared, Run
@@ -116,7 +117,7 @@ def _words(run: Run, *more: Part) -> Section:
     head = METRICS[run.metric].head
     words = {**WORDS}
     if about := scores.MEASURES.get(run.metric):
-        words[head[:1].upper() + head[1:]] = f"{about[:1].upper()}{about[1:]}."
+        words[capital(head)] = f"{capital(about)}."
     return Section("words", "Words in this report", [Terms(words), *more])
 
 

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from fedvlm.after.audit import READING, VIEWS, verdict
+from fedvlm.figures.series import capital
 from fedvlm.privacy import statement
 from fedvlm.report import charts
 from fedvlm.report.folder import Compared, Run
@@ -98,13 +99,13 @@ def _guarantee(run: Run, about: Mapping[str, Any]) -> Iterator[Part]:
     )
     yield _covered(about)
     if loud := statement.loud(about):
-        yield Text(f"{loud[:1].upper()}{loud[1:]}.", "warning")
+        yield Text(f"{capital(loud)}.", "warning")
     if spent:
         values = [{"round": 0, "series": "epsilon", "value": 0.0}]
         values += [{"round": r, "series": "epsilon", "value": v} for r, v in spent]
         spec = charts.curves(values, ("epsilon",), "epsilon", False, limit=about["epsilon"])
         note = "The dashed line is the budget. " if about["epsilon"] is not None else ""
-        yield Chart(spec, "Epsilon so far, by round", f"{note}The table has the same numbers.")
+        yield Chart(spec, "Epsilon so far, by round", f"{note}{charts.BESIDE}")
         so_far = [(str(r), f"{v:.4f}") for r, v in spent]
         head = ("round", "epsilon so far")
         title = "The largest epsilon of a site"
@@ -222,7 +223,7 @@ def _audit(run: Run) -> Iterator[Part]:
     title = "Lower bounds of epsilon at 95 %, from one run"
     yield table(title, heads, rows, texts=(1,), more="audit.json")
     broken = run.audit.broken
-    lines = [f"{text[:1].upper()}{text[1:]}." for text in (*verdict(run.audit), *READING, AUC)]
+    lines = [f"{capital(text)}." for text in (*verdict(run.audit), *READING, AUC)]
     yield Items(lines, "What the audit shows")
     if broken:
         yield Text(f"The guarantee is broken: {', '.join(broken)}.", "warning")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from fedvlm.figures.series import curve, end_scores, first_scores, mean_scores, seed_curves
+from fedvlm.figures.series import capital, curve, end_scores, first_scores, mean_scores, seed_curves
 from fedvlm.intervals import few_rows, scored
 from fedvlm.metrics import METRICS, mean, number, size
 from fedvlm.report import charts
@@ -30,7 +30,6 @@ MODELS = {
     "global": "one model for all sites, from what the sites share",
     "personal": "the model of each site",
 }
-BESIDE = "The table has the same numbers."
 
 
 def of_run(run: Run) -> Section:
@@ -43,13 +42,13 @@ def of_run(run: Run) -> Section:
     parts: list[Part] = []
     if values:
         spec = charts.scores(values, SHOWN, metric.head, metric.share, kinds=True)
-        note = f"Lines are 95 % intervals. {BESIDE}{charts.rest(run.sites)}"
-        title = f"{_capital(metric.head)} of each site's models"
+        note = f"Lines are 95 % intervals. {charts.BESIDE}{charts.rest(run.sites)}"
+        title = f"{capital(metric.head)} of each site's models"
         parts.append(Chart(spec, title, note, charts.keys(SHOWN, kinds=True)))
     parts.append(_table(run))
     rows = {c: s["examples"] for c, s in run.models["personal"]["clients"].items() if _has(s)}
     if few := few_rows(rows, named=False):
-        parts.append(Text(f"{few[:1].upper()}{few[1:]}.", "warning"))
+        parts.append(Text(f"{capital(few)}.", "warning"))
     if others := [m for m in run.models["personal"]["summary"] if m in METRICS and m != run.metric]:
         parts.append(_others(run, others))
     return Section("scores", "Scores", parts)
@@ -92,7 +91,7 @@ def _table(run: Run) -> Table:
         found = [models[m]["summary"].get(first, {}) for m in SHOWN]
         count = f"{models['personal'].get('rows') or ''}" if key == "mean_rows" else ""
         foot.append((head, count, *(scored(first, s.get(key), s.get(interval)) for s in found)))
-    title = f"{_capital(METRICS[first].head)} on held-out rows, in brackets its 95 % interval"
+    title = f"{capital(METRICS[first].head)} on held-out rows, in brackets its 95 % interval"
     heads = ("site", "rows", *SHOWN)
     return table(title, heads, rows, foot=foot, more="table.csv")
 
@@ -125,12 +124,13 @@ def curves_of_run(run: Run) -> Section:
     parts: list[Part] = []
     if values:
         spec = charts.curves(values, kinds, f"{metric.head}, mean of sites", True, kinds=True)
-        head = f"{_capital(metric.head)}, the mean of the scored sites"
-        parts.append(Chart(spec, head, BESIDE, charts.keys(kinds, kinds=True)))
+        head = f"{capital(metric.head)}, the mean of the scored sites"
+        parts.append(Chart(spec, head, charts.BESIDE, charts.keys(kinds, kinds=True)))
     if losses:
         points = [{"round": r, "series": "loss", "value": v} for r, v in losses.items()]
         spec = charts.curves(points, ("loss",), "loss in training", False)
-        note = f"The loss measures how surprising the sites' own answers are to the model. {BESIDE}"
+        about = "The loss measures how surprising the sites' own answers are to the model."
+        note = f"{about} {charts.BESIDE}"
         parts.append(Chart(spec, "Loss in training, the mean of sites", note))
     if not parts:
         none = "The sites have told neither scores nor losses."
@@ -178,8 +178,8 @@ def of_comparison(found: Compared) -> Section:
     ]
     spec = charts.scores(values, list(ends), metric.head, metric.share, kinds=False)
     lines_are = "Lines are 95 % intervals over rows. " if single else "Means over seeds. "
-    note = f"{lines_are}{BESIDE}{charts.rest(run.sites, len(ends))}"
-    title = f"{_capital(metric.head)} of each site's own model"
+    note = f"{lines_are}{charts.BESIDE}{charts.rest(run.sites, len(ends))}"
+    title = f"{capital(metric.head)} of each site's own model"
     parts.append(Chart(spec, title, note, charts.keys(list(ends))))
     rows = []
     for site in run.sites:
@@ -188,7 +188,7 @@ def of_comparison(found: Compared) -> Section:
         ]
         count = run.models["personal"]["clients"][site].get("examples", "")
         rows.append((site, f"{count}", number(name, first.get(site)), *cells))
-    title = f"{_capital(metric.head)} of each site's own model, by algorithm"
+    title = f"{capital(metric.head)} of each site's own model, by algorithm"
     parts.append(table(title, ("site", "rows", "untuned", *ends), rows, more="comparison.csv"))
     return Section("scores", "Scores", parts)
 
@@ -221,7 +221,7 @@ def _algorithms(found: Compared) -> Table:
     )
     heads = ["algorithm", "personal models", "worst 10 %", "global model"]
     heads += [f"over {baseline}" for baseline in BASELINES]
-    title = f"{_capital(METRICS[name].head)}, means of sites; {over}"
+    title = f"{capital(METRICS[name].head)}, means of sites; {over}"
     return table(title, (*heads, "steps", "sent up"), rows)
 
 
@@ -253,11 +253,7 @@ def curves_of_comparison(found: Compared) -> Section:
         (str(r), *(number(found.first.metric, own.get(r)) for own in by.values()))
         for r in sorted({r for own in by.values() for r in own})
     ]
-    title = f"{_capital(metric.head)} of the personal models, mean of sites"
-    chart = Chart(spec, title, BESIDE, charts.keys(list(by)))
+    title = f"{capital(metric.head)} of the personal models, mean of sites"
+    chart = Chart(spec, title, charts.BESIDE, charts.keys(list(by)))
     told = table("Means of sites by round", ("round", *by), rows, folded=True)
     return Section("rounds", "Round by round", [chart, told])
-
-
-def _capital(text: str) -> str:
-    return text[:1].upper() + text[1:]

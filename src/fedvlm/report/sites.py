@@ -18,7 +18,6 @@ from fedvlm.store.run import SITES
 
 USES = {"train": "training", "val": "validation", "test": "held out"}
 OTHERS = "all others"
-BESIDE = "The table has the same numbers."
 WAYS = {"bytes_up": "sent to the server", "bytes_down": "received"}
 
 
@@ -35,7 +34,7 @@ def of_run(run: Run) -> Section:
         for site, label in names.items()
         for split in SPLITS
     ]
-    note = f"{BESIDE}{charts.rest(partition.clients)}"
+    note = f"{charts.BESIDE}{charts.rest(partition.clients)}"
     uses = list(USES.values())
     spec = charts.bars(values, uses, "rows")
     parts: list[Part] = [Chart(spec, "Rows of each site", note, charts.bar_keys(uses))]
@@ -121,7 +120,7 @@ def costs_of_run(run: Run) -> Section:
             for way, head in WAYS.items()
         ]
         spec = charts.bars(values, list(WAYS.values()), "bytes", unit="~s", beside=True)
-        note = f"k: thousand bytes, M: million bytes. {BESIDE}{charts.rest(run.clients)}"
+        note = f"k: thousand bytes, M: million bytes. {charts.BESIDE}{charts.rest(run.clients)}"
         keys = charts.bar_keys(list(WAYS.values()))
         parts.append(Chart(spec, "Bytes of each site in the whole run", note, keys))
         rows = [

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from fedvlm.figures.series import capital
 from fedvlm.metrics import METRICS
 from fedvlm.report.folder import Compared, Run
 from fedvlm.report.parts import MOST, Items, Part, Section, Text, Verdict, Verdicts
@@ -129,7 +130,7 @@ def _counted(verdicts: Sequence[Verdict]) -> Text:
         for mark in words
         if count[mark]
     )
-    return Text(f"{told[:1].upper()}{told[1:]}.")
+    return Text(f"{capital(told)}.")
 
 
 def _limits(run: Run, paired: bool) -> Iterator[str]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import csv
-import glob
 import html
 import io
 import json
@@ -74,14 +73,6 @@ class Comparison:
 
     def _repr_html_(self) -> str:
         return f"<p>{html.escape(repr(self)[1:-1])}</p>{self.to_pandas().to_html(escape=True)}"
-
-    def first(self, algorithm: str) -> Path:
-        """The folder of an algorithm's run with the first seed."""
-        (found, *_) = sorted(
-            self.folder.glob(f"{glob.escape(algorithm)}-seed-*"),
-            key=lambda path: int(path.name.rpartition("-")[2]),
-        )
-        return found
 
 
 def compare(

@@ -279,12 +279,7 @@ def tabulate(
 
 def as_csv(table: dict[str, Any]) -> str:
     """One row per client and model."""
-    rows = [
-        {"client": client, "model": model, **scores, **ends(scores, scored["intervals"][client])}
-        for model, scored in table["models"].items()
-        for client, scores in scored["clients"].items()
-    ]
-    return _csv(rows)
+    return _csv(shown.rows_of(table))
 
 
 def groups_csv(table: dict[str, Any]) -> str:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedvlm.intervals import ends
-from fedvlm.metrics import METRICS
+from fedvlm.metrics import METRICS, number
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -21,7 +21,7 @@ def line(folder: Path, table: Mapping[str, Any]) -> str:
     """A run in one line."""
     metric, models = table["metric"], table["models"]
     scores = [
-        f"{model} {_text(metric, models[model]['summary'][metric]['mean'])}"
+        f"{model} {number(metric, models[model]['summary'][metric]['mean'])}"
         for model in SHOWN
         if metric in models[model]["summary"]
     ]
@@ -30,17 +30,20 @@ def line(folder: Path, table: Mapping[str, Any]) -> str:
     return f"<Results of '{folder}': {about}; {told}>"
 
 
-def frame(table: Mapping[str, Any]) -> pd.DataFrame:
+def rows_of(table: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A row for each client and model, with all scores and the ends of their 95 % intervals."""
+    return [
+        {"client": client, "model": model, **scores, **ends(scores, found["intervals"][client])}
+        for model, found in table["models"].items()
+        for client, scores in found["clients"].items()
+    ]
+
+
+def frame(table: Mapping[str, Any]) -> pd.DataFrame:
+    """:func:`rows_of` as a table of pandas."""
     import pandas as pd
 
-    return pd.DataFrame(
-        [
-            {"client": client, "model": model, **scores, **ends(scores, found["intervals"][client])}
-            for model, found in table["models"].items()
-            for client, scores in found["clients"].items()
-        ]
-    )
+    return pd.DataFrame(rows_of(table))
 
 
 def html(folder: Path, table: Mapping[str, Any]) -> str:
@@ -50,7 +53,7 @@ def html(folder: Path, table: Mapping[str, Any]) -> str:
     metric, models = table["metric"], [table["models"][name] for name in SHOWN]
     clients = list(models[-1]["clients"])
     columns = {
-        name: [_text(metric, found["clients"].get(c, {}).get(metric)) for c in clients[:MOST]]
+        name: [number(metric, found["clients"].get(c, {}).get(metric)) for c in clients[:MOST]]
         for name, found in zip(SHOWN, models, strict=True)
     }
     rows = pd.DataFrame(columns, index=pd.Index(clients[:MOST], name="client"))
@@ -61,11 +64,5 @@ def html(folder: Path, table: Mapping[str, Any]) -> str:
 def compared(rows: Sequence[Mapping[str, Any]]) -> str:
     """A comparison in one line: its algorithms, the best first."""
     metric = rows[0]["metric"]
-    means = [f"{row['algorithm']} {_text(metric, row['personal'])}" for row in rows]
+    means = [f"{row['algorithm']} {number(metric, row['personal'])}" for row in rows]
     return f"{METRICS[metric].head} of the personal models: {', '.join(means)}"
-
-
-def _text(metric: str, score: float | None) -> str:
-    if score is None:
-        return ""
-    return f"{score:.1%}" if METRICS[metric].share else f"{score:.3g}"

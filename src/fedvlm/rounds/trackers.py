@@ -21,6 +21,7 @@ from typing import Any
 from fedvlm.errors import ConfigError, cut
 from fedvlm.metrics import mean
 from fedvlm.rounds.progress import Progress, Several
+from fedvlm.settings.plain import dotted
 from fedvlm.settings.sections import Config
 from fedvlm.store.files import slugs, write_text
 
@@ -191,7 +192,7 @@ class MLflow(Tracker):
         if before := client.search_runs([place], mark, max_results=1):
             return before[0].info.run_id
         run = client.create_run(place, run_name=self.title, tags={"fedvlm": number})
-        params = [Param(k, str(v)[:500]) for k, v in _flat(self.config.model_dump())]
+        params = [Param(k, str(v)[:500]) for k, v in dotted(self.config.model_dump())]
         client.log_batch(run.info.run_id, params=params)
         return run.info.run_id
 
@@ -289,11 +290,3 @@ class Reports(Progress):
             self.broken = True
             reason = cut(f"{type(error).__name__}: {error}")
             logger.warning("report_to=%s failed; the run goes on: %s", self.tracker.name, reason)
-
-
-def _flat(tree: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for name, value in tree.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value

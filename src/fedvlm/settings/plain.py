@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -87,3 +87,12 @@ def _mapping(
         if copy is not _WRONG:
             tree[name] = copy
     return tree
+
+
+def dotted(tree: Mapping[str, Any], head: str = "") -> Iterator[tuple[str, Any]]:
+    """The settings of a tree by their dotted names, such as ``train.lr``; tuples become lists."""
+    for key, value in tree.items():
+        if isinstance(value, Mapping) and value:
+            yield from dotted(value, f"{head}{key}.")
+        else:
+            yield f"{head}{key}", list(value) if isinstance(value, tuple) else value

@@ -61,6 +61,7 @@ class Client:
         self._mask, self._cipher = X25519PrivateKey.generate(), X25519PrivateKey.generate()
         self._seed = secrets.token_bytes(32)
         self._keys: dict[str, Advertisement] = {}
+        self._shown = ""  # the digest of these keys
         self._shares: dict[str, bytes] = {}  # site -> our shares of its seed and of its mask key
         self._uploaded: set[str] = set()
         self._confirms = b""
@@ -109,6 +110,7 @@ class Client:
         if len(set(used)) < len(used) or len({one.identity for one in keys.values()}) < len(keys):
             raise self._withheld("two sites have the same key")
         self._keys = dict(sorted(keys.items()))
+        self._shown = messages.seen(self._keys, []).hex()
         for name, one in keys.items():
             self._check_exchange(name, one)
         needed = messages.threshold(len(keys))
@@ -280,7 +282,7 @@ class Client:
         shown different keys cannot open one another's shares, so all sites of a sum have seen the
         same keys. Without that, a server could give two groups of sites quorums for one upload.
         """
-        bound = [self._digest.hex(), messages.seen(self._keys, []).hex(), source, target]
+        bound = [self._digest.hex(), self._shown, source, target]
         return bytes(12), text, messages.canonical(bound)
 
     def _read(self, reader: Callable[..., Any], *given: Any) -> Any:
