@@ -41,17 +41,26 @@ class Terms:
         doubt: the probability that the right answer does not get ``[examples]``: summed over the
             tokens, each after the correct tokens before it (SFT), or that of preferring the
             rejected answer of a pair (DPO).
+        lead: the number of answer tokens before the first that is not the most probable one, each
+            after the correct tokens before it ``[examples]``; None while gradients are computed.
         metrics: further scores ``[examples]``, such as the reward margin.
     """
 
     loss: Tensor
     weight: Tensor
     doubt: Tensor
+    lead: Tensor | None
     metrics: dict[str, Tensor]
 
     def mean(self) -> Tensor:
         """The batch's loss."""
         return self.loss.sum() / self.weight.sum()
+
+    def rows(self) -> list[dict[str, float]]:
+        """The mean loss, the metrics and the weight of each example."""
+        columns = {"loss": self.loss / self.weight, **self.metrics, "weight": self.weight}
+        values = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return [dict(zip(columns, row, strict=True)) for row in values]
 
 
 @dataclass(frozen=True)
@@ -77,7 +86,7 @@ def build(config: ObjectiveConfig) -> Objective:
 
 def sft_terms(model: Any, batch: Batch) -> Terms:
     """Negative log-likelihood of the answers, in nats per token."""
-    return Terms(*answer_nll(model, batch), {})
+    return Terms(*_scored(model, batch), {})
 
 
 def dpo_terms(model: Any, batch: Batch, *, kind: str, beta: float, smoothing: float) -> Terms:
@@ -90,7 +99,7 @@ def dpo_terms(model: Any, batch: Batch, *, kind: str, beta: float, smoothing: fl
         beta: inverse temperature of the reward ``beta * log(policy / reference)``; IPO's tau.
         smoothing: probability that a preference label is flipped.
     """
-    nll, tokens, _ = answer_nll(model, batch)
+    nll, tokens, _, lead = _scored(model, batch)
     with torch.no_grad(), adapter_off(model):
         reference, *_ = answer_nll(model, batch)
     chosen, rejected = (reference - nll).chunk(2)  # log(policy / reference) of the answers
@@ -104,7 +113,8 @@ def dpo_terms(model: Any, batch: Batch, *, kind: str, beta: float, smoothing: fl
     margin = (beta * (chosen - rejected)).detach()
     right = (margin > 0).float() + 0.5 * (margin == 0).float()  # a tie, as before training: 0.5
     metrics = {"reward_accuracy": right, "reward_margin": margin}
-    return Terms(loss, torch.ones_like(loss), torch.sigmoid(-margin), metrics)
+    lead = None if lead is None else lead.chunk(2)[0]
+    return Terms(loss, torch.ones_like(loss), torch.sigmoid(-margin), lead, metrics)
 
 
 @contextmanager
@@ -141,6 +151,12 @@ def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
         Each answer's negative log-likelihood (summed over its tokens), its number of tokens, and
         the summed probability that its tokens do not get; each ``[batch]``.
     """
+    nll, tokens, doubt, _ = _scored(model, batch)
+    return nll, tokens, doubt
+
+
+def _scored(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
+    """The values of :func:`answer_nll`, and ``lead`` of :class:`Terms`."""
     labels = batch["labels"]
     inputs = {k: v for k, v in batch.items() if k != "labels"}
     if model.config.is_encoder_decoder:
@@ -164,7 +180,11 @@ def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
     # Not `index_add`: on a GPU it sums in a different order each time.
     zeros = token_nll.new_zeros(labels.shape)
     nll, doubt = (zeros.index_put((rows, columns), t).sum(1) for t in (token_nll, token_doubt))
-    return nll, scored.sum(1), doubt
+    if torch.is_grad_enabled():
+        return nll, scored.sum(1), doubt, None
+    missed = torch.zeros_like(scored).index_put((rows, columns), logits.argmax(-1) != tokens)
+    lead = (scored & (missed.cumsum(1) == 0)).sum(1)
+    return nll, scored.sum(1), doubt, lead
 
 
 @cache

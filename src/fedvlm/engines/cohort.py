@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import itertools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -29,7 +29,7 @@ from fedvlm.engines.perunit import PerUnit
 from fedvlm.engines.stacked import Session, Streams, clip, make_optimizer
 from fedvlm.engines.together import Member, Outcome
 from fedvlm.models.frozen import ImageFeatures
-from fedvlm.models.generate import greedy
+from fedvlm.models.generate import foretold, greedy
 from fedvlm.models.load import identity
 from fedvlm.models.spool import Spool
 from fedvlm.models.stack import Ragged, Stack
@@ -38,6 +38,8 @@ from fedvlm.tree import Tree
 
 Batches = Mapping[int, np.ndarray]
 """Place of a client in the stack -> the rows of its batch."""
+Work = Callable[[np.ndarray], list[Any]]
+"""Rows -> a result for each of them."""
 
 
 class CohortEngine(PerUnit):
@@ -256,6 +258,15 @@ class CohortEngine(PerUnit):
             tokens, tokenizer = self.config.eval.max_new_tokens, self.collator.tokenizer
             return greedy(self.model, self.collator.prompts(rows), tokenizer, tokens)
 
+    def _rated(self, rows: np.ndarray) -> list[tuple[dict[str, float], str | None]]:
+        """The losses of each row, and its answer where it follows from them."""
+        terms = self._terms(rows)
+        answers = [self.collator.features(int(i)).answers[0] for i in rows]
+        tokens, tokenizer = self.config.eval.max_new_tokens, self.collator.tokenizer
+        assert terms.lead is not None, "no gradient is computed for scores"
+        texts = foretold(self.model, answers, terms.lead.tolist(), tokenizer, tokens)
+        return list(zip(terms.rows(), texts, strict=True))
+
     def _batch(self, rows: np.ndarray, copies: int) -> None:
         self.stack.batch(len(rows), copies, lambda: self._uniform(rows))
 
@@ -268,30 +279,45 @@ class CohortEngine(PerUnit):
         return not self._packed or self._uniform(np.concatenate(list(drawn.values())))
 
     def _answer(self, models: Sequence[tuple[Tree, np.ndarray]]) -> list[list[Answer]]:
+        """Losses first; the model writes an answer only where they do not tell it."""
         self.stack.load([tree for tree, _ in models], self.device)
-        found: list[list[Answer]] = [[] for _ in models]
-        left = {k: rows for k, (_, rows) in enumerate(models)}
+        rows = {k: own for k, (_, own) in enumerate(models)}
+        found = self._over(rows, self._rated)
+        unknown = {k: rows[k][[text is None for _, text in own]] for k, own in found.items()}
+        written = {k: iter(texts) for k, texts in self._over(unknown, self._texts).items()}
+        return [
+            self._recorded(
+                rows[k],
+                [losses for losses, _ in own],
+                [next(written[k]) if text is None else text for _, text in own],
+            )
+            for k, own in found.items()
+        ]
+
+    def _over(self, left: Batches, work: Work) -> dict[int, list[Any]]:
+        """Does the work on the rows of all clients, a pass at a time; gives one result a row."""
+        found: dict[int, list[Any]] = {k: [] for k in left}
         while left := {k: rows for k, rows in left.items() if len(rows)}:
             share = max(1, self.config.eval.batch_size // len(left))
             drawn = {k: rows[:share] for k, rows in left.items()}
             left = {k: rows[share:] for k, rows in left.items()}
-            for k, answers in self._answer_part(drawn).items():
-                found[k] += answers
+            for k, results in self._pass(drawn, work).items():
+                found[k] += results
         return found
 
-    def _answer_part(self, drawn: Batches) -> dict[int, list[Answer]]:
-        """Answers of the active clients, each to its own block of rows."""
+    def _pass(self, drawn: Batches, work: Work) -> dict[int, list[Any]]:
+        """Does the work on a block of rows of each active client."""
         if len(drawn) > 1 and not self._side_by_side(drawn):
-            alone = (self._answer_part({k: rows}) for k, rows in drawn.items())
-            return {k: answers for part in alone for k, answers in part.items()}
+            alone = (self._pass({k: rows}, work) for k, rows in drawn.items())
+            return {k: results for part in alone for k, results in part.items()}
         rows, size = beside(drawn)
         self.stack.activate(list(drawn))
         try:
-            answers = self._recorded(rows, self._terms(rows), self._texts(rows))
+            results = work(rows)
         except Ragged:
             self._packed = True
-            return self._answer_part(drawn)
-        return {k: answers[n * size :][: len(real)] for n, (k, real) in enumerate(drawn.items())}
+            return self._pass(drawn, work)
+        return {k: results[n * size :][: len(real)] for n, (k, real) in enumerate(drawn.items())}
 
 
 def uniform(rows: Sequence[Features]) -> bool:

@@ -131,7 +131,7 @@ class ReferenceEngine(Shell):
         tokens, tokenizer = self.config.eval.max_new_tokens, self.collator.tokenizer
         for part in pieces(rows, self.config.eval.batch_size):
             texts = greedy(self.model, self.collator.prompts(part), tokenizer, tokens)
-            yield from self._recorded(part, self._terms(part), texts)
+            yield from self._recorded(part, self._terms(part).rows(), texts)
 
 
 def add_terms(ask: Train, trained: dict[str, torch.nn.Parameter]) -> None:

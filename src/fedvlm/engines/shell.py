@@ -336,13 +336,11 @@ class Shell:
         return getattr(self.partition.splits[client], settings.split)[: settings.max_rows]
 
     def _recorded(
-        self, indices: np.ndarray, terms: objectives.Terms, texts: Sequence[str]
+        self, indices: np.ndarray, losses: Sequence[Mapping[str, float]], texts: Sequence[str]
     ) -> list[Answer]:
-        """The answers of one batch, from its losses and texts."""
+        """The answers to some rows, from their losses (:meth:`Terms.rows`) and texts."""
         rows = [self.collator.rows[int(i)] for i in indices]
         scores = score_texts(texts, [row["answer"] for row in rows])
-        losses = {"loss": terms.loss / terms.weight, **terms.metrics, "weight": terms.weight}
-        columns = {name: values.tolist() for name, values in losses.items()}
         return [
             {
                 "row": int(row.get("row", index)),
@@ -350,7 +348,7 @@ class Shell:
                 "reference": row["answer"],
                 "prediction": texts[n],
                 **scores[n],
-                **{name: values[n] for name, values in columns.items()},
+                **losses[n],
             }
             for n, (index, row) in enumerate(zip(indices, rows, strict=True))
         ]

@@ -21,6 +21,68 @@ def greedy(model: Any, batch: dict[str, Tensor], tokenizer: Any, max_new_tokens:
     return _texts(_generated(model, batch, tokenizer, max_new_tokens), tokenizer)
 
 
+HARMLESS = frozenset(
+    [
+        "bos_token_id",
+        "decoder_start_token_id",
+        "eos_token_id",
+        "pad_token_id",
+        "do_sample",
+        "temperature",
+        "top_k",
+        "top_p",
+        "min_p",
+        "typical_p",
+        "num_beams",
+        "early_stopping",
+        "length_penalty",
+        "max_length",
+        "max_new_tokens",
+        "use_cache",
+        "cache_implementation",
+        "output_attentions",
+        "output_hidden_states",
+        "output_scores",
+        "output_logits",
+        "return_dict_in_generate",
+        "_from_model_config",
+        "transformers_version",
+    ]
+)
+"""Settings of a model's generation that do not change what :func:`greedy` takes."""
+
+
+def foretold(
+    model: Any,
+    answers: Sequence[Tensor],
+    leads: Sequence[int],
+    tokenizer: Any,
+    max_new_tokens: int,
+) -> list[str | None]:
+    """The answers of :func:`greedy` that follow from the losses; None where it must be asked.
+
+    If the most probable token is that of the expected answer, at each of its tokens and at its end,
+    greedy decoding gives this answer.
+
+    Args:
+        model: the model. Some have settings that change the most probable token, such as a penalty
+            on repetitions; then all answers are None.
+        answers: the tokens of each expected answer.
+        leads: the number of tokens of each before the first that is not the most probable one.
+        tokenizer: the model's tokenizer.
+        max_new_tokens: longest answer, in tokens.
+    """
+    if model.generation_config.to_diff_dict().keys() - HARMLESS:
+        return [None] * len(answers)
+    ends = set(_ends(model, torch.device("cpu")).tolist())
+    found: list[str | None] = []
+    for ids, lead in zip(answers, leads, strict=True):
+        said = ids[:max_new_tokens]
+        whole = len(ids) >= max_new_tokens or int(ids[-1]) in ends
+        found.append(_texts([said], tokenizer)[0] if whole and lead >= len(said) else None)
+    return found
+
+
 def rated(
     model: Any, batch: dict[str, Tensor], tokenizer: Any, max_new_tokens: int
 ) -> list[tuple[str, float]]:
@@ -69,7 +131,7 @@ def _generated(
     return ids
 
 
-def _texts(ids: Tensor, tokenizer: Any) -> list[str]:
+def _texts(ids: Tensor | Sequence[Tensor], tokenizer: Any) -> list[str]:
     return [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
