@@ -131,7 +131,7 @@ def test_a_killed_site_costs_at_most_its_own_upload(federated, tmp_path, step, m
     assert [line["secure"]["clients"] for line in lines[1:]] == [there, list(FIVE)]
     failed = [(e["round"], e["site"]) for e in events if e["event"] == "failed"]
     assert failed == ([] if step == "train" else [(1, "site-2")])
-    journal = sealed.read(tmp_path / "state/site-2/runs/run-1/blind.json")
+    journal = sealed.read(tmp_path / "state/site-2/blind/run-1.json")
     assert journal["round"] == 2
 
 

@@ -41,9 +41,9 @@ def settings(name, **sections):
 
 SECURE = {"wire": {"secure": True, "bound": 64.0}}
 MEAN = {"aggregate": {"kind": "mean"}}
-SUMS = [n for n, e in TABLE.items() if not e.pools and n != "share"]
+SUMS = [n for n, e in TABLE.items() if not e.pools and n not in ("share", "hetlora")]
 SUMS = [n for n in SUMS if not isinstance(of_run(fedvlm.load_config(settings(n))).server, Gathered)]
-OTHERS = sorted(TABLE.keys() - set(SUMS) - {"share"})
+OTHERS = sorted(TABLE.keys() - set(SUMS) - {"share", "hetlora"})
 
 
 def ended(tmp_path, name, **sections):

@@ -263,7 +263,8 @@ def line(event: dict[str, Any]) -> str:
         )
     if kind == "summed":
         loss = "" if event["loss"] is None else f", loss {event['loss']:.3f}"
-        return f"  the secure sum of {', '.join(event['sites'])}: round {event['round']}{loss}"
+        told = f"  the secure sum of {', '.join(event['sites'])}: round {event['round']}{loss}"
+        return "; ".join([told, *event["odd"]])
     if kind == "void":
         return f"  VOID: round {event['round']} changes nothing: {event['why']}"
     if kind == "failed":

@@ -51,6 +51,10 @@ class Asks(Protocol):
         """Leaves a site out of the next rounds, because its answer is invalid."""
         ...
 
+    def came(self, site: str) -> None:
+        """Forgets the failures of a site, because it has taken part in a round."""
+        ...
+
 
 class Sums:
     """The secure sums of a run.
@@ -112,9 +116,9 @@ class Sums:
                 found = replace(found, loss=None)
         except Void as why:
             found = Summed(bytes_up=dict(sent), void=str(why))
-        for site, wrong in collector.wrong.items():
-            self._engine.failed(site, wrong)
-        self._report(visit.round, found)
+        for site in found.clients:
+            self._engine.came(site)
+        self._report(visit.round, found, collector.odd)
         yield found
 
     def _trained(
@@ -133,13 +137,13 @@ class Sums:
                 continue
             header, _, seconds = answer
             try:
+                there = float(header.get("seconds", 0.0))
                 collector.advertised(site, header["keys"])
             except Wrong as wrong:
                 engine.failed(site, f"its keys are refused: {wrong}")
                 continue
             sent[site] += len(json.dumps(header["keys"]))
             event = {"event": "trained", "site": site, "round": context.round, "loss": None}
-            there = float(header.get("seconds", 0.0))
             took = {"seconds": round(seconds, 3), "seconds_there": there}
             engine.tell({**event, "bytes_up": sent[site], **took})
             yield Reply(site, {}, engine.weights[site], float("nan"))
@@ -173,11 +177,11 @@ class Sums:
                 continue
             sent[site] += len(blob) + len(json.dumps(told))
 
-    def _report(self, round_: int, found: Summed) -> None:
+    def _report(self, round_: int, found: Summed, odd: list[str]) -> None:
         if found.void:
             self._engine.tell({"event": "void", "round": round_, "why": found.void})
         else:
-            about = {"sites": list(found.clients), "loss": found.loss}
+            about = {"sites": list(found.clients), "loss": found.loss, "odd": odd}
             self._engine.tell({"event": "summed", "round": round_, **about})
 
 

@@ -1,9 +1,10 @@
 """A site's part in the secure sums of a run.
 
 The site trains, and sends its fresh keys in place of the upload. Four more steps follow, see
-:mod:`fedvlm.privacy.blind`. ``blind.json`` in the run's folder has the newest round whose masked
+:mod:`fedvlm.privacy.blind`. ``STATE/blind/RUN.json`` has the newest round whose masked
 upload has left the site. That round is over for the site: the same upload under other masks, in a
-sum of other sites, would make the difference of two sums one upload.
+sum of other sites, would make the difference of two sums one upload. The file outlives the run:
+``fedvlm site erase --run RUN`` keeps it.
 """
 
 from __future__ import annotations
@@ -29,14 +30,19 @@ if TYPE_CHECKING:
     from fedvlm.deploy.site import Site
     from fedvlm.privacy.blind.client import Client
 
-JOURNAL = "blind.json"
+FOLDER = "blind"
 
 
 class Journal:
-    """What a site has sent in secure sums of a run, on disk before it is sent."""
+    """What a site has sent in secure sums of a run, on disk before it is sent.
 
-    def __init__(self, folder: Path):
-        self._path = folder / JOURNAL
+    Args:
+        state: the site's state folder.
+        run: the run's name.
+    """
+
+    def __init__(self, state: str | Path, run: str):
+        self._path = Path(state) / FOLDER / f"{run}.json"
 
     def check(self, round_: int) -> None:
         """Refuses a round whose masked upload has left the site, and earlier rounds.
@@ -47,13 +53,14 @@ class Journal:
         known = sealed.read(self._path) if self._path.exists() else {"round": 0}
         if round_ <= known["round"]:
             raise Refused(
-                f"the masked upload of round {known['round']} has left this site, and no upload "
-                f"leaves under two masks: round {round_} is over here; go on with the next round"
+                f"the part of this site in round {known['round']} is over, and no upload leaves "
+                f"under two masks: round {round_} is over here too; go on with the next round"
             )
 
     def note(self, round_: int, attempt: int, fact: str) -> None:
         """Writes a fact about an attempt at a round."""
         with on_a_full_disk(round_):
+            self._path.parent.mkdir(exist_ok=True, mode=0o700)
             sealed.write(self._path, {"round": round_, "attempt": attempt, "fact": fact})
 
 
@@ -71,7 +78,7 @@ class Part:
         self.site, self._run, self._config = site, run, config
         self.identity = peers.identity(state, site.name)
         self.pins = peers.pins(site.policy)
-        self.journal = Journal(site.folder)
+        self.journal = Journal(state, site.folder.name)
         self._client: Client | None = None
         self._values: tuple[Any, float] = (None, 0.0)
 

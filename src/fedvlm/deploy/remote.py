@@ -180,7 +180,7 @@ class Remote:
         for site, outcome in self.each(list(due), asked, self._arrived(due)):
             exhausted += isinstance(outcome, Exhausted)
             if not isinstance(outcome, Unanswered):
-                self._bench[site] = Bench()
+                self.came(site)
                 count += 1
                 yield outcome
         if exhausted < max(1, len(due)):  # else nobody trains any more, and the run can end
@@ -332,6 +332,10 @@ class Remote:
     def failed(self, site: str, why: str) -> None:
         """Leaves a site out of the next rounds, because its answer is invalid."""
         self._failed(site, Unanswered(why))
+
+    def came(self, site: str) -> None:
+        """Forgets the failures of a site, because it has taken part in a round."""
+        self._bench[site] = Bench()
 
     def _failed(self, site: str, error: Unanswered) -> None:
         """Leaves a site out of the next rounds: none after one failure, then 1, 2, 4, at most 8."""

@@ -19,7 +19,7 @@ from fedvlm.store.files import only_one, sync
 RUNS, CACHE = "runs", "cache"
 OURS = {"HF_DATASETS_CACHE": "datasets", "FEDVLM_CACHE": "fedvlm", "TMPDIR": "tmp"}
 """Environment variables -> folders in ``cache/``. Libraries would write rows elsewhere."""
-KNOWN = (RUNS, CACHE, "spending", "nvflare", "site.log", "nvflare.log")
+KNOWN = (RUNS, CACHE, "spending", "blind", "nvflare", "site.log", "nvflare.log")
 TAKEN = "'{}' is in use by another fedvlm process: stop the site first, then erase"
 
 
@@ -87,6 +87,9 @@ def remains(state: str | Path, run: str | None = None) -> list[Path]:
 
 def erase(state: str | Path, run: str | None = None) -> list[tuple[Path, int]]:
     """Removes a run, or everything. The caches go with any run: they hold the rows of all.
+
+    With a run stay what the site has spent (``spending``) and which rounds of secure sums are over
+    (``blind``): a server that opens the run again gets no second answer to them.
 
     Args:
         state: the state folder.

@@ -15,7 +15,7 @@ import numpy as np
 from fedvlm.algorithms.base import Algorithm, Averaged, Visit
 from fedvlm.algorithms.dry import bare
 from fedvlm.engines.wire import norm, sent_up
-from fedvlm.errors import FedVLMError
+from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.tree import Tree, change, plain, wide
 
 logger = logging.getLogger("fedvlm")
@@ -72,9 +72,27 @@ class Summand:
         form = sent_up(algorithm, bare(adapter), visit, bare(down))
         device = next(iter(adapter.values())).device
         blank = {n: torch.zeros(t.shape, dtype=t.dtype, device=device) for n, t in form.items()}
-        lifted = self._lift(blank, visit)[0] if blank else {}
+        lifted = self._lifted(blank, visit) if blank else {}
         self._form = {name: wide(lifted[name]) for name in sorted(lifted)}
         self.size = sum(t.numel() for t in self._form.values()) + 1
+
+    def _lifted(self, blank: Tree, visit: Visit) -> Tree:
+        """What the server takes of an upload without values.
+
+        Raises:
+            ConfigError: the algorithm weighs an upload by what is in it. In a sum, such a weight
+                has no limit, and it is not 1 where a site hides its rows.
+        """
+        lifted, weight = self._lift(blank, replace(visit, weight=2.0))
+        if weight != 2.0:
+            raise ConfigError(
+                [
+                    "with wire.secure each site weighs its upload by its number of rows, but the "
+                    "algorithm weighs it by its values (hetlora does): choose another "
+                    "algorithm.name, or set wire.secure=false"
+                ]
+            )
+        return lifted
 
     def values(self, upload: Tree, visit: Visit, unit: float, loss: float) -> tuple:
         """The values of a client, float64, and its weight.

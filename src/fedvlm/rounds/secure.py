@@ -8,7 +8,7 @@ from fedvlm.algorithms.base import Algorithm, Gathered, State, Visit
 from fedvlm.algorithms.table import find
 from fedvlm.engines.base import Engine
 from fedvlm.engines.blinded import Blinded
-from fedvlm.engines.summand import Summed
+from fedvlm.engines.summand import Summand, Summed
 from fedvlm.engines.wire import Reply
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.privacy.blind.messages import LEAST, MOST
@@ -74,7 +74,8 @@ def secured(engine: Engine, config: Config, weights: Mapping[str, float], state:
         state: the server's state, from which the downloads are made.
 
     Raises:
-        ConfigError: the algorithm sends different downloads to the clients.
+        ConfigError: the algorithm sends different downloads to the clients, or weighs an upload
+            by its values.
     """
     if not config.wire.secure:
         return engine
@@ -86,6 +87,8 @@ def secured(engine: Engine, config: Config, weights: Mapping[str, float], state:
                 f"{config.algorithm.name} sends different ones: choose another algorithm, {OFF}"
             ]
         )
+    visit = Visit(next(iter(weights)), 1.0, round=1)
+    Summand(engine.algorithm, engine.adapter, visit, engine.algorithm.send(state, visit))
     return engine if engine.secure else Blinded(engine, config)
 
 

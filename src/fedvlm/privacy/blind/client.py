@@ -16,6 +16,7 @@ from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
+from fedvlm.errors import shown
 from fedvlm.privacy.blind import messages, shamir
 from fedvlm.privacy.blind.identity import Identity, fingerprint, signed
 from fedvlm.privacy.blind.masks import SHARES, agreed, pairwise, stream
@@ -114,8 +115,10 @@ class Client:
         for name, one in keys.items():
             self._check_exchange(name, one)
         needed = messages.threshold(len(keys))
-        halves = [self._seed, self._mask.private_bytes_raw()]
-        seeds, secret = (shamir.split(half, needed, len(keys)) for half in halves)
+        # The others can open a sum that this site has not confirmed, with this upload in it. So the
+        # shares of its seed that they need are as many as its own minimum of sites.
+        seeds = shamir.split(self._seed, max(needed, self.least), len(keys))
+        secret = shamir.split(self._mask.private_bytes_raw(), needed, len(keys))
         parts = {n: seeds[k] + secret[k] for k, n in enumerate(self._keys, start=1)}
         self._shares[self.name] = parts.pop(self.name)
         sealed = {
@@ -155,6 +158,7 @@ class Client:
                 raise self._withheld(
                     f"the shares of '{peer}' are not for this site, round and attempt"
                 ) from None
+        self._record(MASKED)  # before the encoding: its error tells the server one bit, once
         numbers = encoded()
         if numbers.dtype != np.uint32:
             raise TypeError(f"encoded numbers are uint32, got {numbers.dtype}")
@@ -163,7 +167,6 @@ class Client:
             key, count = self._keys[peer].mask, len(numbers)
             total += pairwise(self._mask, key, self._digest, self.name, peer, count)
         signature = self._confirmed(set(self._shares))
-        self._record(MASKED)
         self._next = ("agree", "unmask")
         return {"signature": signature}, total.astype("<u4").tobytes()
 
@@ -248,16 +251,16 @@ class Client:
         if self.pins is not None and name != self.name:
             pinned, found = self.pins.get(name), fingerprint(one.identity)
             if pinned is None:
-                raise self._withheld(f"'{name}' is no peer of this site (peers in its policy)")
+                raise self._withheld(f"{shown(name)} is no peer of this site (peers in its policy)")
             if pinned != found:
                 raise self._withheld(
-                    f"the key of '{name}' has the fingerprint {found[:16]}…, and this site's "
+                    f"the key of {shown(name)} has the fingerprint {found[:16]}…, and this site's "
                     f"policy has {pinned[:16]}… for it (peers)"
                 )
         text = messages.advertised(self._digest, name, one.told())
         if not signed(one.identity, text, one.signature):
             raise self._withheld(
-                f"the keys of '{name}' are not signed for this round: another round, "
+                f"the keys of {shown(name)} are not signed for this round: another round, "
                 "configuration, download or attempt, or another signer"
             )
 
@@ -267,7 +270,7 @@ class Client:
             for own, peer in ((self._mask, one.mask), (self._cipher, one.shares)):
                 own.exchange(X25519PublicKey.from_public_bytes(peer))
         except ValueError:
-            raise self._withheld(f"'{name}' has advertised a key that is none") from None
+            raise self._withheld(f"{shown(name)} has advertised a key that is none") from None
 
     def _cipher_of(self, source: str, target: str) -> ChaCha20Poly1305:
         """The cipher of the shares from one site to another; its key has this one use."""

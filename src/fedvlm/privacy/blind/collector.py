@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
 
 from fedvlm.privacy.blind import messages, shamir
 from fedvlm.privacy.blind.identity import signed
@@ -29,12 +29,13 @@ class Collector:
         least: fewest sites in the sum.
 
     Attributes:
-        wrong: site -> the reason why its share was left out.
+        odd: wrong shares that were left out. Each says who has sent it and whose secret it is of:
+            either of both may have made it wrong.
     """
 
     def __init__(self, context: Context, size: int, least: int = LEAST):
         self.context, self.size, self.least = context, size, max(least, LEAST)
-        self.wrong: dict[str, str] = {}
+        self.odd: list[str] = []
         self._digest = context.digest
         self._keys: dict[str, Advertisement] = {}
         self._sealed: dict[str, dict[str, str]] = {}
@@ -52,6 +53,13 @@ class Collector:
         text = messages.advertised(self._digest, site, one.told())
         if not signed(one.identity, text, one.signature):
             raise ValueError(f"the keys of '{site}' are not signed for this round")
+        probe = X25519PrivateKey.generate()
+        for key in (one.mask, one.shares):  # sites refuse the whole list where one key is none
+            probe.exchange(X25519PublicKey.from_public_bytes(key))
+        used = {key for other in self._keys.values() for key in (other.mask, other.shares)}
+        known = {other.identity for other in self._keys.values()}
+        if used & {one.mask, one.shares} or one.mask == one.shares or one.identity in known:
+            raise ValueError(f"a key of '{site}' is that of another site, or its other key")
         self._keys[site] = one
 
     def asks_share(self) -> dict[str, dict[str, Any]]:
@@ -181,10 +189,15 @@ class Collector:
             secret = shamir.join(kept)
             if shown(secret) == wanted:
                 if without:
-                    liar = names[without - 1]
-                    self.wrong[liar] = f"its share of a secret of '{site}' is wrong"
+                    self.odd.append(
+                        f"the share of a secret of '{site}' that '{names[without - 1]}' sent is "
+                        "wrong: one of the two made it so"
+                    )
                 return secret
-        raise Void(f"the shares of a secret of '{site}' do not give what it advertised")
+        raise Void(
+            f"the shares of a secret of '{site}' do not give what it advertised: some are wrong, "
+            f"or fewer than its own min_sites have sent theirs ({len(shares)} have)"
+        )
 
     def _enough(self, count: int, what: str) -> None:
         """Ends an attempt with too few sites."""
