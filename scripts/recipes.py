@@ -1,7 +1,7 @@
-"""Plans every recipe of examples/recipes, and writes their table to the README.md beside them.
+"""Plans every recipe of examples/recipes, and writes the tables of the README.md beside them.
 
-    python scripts/recipes.py            # renew the table
-    python scripts/recipes.py --check    # exit 1 where the table is not current
+    python scripts/recipes.py            # renew the tables
+    python scripts/recipes.py --check    # exit 1 where they are not current
 
 The plan is that of ``fedvlm run RECIPE --dry-run``. The model's sizes come from a config.json in
 examples/recipes/models, so neither the hub nor weights are needed.
@@ -10,8 +10,9 @@ examples/recipes/models, so neither the hub nor weights are needed.
 from __future__ import annotations
 
 import argparse
+import itertools
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -23,17 +24,35 @@ from fedvlm.settings.sections import Config
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "recipes"
 PAGE = FOLDER / "README.md"
-BEGIN, END = "<!-- written by scripts/recipes.py -->", "<!-- end of what is written -->"
-ROWS = {  # of the split train, by the cards on the hub
-    "flaviagiammarino/vqa-rad": 1_793,
-    "flaviagiammarino/path-vqa": 19_654,
-    "openbmb/RLAIF-V-Dataset": 83_132,
+MARKS = "<!-- written by scripts/recipes.py: {} -->", "<!-- end of {} -->"
+DATA = {  # name and rows of the split train, by the cards on the hub
+    "flaviagiammarino/vqa-rad": ("VQA-RAD", 1_793),
+    "flaviagiammarino/path-vqa": ("PathVQA", 19_654),
+    "openbmb/RLAIF-V-Dataset": ("RLAIF-V", 83_132),
+}
+LICENCES = {
+    "HuggingFaceTB/SmolVLM-256M-Instruct": "Apache-2.0",
+    "HuggingFaceTB/SmolVLM-500M-Instruct": "Apache-2.0",
+    "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research Licence",
+    "google/paligemma2-3b-pt-224": "Gemma terms, gated",
+    "google/gemma-3-4b-it": "Gemma terms, gated",
+    "florence-community/Florence-2-base": "MIT",
 }
 RUN: dict[str, str] = {}  # recipe -> what was run of it, with a date; the others were never run
-HEAD = (
-    "recipe", "data", "rows", "clients", "steps, all clients", "up, a client and round",
-    "up, a round", "frozen weights", "a client", "GPU memory, at least", "run",
+RECIPES = (
+    "recipe",
+    "data",
+    "rows",
+    "clients",
+    "steps",
+    "up, a round",
+    "GPU memory, at least",
+    "run",
+)
+MODELS = (
+    "model", "parameters", "frozen weights", "a client", "up, a client and round", "licence",
 )  # fmt: skip
+Planned = tuple[Path, Config, Forecast]
 
 
 def recipes() -> list[Path]:
@@ -57,41 +76,57 @@ def plan(recipe: Path) -> tuple[Config, Forecast]:
         return config, forecast(there)
 
 
-def row(recipe: Path) -> list[str]:
+def row(recipe: Path, config: Config, found: Forecast) -> list[str]:
     """A recipe's row of the table."""
-    config, found = plan(recipe)
-    assert found.size is not None
-    rows = min(ROWS[config.data.path or ""], config.data.max_rows or sys.maxsize)
-    objective = "" if config.objective.name == "sft" else ", DPO"
-    up = int(found.sent["up"].median)
+    name, rows = DATA[config.data.path or ""]
+    size_of = found.size
+    assert size_of is not None
     return [
         f"[{recipe.stem}]({recipe.name})",
-        f"{config.data.path}{objective}",
-        f"{rows:,}",
+        name if config.objective.name == "sft" else f"{name}, DPO",
+        f"{min(rows, config.data.max_rows or rows):,}",
         str(found.clients),
         f"{found.all_steps:,}",
-        size(up),
-        size(up * (found.cohort or 0)),
-        size(found.size.weights),
-        size(found.size.each),
-        size(found.size.weights + found.size.each),
+        size(found.sent["up"].median * (found.cohort or 0)),
+        size(size_of.weights + size_of.each),
         RUN.get(recipe.stem, "never"),
     ]
 
 
-def table() -> Iterator[str]:
-    """The lines of the table."""
-    yield "| " + " | ".join(HEAD) + " |"
-    yield "| " + " | ".join("---" for _ in HEAD) + " |"
-    for recipe in recipes():
-        yield "| " + " | ".join(row(recipe)) + " |"
+def model_row(config: Config, found: Forecast) -> list[str]:
+    """A model's row of the table."""
+    name, size_of = config.model.name, found.size
+    assert size_of is not None
+    bits = "" if config.model.quantization == "none" else f", {config.model.quantization}"
+    return [
+        f"[{name.rpartition('/')[2]}](https://huggingface.co/{name}){bits}",
+        f"{size_of.parameters:,}",
+        size(size_of.weights),
+        size(size_of.each),
+        size(found.sent["up"].median),
+        LICENCES[name],
+    ]
+
+
+def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+    lines = (head, ["---"] * len(head), *rows)
+    return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
 def page() -> str:
-    """The README with a current table."""
-    before, _, rest = PAGE.read_text(encoding="utf-8").partition(BEGIN)
-    after = rest.partition(END)[2]
-    return before + "\n".join((BEGIN, "", *table(), "", END)) + after
+    """The README with current tables."""
+    plans: list[Planned] = [(recipe, *plan(recipe)) for recipe in recipes()]
+    models = {config.model.name: model_row(config, found) for _, config, found in plans}
+    text = PAGE.read_text(encoding="utf-8")
+    tables = {
+        "recipes": table(RECIPES, itertools.starmap(row, plans)),
+        "models": table(MODELS, models.values()),
+    }
+    for name, made in tables.items():
+        begin, end = (mark.format(name) for mark in MARKS)
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n\n{made}\n\n{end}{rest.partition(end)[2]}"
+    return text
 
 
 def main() -> int:

@@ -32,26 +32,33 @@ def test_the_table_names_every_recipe_and_no_other():
 
 
 @pytest.mark.parametrize("name", MODELS, ids=lambda name: name.rpartition("/")[2])
-def test_the_table_shows_the_plan_on_the_real_sizes(name):
+def test_the_tables_show_the_plan_on_the_real_sizes(name):
     first, *others = MODELS[name]
-    assert ROWS[first.stem] == recipes.row(first)
-    for other in others:  # the bytes and the memory are those of the model
-        config, cells = load(other), ROWS[other.stem]
-        assert config.lora == load(first).lora
-        assert (cells[5], cells[7:]) == (ROWS[first.stem][5], ROWS[first.stem][7:])
-        clients, train = config.partition.clients, config.train
-        assert cells[3:5] == [str(clients), f"{clients * train.rounds * train.local_steps:,}"]
+    config, found = recipes.plan(first)
+    assert ROWS[first.stem] == recipes.row(first, config, found)
+    assert f"| {' | '.join(recipes.model_row(config, found))} |" in PAGE.splitlines()
+    for other in others:  # only the clients, the rows and the steps differ
+        config, rounds = load(other), load(other).train
+        clients = config.partition.clients
+        assert (config.lora, config.model) == (load(first).lora, load(first).model)
+        assert ROWS[other.stem][3:5] == [
+            str(clients),
+            f"{clients * rounds.rounds * rounds.local_steps:,}",
+        ]
+        assert ROWS[other.stem][5] == recipes.size(found.sent["up"].median * clients)
+        assert ROWS[other.stem][6:] == ROWS[first.stem][6:]
 
 
-@pytest.mark.parametrize("name", MODELS, ids=lambda name: name.rpartition("/")[2])
-def test_the_table_of_models_counts_their_parameters(name):
-    from fedvlm.models.load import load_shapes
-
-    config = load(MODELS[name][0]).model
-    folder = recipes.sizes_of(load(MODELS[name][0]))
-    model = load_shapes(config.model_copy(update={"name": str(folder), "quantization": "none"}))
-    count = sum(p.numel() for p in model.parameters())
-    assert re.search(rf"^\| \[{folder.name}\]\(.*/{name}\) \| {count:,} \|", PAGE, re.MULTILINE)
+def test_the_sizes_are_those_of_the_published_checkpoints():
+    """By the hub; of PaliGemma 2 by KerasHub, and 64 words of 2,304 numbers more."""
+    published = {
+        "SmolVLM-256M-Instruct": 256_484_928,
+        "Qwen2.5-VL-3B-Instruct": 3_754_622_976,
+        "paligemma2-3b-pt-224": 3_032_094_960 + 64 * 2_304,
+        "gemma-3-4b-it": 4_300_079_472,
+    }
+    for name, count in published.items():
+        assert re.search(rf"^\| \[{name}\]\([^)]*\)(?:, 4bit)? \| {count:,} \|", PAGE, re.MULTILINE)
 
 
 @pytest.mark.parametrize("path", recipes.recipes(), ids=lambda path: path.stem)
@@ -61,7 +68,7 @@ def test_a_recipe_says_what_it_takes_and_what_was_never_run(path):
     assert config.output == f"runs/{path.stem}"
     assert f"examples/recipes/{path.name}" in head
     assert config.data.path in head
-    assert f"{recipes.ROWS[config.data.path]:,} rows" in head
+    assert f"{recipes.DATA[config.data.path][1]:,} rows" in head
     assert config.model.name in head
     assert ("gated" in head) == config.model.name.startswith("google/")
     assert ("\n# Never run:" in head) == (path.stem not in recipes.RUN)
