@@ -23,7 +23,7 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 PINS_HEADER := \# Every package of .[dev], as tested. Renewed by `make pins`.
-.PHONY: help demo test check bench families pins clean
+.PHONY: help demo test check bench families docs pins clean
 .DELETE_ON_ERROR:
 
 help: ## print this list
@@ -62,6 +62,10 @@ families: export HF_HUB_OFFLINE = 1
 families: $(VENV)/.stamp-dev ## renew docs/families.md by testing every model family
 	$(BIN)/python -m pytest tests/test_families.py --families-table docs/families.md
 
+docs: $(VENV)/.stamp-docs ## set up, then build the documentation site into site/
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
+	@echo "Open site/index.html, or for the search: $(BIN)/python -m http.server -d site"
+
 pins: ## renew constraints.txt from a fresh environment
 	rm -rf $(VENV)
 	echo '$(TORCH)' > constraints.txt
@@ -71,7 +75,7 @@ pins: ## renew constraints.txt from a fresh environment
 	mv constraints.new constraints.txt
 
 clean: ## remove the environment, caches and build output (keeps runs/ and demo/)
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis \
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis \
 	  .import_linter_cache
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
@@ -104,6 +108,10 @@ $(VENV)/.stamp-run: pyproject.toml constraints.txt $(VENV)/.stamp-torch
 
 $(VENV)/.stamp-dev: pyproject.toml constraints.txt $(VENV)/.stamp-torch
 	$(INSTALL) -e '.[dev]' -c constraints.txt
+	@touch $(VENV)/.stamp-run $@
+
+$(VENV)/.stamp-docs: pyproject.toml constraints.txt $(VENV)/.stamp-torch
+	$(INSTALL) -e '.[docs]' -c constraints.txt
 	@touch $(VENV)/.stamp-run $@
 
 # What tests import is compiled here once, and not by all workers of the tests at the same time.

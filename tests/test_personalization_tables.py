@@ -214,31 +214,44 @@ def line(text: str, name: str) -> str:
     return found
 
 
+def why(text: str, name: str, kind: str = "synthetic cells") -> str:
+    """The reason below the table."""
+    (found,) = [each for each in text.splitlines() if each.startswith(f"- {name} {kind}: ")]
+    return found.partition(": ")[2]
+
+
 def test_the_targets_of_the_default_are_judged_from_the_results():
     values = {"auto": (0.50, 0.60), "lora": (0.20, 0.30), "local": (0.40, 0.44)}
     rows = rows_of(values)
     reached = targets.targets(rows)
-    assert "| yes: 1 of 1 cells | no such cell yet |" in line(reached, "(a)")
-    first = "yes, but not shown: `auto` 1.00, `local` 2.00, `lora` 3.00; ahead by 1.00 [1.00, 1.00]"
-    assert first in line(reached, "(b)"), "one cell shows no rank"
-    (over, tuned) = [each for each in reached.splitlines() if each.startswith("| (c)")]
-    assert "yes: reached in 1 of 1 cells, shown by the interval in 1; mixed-1-24 2.20 [" in over
-    assert "no run of equal steps" in tuned
-    assert "| yes: 1 of 1 cells |" in line(reached, "(d)")
-    assert "yes, but not shown: `auto` 27.5, `local` 21.0, `lora` 12.5; +6.5 [" in line(
-        reached, "(e)"
-    )
+    assert line(reached, "(a)").endswith("| yes | no such cell yet |")
+    assert why(reached, "(a)") == "1 of 1 cells."
+    assert "| yes, but not shown |" in line(reached, "(b)"), "one cell shows no rank"
+    first = "`auto` 1.00, `local` 2.00, `lora` 3.00; ahead by 1.00 [1.00, 1.00]"
+    assert why(reached, "(b)").startswith(first)
+    assert "| yes |" in line(reached, "(c)")
+    over = "reached in 1 of 1 cells, shown by the interval in 1; mixed-1-24 2.20 ["
+    assert why(reached, "(c)").startswith(over)
+    assert "| not compared |" in line(reached, "(c2)")
+    assert "no run of equal steps" in why(reached, "(c2)")
+    assert "| yes |" in line(reached, "(d)")
+    assert "| yes, but not shown |" in line(reached, "(e)")
+    assert why(reached, "(e)").startswith("`auto` 27.5, `local` 21.0, `lora` 12.5; +6.5 [")
+    assert max(map(len, reached.split("\n\n")[0].splitlines())) < 110, "no sentence in a cell"
     other = {"auto": (0.30, 0.33), "lora": (0.30, 0.30), "local": (0.40, 0.45), "ffa": (0.9, 0.9)}
     missed = targets.targets(rows + rows_of(other, "concept"))
-    assert "**no**: 1 of 2 cells; behind in concept-1-24 -58.5 [" in line(missed, "(a)")
-    assert "**no**: reached in 1 of 2 cells" in line(missed, "(c) 1.245")
-    assert "below in concept-1-24 -11.0 [" in line(missed, "(d)")
+    assert "**no**" in line(missed, "(a)")
+    assert why(missed, "(a)").startswith("1 of 2 cells; behind in concept-1-24 -58.5 [")
+    assert why(missed, "(c)").startswith("reached in 1 of 2 cells")
+    assert "below in concept-1-24 -11.0 [" in why(missed, "(d)")
     assert targets.targets(rows_of({"lora": (0.2,)})) == "`auto` was not compared yet."
 
 
 def test_real_cells_have_their_own_column_of_targets():
     rows = rows_of({"auto": (0.50,), "local": (0.60,)}, "vqarad-site6-smol")
-    assert "| no such cell yet | **no**: 0 of 1 cells;" in line(targets.targets(rows), "(a)")
+    found = targets.targets(rows)
+    assert line(found, "(a)").endswith("| no such cell yet | **no** |")
+    assert why(found, "(a)", "real cells").startswith("0 of 1 cells;")
 
 
 def test_a_lead_that_the_interval_does_not_show_is_not_claimed():

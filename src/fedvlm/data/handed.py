@@ -17,12 +17,14 @@ from typing import Any
 import datasets
 from datasets.table import embed_table_storage
 
+from fedvlm.data.sources import quiet
 from fedvlm.errors import DataError, shown
 
 KINDS = "a datasets.Dataset or DatasetDict, a pandas DataFrame, or a list of dicts"
 DIGITS = 12  # hexadecimal digits of the digest in a file's name
 
 
+@quiet()
 def kept(data: Any, folder: str | Path, split: str = "train", image: str = "image") -> Path:
     """Writes rows to ``FOLDER/rows-DIGEST.parquet``, with all pictures inside.
 
@@ -49,7 +51,8 @@ def kept(data: Any, folder: str | Path, split: str = "train", image: str = "imag
     handle, name = tempfile.mkstemp(suffix=".parquet", prefix=".rows-", dir=folder)
     os.close(handle)
     try:
-        rows.to_parquet(name)
+        with quiet():
+            rows.to_parquet(name)
         with open(name, "rb") as file:
             digest = hashlib.file_digest(file, "sha256").hexdigest()[:DIGITS]
         path = folder / f"rows-{digest}.parquet"

@@ -1,0 +1,84 @@
+"""examples/recipes: every recipe is valid, and its README shows the plan of its real sizes."""
+
+from __future__ import annotations
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
+
+import recipes
+from fedvlm.config import load
+from fedvlm.settings.sections import Config
+
+PAGE = recipes.PAGE.read_text(encoding="utf-8")
+ROWS = {
+    found[1]: [cell.strip() for cell in line.strip(" |").split(" | ")]
+    for line in PAGE.splitlines()
+    if (found := re.match(r"\| \[([\w.-]+)\]\([\w.-]+\.yaml\)", line))
+}
+MODELS: dict[str, list[Path]] = {}
+for path in recipes.recipes():
+    MODELS.setdefault(load(path).model.name, []).append(path)
+
+
+def test_the_table_names_every_recipe_and_no_other():
+    assert list(ROWS) == [path.stem for path in recipes.recipes()]
+    assert len(ROWS) == 12
+
+
+@pytest.mark.parametrize("name", MODELS, ids=lambda name: name.rpartition("/")[2])
+def test_the_tables_show_the_plan_on_the_real_sizes(name):
+    first, *others = MODELS[name]
+    config, found = recipes.plan(first)
+    assert ROWS[first.stem] == recipes.row(first, config, found)
+    assert f"| {' | '.join(recipes.model_row(config, found))} |" in PAGE.splitlines()
+    for other in others:  # only the clients, the rows and the steps differ
+        config, rounds = load(other), load(other).train
+        clients = config.partition.clients
+        assert (config.lora, config.model) == (load(first).lora, load(first).model)
+        assert ROWS[other.stem][3:5] == [
+            str(clients),
+            f"{clients * rounds.rounds * rounds.local_steps:,}",
+        ]
+        assert ROWS[other.stem][5] == recipes.size(found.sent["up"].median * clients)
+        assert ROWS[other.stem][6:] == ROWS[first.stem][6:]
+
+
+def test_the_sizes_are_those_of_the_published_checkpoints():
+    """By the hub; of PaliGemma 2 by KerasHub, and 64 words of 2,304 numbers more."""
+    published = {
+        "SmolVLM-256M-Instruct": 256_484_928,
+        "Qwen2.5-VL-3B-Instruct": 3_754_622_976,
+        "paligemma2-3b-pt-224": 3_032_094_960 + 64 * 2_304,
+        "gemma-3-4b-it": 4_300_079_472,
+    }
+    for name, count in published.items():
+        assert re.search(rf"^\| \[{name}\]\([^)]*\)(?:, 4bit)? \| {count:,} \|", PAGE, re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", recipes.recipes(), ids=lambda path: path.stem)
+def test_a_recipe_says_what_it_takes_and_what_was_never_run(path):
+    text, config = path.read_text(encoding="utf-8"), load(path)
+    head = text.partition("\noutput:")[0]
+    assert config.output == f"runs/{path.stem}"
+    assert f"examples/recipes/{path.name}" in head
+    assert config.data.path in head
+    assert f"{recipes.DATA[config.data.path][1]:,} rows" in head
+    assert config.model.name in head
+    assert ("gated" in head) == config.model.name.startswith("google/")
+    assert ("\n# Never run:" in head) == (path.stem not in recipes.RUN)
+
+
+def test_the_model_of_a_recipe_goes_with_the_data_of_any_other():
+    trees = [yaml.safe_load(path.read_text(encoding="utf-8")) for path in recipes.recipes()]
+    pairs = {(a["model"]["name"], b["data"]["path"], b.get("objective", {}).get("name", "sft")): 0
+             for a in trees for b in trees}  # fmt: skip
+    assert len(pairs) == 24
+    for tree in trees:
+        for other in trees:
+            assert isinstance(load({**other, "model": tree["model"]}), Config)
