@@ -124,7 +124,7 @@ def test_the_commands_in_the_documents_exist_with_their_options():
     assert all(block.language for block in blocks)
     lines = [c for b in blocks if b.language == "bash" for c in commands(b)]
     ours = [line.split() for line in lines if line.startswith("fedvlm ")]
-    after = {"app", "export", "predict", "evaluate", "onboard"}
+    after = {"app", "export", "predict", "evaluate", "onboard", "push"}
     assert {words[1] for words in ours} == {*after, "run"}
     known = typer.main.get_command(app).commands
     for words in ours:

@@ -1,11 +1,14 @@
-"""Models and data sets on the hub, through the real clients and a hub on loopback."""
+"""Models, data sets and adapters on the hub, through the real clients and a hub on loopback."""
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from unittest.mock import ANY
+from urllib.parse import unquote
 
 import pytest
+from huggingface_hub import ModelCard
 
 import fedvlm
 import smallest
@@ -193,6 +196,91 @@ def test_a_download_that_breaks_is_resumed_or_begun_again_by_a_second_start(hub,
     found = downloads(hub)
     assert ("model.safetensors", "bytes=300000-") in found
     assert not [name for name, _ in found if name in ("train.parquet", "config.json")]
+
+
+# Adapters go up
+
+
+@pytest.mark.parametrize(
+    ("words", "token", "said"),
+    [
+        (["org/new"], "", "there is no token for {}: log in with hf auth login, or set HF_TOKEN"),
+        (["org/new"], "hf_none", "refuses the token (that of HF_TOKEN)"),
+        (["org/new"], "hf_reader", "the token of 'ben' may only read: make one that may write"),
+        (["other/new"], "hf_writer", "'ada' may not write there"),
+        (["org/tiny"], "hf_writer", "'org/tiny' exists and is public"),
+        (["org/secret-tiny", "--public"], "hf_writer", "'org/secret-tiny' exists and is private"),
+        (["new"], "hf_writer", "'new' is no name of a repository"),
+        (["org/new", "--revision", "a b"], "hf_writer", "'a b' is no name of a branch"),
+        (["org/new", "--client", "nobody"], "hf_writer", "has no client 'nobody'"),
+        (["org/new", "--set", "model.name={here}"], "hf_writer", "is a folder of this machine"),
+    ],
+)
+def test_what_cannot_be_pushed_is_refused_before_anything_goes_up(
+    words, token, said, hub, online, run
+):
+    known, _ = dict(hub.repos), hub.asked.clear()
+    words = [word.format(here=smallest.model()) for word in words]
+    code, _, errors = online("push", run, *words, token=token)
+    assert (code, errors.count("error:"), "Traceback" in errors) == (2, 1, False)
+    assert said.format(hub.address) in errors
+    assert not token or token not in errors
+    assert hub.repos == known
+    assert {method for method, path, _ in hub.asked if path != "/api/repos/create"} <= {"GET"}
+
+
+def test_pushed_adapters_load_by_name_and_answer_as_the_run_does(hub, online, run, place):
+    code, text, errors = online("push", run, "org/adapters", token="hf_writer")
+    assert code == 0, errors
+    repo = hub.repos["models", "org/adapters"]
+    assert repo.private
+    assert repo.titles == ["initial commit", "LoRA adapters by fedvlm: 3 models"]
+    files = {p: c for p, c in hub.files("models", "org/adapters").items() if p != ".gitattributes"}
+    three = ("adapter_config.json", "adapter_model.safetensors", "README.md")
+    folders = {"Süd-2-x-b": ODD, "site-1": "site-1", "global": None}
+    assert set(files) == {"README.md", *(f"{name}/{file}" for name in folders for file in three)}
+    assert "to org/adapters (new, private), branch main, as ada:" in text
+    for path, content in files.items():
+        assert f"  {path}  {len(content):,} bytes\n" in text
+    for secret in (str(place), smallest.model(), "hf_writer", "/home/", "/root/"):
+        assert not [path for path, content in files.items() if secret.encode() in content]
+    for name, client in folders.items():
+        kept = run / "adapters" / ("global" if client is None else f"client-{name}")
+        assert files[f"{name}/{three[1]}"] == (kept / three[1]).read_bytes()
+    card = files["README.md"].decode()
+    assert ModelCard(card).data.base_model == "org/tiny"
+    links = re.findall(r"\]\(([^)]*)\)", card)
+    assert {unquote(link) for link in links} == {f"{name}/README.md" for name in folders}
+    assert r"| Süd\/2 \| \`x\` \<b\> |" in card
+
+    fedvlm.scenes(sites=1, rows=4)[0]["image"].save(place / "photo.png")
+    words = ("photo.png", "What is in the picture?")
+    for name, client in folders.items():
+        model = ("--client", client) if client else ("--global",)
+        answer = online("predict", run, *words, *model)[1].strip()
+        assert answer
+        for where, more in (("README.md", [name]), (f"{name}/README.md", [])):
+            (code,) = re.findall(r"```python\n(.*?)```", files[where].decode(), re.DOTALL)
+            assert online.code(code, *more, *words, token="hf_writer").strip() == answer
+
+
+def test_a_push_adds_one_commit_to_the_branch_that_it_names(hub, online, run):
+    words = ("org/shown", "--public", "--global", "--revision", "v2")
+    assert online("push", run, *words, token="hf_writer")[0] == 0
+    repo = hub.repos["models", "org/shown"]
+    assert not repo.private
+    repo.commit({**hub.files("models", "org/shown", "v2"), "notes.txt": b"ours"}, "v2", "notes")
+    code, text, _ = online("push", run, *words[:2], "-c", ODD, *words[3:], token="hf_writer")
+    assert code == 0
+    assert "to org/shown (existing, PUBLIC: everybody can read it), branch v2" in text
+    ours = "LoRA adapters by fedvlm: 1 model"
+    assert repo.titles[1:] == [ours, "notes", ours]
+    assert set(hub.files("models", "org/shown")) == {".gitattributes"}
+    both = hub.files("models", "org/shown", "v2")
+    assert {"notes.txt", "global/README.md", "Süd-2-x-b/README.md"} <= set(both)
+    assert (
+        "'org/shown', subfolder='Süd-2-x-b', revision='v2'" in both["Süd-2-x-b/README.md"].decode()
+    )
 
 
 # Names
