@@ -113,17 +113,19 @@ def test_the_commands_are_public_names():
     assert {"export", "predict", "evaluate", "onboard", "open_run"} <= set(fedvlm.__all__)
 
 
-def test_the_commands_in_the_document_exist_with_their_options():
+def test_the_commands_in_the_documents_exist_with_their_options():
     import typer
 
     from fedvlm.cli.app import app
     from test_readme import ROOT, commands, parse
 
-    blocks = parse((ROOT / "docs" / "serving.md").read_text(encoding="utf-8"))
+    pages = [ROOT / "docs" / name for name in ("serving.md", "hub.md")]
+    blocks = [block for page in pages for block in parse(page.read_text(encoding="utf-8"))]
     assert all(block.language for block in blocks)
     lines = [c for b in blocks if b.language == "bash" for c in commands(b)]
     ours = [line.split() for line in lines if line.startswith("fedvlm ")]
-    assert {words[1] for words in ours} == {"app", "export", "predict", "evaluate", "onboard"}
+    after = {"app", "export", "predict", "evaluate", "onboard", "push"}
+    assert {words[1] for words in ours} == {*after, "run"}
     known = typer.main.get_command(app).commands
     for words in ours:
         options = {o for p in known[words[1]].params for o in p.opts}

@@ -77,7 +77,6 @@ def test_python_compiles_only_expressions_of_its_own():
                 if {name for name in names if not name.lstrip("_").isupper()}:
                     found.add((file.name, ast.unparse(node.args[0])))
     assert found == {
-        ("config.py", "name"),  # a constant of the loop around it
         ("control.py", "'|'.join(map(re.escape, self.texts))"),  # texts of the model, as texts
         ("worker.py", ast.unparse(ast.parse(WORKER, mode="eval"))),  # a path of the site, as text
         ("layers.py", "pattern.encode()"),  # by RE2

@@ -173,12 +173,15 @@ def test_a_file_that_is_added_or_put_in_place_of_another_is_a_change(model):
 
 
 def test_a_model_of_the_hub_without_a_digest_is_allowed_and_reported(caplog, tmp_path):
-    hub = Policy(models={"a/b": "a/b", "tiny": "tiny"})
+    fixed = f"a/b@{'0f' * 20}"  # a commit, whose files stay the same
+    hub = Policy(models={"a/b": "a/b", "tiny": "tiny", "fixed": fixed})
     run = RUN.model_copy(update={"model": RUN.model.model_copy(update={"name": "a/b"})})
     assert hub.localized(run, "rows", tmp_path).model.name == "a/b"
     assert "whoever controls that repository" in caplog.text
     caplog.clear()
     hub.localized(RUN, "rows", tmp_path)
+    run = RUN.model_copy(update={"model": RUN.model.model_copy(update={"name": "fixed"})})
+    assert hub.localized(run, "rows", tmp_path).model.name == fixed
     assert not caplog.records
 
 

@@ -8,6 +8,7 @@ import pytest
 
 import fedvlm
 from fedvlm.deploy.worker import Worker
+from fedvlm.hub import Undelivered
 from sites import config, written
 
 NAN = float("nan")
@@ -36,6 +37,16 @@ def test_a_site_reads_no_file_of_its_own_for_a_server(tmp_path):
         assert refused["error"] == "failed"
         assert "must be a mapping" in refused["message"]
         assert "sk-12345" not in json.dumps(refused)
+
+
+def test_a_server_does_not_learn_why_the_hub_refuses_a_site(worker, monkeypatch, caplog):
+    def fails(*_):
+        raise Undelivered("https://mirror.example refuses the token (that of HF_TOKEN)")
+
+    monkeypatch.setattr(worker, "_perform", fails)
+    answer, _ = worker.perform({"do": "open"}, b"")
+    assert answer == {"error": "failed", "message": "Undelivered; see the site's log"}
+    assert "refuses the token" in caplog.text
 
 
 @pytest.mark.parametrize(

@@ -199,7 +199,9 @@ def test_a_path_that_does_not_exist_is_refused(path, said):
 
 def test_an_unreachable_hub_points_to_local_files(monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    with pytest.raises(DataError, match=r"'some-org/some-data'.*local folder or parquet"):
+    with pytest.raises(
+        DataError, match=r"'some-org/some-data'.*download it where there is a connection"
+    ):
         load("some-org/some-data")
 
 

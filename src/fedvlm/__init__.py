@@ -19,6 +19,7 @@ _HOMES = {
     "simulate": "fedvlm.engines.simulate",
     "export": "fedvlm.after.export",
     "predict": "fedvlm.after.predict",
+    "push_to_hub": "fedvlm.after.push",
     "evaluate": "fedvlm.after.evaluate",
     "onboard": "fedvlm.after.onboard",
     "open_run": "fedvlm.after.opened",
@@ -74,6 +75,7 @@ __all__ = [
     "onboard",
     "open_run",
     "predict",
+    "push_to_hub",
     "resume",
     "run",
     "scenes",
@@ -88,6 +90,7 @@ if TYPE_CHECKING:
     from fedvlm.after.onboard import onboard
     from fedvlm.after.opened import open_run
     from fedvlm.after.predict import predict
+    from fedvlm.after.push import push_to_hub
     from fedvlm.algorithms.base import (
         Algorithm,
         Averaged,

@@ -9,14 +9,14 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
-from fedvlm import documents
+from fedvlm import documents, hub
 from fedvlm.algorithms import checks, table
 from fedvlm.errors import ConfigError, FedVLMError, shown
 from fedvlm.settings.method import AlgorithmConfig
@@ -54,18 +54,18 @@ def absent(tree: Mapping[str, Any]) -> list[str]:
     Names on the Hugging Face hub are not looked up. The model and the rows are opened later.
     """
     found = []
-    for section, key, name in (
-        ("data", "path", r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"),
-        ("model", "name", r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?"),
-        ("partition", "lists", ""),
+    for section, key, on_hub in (
+        ("data", "path", hub.is_name),
+        ("model", "name", partial(hub.is_name, organized=False)),
+        ("partition", "lists", None),
     ):
         part = tree.get(section)
         path = part.get(key) if isinstance(part, dict) else None
         if not isinstance(path, str) or not path or _exists(path):
             continue
-        if not name:
+        if on_hub is None:
             found.append(f"{section}.{key}: {shown(path, 200)} does not exist")
-        elif not re.fullmatch(name, path) or Path(path).suffix.lower() in FILES:
+        elif not on_hub(path) or Path(path).suffix.lower() in FILES:
             found.append(
                 f"{section}.{key} {shown(path, 200)} does not exist (looked in "
                 f"{shown(str(Path.cwd()), 200, quotes=False)}), and is not a name on the Hugging "

@@ -5,10 +5,13 @@ A card holds only numbers that the run has already written, and no row of anyone
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedvlm.after.loading import parted
+from fedvlm.errors import visible
 from fedvlm.intervals import few_rows, mean_interval, scored
 from fedvlm.metrics import METRICS
 from fedvlm.privacy import statement
@@ -28,6 +31,10 @@ NO_ROWS = (
     "This card holds counts and scores, no row of data. LoRA factors can still reveal something "
     "about the rows that they were trained on."
 )
+LICENCE = (
+    "## Licence\n\nNone is set here. It is for whoever publishes this to choose, within the "
+    "licences of the base model and of the data.\n"
+)
 STAGES = {
     "untuned": "before training",
     "global": "the global model",
@@ -38,19 +45,25 @@ STAGES = {
 }
 
 
-def front_matter(base: str, *, merged: bool) -> str:
-    """The YAML block that the hub reads. It has no licence: the publisher chooses one."""
+def front_matter(base: str | None, *, merged: bool) -> str:
+    """The YAML block that the hub reads. It has no licence: the publisher chooses one.
+
+    Args:
+        base: the base model; None: a model that the hub does not have.
+        merged: whether the card belongs to a whole model.
+    """
     from huggingface_hub import ModelCardData
 
-    tags = [] if merged else [f"base_model:adapter:{base}"]
+    name = base and parted(base)[0]
+    tags = [] if merged or not name else [f"base_model:adapter:{name}"]
     head = ModelCardData(
-        base_model=base,
-        base_model_relation="finetune" if merged else "adapter",
+        base_model=name,
+        base_model_relation=("finetune" if merged else "adapter") if name else None,
         library_name="transformers" if merged else "peft",
         pipeline_tag="image-text-to-text",
         tags=[*tags, "lora", "federated-learning", "vision-language", "fedvlm"],
     )
-    local = Path(base).is_absolute()
+    local = base is not None and Path(base).is_absolute()
     note = "# base_model is a folder: put a hub name before you publish this card\n" * local
     return f"---\n{note}{head.to_yaml()}\n---\n"
 
@@ -80,17 +93,14 @@ def text(
         lines = "\n".join(f"- {line}" for line in guarantee)
         parts.append(f"## Differential privacy\n\n{lines}\n")
     parts.append(f"## How to load it\n\n{loading}\n")
-    parts.append(
-        "## Licence\n\nNone is set here. It is for whoever publishes this to choose, within the "
-        "licences of the base model and of the data.\n"
-    )
+    parts.append(LICENCE)
     return "\n".join(parts)
 
 
 def of_run(run: Opened, client: str | None, *, base: str, tree: Tree, loading: str, merged: bool):
     """The card of a client's model, or of the global model (``client`` is None)."""
     config, table = run.config, run.results.table
-    whose = "the global model" if client is None else f"the model of client `{client}`"
+    whose = "the global model" if client is None else f"the model of client {code(client)}"
     counts = {} if run.deployed else run.partition.counts()
     kept = [client] if client is not None else list(counts)
     rows = {k: sum(counts[c][k] for c in kept) for k in ("train", "val", "test")}
@@ -105,7 +115,7 @@ def of_run(run: Opened, client: str | None, *, base: str, tree: Tree, loading: s
     )
     facts = {
         "base model": f"`{base}`",
-        **_training(config, tree),
+        **training(config, tree),
         "clients": of_all(run.clients, counts or run.clients),
         **known,
     }
@@ -116,7 +126,7 @@ def of_run(run: Opened, client: str | None, *, base: str, tree: Tree, loading: s
     }
     tables = _of_all(table) if client is None else _of_client(run, client)
     title = f"LoRA by fedvlm: {whose}" if not merged else f"Fine-tuned by fedvlm: {whose}"
-    head = front_matter(base, merged=merged)
+    head = front_matter(_of_hub(base), merged=merged)
     warnings = [few] if (few := few_rows(scored_rows, named=False)) else []
     if planted := config.privacy.canaries:
         warnings.append(
@@ -132,7 +142,7 @@ def of_site(
     """The card of a site that joined after training; ``told`` is its ``scores.json``."""
     facts = {
         "base model": f"`{base}`",
-        **_training(run.config, tree),
+        **training(run.config, tree),
         "joined after training": f"up to {told['steps']} steps, on {told['trained']}",
         "data": told["data"],
         "rows": _rows(told["rows"]),
@@ -145,90 +155,30 @@ def of_site(
     own = {m: _paired(s, told.get("intervals", {}).get(m, {})) for m, s in told["scores"].items()}
     scores = {f"On the site's own {rows} {told['split']} rows": own}
     few = few_rows({told["site"]: rows}, named=False)
-    title = ("Fine-tuned" if merged else "LoRA") + f" by fedvlm: site `{told['site']}`"
-    head = front_matter(base, merged=merged)
+    title = ("Fine-tuned" if merged else "LoRA") + f" by fedvlm: site {code(told['site'])}"
+    head = front_matter(_of_hub(base), merged=merged)
     return text(title, facts, scores, privacy, loading, head, [few] if few else [])
-
-
-# -- loading code
-
-
-def loading_adapter(base: str, bundled: bool) -> str:
-    """Code that needs only PEFT and transformers."""
-    notes = ["Put the path of this folder, or its name on the hub, for `ADAPTER`."]
-    if bundled:
-        notes.append(
-            "The base model is the one bundled with fedvlm; its folder on a machine is printed by "
-            "`python -c \"from fedvlm.models.load import locate; print(locate('tiny')[0])\"`."
-        )
-    elif Path(base).is_absolute():
-        notes.append("The base model is a folder of the machine that exported this.")
-    code = f"""\
-import sys
-
-import torch
-from peft import PeftModel
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-ADAPTER, PICTURE, QUESTION = sys.argv[1:4]
-BASE = {base!r}
-processor = AutoProcessor.from_pretrained(BASE)
-model = AutoModelForImageTextToText.from_pretrained(BASE, dtype=DTYPE)
-model = PeftModel.from_pretrained(model, ADAPTER).eval()
-"""
-    return " ".join(notes) + "\n\n```python\n" + code + _ASK + "```\n"
-
-
-def loading_merged() -> str:
-    """Code that needs only transformers."""
-    code = """\
-import sys
-
-import torch
-from PIL import Image
-from transformers import AutoModelForImageTextToText, AutoProcessor
-
-MODEL, PICTURE, QUESTION = sys.argv[1:4]
-processor = AutoProcessor.from_pretrained(MODEL)
-model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=DTYPE).eval()
-"""
-    note = "Put the path of this folder, or its name on the hub, for `MODEL`.\n\n```python\n"
-    return note + code + _ASK + "```\n"
-
-
-_ASK = """\
-prompt = QUESTION
-if not processor.chat_template and "image" in str(processor.tokenizer.chat_template):
-    processor.chat_template = processor.tokenizer.chat_template
-if processor.chat_template:
-    content = [{"type": "image"}, {"type": "text", "text": QUESTION}]
-    turn = [{"role": "user", "content": content}]
-    prompt = processor.apply_chat_template(turn, add_generation_prompt=True)
-begin = processor.tokenizer.bos_token
-bare = bool(processor.chat_template and begin and prompt.startswith(begin))
-options = {"add_special_tokens": False} if bare else {}  # a second begin token changes answers
-image = Image.open(PICTURE).convert("RGB")
-inputs = processor(text=[prompt], images=[[image]], return_tensors="pt", **options)
-inputs = inputs.to(model.device, DTYPE)  # the picture; the tokens stay integers
-with torch.no_grad():
-    ids = model.generate(**inputs, do_sample=False, max_new_tokens=TOKENS)
-start = 0 if model.config.is_encoder_decoder else inputs["input_ids"].shape[1]
-print(processor.batch_decode(ids[:, start:], skip_special_tokens=True)[0].strip())
-"""
-
-
-def filled(loading: str, config: Config) -> str:
-    """The code with this run's precision and answer length."""
-    return loading.replace("DTYPE", f"torch.{config.model.dtype}").replace(
-        "TOKENS", str(config.eval.max_new_tokens)
-    )
 
 
 # -- parts
 
 
-def _training(config: Config, tree: Tree) -> dict[str, str]:
+def code(name: str) -> str:
+    """A name as code in Markdown; nothing in it is syntax."""
+    text = visible(name)
+    fence = "`" * (1 + max((len(run) for run in re.findall("`+", text)), default=0))
+    room = " " * (len(fence) > 1 or text != text.strip())
+    return f"{fence}{room}{text}{room}{fence}"
+
+
+def _of_hub(base: str) -> str | None:
+    """The base model for the YAML block; None for the model that is bundled with fedvlm."""
+    from fedvlm.models.load import BUNDLED
+
+    return None if base in BUNDLED else base
+
+
+def training(config: Config, tree: Tree) -> dict[str, str]:
     from fedvlm.algorithms.table import find
     from fedvlm.layers import part
     from fedvlm.version import __version__
@@ -254,9 +204,7 @@ def _source(config: Config) -> str:
     if path is None:
         return f"fedvlm's bundled scenes, style `{config.data.scenes.style}`"
     return (
-        f"`{Path(path).name}`"
-        if Path(path).exists() or path.startswith(("/", "."))
-        else f"`{path}`"
+        code(Path(path).name) if Path(path).exists() or path.startswith(("/", ".")) else code(path)
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from fedvlm.after import card
+from fedvlm.after import card, loading
 from fedvlm.after.names import GLOBAL, label
 from fedvlm.after.opened import WEIGHTS, Opened, open_run
 from fedvlm.after.outputs import check_writable, refuse_inputs
@@ -88,11 +88,15 @@ def export_many(
     return [write_export(run, c, merge, t) for c, t in zip(chosen, targets, strict=True)]
 
 
-def default_target(run: Opened, client: str | None, merge: bool) -> Path:
-    """``RUN/export/NAME``, with a name that is safe for a folder."""
+def folder_name(run: Opened, client: str | None) -> str:
+    """The name of a model's folder, which is readable, safe, and no other model's name."""
     names = [GLOBAL, *(label(c) for c in (*run.names, *run.onboarded))]
-    slug = files.slugs(names).get(GLOBAL if client is None else label(client), "client")
-    return run.folder / "export" / (slug + "-merged" * merge)
+    return files.slugs(names).get(GLOBAL if client is None else label(client), "client")
+
+
+def default_target(run: Opened, client: str | None, merge: bool) -> Path:
+    """``RUN/export/NAME``."""
+    return run.folder / "export" / (folder_name(run, client) + "-merged" * merge)
 
 
 def check_target(run: Opened, target: Path) -> None:
@@ -102,22 +106,33 @@ def check_target(run: Opened, target: Path) -> None:
     check_writable("--to", target)
 
 
-def write_export(run: Opened, client: str | None, merge: bool, target: Path) -> Path:
-    """Writes one export atomically."""
+def write_export(
+    run: Opened, client: str | None, merge: bool, target: Path, at: loading.At | None = None
+) -> Path:
+    """Writes one export atomically.
+
+    Args:
+        run: the run.
+        client: the client; None: the global model.
+        merge: write the whole model.
+        target: the new folder.
+        at: the place on the hub to which the folder goes; None: it stays here.
+    """
     from fedvlm.models.load import BUNDLED
 
     source = run.adapter_folder(client)
-    base = base_name(run.config.model.name)
+    name = run.config.model.name
+    base = name if at and name in BUNDLED else base_name(name)
     tree = files.load_tree(source / WEIGHTS)
     with new_folder(target) as scratch:
         if merge:
             _merge(run, tree, scratch)
-            loading = card.loading_merged()
+            shown = loading.of_merged()
         else:
             write_adapter(source, base, scratch)
-            loading = card.loading_adapter(base, run.config.model.name in BUNDLED)
-        loading = card.filled(loading, run.config)
-        parts: Any = {"base": base, "tree": tree, "loading": loading, "merged": merge}
+            shown = loading.of_adapter(base, name in BUNDLED, at)
+        shown = loading.filled(shown, run.config)
+        parts: Any = {"base": base, "tree": tree, "loading": shown, "merged": merge}
         if client is not None and client in run.onboarded:
             told = sealed.read(source / "scores.json")
             text = card.of_site(run, told, **parts)
@@ -148,7 +163,7 @@ def base_name(name: str) -> str:
 def write_adapter(source: Path, base: str, target: Path) -> None:
     """Copies an adapter and sets ``base`` as the base model in its configuration."""
     config = json.loads((source / "adapter_config.json").read_text(encoding="utf-8"))
-    config["base_model_name_or_path"] = base
+    config["base_model_name_or_path"], config["revision"] = loading.parted(base)
     if float(config["lora_alpha"]).is_integer():
         config["lora_alpha"] = int(config["lora_alpha"])  # servers expect an int
     text = json.dumps(config, indent=2, sort_keys=True) + "\n"

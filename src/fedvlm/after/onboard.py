@@ -10,7 +10,7 @@ from tempfile import TemporaryDirectory
 from typing import Any
 
 from fedvlm import config as configs
-from fedvlm.after import card, export
+from fedvlm.after import card, export, loading
 from fedvlm.after.evaluate import on_new_data
 from fedvlm.after.opened import ONBOARDED, SCORES, Opened, open_run
 from fedvlm.after.outputs import check_writable
@@ -230,6 +230,6 @@ def _write(
         files.save_tree(scratch / "personal.safetensors", personal)
         names = [path.name for path in scratch.iterdir()]
         sealed.write(scratch / SCORES, {**table, "files": sealed.digests(scratch, names)})
-        loading = card.filled(card.loading_adapter(base, name in BUNDLED), run.config)
-        text = card.of_site(run, table, base=base, tree=adapter, loading=loading, merged=False)
+        shown = loading.filled(loading.of_adapter(base, name in BUNDLED), run.config)
+        text = card.of_site(run, table, base=base, tree=adapter, loading=shown, merged=False)
         files.write_text(scratch / "README.md", text)

@@ -21,6 +21,7 @@ from fedvlm.cli import auditlog as cli_auditlog
 from fedvlm.cli import deploy as cli_deploy
 from fedvlm.cli import lists as cli_lists
 from fedvlm.cli import playground as cli_playground
+from fedvlm.cli import push as cli_push
 from fedvlm.cli import report as cli_report
 from fedvlm.cli import site as cli_site
 from fedvlm.cli.options import QuietOption, SetOption, Words, parse
@@ -300,6 +301,7 @@ app.command()(cli_report.plot)
 app.command()(cli_lists.algorithms)
 app.command()(cli_lists.config)
 app.command()(cli_audit.audit)
+app.command()(cli_push.push)
 app.command()(cli_report.report)
 app.command()(cli_report.watch)
 app.command("app")(cli_playground.playground)

@@ -13,11 +13,13 @@ from __future__ import annotations
 
 import logging
 import mmap
+import os
 from collections import Counter, defaultdict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
+from urllib.parse import quote
 
 import datasets
 import numpy as np
@@ -26,6 +28,7 @@ import pyarrow.parquet as pq
 from datasets.builder import Key
 from datasets.packaged_modules.parquet.parquet import Parquet
 
+from fedvlm import hub
 from fedvlm.data.columns import listed
 from fedvlm.data.labels import names_of, texts
 from fedvlm.data.records import Check, refuse_many_columns, report_absent, report_types
@@ -79,7 +82,11 @@ def load_hub(split: str, name: str, expansion: int) -> datasets.Dataset:
         name: a data set on the hub.
         expansion: ``data.max_expansion``.
     """
-    builder = datasets.load_dataset_builder(name)
+    repo, revision = hub.split(name)
+    # Without a connection, datasets takes the newest rows of its cache, whatever their revision.
+    cache = datasets.config.HF_DATASETS_CACHE
+    own = os.path.join(cache, "revisions", quote(revision, safe="")) if revision else None
+    builder = datasets.load_dataset_builder(repo, revision=revision, cache_dir=own)
     if isinstance(builder, Parquet):
         builder._generate_tables = partial(_hub_tables, builder, expansion)
     builder.download_and_prepare()

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import logging
 import os
-import re
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -24,6 +23,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from fedvlm import hub
 from fedvlm.data import parquet, records
 from fedvlm.data.columns import (
     OURS,
@@ -211,36 +211,20 @@ def _read_saved(folder: Path, data: DataConfig) -> datasets.Dataset:
 
 def _read_hub(data: DataConfig) -> datasets.Dataset:
     name = data.path or ""
-    plausible = re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", name)
-    if not plausible or Path(name).suffix.lower() in SUFFIXES:
+    if not hub.is_name(name) or Path(name).suffix.lower() in SUFFIXES:
         raise DataError(
             f"data.path '{name}' does not exist (looked in {Path.cwd()}), and is not a name on "
             "the Hugging Face hub either (such a name looks like org/name)"
         )
     logger.info("reading '%s' from the Hugging Face hub", name)
-    offline = datasets.config.HF_HUB_OFFLINE
-    try:
-        # Asked first, because without a network datasets retries for half a minute.
-        datasets.config.HF_HUB_OFFLINE = offline or not _hub_answers(name)
-        return parquet.load_hub(data.split, name, data.max_expansion)
-    except Exception as error:
-        raise DataError(
-            f"data.path '{name}' is neither a local file or folder nor readable as a data set on "
-            f"the Hugging Face hub: {error}. Without a network, download it elsewhere and set "
-            "data.path to the local folder or parquet file"
-        ) from error
-    finally:
-        datasets.config.HF_HUB_OFFLINE = offline
-
-
-def _hub_answers(name: str) -> bool:
-    try:
-        huggingface_hub.HfApi().dataset_info(name, timeout=10)
-    except huggingface_hub.errors.HfHubHTTPError:
-        return True  # the hub answered; datasets then reports the error
-    except Exception:
-        return False
-    return True
+    with hub.asked(name, "data set") as refusal:
+        try:
+            return parquet.load_hub(data.split, name, data.max_expansion)
+        except DataError:
+            raise
+        except Exception as error:
+            why = hub.why_not(error, name, "data set", refusal) or brief(error, 500)
+            raise DataError(hub.undelivered("data.path", name, why)) from error
 
 
 # Columns: the source's names and types become the canonical ones.

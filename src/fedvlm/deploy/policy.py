@@ -11,6 +11,7 @@ from typing import Any
 from pydantic import Field, field_validator
 
 from fedvlm import config as configs
+from fedvlm import hub
 from fedvlm.algorithms.table import ALIASES, find, names
 from fedvlm.deploy import limits, peers
 from fedvlm.deploy.limits import Refused as Refused
@@ -123,10 +124,15 @@ class Policy(limits.Budgets, Protection, peers.Peers):
             except FedVLMError as error:
                 why = f"its model '{model}' is not the one in the policy (models): {error}"
                 raise Refused(f"the site's policy refuses this run: {why}") from None
-        elif allowed.path not in BUNDLED and not Path(allowed.path).is_dir():
+        elif (
+            allowed.path not in BUNDLED
+            and not Path(allowed.path).is_dir()
+            and not hub.is_commit(hub.split(allowed.path)[1])
+        ):
             logger.warning(
                 "the policy allows '%s' by a name on the hub: whoever controls that repository "
-                "chooses its weights; a folder with a sha256 fixes them (fedvlm site digest)",
+                "chooses its weights; a folder with a sha256 fixes them (fedvlm site digest), and "
+                "so does a commit (org/name@COMMIT) if you trust the hub",
                 model,
             )
         return allowed.path

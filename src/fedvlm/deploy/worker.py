@@ -19,6 +19,7 @@ from fedvlm.deploy.auditlog import audited_at_site
 from fedvlm.deploy.frames import Closed, Message, receive, send
 from fedvlm.deploy.lifetime import ends_with_parent
 from fedvlm.errors import DataError, FedVLMError, shown
+from fedvlm.hub import Undelivered
 from fedvlm.tree import read
 
 logger = logging.getLogger("fedvlm")
@@ -60,7 +61,8 @@ class Worker:
             else:
                 logger.exception("'%s' failed", asked.get("do"))
             private = self.site is not None and self.site.private
-            told = isinstance(error, FedVLMError) and not isinstance(error, DataError)
+            told = isinstance(error, FedVLMError)
+            told = told and not isinstance(error, DataError | Undelivered)
             told = told and not private  # whatever depends on rows needs an accounting
             message = str(error) if told else f"{type(error).__name__}; see the site's log"
             return {"error": "failed", "message": self._hidden(message)}, b""

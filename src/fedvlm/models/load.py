@@ -15,7 +15,7 @@ import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from fedvlm import processes
+from fedvlm import hub, processes
 from fedvlm.errors import FedVLMError, brief
 from fedvlm.models.folder import ADAPTER, check_folder, check_size, mark, refuse_adapter, refused
 from fedvlm.models.names import refuse_foreign_release, refuse_own_code
@@ -49,28 +49,30 @@ def load_model(config: ModelConfig) -> Loaded:
     quantized = quantization(config.quantization, device)
     from transformers import AutoModelForImageTextToText
 
-    try:
-        architecture = _architecture(source, local)
-        if local:
-            with torch.device("meta"):
-                empty = AutoModelForImageTextToText.from_config(
-                    architecture, trust_remote_code=False
-                )
-            check_size(source, sum(p.numel() for p in empty.parameters()))
-        processor = load_processor(source, local)
-        loaded: Any = AutoModelForImageTextToText.from_pretrained(
-            source,
-            config=architecture,
-            dtype=getattr(torch, config.dtype),
-            local_files_only=local,
-            trust_remote_code=False,
-            output_loading_info=True,
-            **quantized,
-        )
-    except FedVLMError:
-        raise
-    except Exception as error:  # damaged files end in errors of any kind
-        raise FedVLMError(_why(config.name, local, error)) from error
+    with hub.asked(source, local=local) as refusal:
+        try:
+            architecture = _architecture(source, local)
+            where, options = hub.place(source, local)
+            if local:
+                with torch.device("meta"):
+                    empty = AutoModelForImageTextToText.from_config(
+                        architecture, trust_remote_code=False
+                    )
+                check_size(source, sum(p.numel() for p in empty.parameters()))
+            processor = load_processor(source, local)
+            loaded: Any = AutoModelForImageTextToText.from_pretrained(
+                where,
+                config=architecture,
+                dtype=getattr(torch, config.dtype),
+                trust_remote_code=False,
+                output_loading_info=True,
+                **options,
+                **quantized,
+            )
+        except FedVLMError:
+            raise
+        except Exception as error:  # damaged files end in errors of any kind
+            raise _why(config.name, local, error, refusal) from error
     model, report = loaded
     still_allowed(source)
     _check_weights(config.name, model, report)
@@ -100,17 +102,18 @@ def load_shapes(config: ModelConfig) -> Any:
     quantization(config.quantization, device)
     from transformers import AutoModelForImageTextToText
 
-    try:
-        with torch.device("meta"):
-            model = AutoModelForImageTextToText.from_config(
-                _architecture(source, local),
-                dtype=getattr(torch, config.dtype),
-                trust_remote_code=False,
-            )
-    except FedVLMError:
-        raise
-    except Exception as error:  # damaged files end in errors of any kind
-        raise FedVLMError(_why(config.name, local, error)) from error
+    with hub.asked(source, local=local) as refusal:
+        try:
+            with torch.device("meta"):
+                model = AutoModelForImageTextToText.from_config(
+                    _architecture(source, local),
+                    dtype=getattr(torch, config.dtype),
+                    trust_remote_code=False,
+                )
+        except FedVLMError:
+            raise
+        except Exception as error:  # damaged files end in errors of any kind
+            raise _why(config.name, local, error, refusal) from error
     if config.gradient_checkpointing:
         checkpoint_activations(model)
     return model.requires_grad_(False)
@@ -131,9 +134,8 @@ def _architecture(source: str, local: bool) -> Any:
 
     if not local:
         refuse_adapter(source, read_json(source, ADAPTER, local))
-    architecture = AutoConfig.from_pretrained(
-        source, local_files_only=local, trust_remote_code=False
-    )
+    where, options = hub.place(source, local)
+    architecture = AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
     if type(architecture) not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING:
         raise ValueError(
             f"it holds a '{brief(architecture.model_type)}' model, which does not write texts "
@@ -278,20 +280,21 @@ def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
 
 
 def locate(name: str) -> tuple[str, bool]:
-    """Locates a model's files: (folder or hub name, whether it is local)."""
+    """Locates a model's files: (folder or hub name with its revision, whether it is local)."""
     if name in BUNDLED:
         return str(BUNDLED[name]), True
     if os.path.isdir(name):
         return name, True
-    if name.startswith((".", "/", "~")) or name.count("/") > 1 or os.path.exists(name):
+    if not hub.is_name(name, organized=False) or os.path.exists(name):
         why = " (it is a file)" if os.path.isfile(name) else ""
         why = " (write the path in full, without ~)" if name.startswith("~") else why
         raise FedVLMError(
             f"model.name: there is no model folder '{brief(name)}'{why}; give a folder with "
             "config.json and "
-            "weights, a hub name such as HuggingFaceTB/SmolVLM-256M-Instruct, or 'tiny'"
+            "weights, a hub name such as HuggingFaceTB/SmolVLM-256M-Instruct (with @REVISION, if "
+            "it is to stay the same), or 'tiny'"
         )
-    refuse_foreign_release(name)
+    refuse_foreign_release(hub.split(name)[0])
     return name, False
 
 
@@ -302,7 +305,9 @@ def mark_of(config: ModelConfig) -> str:
     source, local = locate(config.name)
     if local:
         return mark(source)
-    return mark(Path(str(cached_file(source, "config.json", local_files_only=True))).parent)
+    where, options = hub.place(source, local)
+    options["local_files_only"] = True
+    return mark(Path(str(cached_file(where, "config.json", **options))).parent)
 
 
 def identity(config: ModelConfig) -> str:
@@ -353,7 +358,9 @@ def quiet_transformers() -> None:
     warnings.filterwarnings("ignore", module="transformers")
 
 
-def _why(name: str, local: bool, error: Exception) -> str:
+def _why(name: str, local: bool, error: Exception, refusal: Exception | None) -> FedVLMError:
+    if not local and (reason := hub.why_not(error, name, refusal=refusal)):
+        return hub.Undelivered(hub.undelivered("model.name", name, reason))
     reason = brief(" ".join(str(error).split()) or repr(error))
     if not isinstance(error, OSError | ValueError | RuntimeError | ImportError):
         reason = brief(f"{type(error).__name__}: {reason}")  # a bare name, such as a missing key
@@ -362,10 +369,5 @@ def _why(name: str, local: bool, error: Exception) -> str:
     if "trust_remote_code" in str(error):
         reason = "it needs custom code, which fedvlm does not run"
     if local:
-        return str(refused(name, reason))
-    name = brief(name)
-    return (
-        f"model.name: '{name}' is neither a local folder nor available from the Hugging Face hub: "
-        f"{reason}\n    Without a connection, download it elsewhere (hf download {name} "
-        "--local-dir DIR), copy the folder, and set model.name=DIR; or use the bundled 'tiny'"
-    )
+        return refused(name, reason)
+    return FedVLMError(hub.undelivered("model.name", name, reason))

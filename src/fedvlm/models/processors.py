@@ -18,6 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+from fedvlm import hub
 from fedvlm.errors import FedVLMError, brief
 
 logger = logging.getLogger("fedvlm")
@@ -113,14 +114,11 @@ def _processor(source: str, local: bool) -> Any:
     from transformers import AutoProcessor
 
     base = processor_class(source, local)
+    where, options = hub.place(source, local)
     if base is None or VIDEO not in base.get_attributes() or _can_read_videos(base):
-        return AutoProcessor.from_pretrained(
-            source, local_files_only=local, trust_remote_code=False
-        )
+        return AutoProcessor.from_pretrained(where, trust_remote_code=False, **options)
     with num2words_or_none(base):
-        processor = image_only(base).from_pretrained(
-            source, local_files_only=local, trust_remote_code=False
-        )
+        processor = image_only(base).from_pretrained(where, trust_remote_code=False, **options)
     processor._video_config = _video_config(source, local)
     return processor
 
@@ -168,9 +166,8 @@ def processor_class(source: str, local: bool) -> Any:
         return getattr(transformers, name, None)
     from transformers.models.auto.processing_auto import PROCESSOR_MAPPING
 
-    config = transformers.AutoConfig.from_pretrained(
-        source, local_files_only=local, trust_remote_code=False
-    )
+    where, options = hub.place(source, local)
+    config = transformers.AutoConfig.from_pretrained(where, trust_remote_code=False, **options)
     return PROCESSOR_MAPPING.get(type(config), None)
 
 
@@ -225,10 +222,11 @@ def read_json(source: str, file: str, local: bool) -> dict[str, Any]:
     """A JSON object from a file of a folder or a hub model; empty without this file."""
     from transformers.utils import cached_file
 
+    where, options = hub.place(source, local)
     found = cached_file(
-        source,
+        where,
         file,
-        local_files_only=local,
+        **options,
         _raise_exceptions_for_gated_repo=False,
         _raise_exceptions_for_missing_entries=False,
         _raise_exceptions_for_connection_errors=False,

@@ -9,11 +9,11 @@ from __future__ import annotations
 import os
 import statistics
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from fedvlm import hub
 from fedvlm.algorithms.base import NOBODY, Algorithm, Visit
 from fedvlm.algorithms.table import find, of_run
 from fedvlm.errors import FedVLMError
@@ -148,29 +148,18 @@ def _divided(config: Config, unknown: list[str]) -> tuple[Any, Partition | None]
 
     on_hub = config.data.path and not Path(os.path.expanduser(config.data.path)).exists()
     try:
-        with from_cache():
+        with hub.from_cache():
             rows, partition = divide(config)
             return planted(rows, partition, config, objectives.build(config.objective).pairs)
     except FedVLMError as error:
         if not on_hub or not isinstance(error.__cause__, OSError):
             raise
+        hub.check("data.path", str(config.data.path), "data set")
     unknown.append(
         f"rows: data.path '{config.data.path}' is on the Hugging Face hub, not in the local cache, "
         "and a dry run downloads no data; the clients are taken from the configuration"
     )
     return None, None
-
-
-@contextmanager
-def from_cache() -> Iterator[None]:
-    """Reads data sets of the hub from the cache only."""
-    import datasets
-
-    before, datasets.config.HF_HUB_OFFLINE = datasets.config.HF_HUB_OFFLINE, True
-    try:
-        yield
-    finally:
-        datasets.config.HF_HUB_OFFLINE = before
 
 
 def _stated(config: Config) -> tuple[str, ...] | None:
@@ -267,7 +256,8 @@ def _model(config: Config, unknown: list[str]) -> Any:
     try:
         bare = load.load_shapes(config.model)
     except FedVLMError as error:
-        if load.locate(config.model.name)[1] or not isinstance(error.__cause__, OSError):
+        local = load.locate(config.model.name)[1]
+        if local or not isinstance(error.__cause__, OSError) or hub.refuses(error):
             raise
         unknown.append(
             f"parameters, bytes, memory: the configuration of model.name '{config.model.name}' is "

@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
+from fedvlm import hub
 from fedvlm.data.fingerprint import content
 from fedvlm.data.pictures import Pictures
 from fedvlm.errors import FedVLMError, shown
-from fedvlm.planning.forecast import from_cache
 from fedvlm.rounds.prepare import rows_of
 from fedvlm.settings.sections import Config
 
@@ -36,7 +36,7 @@ class Rows:
     """
 
     def __init__(self, config: Config, folder: Path):
-        with _quiet(), from_cache():
+        with _quiet(), hub.from_cache():
             self._rows = rows_of(config)
         _check(self._rows, folder, config)
         self._pictures = Pictures.of(config.data)

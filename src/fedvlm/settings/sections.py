@@ -76,7 +76,8 @@ class DataConfig(Section):
     """The source of the rows, and the split of each client's rows."""
 
     path: Filled | None = Field(
-        None, description="parquet, JSONL, image folder or hub data set; empty: scenes"
+        None,
+        description="parquet, JSONL, image folder, or org/name[@revision]; empty: scenes",
     )
     split: str = Field("train", description="the split to read, of a source with several splits")
     columns: Columns = Columns()
@@ -182,7 +183,9 @@ class PartitionConfig(Section):
 class ModelConfig(Section):
     """The frozen vision-language model."""
 
-    name: Filled = Field("tiny", description="bundled 'tiny', a hub name, or a local folder")
+    name: Filled = Field(
+        "tiny", description="bundled 'tiny', a local folder, org/name or org/name@revision"
+    )
     dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
         "float32", description="type of the frozen weights; float64: for exact comparisons"
     )
