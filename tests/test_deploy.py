@@ -187,15 +187,6 @@ def test_a_finished_job_does_not_block_a_run(tmp_path):
     federation._clear(Session(), settings, False)
 
 
-@needed
-def test_a_unit_for_systemd_is_printed(tmp_path, capsys, monkeypatch):
-    words = ("--data", "d.parquet", "--state", "s", "--systemd")
-    code, text, _ = call(capsys, monkeypatch, "site", "start", *words)
-    assert code == 0
-    assert "Restart=always" in text
-    assert f"--data {Path('d.parquet').absolute()}" in text
-
-
 def test_a_project_is_read_as_it_is_written(tmp_path):
     from fedvlm.deploy.nvflare.project import Project, read_project
 

@@ -8,7 +8,16 @@ from typing import Annotated, Any
 
 import typer
 
-from fedvlm.cli.options import QuietOption, Words, needs_nvflare, parse
+from fedvlm.cli.options import (
+    USER,
+    CredentialOption,
+    QuietOption,
+    SystemdOption,
+    UserOption,
+    Words,
+    needs_nvflare,
+    parse,
+)
 from fedvlm.cli.report import reported
 from fedvlm.errors import ConfigError, FedVLMError
 
@@ -114,8 +123,25 @@ def _tell_fingerprints(folder: str) -> None:
 
 
 @deploy.command()
-def server(folder: Folder = HOME) -> None:
+def server(
+    folder: Folder = HOME,
+    systemd: SystemdOption = False,
+    runs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="with --systemd: the folder for results; default: runs beside the federation",
+        ),
+    ] = None,
+    user: UserOption = USER,
+    credential: CredentialOption = None,
+) -> None:
     """Run the server of a federation in the foreground."""
+    if systemd:
+        from fedvlm.deploy.units import server_unit
+
+        typer.echo(server_unit(folder, runs, user=user, credential=credential), nl=False)
+        return
     from fedvlm.deploy.nvflare.processes import serve
 
     serve(Path(folder), typer.echo)

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from fedvlm.cli import approvals, sitefiles
-from fedvlm.cli.options import needs_nvflare
+from fedvlm.cli.options import USER, CredentialOption, SystemdOption, UserOption, needs_nvflare
 from fedvlm.errors import visible
 
 site = typer.Typer(no_args_is_help=True, help="Take part in runs with one site's rows.")
@@ -31,19 +31,22 @@ def start(
     policy: Annotated[
         str | None, typer.Option(metavar="FILE", help="limits what a run may ask of this site")
     ] = None,
-    systemd: Annotated[
-        bool, typer.Option("--systemd", help="print a systemd unit and exit")
-    ] = False,
+    systemd: SystemdOption = False,
+    user: UserOption = USER,
+    credential: CredentialOption = None,
 ) -> None:
     """Take part in runs with this site's rows until stopped.
 
     The command stays in the foreground.
     """
-    from fedvlm.deploy.nvflare.processes import start_site, systemd_unit
-
     if systemd:
-        typer.echo(systemd_unit(data, state, policy), nl=False)
+        from fedvlm.deploy.units import site_unit
+
+        unit = site_unit(data, state, policy, user=user, credential=credential)
+        typer.echo(unit, nl=False)
         return
+    from fedvlm.deploy.nvflare.processes import start_site
+
     start_site(data, Path(state), policy, typer.echo)
 
 

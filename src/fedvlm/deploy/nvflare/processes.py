@@ -17,7 +17,7 @@ import psutil
 
 from fedvlm.deploy.auditlog import at_site
 from fedvlm.deploy.lifetime import ends_with_parent
-from fedvlm.deploy.nvflare import joining
+from fedvlm.deploy.nvflare import joining, keys
 from fedvlm.deploy.nvflare.names import REFUSED
 from fedvlm.deploy.nvflare.project import (
     CLOSED,
@@ -83,6 +83,7 @@ def serve(folder: Path, say: Callable[[str], None]) -> None:
     project = read_federation(folder)
     server = (folder / "server").absolute()
     place(folder)
+    keys.place_secret(server / "startup" / "server.key")
     command = _command("server.server_train", server, "fed_server.json")
     if warning := check_certificate(server / "startup" / "server.crt"):
         say(warning)
@@ -150,29 +151,6 @@ def _check_first(words: list[str], environment: dict[str, str], say: Callable[[s
         say(line)
     if done.returncode:
         raise FedVLMError(done.stderr[max(0, done.stderr.find(ERROR)) :].removeprefix(ERROR))
-
-
-def systemd_unit(data: str, state: str, policy: str | None) -> str:
-    """Returns the text of ``/etc/systemd/system/fedvlm-site.service``."""
-    words = [sys.executable, "-m", "fedvlm", "site", "start"]
-    words += ["--data", str(Path(data).absolute()), "--state", str(Path(state).absolute())]
-    words += ["--policy", str(Path(policy).absolute())] if policy else []
-    return f"""\
-[Unit]
-Description=fedvlm site
-After=network-online.target
-Wants=network-online.target
-
-[Service]
-ExecStart={" ".join(words)}
-Restart=always
-RestartSec=10
-KillMode=control-group
-UMask=0077
-
-[Install]
-WantedBy=multi-user.target
-"""
 
 
 def read_federation(folder: Path) -> Project:
