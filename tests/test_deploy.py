@@ -113,6 +113,25 @@ def test_a_site_allows_one_class_and_no_code(demo):
     assert mode & 0o077 == 0, "only its owner may read the key"
 
 
+@needed
+def test_the_servers_files_tell_the_state_of_the_run(demo):
+    from fedvlm.deploy.overview import Overview
+
+    folder, _ = demo
+    known = Overview(folder / "federation", list(SITES)).read()
+    table = json.loads((folder / "run" / "table.json").read_text())
+    assert (known.run.state, known.run.output) == ("done", str(folder / "run"))
+    assert known.run.planned == 2 <= known.run.round
+    for way in ("up", "down"):
+        total = sum(known.totals.bytes[site, way] for site in SITES)
+        assert total == table["bytes"][f"bytes_{way}"]["total"] > 0
+    for site in known.sites.values():
+        assert site.admitted
+        assert site.trained >= 2
+        assert known.run.at - 60 < site.seen < known.run.at + 60, "the gate has noted heartbeats"
+        assert known.totals.seconds[site.name, "training"] > 0
+
+
 PROJECTS = {
     "sites: [a]": "server: it is required",
     "server: {address: 10.0.0.1}\nsites: [a]": "a host name",

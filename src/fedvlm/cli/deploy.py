@@ -19,18 +19,12 @@ from fedvlm.cli.options import (
     parse,
 )
 from fedvlm.cli.report import reported
+from fedvlm.cli.status import HOME, Folder, status
 from fedvlm.errors import ConfigError, FedVLMError
 
-HOME = "federation"
 STAYED = "personal adapters and all answers stay at the sites, in STATE/runs/"
 
 deploy = typer.Typer(no_args_is_help=True, help="Run over real machines with NVFlare.")
-
-Folder = Annotated[
-    str, typer.Option("--federation", "-f", metavar="DIR", help="the folder of 'deploy init'")
-]
-
-
 deploy.callback()(needs_nvflare)
 
 
@@ -125,6 +119,12 @@ def _tell_fingerprints(folder: str) -> None:
 @deploy.command()
 def server(
     folder: Folder = HOME,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS:]PORT", help="let Prometheus ask here; without ADDRESS: 127.0.0.1"
+        ),
+    ] = None,
     systemd: SystemdOption = False,
     runs: Annotated[
         str | None,
@@ -140,11 +140,12 @@ def server(
     if systemd:
         from fedvlm.deploy.units import server_unit
 
-        typer.echo(server_unit(folder, runs, user=user, credential=credential), nl=False)
+        more = ["--metrics", metrics] if metrics else []
+        typer.echo(server_unit(folder, runs, more, user=user, credential=credential), nl=False)
         return
     from fedvlm.deploy.nvflare.processes import serve
 
-    serve(Path(folder), typer.echo)
+    serve(Path(folder), typer.echo, metrics)
 
 
 @deploy.command()
@@ -197,20 +198,7 @@ def run(
     typer.echo(STAYED)
 
 
-@deploy.command()
-def status(folder: Folder = HOME) -> None:
-    """Show which sites are connected and which jobs run."""
-    from fedvlm.deploy.nvflare.federation import Federation
-
-    federation = Federation(folder)
-    found = federation.status()
-    for name in federation.project.sites:
-        state = "connected" if name in found["sites"] else "not connected"
-        typer.echo(f"{name:<24} {state if name in federation.sites else 'not admitted'}")
-    for job in found["jobs"]:
-        typer.echo(f"job {job['job_id']}  {job.get('status')}")
-    if not found["jobs"]:
-        typer.echo("no job is running")
+deploy.command()(status)
 
 
 @deploy.command()

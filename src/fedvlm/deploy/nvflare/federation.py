@@ -21,6 +21,7 @@ from fedvlm.deploy.events import EVENTS, output_of
 from fedvlm.deploy.nvflare.processes import read_federation
 from fedvlm.deploy.nvflare.project import ADMIN, Project, admitted, write_job
 from fedvlm.deploy.nvflare.server import RENEW
+from fedvlm.deploy.overview import HEARD, OVER
 from fedvlm.deploy.remote import Limits, as_sent
 from fedvlm.deploy.signature import sign
 from fedvlm.errors import ConfigError, FedVLMError
@@ -34,9 +35,7 @@ from fedvlm.store.run import SITES
 Tell = Callable[[dict[str, Any]], None]
 
 CONNECT = 20.0  # seconds to wait for the server's answer
-HEARD = 100.0  # seconds since the last heartbeat of a connected site; one is sent every 30 seconds
 ASKED = 5.0  # seconds between two requests for the job's status
-OVER = ("done", "renewed", "aborted", "error")  # the last event of a job is one of these
 AGAIN = 3  # number of jobs in a row without a finished round that is an error
 
 

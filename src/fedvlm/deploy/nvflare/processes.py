@@ -15,6 +15,7 @@ from typing import IO, Any
 
 import psutil
 
+from fedvlm.deploy import monitor
 from fedvlm.deploy.auditlog import at_site
 from fedvlm.deploy.lifetime import ends_with_parent
 from fedvlm.deploy.nvflare import joining, keys
@@ -73,12 +74,13 @@ UNHEARD = (
 )
 
 
-def serve(folder: Path, say: Callable[[str], None]) -> None:
+def serve(folder: Path, say: Callable[[str], None], metrics: str | None = None) -> None:
     """Runs the server of a federation until it is stopped.
 
     Args:
         folder: the federation that ``fedvlm deploy init`` has written.
         say: prints a line for a person.
+        metrics: ``PORT`` or ``ADDRESS:PORT`` at which Prometheus may ask; None: nowhere.
     """
     project = read_federation(folder)
     server = (folder / "server").absolute()
@@ -90,6 +92,8 @@ def serve(folder: Path, say: Callable[[str], None]) -> None:
     names = ", ".join(project.sites)
     say(f"server of '{project.name}' on port {project.server.port}; its sites: {names}")
     with only_one(server, TAKEN.format(server)):
+        if metrics:
+            _publish(monitor.ServerNumbers(folder.absolute(), project.sites), metrics, say)
         _keep(command, server, {**RETURNING, **os.environ}, server / "nvflare.log", say)
 
 
@@ -106,7 +110,9 @@ def start_site(data: str, state: Path, policy: str | None, say: Callable[[str], 
         FedVLMError: data, policy or state cannot be used, or the site is not admitted; for rows, as
             ``fedvlm site check``.
     """
-    read_policy(policy)
+    allowed = read_policy(policy)
+    if allowed.metrics:
+        monitor.place(allowed.metrics)
     if not Path(data).exists():
         raise FedVLMError(f"--data '{data}': there is no such file or folder")
     state = state.absolute()
@@ -130,11 +136,19 @@ def start_site(data: str, state: Path, policy: str | None, say: Callable[[str], 
         rules = ["--policy", policy] if policy else []
         _check_first([data, "--state", str(state), *rules], environment, say)
         at_site(own).note("started")
+        if allowed.metrics:
+            _publish(monitor.SiteNumbers(state), allowed.metrics, say)
         command = _command("client.client_train", workspace, "fed_client.json", f"uid={name}")
         target = json.loads((workspace / "startup" / "fed_client.json").read_text())
         say(f"site '{name}', connecting to {target['servers'][0]['service']['target']}")
         logs = state / "nvflare.log", state / LOG
         _keep(command, workspace, environment, logs[0], say, shown=logs[1], silence=UNHEARD)
+
+
+def _publish(source: Any, where: str, say: Callable[[str], None]) -> None:
+    """Lets Prometheus ask for numbers, and prints where."""
+    host, port = monitor.publish(source, where)
+    say(f"metrics for Prometheus: http://{f'[{host}]' if ':' in host else host}:{port}/metrics")
 
 
 def _check_first(words: list[str], environment: dict[str, str], say: Callable[[str], None]) -> None:

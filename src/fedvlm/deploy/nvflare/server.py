@@ -199,6 +199,7 @@ class Told(Progress):
             self.tell({"event": "bounded", "site": site, "round": line["round"], **how})
         scored = bool((line["evaluation"] or {}).get("global"))
         event = {"event": "round", "round": line["round"], "seconds": seconds, "scored": scored}
-        self.tell(event)
+        told = ("bytes_up", "bytes_down", "epsilon", "missing")
+        self.tell(event | {name: line[name] for name in told if name in line})
         if self.renew.exists():
             raise Renewed
