@@ -132,6 +132,39 @@ def test_the_servers_files_tell_the_state_of_the_run(demo):
         assert known.totals.seconds[site.name, "training"] > 0
 
 
+@needed
+def test_logs_are_json_lines_with_run_and_round_and_without_rows(demo):
+    import pandas
+
+    folder, _ = demo
+    (about,) = (folder / "run").glob("sites.json")
+    run = json.loads(about.read_text())["run"]
+    texts, pictures = set(), []
+    for site in SITES:
+        rows = pandas.read_parquet(folder / "data" / f"{site}.parquet")
+        texts |= {t for t in [*rows["question"], *rows["chosen"]] if len(t) > 12}
+        pictures += [picture["bytes"][-64:] for picture in rows["image"]]
+        lines = files.read_lines(folder / "sites" / site / "site.log")
+        assert {"time", "level", "run", "round", "message"} == set(lines[-1])
+        assert {line["run"] for line in lines} == {run}
+        assert {line["round"] for line in lines} >= {1, 2}
+    events = files.read_lines(next((folder / "federation" / "runs").glob("*/events.jsonl")))
+    assert {event["run"] for event in events} == {run}
+    assert [event["round"] for event in events] == sorted(event["round"] for event in events)
+    pieces = [text.encode() for text in texts] + pictures
+    assert len(texts) > 5
+    written = [p for p in folder.rglob("*") if p.is_file() and _is_log(p)]
+    assert len(written) > 15
+    assert not [(p, piece) for p in written for piece in pieces if piece in p.read_bytes()]
+    answers = state(folder, "north") / "answers" / "personal.jsonl"
+    assert any(text in answers.read_text() for text in texts), "the search finds what is there"
+
+
+def _is_log(path):
+    kinds = (".log", "log.txt", "log.json", "events.jsonl", "audit.jsonl", "metrics.jsonl")
+    return path.name.endswith(kinds) and path.stat().st_size > 0
+
+
 PROJECTS = {
     "sites: [a]": "server: it is required",
     "server: {address: 10.0.0.1}\nsites: [a]": "a host name",

@@ -8,6 +8,7 @@ from typing import Annotated, Any
 
 import typer
 
+from fedvlm.cli import backups
 from fedvlm.cli.options import (
     USER,
     CredentialOption,
@@ -199,6 +200,8 @@ def run(
 
 
 deploy.command()(status)
+deploy.command("backup")(backups.deploy_backup)
+deploy.command("restore")(backups.deploy_restore)
 
 
 @deploy.command()

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fedvlm.cli import approvals, sitefiles
+from fedvlm.cli import approvals, backups, sitefiles
 from fedvlm.cli.options import USER, CredentialOption, SystemdOption, UserOption, needs_nvflare
 from fedvlm.errors import visible
 
@@ -63,6 +63,9 @@ def check(
     state: Annotated[
         str, typer.Option(metavar="DIR", help="the state of 'site start', for the room on its disk")
     ] = ".",
+    answers: Annotated[
+        bool, typer.Option("--answers/--no-answers", help="show the most frequent answers")
+    ] = True,
 ) -> None:
     """Say what a run would find at this site, without a connection.
 
@@ -72,7 +75,7 @@ def check(
     """
     from fedvlm.deploy.sitecheck import check as checked
 
-    report = checked(data, policy, model, state)
+    report = checked(data, policy, model, state, answers)
     for line in report.found:
         typer.echo(visible(line))
     report.raise_all()
@@ -144,4 +147,6 @@ def _tell_request(path: Path, state: str) -> None:
 
 site.command()(sitefiles.budget)
 site.command()(sitefiles.erase)
+site.command("backup")(backups.site_backup)
+site.command("restore")(backups.site_restore)
 site.command()(sitefiles.digest)

@@ -49,8 +49,13 @@ class Server:
     def run(self) -> None:
         events = Path(self.job["events"])
 
+        at = 0
+
         def tell(event: dict[str, Any]) -> None:
-            append_line(events, {"time": round(time.time(), 3), **event})
+            nonlocal at
+            at = event.get("round", at)
+            about = {"time": round(time.time(), 3), "run": self.job["run"], "round": at}
+            append_line(events, {**about, **event})
 
         try:
             proxies = {client.name: client for client in collab.clients}
