@@ -225,7 +225,7 @@ class Overview:
             self._taking_part = [name for name in event["sites"] if name in self.sites]
             self._next(event["time"])
         elif kind == "round":
-            run.round, run.seconds = event["round"], event["seconds"]
+            run.round, run.seconds = min(event["round"], run.planned), event["seconds"]
             run.epsilon = event.get("epsilon", run.epsilon)
             totals.rounds += event["round"] > 0
             totals.round_seconds += event["seconds"]
