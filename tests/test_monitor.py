@@ -22,6 +22,7 @@ from fedvlm.deploy.auditlog import AuditLog
 from fedvlm.deploy.overview import REASONS, Overview
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.store import files
+from test_cli import call
 
 SITES = ["north", "south", "west"]
 EXAMPLES = Path(__file__).parents[1] / "examples" / "monitoring"
@@ -118,6 +119,23 @@ def test_text_of_a_site_is_neither_a_label_nor_a_line_nor_markup(home):
     assert "\x1b" not in shown
     assert "LATE, working for 60 s" in shown
     assert "1 of 9 rounds done" in shown
+
+
+def test_the_screen_is_shown_until_ctrl_c(home, capsys, monkeypatch):
+    pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy]'")
+    shown = []
+
+    def ctrl_c(seconds):
+        shown.append(seconds)
+        if len(shown) == 2:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr("fedvlm.cli.status.time.sleep", ctrl_c)
+    files.write_text(home / "project.yml", f"server: {{address: h}}\nsites: {SITES}")
+    code, out, _ = call(capsys, monkeypatch, "deploy", "status", "--watch", "-f", str(home))
+    assert code == 0
+    assert "/runs/2: running, 1 of 9 rounds done" in out
+    assert all(site in out for site in SITES)
 
 
 def test_a_site_tells_its_own_prometheus_what_it_has_answered(tmp_path):
