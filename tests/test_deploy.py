@@ -239,6 +239,37 @@ def test_a_finished_job_does_not_block_a_run(tmp_path):
     federation._clear(Session(), settings, False)
 
 
+@needed
+def test_a_job_that_a_killed_server_left_behind_does_not_keep_another_from_its_end(
+    tmp_path, monkeypatch
+):
+    from contextlib import contextmanager
+
+    from fedvlm.deploy.nvflare.federation import Federation
+
+    class Session:
+        said = "server internal error: Job left is not running."
+
+        def list_jobs(self):
+            return [{"job_id": job, "status": "RUNNING"} for job in ("left", "now")]
+
+        def abort_job(self, job):
+            if job == "left":
+                raise RuntimeError(self.said)
+
+    @contextmanager
+    def session(self):
+        yield Session()
+
+    (tmp_path / "server").mkdir()
+    (tmp_path / "project.yml").write_text("server: {address: h}\nsites: [a]")
+    monkeypatch.setattr(Federation, "session", session)
+    assert Federation(tmp_path).abort() == ["now"]
+    Session.said = "no reply"
+    with pytest.raises(FedVLMError, match="job left cannot be ended: no reply"):
+        Federation(tmp_path).abort()
+
+
 def test_a_project_is_read_as_it_is_written(tmp_path):
     from fedvlm.deploy.nvflare.project import Project, read_project
 
