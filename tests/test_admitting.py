@@ -143,6 +143,25 @@ def test_an_invitation_cannot_loosen_what_a_site_allows(home, tmp_path):
     assert not (local / "custom.json").exists()
 
 
+def test_a_sites_key_can_be_a_credential_of_the_service_manager(home, tmp_path, monkeypatch):
+    state = tmp_path / "north"
+    joins(home, state)
+    (key,) = (state / "keys").glob("*/site.key")
+    given = tmp_path / "credentials"
+    given.mkdir()
+    key.rename(given / "site.key")
+    with pytest.raises(FedVLMError, match=r"no credential 'site\.key' was given"):
+        joining.equip(state, state / "nvflare")
+    monkeypatch.setenv("CREDENTIALS_DIRECTORY", str(given))
+    joining.equip(state, state / "nvflare")
+    used = state / "nvflare" / "startup" / "client.key"
+    assert used.resolve() == given / "site.key"
+    secret = used.read_bytes()
+    files = [path for path in state.rglob("*") if path.is_file() and not path.is_symlink()]
+    assert files
+    assert not [path for path in files if secret in path.read_bytes()], "no copy is on the disk"
+
+
 def test_an_invitation_without_an_authority_is_refused(home, tmp_path):
     request = asks(home, tmp_path / "north")
     signed = keys.read(admitting.admit(home, request, yes), keys.Admission).certificate

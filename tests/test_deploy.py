@@ -113,6 +113,58 @@ def test_a_site_allows_one_class_and_no_code(demo):
     assert mode & 0o077 == 0, "only its owner may read the key"
 
 
+@needed
+def test_the_servers_files_tell_the_state_of_the_run(demo):
+    from fedvlm.deploy.overview import Overview
+
+    folder, _ = demo
+    known = Overview(folder / "federation", list(SITES)).read()
+    table = json.loads((folder / "run" / "table.json").read_text())
+    assert (known.run.state, known.run.output) == ("done", str(folder / "run"))
+    assert known.run.planned == 2 <= known.run.round
+    for way in ("up", "down"):
+        total = sum(known.totals.bytes[site, way] for site in SITES)
+        assert total == table["bytes"][f"bytes_{way}"]["total"] > 0
+    for site in known.sites.values():
+        assert site.admitted
+        assert site.trained >= 2
+        assert known.run.at - 60 < site.seen < known.run.at + 60, "the gate has noted heartbeats"
+        assert known.totals.seconds[site.name, "training"] > 0
+
+
+@needed
+def test_logs_are_json_lines_with_run_and_round_and_without_rows(demo):
+    import pandas
+
+    folder, _ = demo
+    (about,) = (folder / "run").glob("sites.json")
+    run = json.loads(about.read_text())["run"]
+    texts, pictures = set(), []
+    for site in SITES:
+        rows = pandas.read_parquet(folder / "data" / f"{site}.parquet")
+        texts |= {t for t in [*rows["question"], *rows["chosen"]] if len(t) > 12}
+        pictures += [picture["bytes"][-64:] for picture in rows["image"]]
+        lines = files.read_lines(folder / "sites" / site / "site.log")
+        assert {"time", "level", "run", "round", "message"} == set(lines[-1])
+        assert {line["run"] for line in lines} == {run}
+        assert {line["round"] for line in lines} >= {1, 2}
+    events = files.read_lines(next((folder / "federation" / "runs").glob("*/events.jsonl")))
+    assert {event["run"] for event in events} == {run}
+    assert [event["round"] for event in events] == sorted(event["round"] for event in events)
+    pieces = [text.encode() for text in texts] + pictures
+    assert len(texts) > 5
+    written = [p for p in folder.rglob("*") if p.is_file() and _is_log(p)]
+    assert len(written) > 15
+    assert not [(p, piece) for p in written for piece in pieces if piece in p.read_bytes()]
+    answers = state(folder, "north") / "answers" / "personal.jsonl"
+    assert any(text in answers.read_text() for text in texts), "the search finds what is there"
+
+
+def _is_log(path):
+    kinds = (".log", "log.txt", "log.json", "events.jsonl", "audit.jsonl", "metrics.jsonl")
+    return path.name.endswith(kinds) and path.stat().st_size > 0
+
+
 PROJECTS = {
     "sites: [a]": "server: it is required",
     "server: {address: 10.0.0.1}\nsites: [a]": "a host name",
@@ -188,12 +240,34 @@ def test_a_finished_job_does_not_block_a_run(tmp_path):
 
 
 @needed
-def test_a_unit_for_systemd_is_printed(tmp_path, capsys, monkeypatch):
-    words = ("--data", "d.parquet", "--state", "s", "--systemd")
-    code, text, _ = call(capsys, monkeypatch, "site", "start", *words)
-    assert code == 0
-    assert "Restart=always" in text
-    assert f"--data {Path('d.parquet').absolute()}" in text
+def test_a_job_that_a_killed_server_left_behind_does_not_keep_another_from_its_end(
+    tmp_path, monkeypatch
+):
+    from contextlib import contextmanager
+
+    from fedvlm.deploy.nvflare.federation import Federation
+
+    class Session:
+        said = "server internal error: Job left is not running."
+
+        def list_jobs(self):
+            return [{"job_id": job, "status": "RUNNING"} for job in ("left", "now")]
+
+        def abort_job(self, job):
+            if job == "left":
+                raise RuntimeError(self.said)
+
+    @contextmanager
+    def session(self):
+        yield Session()
+
+    (tmp_path / "server").mkdir()
+    (tmp_path / "project.yml").write_text("server: {address: h}\nsites: [a]")
+    monkeypatch.setattr(Federation, "session", session)
+    assert Federation(tmp_path).abort() == ["now"]
+    Session.said = "no reply"
+    with pytest.raises(FedVLMError, match="job left cannot be ended: no reply"):
+        Federation(tmp_path).abort()
 
 
 def test_a_project_is_read_as_it_is_written(tmp_path):

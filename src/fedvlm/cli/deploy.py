@@ -8,20 +8,24 @@ from typing import Annotated, Any
 
 import typer
 
-from fedvlm.cli.options import QuietOption, Words, needs_nvflare, parse
+from fedvlm.cli import backups
+from fedvlm.cli.options import (
+    USER,
+    CredentialOption,
+    QuietOption,
+    SystemdOption,
+    UserOption,
+    Words,
+    needs_nvflare,
+    parse,
+)
 from fedvlm.cli.report import reported
+from fedvlm.cli.status import HOME, Folder, status
 from fedvlm.errors import ConfigError, FedVLMError
 
-HOME = "federation"
 STAYED = "personal adapters and all answers stay at the sites, in STATE/runs/"
 
 deploy = typer.Typer(no_args_is_help=True, help="Run over real machines with NVFlare.")
-
-Folder = Annotated[
-    str, typer.Option("--federation", "-f", metavar="DIR", help="the folder of 'deploy init'")
-]
-
-
 deploy.callback()(needs_nvflare)
 
 
@@ -114,11 +118,35 @@ def _tell_fingerprints(folder: str) -> None:
 
 
 @deploy.command()
-def server(folder: Folder = HOME) -> None:
+def server(
+    folder: Folder = HOME,
+    metrics: Annotated[
+        str | None,
+        typer.Option(
+            metavar="[ADDRESS:]PORT", help="let Prometheus ask here; without ADDRESS: 127.0.0.1"
+        ),
+    ] = None,
+    systemd: SystemdOption = False,
+    runs: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DIR",
+            help="with --systemd: the folder for results; default: runs beside the federation",
+        ),
+    ] = None,
+    user: UserOption = USER,
+    credential: CredentialOption = None,
+) -> None:
     """Run the server of a federation in the foreground."""
+    if systemd:
+        from fedvlm.deploy.units import server_unit
+
+        more = ["--metrics", metrics] if metrics else []
+        typer.echo(server_unit(folder, runs, more, user=user, credential=credential), nl=False)
+        return
     from fedvlm.deploy.nvflare.processes import serve
 
-    serve(Path(folder), typer.echo)
+    serve(Path(folder), typer.echo, metrics)
 
 
 @deploy.command()
@@ -171,20 +199,9 @@ def run(
     typer.echo(STAYED)
 
 
-@deploy.command()
-def status(folder: Folder = HOME) -> None:
-    """Show which sites are connected and which jobs run."""
-    from fedvlm.deploy.nvflare.federation import Federation
-
-    federation = Federation(folder)
-    found = federation.status()
-    for name in federation.project.sites:
-        state = "connected" if name in found["sites"] else "not connected"
-        typer.echo(f"{name:<24} {state if name in federation.sites else 'not admitted'}")
-    for job in found["jobs"]:
-        typer.echo(f"job {job['job_id']}  {job.get('status')}")
-    if not found["jobs"]:
-        typer.echo("no job is running")
+deploy.command()(status)
+deploy.command("backup")(backups.deploy_backup)
+deploy.command("restore")(backups.deploy_restore)
 
 
 @deploy.command()

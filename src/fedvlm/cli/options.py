@@ -18,6 +18,20 @@ Words = Annotated[
     ),
 ]
 QuietOption = Annotated[bool, typer.Option("--quiet", "-q", help="print only the final table")]
+SystemdOption = Annotated[
+    bool, typer.Option("--systemd", help="print a unit of systemd for this command, and exit")
+]
+USER = "fedvlm"
+UserOption = Annotated[
+    str, typer.Option(metavar="NAME", help="with --systemd: the user of the unit's processes")
+]
+CredentialOption = Annotated[
+    str | None,
+    typer.Option(
+        metavar="FILE",
+        help="with --systemd: the private key, as 'systemd-creds encrypt' has written it",
+    ),
+]
 SetOption = Annotated[
     list[str] | None,
     typer.Option(

@@ -7,8 +7,8 @@ from typing import Annotated
 
 import typer
 
-from fedvlm.cli import approvals, sitefiles
-from fedvlm.cli.options import needs_nvflare
+from fedvlm.cli import approvals, backups, sitefiles
+from fedvlm.cli.options import USER, CredentialOption, SystemdOption, UserOption, needs_nvflare
 from fedvlm.errors import visible
 
 site = typer.Typer(no_args_is_help=True, help="Take part in runs with one site's rows.")
@@ -31,19 +31,22 @@ def start(
     policy: Annotated[
         str | None, typer.Option(metavar="FILE", help="limits what a run may ask of this site")
     ] = None,
-    systemd: Annotated[
-        bool, typer.Option("--systemd", help="print a systemd unit and exit")
-    ] = False,
+    systemd: SystemdOption = False,
+    user: UserOption = USER,
+    credential: CredentialOption = None,
 ) -> None:
     """Take part in runs with this site's rows until stopped.
 
     The command stays in the foreground.
     """
-    from fedvlm.deploy.nvflare.processes import start_site, systemd_unit
-
     if systemd:
-        typer.echo(systemd_unit(data, state, policy), nl=False)
+        from fedvlm.deploy.units import site_unit
+
+        unit = site_unit(data, state, policy, user=user, credential=credential)
+        typer.echo(unit, nl=False)
         return
+    from fedvlm.deploy.nvflare.processes import start_site
+
     start_site(data, Path(state), policy, typer.echo)
 
 
@@ -60,6 +63,9 @@ def check(
     state: Annotated[
         str, typer.Option(metavar="DIR", help="the state of 'site start', for the room on its disk")
     ] = ".",
+    answers: Annotated[
+        bool, typer.Option("--answers/--no-answers", help="show the most frequent answers")
+    ] = True,
 ) -> None:
     """Say what a run would find at this site, without a connection.
 
@@ -69,7 +75,7 @@ def check(
     """
     from fedvlm.deploy.sitecheck import check as checked
 
-    report = checked(data, policy, model, state)
+    report = checked(data, policy, model, state, answers)
     for line in report.found:
         typer.echo(visible(line))
     report.raise_all()
@@ -141,4 +147,6 @@ def _tell_request(path: Path, state: str) -> None:
 
 site.command()(sitefiles.budget)
 site.command()(sitefiles.erase)
+site.command("backup")(backups.site_backup)
+site.command("restore")(backups.site_restore)
 site.command()(sitefiles.digest)

@@ -50,6 +50,9 @@ class Policy(limits.Budgets, Protection, peers.Peers):
         None, description="names of allowed algorithms; empty: all"
     )
     approval: bool = Field(False, description="a person accepts each run: fedvlm site requests")
+    metrics: str = Field(
+        "", description="ADDRESS:PORT at which this site's own Prometheus may ask; empty: nowhere"
+    )
     set: dict[str, Any] = Field(
         {},
         description="the site's settings, such as model.device: cuda or data.columns.answer: label",
@@ -61,6 +64,11 @@ class Policy(limits.Budgets, Protection, peers.Peers):
         if not isinstance(given, dict):
             return given
         return {n: {"path": how} if isinstance(how, str) else how for n, how in given.items()}
+
+    @field_validator("metrics", mode="before")
+    @classmethod
+    def _a_number_will_do(cls, given: Any) -> Any:
+        return str(given) if type(given) is int else given
 
     def check(self, config: Config) -> None:
         """Refuses a run that the policy does not allow.

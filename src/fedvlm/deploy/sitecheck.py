@@ -40,10 +40,12 @@ class Report:
     Attributes:
         found: lines about what a run would find.
         problems: what would stop a run, each on a line of its own.
+        answers: whether answers of rows may be among the lines.
     """
 
     found: list[str] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
+    answers: bool = True
 
     def raise_all(self) -> None:
         """Raises one error with all problems, if there are any.
@@ -59,7 +61,13 @@ class Report:
             raise FedVLMError("\n".join([f"{head}:", *(f"  - {p}" for p in self.problems)]))
 
 
-def check(data: str, policy: str | None, model: str | None = None, state: str = ".") -> Report:
+def check(
+    data: str,
+    policy: str | None,
+    model: str | None = None,
+    state: str = ".",
+    answers: bool = True,
+) -> Report:
     """Checks a site's rows, policy, models and disk, and finds all problems at once.
 
     Args:
@@ -67,8 +75,9 @@ def check(data: str, policy: str | None, model: str | None = None, state: str = 
         policy: file with the site's policy; None: the default policy.
         model: a model of the policy, which is loaded and gets every row; None: no model is loaded.
         state: folder of the site's state; it need not exist.
+        answers: whether the most frequent answers are among the lines.
     """
-    report = Report()
+    report = Report(answers=answers)
     try:
         rules = read_policy(policy)
     except ConfigError as error:
@@ -92,7 +101,10 @@ def _rows(report: Report, policy: Policy, data: str, model: str | None, state: s
             strict, config = _settings(policy, str(Path(data).absolute()), model)
             rows = load_rows(config.data, config.seed)
             partition = preparing.partitioned(config, rows)
-            report.found += [*_columns(config, rows), *_counts(len(rows), partition)]
+            report.found += [
+                *_columns(config, rows),
+                *_counts(len(rows), partition, report.answers),
+            ]
             limits.admitted(policy, config, next(iter(partition.splits.values())))
             report.found += _protected(policy, rows, partition, state)
             if model:
@@ -147,11 +159,11 @@ def _columns(config: Config, rows: Any) -> Iterator[str]:
     yield f"columns: {roles}" + (f"; others: {', '.join(others)}" if others else "")
 
 
-def _counts(count: int, partition: Partition) -> Iterator[str]:
+def _counts(count: int, partition: Partition, answers: bool) -> Iterator[str]:
     (skew,) = partition.skew.values()
     yield f"rows: {count}, of which {_splits(partition)}"
     often = ", ".join(f"{shown(text, 40)} {100 * n / count:.0f} %" for text, n in skew.top[:TOP])
-    yield f"answers: {skew.distinct} different; most frequent: {often}"
+    yield f"answers: {skew.distinct} different" + (f"; most frequent: {often}" if answers else "")
 
 
 def _splits(partition: Partition) -> str:

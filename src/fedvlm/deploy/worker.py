@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from fedvlm.deploy import logs
 from fedvlm.deploy.auditlog import audited_at_site
 from fedvlm.deploy.frames import Closed, Message, receive, send
 from fedvlm.deploy.lifetime import ends_with_parent
@@ -81,6 +82,7 @@ class Worker:
         from fedvlm.metrics import rounded
 
         do, site = asked["do"], self.site
+        logs.about(asked)
         if do == "open":
             return self._open(asked), b""
         if site is None:
@@ -263,17 +265,8 @@ def main() -> None:
 
     own = json.loads(sys.argv[2])
     os.environ.update(private(own["state"]))  # before a library reads them
-    log_to(own.get("log"))
+    logs.log_to(own.get("log"))
     serve(socket.socket(fileno=int(sys.argv[1])), Worker(own))
-
-
-def log_to(path: str | None) -> None:
-    """Sends this package's log lines to a file, the site's log, or to standard error."""
-    handler = logging.FileHandler(path) if path else logging.StreamHandler(sys.stderr)
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
-    logger.addHandler(handler)
-    logger.setLevel(logging.INFO)
-    logger.propagate = False
 
 
 if __name__ == "__main__":

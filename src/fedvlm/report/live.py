@@ -137,7 +137,7 @@ def _words(event: Mapping[str, Any]) -> str:
     """An event in words. Its reason may come from a site."""
     kind = str(event.get("event"))
     text = HAPPENED.get(kind, kind)
-    if event.get("round") is not None:
+    if event.get("round"):
         text += f", round {event['round']}"
     if event.get("bytes_up"):
         text += f", {size(event['bytes_up'])} up"

@@ -15,12 +15,12 @@ from typing import Any
 
 from nvflare.collab import collab
 
+from fedvlm.deploy import logs
 from fedvlm.deploy.calls import Desk, settle
 from fedvlm.deploy.nvflare import guard
 from fedvlm.deploy.nvflare.processes import MARK, SITE
 from fedvlm.deploy.nvflare.signing import Forged, Verifier
 from fedvlm.deploy.supervisor import Supervisor
-from fedvlm.deploy.worker import log_to
 
 logger = logging.getLogger("fedvlm")
 
@@ -42,7 +42,7 @@ class Client:
         own = json.loads(os.environ[SITE])
         if own["name"] != collab.site_name:
             raise RuntimeError(f"the job is for site '{collab.site_name}', this is '{own['name']}'")
-        log_to(own["log"])
+        logs.log_to(own["log"])
         startup, job = Path(os.environ[MARK]) / "startup", str(collab.fl_ctx.get_job_id())
         self.verifier = Verifier(startup, job, own["name"])
         self.supervisor = Supervisor(own)
@@ -62,6 +62,7 @@ class Client:
         except Forged as error:
             logger.warning("refused a request of '%s': %s", collab.caller, error)
             return [json.dumps({"error": "refused", "message": f"the request: {error}"}), b""]
+        logs.about(asked)
         answer, tensors = self.desk.ask(asked, blob)
         return [json.dumps(answer), tensors]
 

@@ -21,9 +21,10 @@ from fedvlm.deploy.events import EVENTS, output_of
 from fedvlm.deploy.nvflare.processes import read_federation
 from fedvlm.deploy.nvflare.project import ADMIN, Project, admitted, write_job
 from fedvlm.deploy.nvflare.server import RENEW
+from fedvlm.deploy.overview import HEARD, OVER
 from fedvlm.deploy.remote import Limits, as_sent
 from fedvlm.deploy.signature import sign
-from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.errors import ConfigError, FedVLMError, brief
 from fedvlm.rounds import robust, secure
 from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
@@ -34,9 +35,7 @@ from fedvlm.store.run import SITES
 Tell = Callable[[dict[str, Any]], None]
 
 CONNECT = 20.0  # seconds to wait for the server's answer
-HEARD = 100.0  # seconds since the last heartbeat of a connected site; one is sent every 30 seconds
 ASKED = 5.0  # seconds between two requests for the job's status
-OVER = ("done", "renewed", "aborted", "error")  # the last event of a job is one of these
 AGAIN = 3  # number of jobs in a row without a finished round that is an error
 
 
@@ -96,12 +95,20 @@ class Federation:
             return {"sites": self.connected(session), "jobs": self.jobs(session)}
 
     def abort(self) -> list[str]:
-        """Ends the waiting and running jobs. Finished rounds stay, and ``--resume`` continues."""
+        """Ends the waiting and running jobs. Finished rounds stay, and ``--resume`` continues.
+
+        A server that was killed lists its jobs as running ever after; they are left out.
+        """
+        found = []
         with self.session() as session:
-            found = [str(job["job_id"]) for job in self.jobs(session)]
-            for job in found:
+            for job in (str(job["job_id"]) for job in self.jobs(session)):
                 files.write_text(self._mark(job), "")
-                session.abort_job(job)
+                try:
+                    session.abort_job(job)
+                    found.append(job)
+                except Exception as error:
+                    if "is not running" not in str(error):
+                        raise FedVLMError(f"job {job} cannot be ended: {brief(error)}") from None
         return found
 
     def readmit(self) -> list[str]:

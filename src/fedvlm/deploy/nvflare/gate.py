@@ -23,6 +23,7 @@ from nvflare.fuel.f3.drivers import grpc_driver
 from nvflare.fuel.f3.drivers.net_utils import ssl_required
 
 from fedvlm.deploy.nvflare import keys
+from fedvlm.deploy.nvflare.presence import Presence
 from fedvlm.deploy.nvflare.project import CLOSED, UNADMITTED
 from fedvlm.errors import FedVLMError
 
@@ -47,18 +48,22 @@ class Gate(FLComponent):  # type: ignore[misc]  # NVFlare has no types
         ]:
             raise RuntimeError("this version of NVFlare has other streams: keys cannot be checked")
         keeper = Keeper(Path(admitted))
-        grpc_driver.Servicer.Stream = guarded(grpc_driver.Servicer.Stream, keeper)
+        presence = Presence(Path(admitted).parent / "server")
+        grpc_driver.Servicer.Stream = guarded(grpc_driver.Servicer.Stream, keeper, presence)
 
 
-def guarded(stream: Callable[..., Iterator[Any]], keeper: Keeper) -> Callable[..., Iterator[Any]]:
+def guarded(
+    stream: Callable[..., Iterator[Any]], keeper: Keeper, presence: Presence
+) -> Callable[..., Iterator[Any]]:
     """Returns NVFlare's handler of a stream with the gate before it."""
 
     def Stream(self: Any, request_iterator: Any, context: grpc.ServicerContext) -> Iterator[Any]:
         if not ssl_required(self.server.connector.params):  # inside the server's machine
             yield from stream(self, request_iterator, context)
             return
-        with keeper.watched(context):
-            yield from stream(self, request_iterator, context)
+        name, _ = identity(context)
+        with keeper.watched(context), presence.connection(name, request_iterator) as requests:
+            yield from stream(self, requests, context)
 
     return Stream
 

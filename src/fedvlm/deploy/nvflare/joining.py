@@ -189,7 +189,11 @@ def equip(state: Path, workspace: Path) -> str:
     for path in (workspace, workspace / "startup", workspace / "local"):
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
         path.chmod(0o700)
-    for source, target in ((KEY, "client.key"), (CERTIFICATE, "client.crt")):
+    names = [(KEY, "client.key"), (CERTIFICATE, "client.crt")]
+    if not (folder / KEY).exists():
+        keys.place_secret(workspace / "startup" / "client.key", KEY)
+        names = names[1:]
+    for source, target in names:
         text = (folder / source).read_bytes()
         handle = os.open(workspace / "startup" / target, os.O_CREAT | os.O_WRONLY, 0o600)
         with os.fdopen(handle, "wb") as file:

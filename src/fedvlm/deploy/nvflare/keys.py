@@ -138,6 +138,36 @@ def new_key(path: Path) -> rsa.RSAPrivateKey:
     return key
 
 
+def credential(name: str) -> Path | None:
+    """A secret that the service manager holds for this process (``LoadCredential`` of systemd)."""
+    folder = os.environ.get("CREDENTIALS_DIRECTORY")
+    path = Path(folder) / name if folder else None
+    return path if path and path.is_file() else None
+
+
+def place_secret(path: Path, name: str = "") -> None:
+    """Lets a key's path lead to the service manager's secret, unless the key itself is there.
+
+    Args:
+        path: where the key is read.
+        name: the name of the secret; empty: that of the file.
+
+    Raises:
+        FedVLMError: there is neither the key nor the secret.
+    """
+    if path.exists() and not path.is_symlink():
+        return
+    name = name or path.name
+    secret = credential(name)
+    if secret is None:
+        raise FedVLMError(
+            f"the private key '{path}' is not there, and no credential '{name}' was given to this "
+            f"process: put the key back, or run the service with LoadCredentialEncrypted={name}:..."
+        )
+    path.unlink(missing_ok=True)
+    path.symlink_to(secret)
+
+
 def read_key(path: Path) -> rsa.RSAPrivateKey:
     """Reads a private key.
 

@@ -9,15 +9,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from pathlib import Path
-from typing import IO, Any
+from typing import Any
 
 import psutil
 
+from fedvlm.deploy import logs, monitor
 from fedvlm.deploy.auditlog import at_site
 from fedvlm.deploy.lifetime import ends_with_parent
-from fedvlm.deploy.nvflare import joining
+from fedvlm.deploy.nvflare import joining, keys
 from fedvlm.deploy.nvflare.names import REFUSED
 from fedvlm.deploy.nvflare.project import (
     CLOSED,
@@ -73,22 +75,26 @@ UNHEARD = (
 )
 
 
-def serve(folder: Path, say: Callable[[str], None]) -> None:
+def serve(folder: Path, say: Callable[[str], None], metrics: str | None = None) -> None:
     """Runs the server of a federation until it is stopped.
 
     Args:
         folder: the federation that ``fedvlm deploy init`` has written.
         say: prints a line for a person.
+        metrics: ``PORT`` or ``ADDRESS:PORT`` at which Prometheus may ask; None: nowhere.
     """
     project = read_federation(folder)
     server = (folder / "server").absolute()
     place(folder)
+    keys.place_secret(server / "startup" / "server.key")
     command = _command("server.server_train", server, "fed_server.json")
     if warning := check_certificate(server / "startup" / "server.crt"):
         say(warning)
     names = ", ".join(project.sites)
     say(f"server of '{project.name}' on port {project.server.port}; its sites: {names}")
     with only_one(server, TAKEN.format(server)):
+        if metrics:
+            _publish(monitor.ServerNumbers(folder.absolute(), project.sites), metrics, say)
         _keep(command, server, {**RETURNING, **os.environ}, server / "nvflare.log", say)
 
 
@@ -105,7 +111,9 @@ def start_site(data: str, state: Path, policy: str | None, say: Callable[[str], 
         FedVLMError: data, policy or state cannot be used, or the site is not admitted; for rows, as
             ``fedvlm site check``.
     """
-    read_policy(policy)
+    allowed = read_policy(policy)
+    if allowed.metrics:
+        monitor.place(allowed.metrics)
     if not Path(data).exists():
         raise FedVLMError(f"--data '{data}': there is no such file or folder")
     state = state.absolute()
@@ -129,20 +137,30 @@ def start_site(data: str, state: Path, policy: str | None, say: Callable[[str], 
         rules = ["--policy", policy] if policy else []
         _check_first([data, "--state", str(state), *rules], environment, say)
         at_site(own).note("started")
+        if allowed.metrics:
+            _publish(monitor.SiteNumbers(state), allowed.metrics, say)
         command = _command("client.client_train", workspace, "fed_client.json", f"uid={name}")
         target = json.loads((workspace / "startup" / "fed_client.json").read_text())
         say(f"site '{name}', connecting to {target['servers'][0]['service']['target']}")
-        logs = state / "nvflare.log", state / LOG
-        _keep(command, workspace, environment, logs[0], say, shown=logs[1], silence=UNHEARD)
+        log = state / "nvflare.log"
+        _keep(command, workspace, environment, log, say, shown=state / LOG, silence=UNHEARD)
+
+
+def _publish(source: Any, where: str, say: Callable[[str], None]) -> None:
+    """Lets Prometheus ask for numbers, and prints where."""
+    host, port = monitor.publish(source, where)
+    say(f"metrics for Prometheus: http://{f'[{host}]' if ':' in host else host}:{port}/metrics")
 
 
 def _check_first(words: list[str], environment: dict[str, str], say: Callable[[str], None]) -> None:
     """Runs ``fedvlm site check``. Its memory is free again when this command keeps running.
 
+    Its lines may go to the journal of the machine, so they have no answers.
+
     Raises:
         FedVLMError: the check found problems; lists all of them.
     """
-    command = [sys.executable, "-m", "fedvlm", "site", "check", *words]
+    command = [sys.executable, "-m", "fedvlm", "site", "check", "--no-answers", *words]
     done = subprocess.run(
         command, env=environment, capture_output=True, text=True, errors="replace", check=False
     )
@@ -150,29 +168,6 @@ def _check_first(words: list[str], environment: dict[str, str], say: Callable[[s
         say(line)
     if done.returncode:
         raise FedVLMError(done.stderr[max(0, done.stderr.find(ERROR)) :].removeprefix(ERROR))
-
-
-def systemd_unit(data: str, state: str, policy: str | None) -> str:
-    """Returns the text of ``/etc/systemd/system/fedvlm-site.service``."""
-    words = [sys.executable, "-m", "fedvlm", "site", "start"]
-    words += ["--data", str(Path(data).absolute()), "--state", str(Path(state).absolute())]
-    words += ["--policy", str(Path(policy).absolute())] if policy else []
-    return f"""\
-[Unit]
-Description=fedvlm site
-After=network-online.target
-Wants=network-online.target
-
-[Service]
-ExecStart={" ".join(words)}
-Restart=always
-RestartSec=10
-KillMode=control-group
-UMask=0077
-
-[Install]
-WantedBy=multi-user.target
-"""
 
 
 def read_federation(folder: Path) -> Project:
@@ -226,8 +221,9 @@ def _keep(
     before = signal.signal(signal.SIGTERM, _interrupt)
     failures = 0
     try:
-        with open(log, "ab") as output, _tail(shown) as lines, _tail(log) as noise:
+        with logs.tail(shown) as lines:
             meaning = Meaning()
+            noise: deque[str] = deque(maxlen=1000)
             while failures < MOST:
                 began = time.monotonic()
                 process = subprocess.Popen(
@@ -235,19 +231,23 @@ def _keep(
                     cwd=folder,
                     env=environment,
                     stdin=subprocess.DEVNULL,
-                    stdout=output,
+                    stdout=subprocess.PIPE,
                     stderr=subprocess.STDOUT,
                     start_new_session=True,
                     preexec_fn=ends_with_parent,
                 )
+                assert process.stdout is not None
+                logs.pipe(process.stdout, log, noise)
                 try:
                     while process.poll() is None:
                         time.sleep(0.3)
                         for line in lines():
-                            say(line)
-                        for line in noise():
-                            for text in meaning.of(line):
+                            say(logs.readable(line))
+                        while noise:
+                            for text in meaning.of(noise.popleft()):
                                 say(text)
+                        if shown:
+                            logs.rotate(shown)
                         if silence and not meaning.last and time.monotonic() - began > QUICK:
                             meaning.last = silence
                             say(silence)
@@ -309,19 +309,3 @@ def _end_all(mark: str) -> None:
         with contextlib.suppress(psutil.Error, OSError):  # has ended, or is another user's
             if process.pid != os.getpid() and process.environ().get(MARK) == mark:
                 process.kill()
-
-
-@contextlib.contextmanager
-def _tail(path: Path | None) -> Iterator[Callable[[], list[str]]]:
-    """Yields a function that returns the lines added to a file since its last call."""
-    if path is None:
-        yield list
-        return
-    path.touch()
-    with open(path, encoding="utf-8", errors="replace") as file:
-        file.seek(0, os.SEEK_END)
-        yield lambda: _lines(file)
-
-
-def _lines(file: IO[str]) -> list[str]:
-    return [line.rstrip("\n") for line in file.readlines()]

@@ -49,8 +49,13 @@ class Server:
     def run(self) -> None:
         events = Path(self.job["events"])
 
+        at = 0
+
         def tell(event: dict[str, Any]) -> None:
-            append_line(events, {"time": round(time.time(), 3), **event})
+            nonlocal at
+            at = event.get("round", at)
+            about = {"time": round(time.time(), 3), "run": self.job["run"], "round": at}
+            append_line(events, {**about, **event})
 
         try:
             proxies = {client.name: client for client in collab.clients}
@@ -199,6 +204,7 @@ class Told(Progress):
             self.tell({"event": "bounded", "site": site, "round": line["round"], **how})
         scored = bool((line["evaluation"] or {}).get("global"))
         event = {"event": "round", "round": line["round"], "seconds": seconds, "scored": scored}
-        self.tell(event)
+        told = ("bytes_up", "bytes_down", "epsilon", "missing")
+        self.tell(event | {name: line[name] for name in told if name in line})
         if self.renew.exists():
             raise Renewed
