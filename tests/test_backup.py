@@ -200,6 +200,26 @@ def test_an_old_ledger_alone_needs_a_persons_word_and_another_one_is_refused(
     assert (other / "spending" / "ledger.jsonl").read_bytes() == before
 
 
+@pytest.mark.parametrize(("older", "newer"), [(3, 5), (5, 3)])
+def test_rounds_of_secure_sums_stay_over_after_a_restore(tmp_path, older, newer):
+    from fedvlm.deploy.blindsite import Journal
+    from fedvlm.deploy.limits import Refused
+
+    state, new, target = tmp_path / "state", tmp_path / "new", tmp_path / "site.tar"
+    (state / "runs").mkdir(parents=True)
+    Journal(state, "run-1").note(older, 1, "masked")
+    backup.back_up_site(state, target)
+    with pytest.raises(FedVLMError, match="the rounds in the backup may be too old"):
+        backup.restore_site(target, new, lambda question: False)
+    Journal(new, "run-1").note(newer, 1, "masked")
+    Journal(new, "run-2").note(1, 1, "masked")
+    backup.restore_site(target, new, never)
+    Journal(new, "run-1").check(6)
+    for run, over in (("run-1", 5), ("run-2", 1)):
+        with pytest.raises(Refused, match=f"round {over} is over here"):
+            Journal(new, run).check(over)
+
+
 def test_private_keys_are_copied_only_when_asked_for_and_both_are_said(
     tmp_path, capsys, monkeypatch
 ):

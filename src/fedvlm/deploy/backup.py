@@ -17,12 +17,13 @@ from fedvlm.deploy import archive, auditlog, statefolder
 from fedvlm.deploy.auditlog import NONE, AuditLog
 from fedvlm.deploy.spending import FOLDER, HEAD, LEDGER, Spending
 from fedvlm.errors import FedVLMError, shown
+from fedvlm.store import sealed
 from fedvlm.store.files import only_one
 from fedvlm.store.run import Store, is_run
 
 SITE, FEDERATION, RESULTS = "site", "federation", "results"
 SECRETS = ("keys", "identity.key")
-KEPT = ("runs", "requests", auditlog.NAME)
+KEPT = ("runs", "requests", auditlog.NAME, statefolder.SUMS)
 
 
 def back_up_site(state: str | Path, target: str | Path, keys: bool = False) -> dict[str, Any]:
@@ -61,11 +62,12 @@ def restore_site(
     """Restores a site's state. The ledger never goes back in time without a person's word.
 
     A state that holds a ledger, and nothing else, keeps it if it has all lines of the backup's. It
-    takes the backup's if that has all lines of its own. Else nobody knows what was spent.
+    takes the backup's if that has all lines of its own. Else nobody knows what was spent. The same
+    holds for the rounds of secure sums that are over: those of both stay over.
 
     Args:
         source: the backup.
-        state: the folder; it must not hold anything but ``spending``.
+        state: the folder; it must not hold anything but ``spending`` and ``blind``.
         confirm: asks a person whether to go on without a newer ledger.
 
     Returns:
@@ -75,7 +77,7 @@ def restore_site(
         FedVLMError: the folder holds other things, the backup is damaged, or the ledgers differ.
     """
     root = Path(state).absolute()
-    _empty(root, FOLDER)
+    _empty(root, FOLDER, statefolder.SUMS)
     if (root / FOLDER / HEAD).exists() and not (root / FOLDER / LEDGER).exists():
         raise FedVLMError(
             f"'{root / FOLDER}' is no whole ledger: {LEDGER} is missing. Move it away, and then "
@@ -90,6 +92,7 @@ def restore_site(
             older = here and not _newer(root / FOLDER, scratch / FOLDER)
             if not here and about["ledger"] not in ("", NONE):
                 _ask(about, confirm)
+            _join_sums(root / statefolder.SUMS, scratch / statefolder.SUMS, about, confirm)
             shutil.rmtree((root if older or not here else scratch) / FOLDER, ignore_errors=True)
             _move(scratch, root)
             statefolder.private(root)
@@ -110,6 +113,32 @@ def _ask(about: dict[str, Any], confirm: Callable[[str], bool]) -> None:
     )
     if not confirm(question):
         raise FedVLMError("nothing was restored: the ledger in the backup may be too old")
+
+
+def _join_sums(
+    here: Path, other: Path, about: dict[str, Any], confirm: Callable[[str], bool]
+) -> None:
+    """Leaves, in ``other``, the later round of both for each run; empties ``here``.
+
+    Raises:
+        FedVLMError: no such folder is here, and the person says no.
+    """
+    question = (
+        f"the rounds of secure sums in this backup are those of {about['time']}. If this site has "
+        "taken part in a sum since then, a server can ask for that round again, and the difference "
+        "of both sums may be this site's upload. If the newer folder 'blind' exists, copy it into "
+        "the state first. Restore without it?"
+    )
+    if not here.exists():
+        if other.exists() and not confirm(question):
+            raise FedVLMError("nothing was restored: the rounds in the backup may be too old")
+        return
+    other.mkdir(exist_ok=True, mode=0o700)
+    for path in sorted(here.glob("*.json")):
+        known = other / path.name
+        if not known.exists() or sealed.read(known)["round"] < sealed.read(path)["round"]:
+            shutil.copy2(path, known)
+    shutil.rmtree(here)
 
 
 def _newer(here: Path, other: Path) -> bool:
@@ -238,7 +267,8 @@ def _empty(folder: Path, *allowed: str) -> None:
     if others:
         raise FedVLMError(
             f"'{folder}' holds {shown(others[0])}: restore into a new folder, or move away what is "
-            "there" + (f", except for '{allowed[0]}', which a restore keeps" if allowed else "")
+            "there"
+            + (f", except for {' and '.join(allowed)}, which a restore keeps" if allowed else "")
         )
 
 

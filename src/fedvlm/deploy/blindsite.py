@@ -19,6 +19,7 @@ from fedvlm.deploy.digests import sha256
 from fedvlm.deploy.frames import Message
 from fedvlm.deploy.limits import Refused, scaled
 from fedvlm.deploy.sitestore import Version, on_a_full_disk
+from fedvlm.deploy.statefolder import SUMS
 from fedvlm.engines.blinded import encoded
 from fedvlm.engines.summand import Summand
 from fedvlm.errors import FedVLMError
@@ -30,8 +31,6 @@ if TYPE_CHECKING:
     from fedvlm.deploy.site import Site
     from fedvlm.privacy.blind.client import Client
 
-FOLDER = "blind"
-
 
 class Journal:
     """What a site has sent in secure sums of a run, on disk before it is sent.
@@ -42,7 +41,7 @@ class Journal:
     """
 
     def __init__(self, state: str | Path, run: str):
-        self._path = Path(state) / FOLDER / f"{run}.json"
+        self._path = Path(state) / SUMS / f"{run}.json"
 
     def check(self, round_: int) -> None:
         """Refuses a round whose masked upload has left the site, and earlier rounds.

@@ -19,7 +19,8 @@ from fedvlm.store.files import only_one, sync
 RUNS, CACHE = "runs", "cache"
 OURS = {"HF_DATASETS_CACHE": "datasets", "FEDVLM_CACHE": "fedvlm", "TMPDIR": "tmp"}
 """Environment variables -> folders in ``cache/``. Libraries would write rows elsewhere."""
-KNOWN = (RUNS, CACHE, "spending", "blind", "nvflare", "site.log", "nvflare.log")
+SUMS = "blind"  # the rounds of secure sums that are over
+KNOWN = (RUNS, CACHE, "spending", SUMS, "nvflare", "site.log", "nvflare.log")
 TAKEN = "'{}' is in use by another fedvlm process: stop the site first, then erase"
 
 
