@@ -24,7 +24,11 @@ PAGES = sorted(
 )  # fmt: skip
 MADE = ("settings.md", "api.md")  # by scripts/manual.py, when the site is built
 LINK = re.compile(r"\]\((?![a-z]+:)([^)#\s]*)(?:#([^)\s]+))?\)")
-WITH_EXAMPLES = ("algorithms.base", "data.scenes", "deploy.worker", "models.names")
+WITH_EXAMPLES = [
+    ".".join(path.relative_to(ROOT / "src" / "fedvlm").with_suffix("").parts)
+    for path in sorted((ROOT / "src").rglob("*.py"))
+    if re.search(r"^ *>>> ", path.read_text(encoding="utf-8"), re.MULTILINE)
+]
 
 
 def prose(page: Path) -> str:
@@ -92,15 +96,6 @@ def test_examples_in_docstrings_give_what_they_show(name):
     found = doctest.testmod(importlib.import_module(f"fedvlm.{name}"))
     assert found.attempted
     assert not found.failed
-
-
-def test_no_other_docstring_has_an_example():
-    here = {
-        ".".join(path.relative_to(ROOT / "src" / "fedvlm").with_suffix("").parts)
-        for path in (ROOT / "src").rglob("*.py")
-        if re.search(r"^ *>>> ", path.read_text(encoding="utf-8"), re.MULTILINE)
-    }
-    assert here == set(WITH_EXAMPLES)
 
 
 needs_mkdocs = pytest.mark.skipif(
