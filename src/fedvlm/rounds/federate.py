@@ -18,8 +18,8 @@ from fedvlm.engines.wire import Forms, Task
 from fedvlm.errors import ConfigError, FedVLMError, shown
 from fedvlm.privacy import accountant
 from fedvlm.processes import peak_memory
-from fedvlm.rounds import noisymean, robust, secure
-from fedvlm.rounds.beginning import begin, described
+from fedvlm.rounds import more, noisymean, robust, secure
+from fedvlm.rounds.beginning import begin, check_same, described
 from fedvlm.rounds.budget import Budget, budget_of
 from fedvlm.rounds.fold import Fold
 from fedvlm.rounds.located import check_apart, located, with_rows
@@ -44,7 +44,9 @@ from fedvlm.store import run as stores
 from fedvlm.tree import Tree, digest, saved_bytes
 
 MOVED = ("data.path", "model.name")
-"""Settings that a resumed run may change."""
+"""Settings that a resumed run may change, because files have moved."""
+SETTABLE = (*MOVED, "train.rounds")
+"""All settings that a resumed run may change."""
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
@@ -104,6 +106,9 @@ def run(
             robust.check(settings, engine.algorithm, len(partition.clients))
             secure.check(settings, engine.algorithm, len(partition.clients))
             with store.locked():
+                if resume:
+                    check_same(store.folder, described)
+                    more.replan(store.folder, settings, engine.algorithm.final)
                 begin(settings, store, described, resume)
                 draw_partition(partition, store.folder)
                 weights = weights_of(settings, partition)
@@ -123,7 +128,8 @@ def resume(
 
     Args:
         folder: the folder of the run.
-        *overrides: ``data.path=...`` or ``model.name=...``, if the data or the model have moved.
+        *overrides: ``data.path=...`` or ``model.name=...``, if the data or the model have moved;
+            ``train.rounds=...`` for another number of rounds, also of a finished run.
         progress: gets the run's events; None: no output.
         callbacks: more receivers of the run's events.
         algorithm: the object, if the run was started with one.
@@ -142,7 +148,8 @@ def resume(
         )
     settings = _configuration(algorithm)(Path(folder) / stores.CONFIG, *overrides)
     settings = settings.model_copy(update={"output": str(folder)})
-    if stores.is_done(folder):
+    other = more.check(Path(folder), settings, of_run(settings, algorithm).final)
+    if stores.is_done(folder) and not other:
         return Results.read(folder)
     for key, path in (("data.path", settings.data.path), ("model.name", settings.model.name)):
         if path and os.path.isabs(path) and not os.path.exists(path):
@@ -170,14 +177,14 @@ def check_moved(overrides: Sequence[str]) -> None:
     """Refuses settings that a resumed run cannot change.
 
     Raises:
-        ConfigError: a setting is neither the place of the data nor of the model.
+        ConfigError: a setting is not one of ``SETTABLE``.
     """
-    fixed = [text for text in overrides if text.partition("=")[0].strip() not in MOVED]
+    fixed = [text for text in overrides if text.partition("=")[0].strip() not in SETTABLE]
     if fixed:
         raise ConfigError(
             [
                 f"{shown(text)}: a resumed run keeps its settings; only {' and '.join(MOVED)} can "
-                "be given, if the data or the model have moved"
+                "be given, if the data or the model have moved, and train.rounds"
                 for text in fixed
             ]
         )
@@ -288,7 +295,7 @@ def drive(
                 line["epsilon"] = round(budget.epsilon([*store.lines(), line]), 6)
             seconds = time.perf_counter() - began
             timing = {"round": round_.number, "seconds": seconds, **peak_memory()}
-            store.commit(round_.number, state, line, timing)
+            store.commit(round_.number, state, line, timing, round_.final)
             progress.round(line, seconds)
             voids.after(line)
     draw_curves(store.folder, config, store.lines(), names)

@@ -25,7 +25,8 @@ from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config
 from fedvlm.store import sealed
 from fedvlm.store.files import read_lines, slugs, write_text
-from fedvlm.store.run import CHECKPOINT, DONE, Store, mark
+from fedvlm.store.replanned import planned
+from fedvlm.store.run import CHECKPOINT, DONE, Store, goes_on, mark
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -64,7 +65,7 @@ class Results:
         path = Path(folder)
         table = sealed.read(path / DONE)
         known = table.pop(FILES, {})
-        if known.pop(CHECKPOINT, None) != mark(path):
+        if known.pop(CHECKPOINT, None) != mark(path) and not goes_on(path):
             raise sealed.damaged(path / DONE, f"it is of another run than {CHECKPOINT}")
         return cls(path, table, known)
 
@@ -150,6 +151,8 @@ def write_results(config: Config, names: Sequence[str], store: Store, engine: En
         answers[kind] = write_answers(store.folder, kind, found)
     table = tabulate(config, lines, names, answers) | {"groups": _groups(config, answers)}
     table |= _private(store, lines)
+    if earlier := planned(store.folder):
+        table["planned"] = earlier
     folder = store.folder / "adapters"
     folders = {client: folder / name for client, name in table["folders"].items()}
     again = "every command that needs an adapter makes it again"

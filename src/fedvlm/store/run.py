@@ -46,6 +46,7 @@ from fedvlm.store.files import (
     write_bytes,
     write_text,
 )
+from fedvlm.store.older import check_version
 from fedvlm.store.packs import Packs
 from fedvlm.tree import Tree
 
@@ -69,6 +70,10 @@ FILES += (METRICS, TIMING, DONE, "table.csv", "groups.csv", "partition.png", "cu
 AUDIT = ("audit.jsonl", ".audit.jsonl.reserve")  # of a deployed run; it begins before the run does
 FILES += (*AUDIT, "audit.json", REPORT)
 _WRITTEN = ("server", "personal", "answers", "adapters", "uploads")
+STATE = ("round", "server", "metrics", "packs")  # of the checkpoint: what a round changes
+BEFORE, FINISHED, PLANNED = "before", "finished", "planned"
+"""Of the checkpoint: ``STATE`` before the ending, from which a run can go on; the mark of the
+finished run whose tables stand until the added rounds are done; earlier numbers of rounds."""
 FOLDERS = (*_WRITTEN, "onboarded", "export")
 
 
@@ -155,7 +160,9 @@ class Store:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-        self._packs = Packs.rewound(self.folder / "personal", last, self._checkpoint.get("packs"))
+        kept = self._checkpoint.get(BEFORE, {}).get("packs", ())
+        known = self._checkpoint.get("packs")
+        self._packs = Packs.rewound(self.folder / "personal", last, known, kept)
         write_bytes(self.folder / METRICS, content)
         timing = [line for line in self.timing() if line["round"] <= last]
         write_text(self.folder / TIMING, "".join(json.dumps(line) + "\n" for line in timing))
@@ -208,9 +215,22 @@ class Store:
         return load(content)
 
     def commit(
-        self, round_: int, state: Tree, line: dict[str, Any], timing: dict[str, Any]
+        self,
+        round_: int,
+        state: Tree,
+        line: dict[str, Any],
+        timing: dict[str, Any],
+        ending: bool = False,
     ) -> None:
-        """Finishes a round: writes its state and lines, then the checkpoint, then cleans up."""
+        """Finishes a round: writes its state and lines, then the checkpoint, then cleans up.
+
+        Args:
+            round_: the round.
+            state: the server's state after it.
+            line: its line of metrics.
+            timing: its line of seconds.
+            ending: whether the state before this round stays, because a run goes on from there.
+        """
         fresh = self._packs.settle(round_)
         server = self.folder / "server" / f"{round_:05d}.safetensors"
         content = save_tree(server, state)
@@ -224,17 +244,20 @@ class Store:
         fresh += [server, server.parent, self.folder / METRICS, self.folder / TIMING]
         for path in fresh:  # in one go, which a journal can write at once
             sync(path)
+        base = {key: self._checkpoint[key] for key in STATE} if ending else {}
         self._checkpoint = {
             "round": round_,
             "files": self._checkpoint.get("files", {}),
             "server": sealed.blake(content),
             "metrics": {"bytes": self._length, "digest": self._metrics.hexdigest()},
             "packs": self._packs.names(),
+            **{k: self._checkpoint[k] for k in (FINISHED, PLANNED) if k in self._checkpoint},
+            **({BEFORE: base} if ending else {}),
         }
         sealed.write(self.folder / CHECKPOINT, self._checkpoint, indent=None)
-        for old in self._states()[:-1]:
+        for old in self._states()[: -1 - ending]:
             old.unlink()
-        self._packs.sweep()
+        self._packs.sweep(base.get("packs", ()))
 
     def _states(self) -> list[Path]:
         found = (self.folder / "server").glob("*.safetensors")
@@ -285,10 +308,13 @@ def check_whole(folder: str | Path) -> None:
     path = Path(folder)
     if is_run(path) or ((path / CHECKPOINT).exists() and not has_not_begun(path)):
         try:
-            known = sealed.read(path / CHECKPOINT)["files"]
+            found = sealed.read(path / CHECKPOINT)
         except FedVLMError:
             check_version(path)
             raise
+        known = found["files"]
+        if CONFIG in found and sealed.digests(path, [CONFIG])[CONFIG] != known[CONFIG]:
+            write_text(path / CONFIG, found[CONFIG])  # a process was killed just before this
         # Answers are not needed to open a run; they are checked when they are read.
         sealed.check(path, {n: d for n, d in known.items() if not n.startswith("answers/")})
 
@@ -299,8 +325,9 @@ def mark(folder: str | Path) -> str:
     Raises:
         FedVLMError: ``checkpoint.json`` is missing or damaged.
     """
-    content = sealed.read(Path(folder) / CHECKPOINT)
-    return sealed.blake(json.dumps({**content, "files": None}, sort_keys=True).encode())
+    found = sealed.read(Path(folder) / CHECKPOINT)
+    content = {key: found[key] for key in STATE if key in found} | {"files": None}
+    return sealed.blake(json.dumps(content, sort_keys=True).encode())
 
 
 def belongs(path: str | Path) -> Path | None:
@@ -318,38 +345,24 @@ def belongs(path: str | Path) -> Path | None:
     return None
 
 
-def check_version(folder: str | Path) -> None:
-    """Refuses a run of version 0.1, whose settings and files have another form.
-
-    Raises:
-        FedVLMError: naming the version that opens it.
-    """
-    path = Path(folder) / "environment.json"
-    try:
-        made = json.loads(path.read_text(encoding="utf-8"))["packages"]["fedvlm"]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ):  # the run says so where it matters
-        return
-    if str(made).startswith("0.1."):
-        raise FedVLMError(
-            f"the run in '{folder}' was made by fedvlm {made}, whose runs this version cannot open "
-            "or resume; use pip install 'fedvlm<0.2' for it"
-        )
-
-
 def is_run(folder: str | Path) -> bool:
     """Whether a folder holds a run, finished or not."""
     return (Path(folder) / CONFIG).exists()
 
 
 def is_done(folder: str | Path) -> bool:
-    """Whether a folder holds a finished run."""
-    return is_run(folder) and (Path(folder) / DONE).exists()
+    """Whether a folder holds a finished run, to which no rounds are being added."""
+    return is_run(folder) and (Path(folder) / DONE).exists() and not goes_on(folder)
+
+
+def goes_on(folder: str | Path) -> bool:
+    """Whether rounds are being added to a finished run, whose tables stand until the end."""
+    path = Path(folder)
+    try:
+        known = sealed.read(path / CHECKPOINT).get(FINISHED)
+        return known is not None and known == sealed.read(path / DONE)["files"].get(CHECKPOINT)
+    except (FedVLMError, KeyError):  # the reader of a damaged file names it
+        return False
 
 
 def has_not_begun(folder: str | Path) -> bool:
@@ -374,9 +387,11 @@ def check_fresh(folder: str | Path) -> None:
     if path.exists() and not path.is_dir():
         raise FedVLMError(f"output: '{path}' is a file; choose a folder with output=DIR")
     if is_run(path):
-        state = "a finished run" if is_done(path) else "an unfinished run"
-        hint = "" if is_done(path) else f"continue it with 'fedvlm run --resume {path}', or "
-        raise FedVLMError(f"output: '{path}' holds {state}; {hint}choose another with output=DIR")
+        state, more = ("a finished", " train.rounds=N") if is_done(path) else ("an unfinished", "")
+        hint = f"continue it with 'fedvlm run --resume {path}{more}', or "
+        raise FedVLMError(
+            f"output: '{path}' holds {state} run; {hint}choose another with output=DIR"
+        )
     if has_not_begun(path):
         return
     if path.exists() and any(
