@@ -69,7 +69,7 @@ def test_two_rounds_and_then_four_are_four(small, runs, ending):
     longer = fedvlm.resume(folder)
     same(trees(folder), trees(whole.folder))
     assert lines(folder) == lines(whole.folder)
-    assert longer.table == whole.table | {"planned": [2]}
+    assert longer.table == whole.table | {"planned": [{"rounds": 2, "done": 2}]}
     assert fedvlm.open_run(folder).config.train.rounds == 4
     assert "planned before: 2" in fedvlm.write_report(folder).read_text()
     assert fedvlm.resume(folder, "train.rounds=4").table == longer.table
@@ -113,7 +113,7 @@ def test_an_unfinished_run_may_end_earlier_where_it_was_scored(small, runs, done
     with pytest.raises(ConfigError, match=r"was not scored .* give 3 or more"):
         more.check(folder, load(folder / "config.yaml", "train.rounds=2"), ends=False)
     shorter = fedvlm.resume(folder, "train.rounds=2")
-    assert shorter.table["planned"] == [9]
+    assert shorter.table["planned"] == [{"rounds": 9, "done": 2}]
     assert "train.schedule=linear, which counts on all rounds" in caplog.text
     assert [line[0] for line in lines(folder)] == [line[0] for line in lines(done)]
 

@@ -59,6 +59,12 @@ def print_run(results: Results) -> None:
         f"\nall results are in {results.folder}: table.csv, curves.png, answers/, adapters/",
         **PLAIN,
     )
+    if (earlier := table.get("planned")) and earlier[-1].get("stopped"):
+        console.print(
+            f"stopped after round {table['rounds']} of {earlier[-1]['rounds']}: the validation "
+            "loss no longer fell (train.patience)",
+            **PLAIN,
+        )
     if about := table.get("privacy"):
         told = f"privacy (simulated): {statement.guarantee(about, about['spent'])}"
         if about["rounds"] < table["rounds"]:

@@ -258,7 +258,9 @@ class Shell:
     def _path(self, member: Member) -> dict[str, float]:
         """The sum of the learning rates over the steps of the next stretch, by factor."""
         settings = self.config.train
-        scale = self._steps(member) * settings.rate_scale(member.task.round)
+        scale = self._steps(member) * settings.rate_scale(
+            member.task.round, member.task.visit.final
+        )
         return {factor: scale * rate for factor, rate in settings.rates.items()}
 
     # -- scores
@@ -268,6 +270,15 @@ class Shell:
 
     def answer(self, name: str, models: Models) -> dict[str, list[Answer]]:
         return self.answers(self.made(models))
+
+    def validate(self, models: Models) -> dict[str, float]:
+        found = {}
+        self.model.eval()
+        with torch.no_grad():
+            for client, tree in self.made(models):
+                if len(rows := self.partition.splits[client].val[:MOST_VALIDATED]):
+                    found[client] = self._validate([tree], rows)[0].loss
+        return found
 
     def export(self, models: Models, folders: Mapping[str, Path]) -> None:
         for client, tree in self.made(models):

@@ -154,7 +154,10 @@ def _rounds(run: Run) -> str:
     done = min(run.round, planned)
     told = f"{planned}" if done == planned else f"{done} of {planned}"
     earlier = run.opened.results.table.get("planned") if run.opened else None
-    return f"{told} (planned before: {', '.join(map(str, earlier))})" if earlier else told
+    if earlier and earlier[-1].get("stopped"):
+        return f"{told}; the validation loss no longer fell (planned: {earlier[-1]['rounds']})"
+    numbers = ", ".join(str(one["rounds"]) for one in earlier or ())
+    return f"{told} (planned before: {numbers})" if earlier else told
 
 
 def _last(name: str) -> str:

@@ -24,6 +24,7 @@ from fedvlm.rounds.budget import Budget, budget_of
 from fedvlm.rounds.fold import Fold
 from fedvlm.rounds.located import check_apart, located, with_rows
 from fedvlm.rounds.noisymean import NoisyMean
+from fedvlm.rounds.patience import Patience
 from fedvlm.rounds.pictures import draw_curves, draw_partition
 from fedvlm.rounds.prepare import prepare, weights_of
 from fedvlm.rounds.progress import Progress, Quiet
@@ -35,7 +36,7 @@ from fedvlm.rounds.results import (
     write_answers,
     write_results,
 )
-from fedvlm.rounds.schedule import Round, plan
+from fedvlm.rounds.schedule import Round
 from fedvlm.rounds.seen import watched
 from fedvlm.rounds.trackers import tracked
 from fedvlm.settings.aggregate import AggregateConfig
@@ -108,7 +109,7 @@ def run(
             with store.locked():
                 if resume:
                     check_same(store.folder, described)
-                    more.replan(store.folder, settings, engine.algorithm.final)
+                    more.replan(store, settings, engine.algorithm.final)
                 begin(settings, store, described, resume)
                 draw_partition(partition, store.folder)
                 weights = weights_of(settings, partition)
@@ -274,7 +275,8 @@ def drive(
         store.commit(0, state, line, {"round": 0})
         progress.round(line, 0.0)
     state, done = store.server(), store.finished() or 0
-    for round_ in plan(config, algorithm, names, budget.rounds if budget else None):
+    patience = Patience(config, engine, store, names, clients)
+    for round_ in patience.rounds(budget.rounds if budget else None):
         if round_.number > done:
             began = time.perf_counter()
             rated = clients if round_.evaluate else ()
@@ -293,11 +295,13 @@ def drive(
             )
             if budget:
                 line["epsilon"] = round(budget.epsilon([*store.lines(), line]), 6)
+            line |= patience.told(round_, state)
             seconds = time.perf_counter() - began
             timing = {"round": round_.number, "seconds": seconds, **peak_memory()}
             store.commit(round_.number, state, line, timing, round_.final)
             progress.round(line, seconds)
             voids.after(line)
+    config = patience.config
     draw_curves(store.folder, config, store.lines(), names)
     results = write_results(config, names, store, engine)
     progress.finished(results)

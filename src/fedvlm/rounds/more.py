@@ -76,21 +76,20 @@ def check(folder: Path, config: Config, ends: bool) -> bool:
     return True
 
 
-def replan(folder: Path, config: Config, ends: bool) -> None:
+def replan(store: stores.Store, config: Config, ends: bool) -> None:
     """Takes a run back to the time before its ending if it is told another number of rounds.
 
     Args:
-        folder: the folder of the run, locked.
+        store: the folder of the run, locked.
         config: as for :func:`check`.
         ends: as for :func:`check`.
 
     Raises:
         ConfigError: as :func:`check`.
     """
-    if not check(folder, config, ends):
+    if not check(store.folder, config, ends):
         return
-    tree, _ = configs.read(folder / stores.CONFIG)
-    before = int(tree["train"]["rounds"])
+    before = rounds_of(store.folder)
     if why := differs(config):
         logger.warning(
             "train.rounds=%d: %s, which counts on all rounds; the rounds so far were made for %d, "
@@ -100,8 +99,20 @@ def replan(folder: Path, config: Config, ends: bool) -> None:
             before,
             config.train.rounds,
         )
-    tree["train"]["rounds"] = config.train.rounds
-    replanned.replan(folder, documents.write_yaml(tree), before)
+    change(store, config.train.rounds)
+
+
+def change(store: stores.Store, rounds: int, stopped: bool = False) -> None:
+    """Writes another number of rounds into a run's settings; see :mod:`fedvlm.store.replanned`.
+
+    Args:
+        store: the folder of the run, locked.
+        rounds: the new number.
+        stopped: whether the rounds end early by themselves (``train.patience``).
+    """
+    tree, _ = configs.read(store.folder / stores.CONFIG)
+    before, tree["train"]["rounds"] = int(tree["train"]["rounds"]), rounds
+    replanned.replan(store, documents.write_yaml(tree), before, stopped)
 
 
 def differs(config: Config) -> str:

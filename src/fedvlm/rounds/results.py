@@ -25,8 +25,9 @@ from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config
 from fedvlm.store import sealed
 from fedvlm.store.files import read_lines, slugs, write_text
+from fedvlm.store.marks import CHECKPOINT, DONE, goes_on, mark
 from fedvlm.store.replanned import planned
-from fedvlm.store.run import CHECKPOINT, DONE, Store, goes_on, mark
+from fedvlm.store.run import Store
 
 if TYPE_CHECKING:
     import pandas as pd

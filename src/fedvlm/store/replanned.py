@@ -9,20 +9,14 @@ from __future__ import annotations
 
 import shutil
 from pathlib import Path
+from typing import Any
 
 from fedvlm.store import sealed
 from fedvlm.store.files import write_text
-from fedvlm.store.run import (
-    BEFORE,
-    CHECKPOINT,
-    CONFIG,
-    FINISHED,
-    PLANNED,
-    STATE,
-    is_done,
-    mark,
-)
+from fedvlm.store.marks import BEFORE, CHECKPOINT, FINISHED, PLANNED, STATE, mark
+from fedvlm.store.run import CONFIG, Store, is_done
 
+STOPPED = "stopped"
 MADE = "made.json"  # the digests of an adapter that was made at a request
 
 
@@ -32,32 +26,46 @@ def trained(folder: str | Path) -> int:
     return (found.get(BEFORE) or found)["round"] or 0
 
 
-def planned(folder: str | Path) -> list[int]:
-    """The earlier numbers of rounds of a run, in order; empty for most runs."""
+def planned(folder: str | Path) -> list[dict[str, Any]]:
+    """The earlier numbers of rounds of a run, in order; empty for most runs.
+
+    Each has ``rounds``, the number; ``done``, the rounds that were done when it changed; and
+    ``stopped: True`` where the rounds had ended early by themselves.
+    """
     path = Path(folder) / CHECKPOINT
     return list(sealed.read(path).get(PLANNED, ())) if path.exists() else []
 
 
-def replan(folder: Path, text: str, rounds: int) -> None:
+def stopped(folder: str | Path) -> int | None:
+    """The number of rounds that a run was told, where its rounds ended early; else None."""
+    changes = planned(folder)
+    return changes[-1]["rounds"] if changes and changes[-1].get(STOPPED) else None
+
+
+def replan(store: Store, text: str, rounds: int, early: bool = False) -> None:
     """Goes back to the time before the ending, with other settings. The caller holds the lock.
 
     Args:
-        folder: the folder of the run.
+        store: the folder of the run.
         text: the new ``config.yaml``.
         rounds: the number of rounds that the run was told before.
+        early: whether the rounds end early by themselves.
     """
+    folder = store.folder
     now = sealed.read(folder / CHECKPOINT)
     state = now.get(BEFORE) or {key: now[key] for key in STATE if key in now}
     finished = mark(folder) if is_done(folder) else now.get(FINISHED)
+    change = {"rounds": rounds, "done": state["round"] or 0} | ({STOPPED: True} if early else {})
     found = {
         **state,
         "files": now["files"] | {CONFIG: sealed.blake(text.encode())},
-        PLANNED: [*now.get(PLANNED, ()), rounds],
+        PLANNED: [*now.get(PLANNED, ()), change],
         CONFIG: text,
         **({FINISHED: finished} if finished else {}),
     }
     sealed.write(folder / CHECKPOINT, found, indent=None)
     write_text(folder / CONFIG, text)
+    store.reread()
     # Adapters that were made at a request, and the audit, are of the models before.
     for made in folder.glob(f"adapters/*/{MADE}"):
         shutil.rmtree(made.parent)

@@ -46,14 +46,21 @@ from fedvlm.store.files import (
     write_bytes,
     write_text,
 )
+from fedvlm.store.marks import (
+    BEFORE,
+    CHECKPOINT,
+    DONE,
+    FINISHED,
+    PLANNED,
+    STATE,
+    goes_on,
+)
 from fedvlm.store.older import check_version
 from fedvlm.store.packs import Packs
 from fedvlm.tree import Tree
 
 CONFIG = "config.yaml"
-CHECKPOINT = "checkpoint.json"
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
-DONE = "table.json"
 SITES = "sites.json"  # of a deployed run: the sites, with the rows that they report
 REPORT = "report.html"
 FILES: tuple[str, ...] = (
@@ -70,10 +77,6 @@ FILES += (METRICS, TIMING, DONE, "table.csv", "groups.csv", "partition.png", "cu
 AUDIT = ("audit.jsonl", ".audit.jsonl.reserve")  # of a deployed run; it begins before the run does
 FILES += (*AUDIT, "audit.json", REPORT)
 _WRITTEN = ("server", "personal", "answers", "adapters", "uploads")
-STATE = ("round", "server", "metrics", "packs")  # of the checkpoint: what a round changes
-BEFORE, FINISHED, PLANNED = "before", "finished", "planned"
-"""Of the checkpoint: ``STATE`` before the ending, from which a run can go on; the mark of the
-finished run whose tables stand until the added rounds are done; earlier numbers of rounds."""
 FOLDERS = (*_WRITTEN, "onboarded", "export")
 
 
@@ -87,7 +90,7 @@ class Store:
 
     @cached_property
     def _packs(self) -> Packs:
-        vars(self).pop("_checkpoint", None)  # another process may have committed rounds
+        self.reread()  # another process may have committed rounds
         return Packs(self.folder / "personal", self._last, self._checkpoint.get("packs"))
 
     @cached_property
@@ -143,13 +146,17 @@ class Store:
         done = self.finished()
         return -1 if done is None else done
 
+    def reread(self) -> None:
+        """Forgets the checkpoint that was read before."""
+        vars(self).pop("_checkpoint", None)
+
     def rewind(self) -> None:
         """Removes the files and lines that a killed process left of an unfinished round.
 
         Raises:
             FedVLMError: a file of a finished round is missing or damaged.
         """
-        vars(self).pop("_checkpoint", None)
+        self.reread()
         sealed.check(self.folder, self._checkpoint.get("files", {}))
         last, content = self._last, self._committed()
         for path in self._states():
@@ -319,17 +326,6 @@ def check_whole(folder: str | Path) -> None:
         sealed.check(path, {n: d for n, d in known.items() if not n.startswith("answers/")})
 
 
-def mark(folder: str | Path) -> str:
-    """A digest of a run's last finished round: equal for equal runs, wherever they lie.
-
-    Raises:
-        FedVLMError: ``checkpoint.json`` is missing or damaged.
-    """
-    found = sealed.read(Path(folder) / CHECKPOINT)
-    content = {key: found[key] for key in STATE if key in found} | {"files": None}
-    return sealed.blake(json.dumps(content, sort_keys=True).encode())
-
-
 def belongs(path: str | Path) -> Path | None:
     """The folder of the run that a path belongs to; None for any other path.
 
@@ -353,16 +349,6 @@ def is_run(folder: str | Path) -> bool:
 def is_done(folder: str | Path) -> bool:
     """Whether a folder holds a finished run, to which no rounds are being added."""
     return is_run(folder) and (Path(folder) / DONE).exists() and not goes_on(folder)
-
-
-def goes_on(folder: str | Path) -> bool:
-    """Whether rounds are being added to a finished run, whose tables stand until the end."""
-    path = Path(folder)
-    try:
-        known = sealed.read(path / CHECKPOINT).get(FINISHED)
-        return known is not None and known == sealed.read(path / DONE)["files"].get(CHECKPOINT)
-    except (FedVLMError, KeyError):  # the reader of a damaged file names it
-        return False
 
 
 def has_not_begun(folder: str | Path) -> bool:

@@ -353,12 +353,20 @@ def check(config: Config, resume: bool) -> None:
         resume: whether the run in ``output`` continues.
 
     Raises:
-        ConfigError: the algorithm needs all rows in one place.
+        ConfigError: the algorithm needs all rows in one place, or a setting needs more than sites
+            send.
         FedVLMError: the folder is taken, or holds no run to resume.
     """
     if find(config.algorithm.name).pools:
         raise ConfigError(
             [f"algorithm.name={config.algorithm.name} needs all rows in one place: use fedvlm run"]
+        )
+    if config.train.patience is not None:
+        raise ConfigError(
+            [
+                f"train.patience={config.train.patience} ends a run by losses on validation rows, "
+                "which no site sends: leave it out of a deployed run"
+            ]
         )
     if resume and not begun(config.output):
         raise FedVLMError(f"'{config.output}' holds no deployed run to resume")
