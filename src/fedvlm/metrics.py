@@ -41,7 +41,28 @@ METRICS = {
     "reward_margin": Metric("reward margin", share=False),
     "loss": Metric("loss", better="lower", share=False),
 }
-"""All scores, in the order of the tables. The objective of a run decides which of them it has."""
+"""All scores, in the order of the tables. The objective of a run decides which of them it has.
+
+:func:`admit` adds the scores of a program.
+"""
+
+BUILT_IN = tuple(METRICS)
+CHOICES = tuple(n for n in BUILT_IN if METRICS[n].share)
+"""The scores that may be the main one, besides those of a program."""
+TAKEN = frozenset(BUILT_IN) | {
+    *("row", "group", "question", "reference", "prediction", "weight", "examples"),
+    *("client", "model", "data", "site"),
+}
+"""Names that no score of a program may have: they name other values in the same tables."""
+
+
+def admit(names: Iterable[str]) -> None:
+    """Makes the scores of a program known, which are shares; a run's settings name them.
+
+    Every reader of settings and results calls this, so that other programs show these scores too.
+    """
+    for name in names:
+        METRICS.setdefault(name, Metric(name.replace("_", " ")))
 
 
 def measured(objective: str) -> set[str]:

@@ -109,6 +109,31 @@ def stopping(config: Config) -> list[str]:
     return wrong
 
 
+def one_place(config: Config, entry: Any) -> list[str]:
+    """The settings of a run that sites cannot take part in, as problems.
+
+    Args:
+        config: the settings of the run.
+        entry: the algorithm's row of the table.
+    """
+    wrong = []
+    if entry.pools:
+        wrong.append(
+            f"algorithm.name={config.algorithm.name} needs all rows in one place: use fedvlm run"
+        )
+    if config.train.patience is not None:
+        wrong.append(
+            f"train.patience={config.train.patience} ends a run by losses on validation rows, "
+            "which no site sends: leave it out of a deployed run"
+        )
+    if config.eval.own:
+        wrong.append(
+            f"eval.own={list(config.eval.own)}: a function of a Python program does not go to a "
+            "site: leave it out of a deployed run"
+        )
+    return wrong
+
+
 def private(config: Config, entry: Any) -> list[str]:
     """The problems of a run's settings with differential privacy; none while it is off."""
     name, privacy = config.algorithm.name, config.privacy

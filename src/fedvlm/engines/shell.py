@@ -21,6 +21,7 @@ from fedvlm.batches.collate import Collator
 from fedvlm.batches.draw import Length, batches
 from fedvlm.data.partition import Partition
 from fedvlm.engines.base import Answer, Models, Scores
+from fedvlm.engines.functions import Function, own_scores
 from fedvlm.engines.stages import Stage, joined, packed, parted
 from fedvlm.engines.together import Member, Outcome, perform
 from fedvlm.engines.wire import Forms, Reply, Task
@@ -60,6 +61,7 @@ class Shell:
         plans: client -> its plan of differential privacy; empty: plain training. Clients then train
             one after another by DP-SGD (Abadi et al., arXiv 1607.00133), each in one pass of units.
         chance: the source of samples and noise.
+        functions: name -> metric of the program that started the run.
     """
 
     width = 1
@@ -85,6 +87,7 @@ class Shell:
         self.score_step = 0.0
         self.plans: Mapping[str, Plan] = {}
         self.chance: Chance = System()
+        self.functions: Mapping[str, Function] = {}
         self._units: dict[str, list[np.ndarray]] = {}
         self._passes: Counter[str] = Counter()
         self._answers: dict[tuple[str, str], list[Answer]] = {}
@@ -361,6 +364,7 @@ class Shell:
                 "reference": row["answer"],
                 "prediction": texts[n],
                 **scores[n],
+                **own_scores(self.functions, texts[n], row),
                 **{name: values[n] for name, values in columns.items()},
             }
             for n, (index, row) in enumerate(zip(indices, rows, strict=True))

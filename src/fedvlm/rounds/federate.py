@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedvlm import config as configs
-from fedvlm.algorithms.base import Algorithm, State, Visit, expected
+from fedvlm.algorithms.base import Algorithm, State, Visit
 from fedvlm.algorithms.table import of_run
 from fedvlm.engines.base import Engine, Models, Scores
+from fedvlm.engines.functions import Function
 from fedvlm.engines.group import Group, joined
 from fedvlm.engines.summand import Summed
 from fedvlm.engines.wire import Forms, Task
-from fedvlm.errors import ConfigError, FedVLMError, shown
+from fedvlm.errors import FedVLMError
 from fedvlm.privacy import accountant
 from fedvlm.processes import peak_memory
 from fedvlm.rounds import more, noisymean, robust, secure
@@ -24,6 +25,7 @@ from fedvlm.rounds.budget import Budget, budget_of
 from fedvlm.rounds.fold import Fold
 from fedvlm.rounds.located import check_apart, located, with_rows
 from fedvlm.rounds.noisymean import NoisyMean
+from fedvlm.rounds.objects import Objects
 from fedvlm.rounds.patience import Patience
 from fedvlm.rounds.pictures import draw_curves, draw_partition
 from fedvlm.rounds.prepare import prepare, weights_of
@@ -44,11 +46,6 @@ from fedvlm.settings.sections import Config
 from fedvlm.store import run as stores
 from fedvlm.tree import Tree, digest, saved_bytes
 
-MOVED = ("data.path", "model.name")
-"""Settings that a resumed run may change, because files have moved."""
-SETTABLE = (*MOVED, "train.rounds")
-"""All settings that a resumed run may change."""
-
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
     from fedvlm.engines.shell import Shell
@@ -59,6 +56,7 @@ def run(
     *overrides: str,
     data: Any = None,
     algorithm: Algorithm | None = None,
+    metrics: Mapping[str, Function] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     callbacks: Sequence[Progress] = (),
@@ -75,6 +73,8 @@ def run(
             ``DatasetDict``, a pandas ``DataFrame``, or a list of dicts. They are written to
             ``rows-DIGEST.parquet`` in the parent folder of ``output``.
         algorithm: your own algorithm; then leave out the section ``algorithm``.
+        metrics: your own metrics, name -> ``function(prediction, reference) -> float`` in [0, 1];
+            a parameter named ``question`` gets the question. ``eval.metric`` may choose one.
         resume: continue the unfinished run in ``config.output``.
         progress: gets the run's events; None: no output.
         callbacks: more receivers of the run's events, see :class:`fedvlm.Callback`.
@@ -88,8 +88,21 @@ def run(
         FedVLMError: the model, the device or the output folder cannot be used.
     """
 
-    settings = _configuration(algorithm)(config, *overrides)
-    check(settings, of_run(settings, algorithm))
+    objects = Objects.of(algorithm, metrics)
+    return _run(objects, objects.settings(config, *overrides), data, resume, progress, callbacks)
+
+
+def _run(
+    objects: Objects,
+    settings: Config,
+    data: Any,
+    resume: bool,
+    progress: Progress | None,
+    callbacks: Sequence[Progress],
+) -> Results:
+    """A new or a resumed run; see :func:`run`."""
+    check(settings, of_run(settings, objects.algorithm))
+    objects.check(settings)
     progress = tracked(settings, progress or Quiet(), callbacks)
     if not resume:
         stores.check_fresh(settings.output)
@@ -98,10 +111,10 @@ def run(
     with joined() as group:
         given, settings = settings, located(settings)
         if group.rank:
-            return _follow(settings, group, algorithm)
+            return _follow(settings, group, objects)
         with progress.started(given):
             engine, partition, store, described, budget = _prepare_all(
-                settings, group, progress, algorithm
+                settings, group, progress, objects
             )
             progress.partitioned(partition)
             robust.check(settings, engine.algorithm, len(partition.clients))
@@ -124,6 +137,7 @@ def resume(
     progress: Progress | None = None,
     callbacks: Sequence[Progress] = (),
     algorithm: Algorithm | None = None,
+    metrics: Mapping[str, Function] | None = None,
 ) -> Results:
     """Continues the run in ``folder``; the result is bit-identical to an uninterrupted run's.
 
@@ -134,12 +148,13 @@ def resume(
         progress: gets the run's events; None: no output.
         callbacks: more receivers of the run's events.
         algorithm: the object, if the run was started with one.
+        metrics: the same functions, if the run was started with some.
 
     Raises:
         ConfigError: another setting is overridden.
         FedVLMError: the folder holds no run, or the data or the model have changed.
     """
-    check_moved(overrides)
+    more.check_moved(overrides)
     stores.check_whole(folder)
     if not stores.is_run(folder):
         raise FedVLMError(
@@ -147,7 +162,8 @@ def resume(
             + (" that has begun" if stores.has_not_begun(folder) else "")
             + f"; start one with 'fedvlm run output={folder}'"
         )
-    settings = _configuration(algorithm)(Path(folder) / stores.CONFIG, *overrides)
+    objects = Objects.of(algorithm, metrics)
+    settings = objects.read(Path(folder) / stores.CONFIG, *overrides)
     settings = settings.model_copy(update={"output": str(folder)})
     other = more.check(Path(folder), settings, of_run(settings, algorithm).final)
     if stores.is_done(folder) and not other:
@@ -158,7 +174,7 @@ def resume(
                 f"{key}: '{path}' is not there any more; if it has moved, give its new place: "
                 f"fedvlm run --resume {folder} {key}=..."
             )
-    return run(settings, algorithm=algorithm, resume=True, progress=progress, callbacks=callbacks)
+    return _run(objects, settings, None, True, progress, callbacks)
 
 
 def check(settings: Config, algorithm: Algorithm) -> None:
@@ -174,42 +190,15 @@ def check(settings: Config, algorithm: Algorithm) -> None:
         accountant.check_installed()
 
 
-def check_moved(overrides: Sequence[str]) -> None:
-    """Refuses settings that a resumed run cannot change.
-
-    Raises:
-        ConfigError: a setting is not one of ``SETTABLE``.
-    """
-    fixed = [text for text in overrides if text.partition("=")[0].strip() not in SETTABLE]
-    if fixed:
-        raise ConfigError(
-            [
-                f"{shown(text)}: a resumed run keeps its settings; only {' and '.join(MOVED)} can "
-                "be given, if the data or the model have moved, and train.rounds"
-                for text in fixed
-            ]
-        )
-
-
-def _configuration(algorithm: Algorithm | None) -> Callable[..., Config]:
-    """Reads the configuration of a run, whose algorithm may be an object."""
-    if algorithm is None:
-        return configs.load
-    expected(algorithm)
-    return configs.own
-
-
 Prepared = tuple["Shell", "Partition", stores.Store]
 All = tuple[Engine, "Partition", stores.Store, dict[str, str], Budget | None]
 
 
-def _prepare_all(
-    config: Config, group: Group, progress: Progress, algorithm: Algorithm | None
-) -> All:
+def _prepare_all(config: Config, group: Group, progress: Progress, objects: Objects) -> All:
     """Prepares the run in all processes; see :func:`prepare` and :func:`described`."""
 
     def prepared() -> tuple[Prepared, dict[str, str]]:
-        found = prepare(config, progress, algorithm=algorithm)
+        found = prepare(config, progress, objects=objects)
         return found, described(config, found[0].collator.rows, found[1], budget_of(found[0]))
 
     if group.size == 1:
@@ -221,12 +210,12 @@ def _prepare_all(
     return Sharded(engine, group), partition, store, texts, budget_of(engine)
 
 
-def _follow(config: Config, group: Group, algorithm: Algorithm | None) -> Results:
+def _follow(config: Config, group: Group, objects: Objects) -> Results:
     """A run in a process other than the first, which does the parts that process 0 sends."""
     from fedvlm.engines.sharded import serve, together
 
     def prepared() -> tuple[Prepared, dict[str, str]]:
-        found = prepare(config, algorithm=algorithm)
+        found = prepare(config, objects=objects)
         return found, described(config, found[0].collator.rows, found[1], budget_of(found[0]))
 
     (engine, _, _), _ = together(group, prepared, _same)

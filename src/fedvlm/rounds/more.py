@@ -8,17 +8,40 @@ see :func:`differs`.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 from fedvlm import config as configs
 from fedvlm import documents
 from fedvlm.algorithms.table import find
-from fedvlm.errors import ConfigError
+from fedvlm.errors import ConfigError, shown
 from fedvlm.settings.sections import Config
 from fedvlm.store import replanned
 from fedvlm.store import run as stores
 
+MOVED = ("data.path", "model.name")
+"""Settings that a resumed run may change, because files have moved."""
+SETTABLE = (*MOVED, "train.rounds")
+"""All settings that a resumed run may change."""
+
 logger = logging.getLogger("fedvlm")
+
+
+def check_moved(overrides: Sequence[str]) -> None:
+    """Refuses settings that a resumed run cannot change.
+
+    Raises:
+        ConfigError: a setting is not one of ``SETTABLE``.
+    """
+    fixed = [text for text in overrides if text.partition("=")[0].strip() not in SETTABLE]
+    if fixed:
+        raise ConfigError(
+            [
+                f"{shown(text)}: a resumed run keeps its settings; only {' and '.join(MOVED)} can "
+                "be given, if the data or the model have moved, and train.rounds"
+                for text in fixed
+            ]
+        )
 
 
 def rounds_of(folder: Path) -> int:

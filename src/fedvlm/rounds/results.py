@@ -18,7 +18,7 @@ from fedvlm.algorithms.base import State
 from fedvlm.engines.base import Answer, Engine, Models
 from fedvlm.errors import FedVLMError
 from fedvlm.intervals import FEW_ROWS, ends, from_means, intervals, mean_interval, over_rows
-from fedvlm.metrics import METRICS, average, summarize
+from fedvlm.metrics import METRICS, admit, average, summarize
 from fedvlm.rounds import shown
 from fedvlm.rounds.schedule import Round, standing
 from fedvlm.seeds import derive
@@ -65,6 +65,7 @@ class Results:
         """
         path = Path(folder)
         table = sealed.read(path / DONE)
+        admit(table.get("own", ()))
         known = table.pop(FILES, {})
         if known.pop(CHECKPOINT, None) != mark(path) and not goes_on(path):
             raise sealed.damaged(path / DONE, f"it is of another run than {CHECKPOINT}")
@@ -152,6 +153,8 @@ def write_results(config: Config, names: Sequence[str], store: Store, engine: En
         answers[kind] = write_answers(store.folder, kind, found)
     table = tabulate(config, lines, names, answers) | {"groups": _groups(config, answers)}
     table |= _private(store, lines)
+    if config.eval.own:
+        table["own"] = list(config.eval.own)
     if earlier := planned(store.folder):
         table["planned"] = earlier
     folder = store.folder / "adapters"
