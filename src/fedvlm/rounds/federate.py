@@ -57,6 +57,7 @@ def run(
     data: Any = None,
     algorithm: Algorithm | None = None,
     metrics: Mapping[str, Function] | None = None,
+    model: tuple[Any, Any] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     callbacks: Sequence[Progress] = (),
@@ -75,6 +76,7 @@ def run(
         algorithm: your own algorithm; then leave out the section ``algorithm``.
         metrics: your own metrics, name -> ``function(prediction, reference) -> float`` in [0, 1];
             a parameter named ``question`` gets the question. ``eval.metric`` may choose one.
+        model: the frozen model and its processor, instead of ``model.name``; they stay unchanged.
         resume: continue the unfinished run in ``config.output``.
         progress: gets the run's events; None: no output.
         callbacks: more receivers of the run's events, see :class:`fedvlm.Callback`.
@@ -88,7 +90,7 @@ def run(
         FedVLMError: the model, the device or the output folder cannot be used.
     """
 
-    objects = Objects.of(algorithm, metrics)
+    objects = Objects.of(algorithm, metrics, model)
     return _run(objects, objects.settings(config, *overrides), data, resume, progress, callbacks)
 
 
@@ -138,6 +140,7 @@ def resume(
     callbacks: Sequence[Progress] = (),
     algorithm: Algorithm | None = None,
     metrics: Mapping[str, Function] | None = None,
+    model: tuple[Any, Any] | None = None,
 ) -> Results:
     """Continues the run in ``folder``; the result is bit-identical to an uninterrupted run's.
 
@@ -149,6 +152,7 @@ def resume(
         callbacks: more receivers of the run's events.
         algorithm: the object, if the run was started with one.
         metrics: the same functions, if the run was started with some.
+        model: the same model and processor, if the run was started with them.
 
     Raises:
         ConfigError: another setting is overridden.
@@ -162,7 +166,7 @@ def resume(
             + (" that has begun" if stores.has_not_begun(folder) else "")
             + f"; start one with 'fedvlm run output={folder}'"
         )
-    objects = Objects.of(algorithm, metrics)
+    objects = Objects.of(algorithm, metrics, model)
     settings = objects.read(Path(folder) / stores.CONFIG, *overrides)
     settings = settings.model_copy(update={"output": str(folder)})
     other = more.check(Path(folder), settings, of_run(settings, algorithm).final)

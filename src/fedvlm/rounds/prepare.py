@@ -70,7 +70,7 @@ def prepare(
     from fedvlm.data import pool
     from fedvlm.engines.choice import engine_class
     from fedvlm.engines.compress import compression
-    from fedvlm.models.load import load_model, set_threads
+    from fedvlm.models.load import set_threads
     from fedvlm.models.lora import attach, drop_dead
 
     objects = objects or Objects()
@@ -79,7 +79,7 @@ def prepare(
     objective = objectives.build(config.objective)
     rows, partition = divide(config, divider)
     store = store or stores.Store(config.output)
-    loaded = load_model(config.model)
+    loaded = objects.loaded(config.model)
     set_threads(loaded.model, config.engine.threads)
     entry, adapter = find(config.algorithm.name), adapter_of(config)
     progress = progress or Quiet()
