@@ -42,7 +42,9 @@ class EvalConfig(Section):
         description="names of a Python program's own metrics; fedvlm.run(metrics=...) sets it",
     )
     group_by: str = Field(
-        "origin_dataset", description="column for a table of scores by its values, where it exists"
+        "origin_dataset",
+        description="column for tables of scores by its values, such as closed and open questions, "
+        "over all rows and by client, where it exists",
     )
 
     @model_validator(mode="after")
