@@ -48,13 +48,10 @@ def looks(model):
     return weights, layers, json.dumps(model.config.to_dict(), default=str)
 
 
-@pytest.mark.parametrize("engine", ["cohort", "reference"])
-def test_a_run_trains_on_the_model_and_leaves_it_as_it_was(
-    small, tmp_path, changed, loaded, engine
-):
+def test_a_run_trains_on_the_model_and_leaves_it_as_it_was(small, tmp_path, changed, loaded):
     model, processor = changed
     before, template = looks(model), processor.chat_template
-    few = settings(small, tmp_path / "run") | {"engine": {"name": engine}}
+    few = settings(small, tmp_path / "run")
     with pytest.raises(KeyboardInterrupt):
         fedvlm.run(few, model=changed, progress=Stop(1))
     with pytest.raises(FedVLMError, match=r"hand it over again: fedvlm\.resume"):
