@@ -58,7 +58,9 @@ def test_a_function_scores_every_table(small, tmp_path, capsys, monkeypatch):
     assert Results.read(results.folder).metrics[:2] == ["letters", "exact_match"]
     for name in functions:
         monkeypatch.delitem(METRICS, name)
-    assert "Letters" in fedvlm.write_report(results.folder).read_text()
+    page = fedvlm.write_report(results.folder).read_text()
+    assert "Letters" in page
+    assert "This run had objects of a Python program: fedvlm.run(..., metrics=...)" in page
 
     rows = tmp_path / "rows.parquet"
     fedvlm.scenes(sites=1, rows=12).select([0]).to_parquet(rows)

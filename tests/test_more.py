@@ -115,6 +115,7 @@ def test_an_unfinished_run_may_end_earlier_where_it_was_scored(small, runs, done
     shorter = fedvlm.resume(folder, "train.rounds=2")
     assert shorter.table["planned"] == [{"rounds": 9, "done": 2}]
     assert "train.schedule=linear, which counts on all rounds" in caplog.text
+    assert "told 9 rounds when it began, not 2" in fedvlm.write_report(folder).read_text()
     assert [line[0] for line in lines(folder)] == [line[0] for line in lines(done)]
 
 

@@ -39,6 +39,7 @@ class EvalConfig(Section):
     )
     own: tuple[Own, ...] = Field(
         (),
+        max_length=16,
         description="names of a Python program's own metrics; fedvlm.run(metrics=...) sets it",
     )
     group_by: str = Field(
