@@ -107,10 +107,12 @@ def test_other_objects_are_refused(metrics, said):
         checked(metrics)
 
 
-@pytest.mark.parametrize("name", ["bleu", "row", "a b", "Ä", "f_low", ""])
+@pytest.mark.parametrize("name", ["bleu", "row", "a b", "Ä", "f_low", "a, b", "a'", ""])
 def test_a_name_that_tables_cannot_have_is_refused(name, tmp_path):
-    with pytest.raises(ConfigError):
+    with pytest.raises(ConfigError, match=r"metrics\['.*'\]: choose a name"):
         fedvlm.run({"output": str(tmp_path / "run")}, metrics={name: letters})
+    with pytest.raises(ConfigError, match=r"eval\.own"):
+        fedvlm.load_config({"eval": {"own": [name]}})
 
 
 def test_a_metric_without_its_function_is_unknown():

@@ -49,6 +49,8 @@ METRICS = {
 BUILT_IN = tuple(METRICS)
 CHOICES = tuple(n for n in BUILT_IN if METRICS[n].share)
 """The scores that may be the main one, besides those of a program."""
+NAME = r"[a-z][a-z0-9_]{0,39}(?<!_low)(?<!_high)"
+"""The form of the names of a program's scores. ``X_low`` is an end of the interval of ``X``."""
 TAKEN = frozenset(BUILT_IN) | {
     *("row", "group", "question", "reference", "prediction", "weight", "examples"),
     *("client", "model", "data", "site"),
@@ -67,7 +69,7 @@ def admit(names: Iterable[str]) -> None:
 
 def measured(objective: str) -> set[str]:
     """The names of a run's scores, for an objective (``sft`` or ``dpo``)."""
-    return {n for n in METRICS if objective == "dpo" or not n.startswith("reward_")}
+    return {n for n in BUILT_IN if objective == "dpo" or not n.startswith("reward_")}
 
 
 def rounded(value: float, step: float) -> float:

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import inspect
+import re
 from collections.abc import Callable, Mapping
 from numbers import Real
 from typing import Any
 
 from fedvlm.errors import ConfigError, FedVLMError, shown
+from fedvlm.metrics import NAME, TAKEN
 
 Function = Callable[..., Any]
 """``function(prediction, reference) -> float`` in [0, 1]; a parameter named ``question`` gets the
@@ -30,6 +32,11 @@ def checked(functions: Mapping[str, Function] | None) -> dict[str, Function]:
         if not isinstance(name, str) or not callable(function):
             wrong.append(f"metrics: {form}, got {shown(name)}: {shown(function, 60)}")
             continue
+        if not re.fullmatch(NAME, name) or name in TAKEN:
+            wrong.append(
+                f"metrics[{shown(name)}]: choose a name of small letters, digits and _, at most "
+                "40, which no other column of the tables has"
+            )
         try:
             _bound(function, "a", "b", "c")
         except (TypeError, ValueError) as error:

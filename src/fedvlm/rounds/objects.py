@@ -60,7 +60,8 @@ class Objects:
         Raises:
             ConfigError: the settings are wrong, or do not fit the objects.
         """
-        names = [f"eval.own=[{', '.join(self.functions)}]"] if self.functions else []
+        listed = ", ".join(f"'{name}'" for name in self.functions)
+        names = [f"eval.own=[{listed}]"] if listed else []
         config = self.read(source, *overrides, *names)
         if self.model is None:
             return config

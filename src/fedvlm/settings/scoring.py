@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import AfterValidator, Field, model_validator
 
 from fedvlm.errors import shown
-from fedvlm.metrics import CHOICES, TAKEN
+from fedvlm.metrics import CHOICES, NAME, TAKEN
 from fedvlm.settings.method import Positive, Section, Whole
 
 
 def _own(name: str) -> str:
-    if name in TAKEN or name.endswith(("_low", "_high")):
-        raise ValueError("this name belongs to another column of the tables; choose another")
+    if name in TAKEN or not re.fullmatch(NAME, name):
+        raise ValueError(
+            "a name has small letters, digits and _, at most 40, and is of no other column"
+        )
     return name
 
 
-Own = Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,39}$"), AfterValidator(_own)]
+Own = Annotated[str, AfterValidator(_own)]
 """The name of a program's own metric."""
 
 
