@@ -40,6 +40,7 @@ from fedvlm.config import load
 from fedvlm.rounds import federate
 from fedvlm.rounds import prepare as preparing
 from fedvlm.rounds.progress import Progress
+from fedvlm.rounds.schedule import plan
 from fedvlm.store.run import Store
 
 COHORT = 100
@@ -81,7 +82,7 @@ def run(folder: Path, clients: int, model: str, rounds: int) -> None:
         down = algorithm.send(algorithm.init(engine.adapter), NOBODY)
         mine = rehearse(algorithm, engine.adapter, NOBODY, down, 1).sent.keep
         fill(store, partition.clients, mine, engine.width)
-        for round_ in itertools.islice(federate.plan(config, algorithm, partition.clients), rounds):
+        for round_ in itertools.islice(plan(config, algorithm, partition.clients), rounds):
             for client in round_.cohort:  # a client's first round brings new rows
                 for row in partition.splits[client].train:
                     engine.collator.features(int(row))

@@ -101,9 +101,9 @@ def test_mistakes_are_one_message_and_exit_code_two(tmp_path, capsys, monkeypatc
 
 
 def test_resume_takes_no_other_settings(capsys, monkeypatch):
-    code, _, errors = call(capsys, monkeypatch, "run", "--resume", "x", "train.rounds=3")
+    code, _, errors = call(capsys, monkeypatch, "run", "--resume", "x", "train.lr=3")
     assert code == 2
-    assert "train.rounds=3" in errors
+    assert "train.lr=3" in errors
 
 
 def test_print_config_is_a_valid_configuration(tmp_path, capsys, monkeypatch):

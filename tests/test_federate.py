@@ -25,6 +25,7 @@ from fedvlm.models import lora
 from fedvlm.rounds import federate
 from fedvlm.rounds import prepare as preparing
 from fedvlm.rounds.prepare import environment
+from fedvlm.rounds.schedule import plan
 from fedvlm.seeds import derive
 from fedvlm.store import files
 from fedvlm.store import run as store
@@ -226,13 +227,13 @@ def test_cohorts_are_sampled_by_seed_and_round():
         None, "algorithm.name=lora", "train.rounds=6", "train.clients_per_round=3", "eval.every=4"
     )
     clients = [f"client-{i}" for i in range(10)]
-    rounds = list(federate.plan(config, build(config.algorithm), clients))
-    again = list(federate.plan(config, build(config.algorithm), clients))
+    rounds = list(plan(config, build(config.algorithm), clients))
+    again = list(plan(config, build(config.algorithm), clients))
     assert [r.cohort for r in rounds] == [r.cohort for r in again]
     assert all(len(set(r.cohort)) == 3 for r in rounds)
     assert len({r.cohort for r in rounds}) > 1
     assert [r.number for r in rounds if r.evaluate] == [4, 6]
-    other = list(federate.plan(load(config, "seed=1"), build(config.algorithm), clients))
+    other = list(plan(load(config, "seed=1"), build(config.algorithm), clients))
     assert [r.cohort for r in rounds] != [r.cohort for r in other]
 
 

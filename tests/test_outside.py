@@ -199,6 +199,8 @@ def test_an_object_and_settings_for_another_algorithm_exclude_each_other(small):
     assert own(load({**small, "algorithm": {}})).algorithm.name == table.OWN
     with pytest.raises(FedVLMError, match=r"must be a fedvlm\.Algorithm, got 'lora'"):
         fedvlm.run(small, algorithm="lora")
+    with pytest.raises(ConfigError, match=r"hand it over instead: fedvlm\.run\(\.\.\., algorithm="):
+        fedvlm.run({**small, "algorithm": sharing({})})
 
 
 @pytest.mark.parametrize(

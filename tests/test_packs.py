@@ -168,7 +168,7 @@ def test_packs_that_a_killed_process_could_not_remove_are_removed(tmp_path, monk
     store = Store(tmp_path)
     rounds(store, range(1, 30))
     before = packs(store)
-    monkeypatch.setattr(Packs, "sweep", lambda self: None)
+    monkeypatch.setattr(Packs, "sweep", lambda self, kept: None)
     rounds(store, [30])
     monkeypatch.undo()
     assert set(before) < set(packs(store))

@@ -19,6 +19,7 @@ from pydantic import BaseModel, ValidationError
 from fedvlm import documents, hub
 from fedvlm.algorithms import checks, table
 from fedvlm.errors import ConfigError, FedVLMError, shown
+from fedvlm.metrics import admit
 from fedvlm.settings.method import AlgorithmConfig
 from fedvlm.settings.plain import plain
 from fedvlm.settings.sections import Config
@@ -184,6 +185,7 @@ def checked(tree: dict[str, Any], problems: Sequence[str] = ()) -> Config:
         raise ConfigError([*problems, *_described(error, Config)]) from None
     if problems:
         raise ConfigError(problems)
+    admit(config.eval.own)
     if wrong := checks.general(config, table.find(config.algorithm.name)):
         raise ConfigError(wrong)
     return config

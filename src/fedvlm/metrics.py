@@ -41,12 +41,35 @@ METRICS = {
     "reward_margin": Metric("reward margin", share=False),
     "loss": Metric("loss", better="lower", share=False),
 }
-"""All scores, in the order of the tables. The objective of a run decides which of them it has."""
+"""All scores, in the order of the tables. The objective of a run decides which of them it has.
+
+:func:`admit` adds the scores of a program.
+"""
+
+BUILT_IN = tuple(METRICS)
+CHOICES = tuple(n for n in BUILT_IN if METRICS[n].share)
+"""The scores that may be the main one, besides those of a program."""
+NAME = r"[a-z][a-z0-9_]{0,39}(?<!_low)(?<!_high)"
+"""The form of the names of a program's scores. ``X_low`` is an end of the interval of ``X``."""
+TAKEN = frozenset(BUILT_IN) | {
+    *("row", "group", "question", "reference", "prediction", "weight", "examples"),
+    *("client", "model", "data", "site"),
+}
+"""Names that no score of a program may have: they name other values in the same tables."""
+
+
+def admit(names: Iterable[str]) -> None:
+    """Makes the scores of a program known, which are shares; a run's settings name them.
+
+    Every reader of settings and results calls this, so that other programs show these scores too.
+    """
+    for name in names:
+        METRICS.setdefault(name, Metric(name.replace("_", " ")))
 
 
 def measured(objective: str) -> set[str]:
     """The names of a run's scores, for an objective (``sft`` or ``dpo``)."""
-    return {n for n in METRICS if objective == "dpo" or not n.startswith("reward_")}
+    return {n for n in BUILT_IN if objective == "dpo" or not n.startswith("reward_")}
 
 
 def rounded(value: float, step: float) -> float:

@@ -24,6 +24,7 @@ from fedvlm.privacy.audit import Finding
 from fedvlm.privacy.canaries import Canary
 from fedvlm.rounds import seen
 from fedvlm.rounds.beginning import check_same, described
+from fedvlm.rounds.objects import Objects
 from fedvlm.rounds.prepare import prepare
 from fedvlm.rounds.results import global_models, personal_models
 from fedvlm.rounds.schedule import standing
@@ -183,8 +184,9 @@ def _prepared(
         FedVLMError: data or model differ from those of the run.
     """
     plain = config.engine.model_copy(update={"name": "reference"})
-    config = config.model_copy(update={"engine": plain, "output": str(folder)})
-    engine, partition, _ = prepare(config, store=Store(folder), algorithm=algorithm)
+    scored = config.eval.model_copy(update={"own": ()})  # an audit needs losses alone
+    config = config.model_copy(update={"engine": plain, "eval": scored, "output": str(folder)})
+    engine, partition, _ = prepare(config, store=Store(folder), objects=Objects(algorithm))
     check_same(folder, described(config, engine.collator.rows, partition))
     return engine, canaries.of(partition)
 

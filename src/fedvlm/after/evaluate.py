@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -12,8 +12,9 @@ import numpy as np
 
 from fedvlm.after.opened import Opened, open_run
 from fedvlm.after.outputs import check_out, write_table
+from fedvlm.engines.functions import Function, checked
 from fedvlm.intervals import ends, intervals
-from fedvlm.metrics import average
+from fedvlm.metrics import admit, average
 from fedvlm.settings.sections import Config
 
 
@@ -50,6 +51,7 @@ def evaluate(
     untuned: bool = True,
     max_rows: int | None = None,
     out: str | Path | None = None,
+    metrics: Mapping[str, Function] | None = None,
 ) -> Evaluation:
     """Scores a finished run's models on new data, all on the same rows.
 
@@ -65,12 +67,15 @@ def evaluate(
         untuned: also score the model before training.
         max_rows: score a seeded sample of this many rows; None means all rows.
         out: also write the scores to this file (.json, .jsonl, .csv or .parquet).
+        metrics: the program's own metrics, as for :func:`fedvlm.run`; None: the others alone.
 
     Raises:
         FedVLMError: the run is not finished, there is no such client, or the data cannot be used.
     """
     from fedvlm.data.sources import load_rows
 
+    functions = checked(metrics)
+    admit(functions)
     run = open_run(folder, *overrides)
     check_out(out, data, *run.inputs)
     every = clients is None and not global_
@@ -80,7 +85,7 @@ def evaluate(
     config = on_new_data(run.config, data, max_rows)
     rows = run.usable(load_rows(config.data, config.seed, pairs=run.pairs))
     models = run.chosen(names, global_=global_ or every, untuned=untuned, every=False)
-    found = Evaluation(str(data), len(rows), *score(run, rows, config, models))
+    found = Evaluation(str(data), len(rows), *score(run, rows, config, models, functions))
     if out is not None:
         write_table(found.table(), out)
     return found
@@ -98,7 +103,11 @@ def on_new_data(config: Config, data: str | Path, max_rows: int | None = None) -
 
 
 def score(
-    run: Opened, rows: Any, config: Config, models: dict[str, Any]
+    run: Opened,
+    rows: Any,
+    config: Config,
+    models: dict[str, Any],
+    functions: Mapping[str, Function] | None = None,
 ) -> tuple[dict[str, dict[str, float]], dict[str, dict[str, list[float]]]]:
     """Scores of each adapter on all rows, and their intervals."""
     from fedvlm.data.partition import Split
@@ -108,5 +117,6 @@ def score(
     settings = config.model_copy(update={"eval": config.eval.model_copy(update={"split": "test"})})
     with TemporaryDirectory() as scratch:
         engine = run.engine(rows, {"all": split}, settings, Path(scratch))
+        engine.functions = functions or {}
         found = {name: engine.answers([("all", tree)])["all"] for name, tree in models.items()}
     return {m: average(a) for m, a in found.items()}, {m: intervals(a) for m, a in found.items()}

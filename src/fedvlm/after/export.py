@@ -149,7 +149,9 @@ def base_name(name: str) -> str:
         FedVLMError: the name is a path, and there is no such folder.
     """
     from fedvlm.models.load import locate
+    from fedvlm.models.names import refuse_handed
 
+    refuse_handed(name)
     try:
         where, local = locate(name)
     except FedVLMError as error:

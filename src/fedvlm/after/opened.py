@@ -23,6 +23,7 @@ from fedvlm.rounds.schedule import standing
 from fedvlm.settings.sections import Config
 from fedvlm.store import files, sealed
 from fedvlm.store import run as stores
+from fedvlm.store.replanned import MADE
 from fedvlm.tree import Tree, module, plain
 
 if TYPE_CHECKING:
@@ -35,7 +36,6 @@ if TYPE_CHECKING:
 
 WEIGHTS = "adapter_model.safetensors"
 ONBOARDED, SCORES = "onboarded", "scores.json"
-MADE = "made.json"  # the digests of an adapter that was made at a request
 SETTABLE = ("model", "data", "train", "eval", "engine")
 ALONE = sharing({})
 

@@ -85,9 +85,52 @@ def general(config: Config, entry: Any) -> list[str]:
             "wire.compress=topk sends the rest of an upload in later rounds, but algorithm.name="
             f"{name} {entry.partial}: set wire.compress=int8"
         )
-    wrong += private(config, entry)
+    wrong += [*stopping(config), *private(config, entry)]
     if reason := entry.check(config):
         wrong.append(f"algorithm.name={name}: {reason}")
+    return wrong
+
+
+def stopping(config: Config) -> list[str]:
+    """The problems of ``train.patience`` with other settings."""
+    asked = f"train.patience={config.train.patience}"
+    if config.train.patience is None:
+        return []
+    wrong = []
+    if not config.eval.every:
+        wrong.append(f"{asked} counts evaluations, and eval.every=0 makes none: set eval.every=1")
+    if not config.data.val_fraction:
+        wrong.append(f"{asked} needs validation rows: data.val_fraction must be above 0")
+    if config.privacy.unit is not None:
+        wrong.append(
+            f"{asked} ends a run by the loss on validation rows, which has no noise: leave it out, "
+            "or leave out privacy.unit"
+        )
+    return wrong
+
+
+def one_place(config: Config, entry: Any) -> list[str]:
+    """The settings of a run that sites cannot take part in, as problems.
+
+    Args:
+        config: the settings of the run.
+        entry: the algorithm's row of the table.
+    """
+    wrong = []
+    if entry.pools:
+        wrong.append(
+            f"algorithm.name={config.algorithm.name} needs all rows in one place: use fedvlm run"
+        )
+    if config.train.patience is not None:
+        wrong.append(
+            f"train.patience={config.train.patience} ends a run by losses on validation rows, "
+            "which no site sends: leave it out of a deployed run"
+        )
+    if config.eval.own:
+        wrong.append(
+            f"eval.own={list(config.eval.own)}: a function of a Python program does not go to a "
+            "site: leave it out of a deployed run"
+        )
     return wrong
 
 

@@ -84,7 +84,8 @@ def run(
         str | None,
         typer.Option(
             metavar="DIR",
-            help="resume the unfinished run in DIR; data.path and model.name may have moved",
+            help="resume the unfinished run in DIR, or go on to another train.rounds; data.path "
+            "and model.name may have moved",
         ),
     ] = None,
     quiet: QuietOption = False,

@@ -89,9 +89,10 @@ class Live(Progress):
         self.bars.update(self.task, note=f"{brief(client, NOTE - len(told) - 1)} {told}")
 
     def round(self, line: dict[str, Any], seconds: float) -> None:
-        done = min(line["round"], self.config.train.rounds)
+        rounds = line.get("stopped", self.config.train.rounds)
+        done = min(line["round"], rounds)
         self.bars.update(self.task, note="training")
-        if line["round"] > self.config.train.rounds:
+        if line["round"] > rounds:
             self.bars.update(self.task, note="last round done")
         self.bars.update(self.task, completed=done)
         if line["evaluation"] or line.get("rejected"):
@@ -130,7 +131,7 @@ def means(line: dict[str, Any], config: Config) -> dict[str, float]:
 
 def describe(line: dict[str, Any], config: Config) -> str:
     """A metrics line as text."""
-    rounds, metric = config.train.rounds, config.metric
+    rounds, metric = line.get("stopped", config.train.rounds), config.metric
     number = line["round"]
     last = "local tuning" if config.train.tuning else "average"
     head = f"round {number:>3}/{rounds}" if number <= rounds else f"{last:<13}"

@@ -16,12 +16,14 @@ from fedvlm.intervals import few_rows, scored, scored_parts
 from fedvlm.metrics import METRICS, _percent, number, size
 from fedvlm.privacy import statement
 from fedvlm.rounds.claims import BASELINES, harm
+from fedvlm.rounds.grouped import cells, shown_metrics
 from fedvlm.rounds.results import UNSCORED
 
 if TYPE_CHECKING:
     from fedvlm.rounds.comparison import Comparison
     from fedvlm.rounds.results import Results
 
+MOST_BY_CLIENT = 40  # rows of the table by client and value
 SUMMARY = (
     ("mean", "mean over clients", "interval"),
     ("mean_rows", "mean over rows", "interval_rows"),
@@ -52,6 +54,8 @@ def print_run(results: Results) -> None:
         console.print(_other_metrics(results, others))
     if table["groups"] and len(table["groups"]["models"]["personal"]) > 1:
         console.print(_groups(results))
+        if found := _groups_by_client(results):
+            console.print(found)
     before = results.summary("personal_before")["mean"]
     console.print(
         f"{INTERVALS}\npersonal before the last aggregation: {number(first, before)}"
@@ -59,6 +63,12 @@ def print_run(results: Results) -> None:
         f"\nall results are in {results.folder}: table.csv, curves.png, answers/, adapters/",
         **PLAIN,
     )
+    if (earlier := table.get("planned")) and earlier[-1].get("stopped"):
+        console.print(
+            f"stopped after round {table['rounds']} of {earlier[-1]['rounds']}: the validation "
+            "loss no longer fell (train.patience)",
+            **PLAIN,
+        )
     if about := table.get("privacy"):
         told = f"privacy (simulated): {statement.guarantee(about, about['spent'])}"
         if about["rounds"] < table["rounds"]:
@@ -127,6 +137,29 @@ def _groups(results: Results) -> Table:
         out.add_row(escape(brief(value, 40)), str(rows[value]["examples"]), *cells)
     if len(rows) > 20:
         out.caption = f"and {len(rows) - 20} more in groups.csv"
+    return out
+
+
+def _groups_by_client(results: Results) -> Table | None:
+    """The personal models by client and value; None for more than forty rows."""
+    column, answers = results.table["groups"]["column"], results.answers("personal")
+    metrics = shown_metrics(results.metric, results.metrics)
+    rows = list(cells(metrics, answers))
+    if len(rows) > MOST_BY_CLIENT:
+        return None
+    out = Table(title=escape(f"personal models by client and {brief(column, 40)}"))
+    out.add_column("client", overflow="fold")
+    out.add_column(escape(brief(column, 20)), overflow="fold")
+    out.add_column("rows", justify="right")
+    for metric in metrics:
+        out.add_column(METRICS[metric].head, justify="right")
+    last = None
+    for client, value, count, scores in rows:
+        if client != last and last is not None:
+            out.add_section()
+        name = (brief(client, 24) or "all") if client != last else ""
+        out.add_row(escape(name), escape(brief(value, 24)), count, *scores)
+        last = client
     return out
 
 

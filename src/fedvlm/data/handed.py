@@ -75,7 +75,7 @@ def _rows(data: Any, split: str) -> datasets.Dataset:
             "Dataset.from_list(list(stream.take(10_000)))"
         )
     if hasattr(data, "to_dict") and hasattr(data, "columns"):
-        data = data.to_dict("records")
+        data = data.astype(object).where(data.notna(), None).to_dict("records")  # no NaN in texts
     if not isinstance(data, Sequence) or isinstance(data, str | bytes):
         raise DataError(f"data: it must be {KINDS}, got {type(data).__name__}")
     if wrong := [row for row in data if not isinstance(row, Mapping)]:

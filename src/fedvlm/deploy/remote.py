@@ -211,6 +211,10 @@ class Remote:
         list(self._about(models, {"do": "answer", "name": name}))
         return {}
 
+    def validate(self, models: Models) -> dict[str, float]:
+        """Empty: no site is asked for losses on its validation rows."""
+        return {}
+
     def export(self, models: Models, folders: Mapping[str, Path]) -> None:
         """Writes the global model here; the sites write personal models, which stay there."""
         if models.kind == "global":

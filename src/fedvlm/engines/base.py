@@ -73,6 +73,13 @@ class Engine(Protocol):
         """
         ...
 
+    def validate(self, models: Models) -> dict[str, float]:
+        """Mean loss of clients' models on the clients' validation rows, for ``train.patience``.
+
+        Clients without such rows are left out. Empty for an engine that is not told these losses.
+        """
+        ...
+
     def export(self, models: Models, folders: Mapping[str, Path]) -> None:
         """Writes models as PEFT folders, by client; personal models stay with their clients."""
         ...

@@ -72,7 +72,7 @@ class CohortEngine(PerUnit):
     def _session(self, group: Sequence[Member], trained: Mapping[str, nn.Parameter]) -> Session:
         """The optimizer of a stretch: a fresh one, or the optimizer of the previous stretch."""
         settings, first = self.config.train, group[0]
-        scale = settings.rate_scale(first.task.round)
+        scale = settings.rate_scale(first.task.round, first.task.visit.final)
         fresh = Session(make_optimizer(trained, settings, scale), dict(trained), len(group))
         if not first.wanted.resume or not first.resumable:
             return fresh

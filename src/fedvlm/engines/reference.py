@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from fedvlm.algorithms.base import Train, Trained, Validation
+from fedvlm.algorithms.base import Train, Trained, Validation, Visit
 from fedvlm.batches.draw import pieces
 from fedvlm.engines.base import Answer
 from fedvlm.engines.shell import Shell
@@ -41,7 +41,7 @@ class ReferenceEngine(Shell):
         for name, p in self.params.items():
             p.requires_grad_(name in trained)
         session = member.session if ask.resume else None
-        optimizer = session or self._optimizer(trained, member.task.round)
+        optimizer = session or self._optimizer(trained, member.task.visit)
         plan = self.plans.get(member.task.client)
         batches: Iterable[Any] = self._samples(member) if plan else self._batches(member)
         losses = []
@@ -58,11 +58,11 @@ class ReferenceEngine(Shell):
         return [Outcome(end, losses)], optimizer
 
     def _optimizer(
-        self, trained: dict[str, torch.nn.Parameter], round_: int
+        self, trained: dict[str, torch.nn.Parameter], visit: Visit
     ) -> torch.optim.Optimizer:
         """A fresh optimizer, with a learning rate for A and one for B."""
         settings = self.config.train
-        scale = settings.rate_scale(round_)
+        scale = settings.rate_scale(visit.round, visit.final)
         groups = [
             {"params": [p for n, p in trained.items() if factor(n) == f], "lr": rate * scale}
             for f, rate in settings.rates.items()

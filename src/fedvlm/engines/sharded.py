@@ -104,6 +104,9 @@ class Sharded:
     def answer(self, name: str, models: Models) -> dict[str, list[Answer]]:
         return self._scored(self._made(models), texts=True)
 
+    def validate(self, models: Models) -> dict[str, float]:
+        return self.engine.validate(models)
+
     def export(self, models: Models, folders: Mapping[str, Path]) -> None:
         self.engine.export(models, folders)
 

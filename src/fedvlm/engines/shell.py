@@ -21,6 +21,7 @@ from fedvlm.batches.collate import Collator
 from fedvlm.batches.draw import Length, batches
 from fedvlm.data.partition import Partition
 from fedvlm.engines.base import Answer, Models, Scores
+from fedvlm.engines.functions import Function, own_scores
 from fedvlm.engines.stages import Stage, joined, packed, parted
 from fedvlm.engines.together import Member, Outcome, perform
 from fedvlm.engines.wire import Forms, Reply, Task
@@ -60,6 +61,7 @@ class Shell:
         plans: client -> its plan of differential privacy; empty: plain training. Clients then train
             one after another by DP-SGD (Abadi et al., arXiv 1607.00133), each in one pass of units.
         chance: the source of samples and noise.
+        functions: name -> metric of the program that started the run.
     """
 
     width = 1
@@ -85,6 +87,7 @@ class Shell:
         self.score_step = 0.0
         self.plans: Mapping[str, Plan] = {}
         self.chance: Chance = System()
+        self.functions: Mapping[str, Function] = {}
         self._units: dict[str, list[np.ndarray]] = {}
         self._passes: Counter[str] = Counter()
         self._answers: dict[tuple[str, str], list[Answer]] = {}
@@ -258,7 +261,9 @@ class Shell:
     def _path(self, member: Member) -> dict[str, float]:
         """The sum of the learning rates over the steps of the next stretch, by factor."""
         settings = self.config.train
-        scale = self._steps(member) * settings.rate_scale(member.task.round)
+        scale = self._steps(member) * settings.rate_scale(
+            member.task.round, member.task.visit.final
+        )
         return {factor: scale * rate for factor, rate in settings.rates.items()}
 
     # -- scores
@@ -268,6 +273,15 @@ class Shell:
 
     def answer(self, name: str, models: Models) -> dict[str, list[Answer]]:
         return self.answers(self.made(models))
+
+    def validate(self, models: Models) -> dict[str, float]:
+        found = {}
+        self.model.eval()
+        with torch.no_grad():
+            for client, tree in self.made(models):
+                if len(rows := self.partition.splits[client].val[:MOST_VALIDATED]):
+                    found[client] = self._validate([tree], rows)[0].loss
+        return found
 
     def export(self, models: Models, folders: Mapping[str, Path]) -> None:
         for client, tree in self.made(models):
@@ -348,6 +362,7 @@ class Shell:
                 "reference": row["answer"],
                 "prediction": texts[n],
                 **scores[n],
+                **own_scores(self.functions, texts[n], row),
                 **losses[n],
             }
             for n, (index, row) in enumerate(zip(indices, rows, strict=True))

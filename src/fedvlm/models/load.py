@@ -18,7 +18,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from fedvlm import hub, processes
 from fedvlm.errors import FedVLMError, brief
 from fedvlm.models.folder import ADAPTER, check_folder, check_size, mark, refuse_adapter, refused
-from fedvlm.models.names import refuse_foreign_release, refuse_own_code
+from fedvlm.models.names import HANDED, refuse_foreign_release, refuse_handed, refuse_own_code
 from fedvlm.models.pin import still_allowed
 from fedvlm.models.processors import load_processor, read_json
 from fedvlm.settings.sections import ModelConfig
@@ -281,6 +281,7 @@ def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
 
 def locate(name: str) -> tuple[str, bool]:
     """Locates a model's files: (folder or hub name with its revision, whether it is local)."""
+    refuse_handed(name)
     if name in BUNDLED:
         return str(BUNDLED[name]), True
     if os.path.isdir(name):
@@ -302,6 +303,8 @@ def mark_of(config: ModelConfig) -> str:
     """A digest that differs for another base model, wherever its files lie."""
     from transformers.utils import cached_file
 
+    if config.name.startswith(HANDED):
+        return config.name.removeprefix(HANDED)
     source, local = locate(config.name)
     if local:
         return mark(source)
@@ -312,6 +315,8 @@ def mark_of(config: ModelConfig) -> str:
 
 def identity(config: ModelConfig) -> str:
     """Identifies the frozen model: its settings and, if local, files with sizes and times."""
+    if config.name.startswith(HANDED):
+        return config.model_dump_json()
     source, local = locate(config.name)
     files = sorted(Path(source).iterdir()) if local else []
     stats = [(f.name, f.stat().st_size, f.stat().st_mtime_ns) for f in files]

@@ -19,6 +19,25 @@ NATIVE = (
 )
 
 
+HANDED = "handed:"
+"""Prefix of the name of a model that a program handed over; a digest follows."""
+
+
+def refuse_handed(name: str) -> None:
+    """Refuses to load a model that no file holds.
+
+    Raises:
+        FedVLMError: with the ways to give it.
+    """
+    if name.startswith(HANDED):
+        raise FedVLMError(
+            f"model.name: '{brief(name)}' was handed over by a Python program, and its weights are "
+            "not in the run's folder. To resume the run, hand it over again: fedvlm.resume(DIR, "
+            "model=(model, processor)). For other commands, write the model and its processor to "
+            "a folder (save_pretrained) and add --set model.name=FOLDER"
+        )
+
+
 def native_name(name: str) -> str | None:
     """The checkpoint to use instead of ``name``; None if ``name`` itself is the one to use.
 

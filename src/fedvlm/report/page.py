@@ -152,7 +152,12 @@ def _rounds(run: Run) -> str:
     if about is not None and about["rounds"] < planned and run.opened:
         return f"{about['rounds']} of {planned}: the privacy budget ended the run"
     done = min(run.round, planned)
-    return f"{planned}" if done == planned else f"{done} of {planned}"
+    told = f"{planned}" if done == planned else f"{done} of {planned}"
+    earlier = run.opened.results.table.get("planned") if run.opened else None
+    if earlier and earlier[-1].get("stopped"):
+        return f"{told}; the validation loss no longer fell (planned: {earlier[-1]['rounds']})"
+    numbers = ", ".join(str(one["rounds"]) for one in earlier or ())
+    return f"{told} (planned before: {numbers})" if earlier else told
 
 
 def _last(name: str) -> str:

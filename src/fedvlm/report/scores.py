@@ -6,6 +6,7 @@ import math
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from fedvlm.errors import brief
 from fedvlm.figures.series import capital, curve, end_scores, first_scores, mean_scores, seed_curves
 from fedvlm.intervals import few_rows, scored
 from fedvlm.metrics import METRICS, mean, number, size
@@ -13,7 +14,8 @@ from fedvlm.report import charts
 from fedvlm.report.folder import SHOWN, Compared, Run
 from fedvlm.report.parts import Chart, Part, Section, Table, Text, table
 from fedvlm.rounds.claims import BASELINES
-from fedvlm.rounds.results import UNSCORED
+from fedvlm.rounds.grouped import cells, shown_metrics
+from fedvlm.rounds.results import UNSCORED, Results
 
 MEASURES = {
     "exact_match": "the share of held-out rows whose answer equals the reference, letter by letter",
@@ -49,6 +51,8 @@ def of_run(run: Run) -> Section:
     rows = {c: s["examples"] for c, s in run.models["personal"]["clients"].items() if _has(s)}
     if few := few_rows(rows, named=False):
         parts.append(Text(f"{capital(few)}.", "warning"))
+    if (found := run.opened) and found.results.table.get("groups"):
+        parts.append(_groups(run, found.results))
     if others := [m for m in run.models["personal"]["summary"] if m in METRICS and m != run.metric]:
         parts.append(_others(run, others))
     return Section("scores", "Scores", parts)
@@ -94,6 +98,19 @@ def _table(run: Run) -> Table:
     title = f"{capital(METRICS[first].head)} on held-out rows, in brackets its 95 % interval"
     heads = ("site", "rows", *SHOWN)
     return table(title, heads, rows, foot=foot, more="table.csv")
+
+
+def _groups(run: Run, results: Results) -> Table:
+    """The personal models by site and value of ``eval.group_by``."""
+    column = brief(results.table["groups"]["column"], 40)
+    metrics = shown_metrics(run.metric, results.metrics)
+    rows = [
+        (client or "all sites", value, count, *scores)
+        for client, value, count, scores in cells(metrics, run.answers.get("personal", []))
+    ]
+    heads = ("site", column, "rows", *(METRICS[m].head for m in metrics))
+    title = f"Personal models by site and {column}, in brackets 95 % intervals"
+    return table(title, heads, rows, texts=(1,), more="groups.csv")
 
 
 def _others(run: Run, metrics: Sequence[str]) -> Table:

@@ -7,8 +7,10 @@ from collections.abc import Iterator
 
 from fedvlm.algorithms.table import OWN, find
 from fedvlm.errors import cut
+from fedvlm.models.names import HANDED
 from fedvlm.report.folder import Compared, Run, data_files, environment
 from fedvlm.report.parts import Code, Items, Part, Section, Text, table
+from fedvlm.rounds import more
 from fedvlm.store.run import CONFIG
 from fedvlm.version import __version__
 
@@ -26,11 +28,11 @@ def of_run(run: Run) -> Section:
         Text("In the folder of the run, this command repeats it in a new folder NEW:"),
         Code(f"fedvlm {'deploy ' * run.deployed}run {CONFIG} output=NEW"),
     ]
-    if _has_own_algorithm(run):
+    if objects := _objects(run):
         how = [
             Text(
-                "The algorithm of this run was an object of Python: fedvlm.run(..., "
-                "algorithm=...). No command repeats it."
+                f"This run had objects of a Python program: fedvlm.run(..., {', '.join(objects)}). "
+                "No command repeats it."
             )
         ]
     parts: list[Part] = [
@@ -48,6 +50,12 @@ def _repeats(run: Run) -> str:
         return (
             "The result will differ: noise and samples come from the operating system, because "
             "whoever knew their seed could subtract the noise."
+        )
+    planned = run.opened.results.table.get("planned") if run.opened else None
+    if planned and (why := more.differs(run.config)):
+        return (
+            f"The result will differ: {why}, and this run was told {planned[0]['rounds']} rounds "
+            f"when it began, not {run.config.train.rounds}."
         )
     return (
         "On a processor of the same kind, with the same versions, data and number of threads, the "
@@ -99,6 +107,16 @@ def of_comparison(found: Compared) -> Section:
         Items(list(_cited(runs)), "To cite"),
     ]
     return Section(NAME, TITLE, parts)
+
+
+def _objects(run: Run) -> list[str]:
+    """The objects of Python that the run had, as arguments of ``fedvlm.run``."""
+    had = {
+        "algorithm": _has_own_algorithm(run),
+        "metrics": run.config.eval.own,
+        "model": run.config.model.name.startswith(HANDED),
+    }
+    return [f"{name}=..." for name, there in had.items() if there]
 
 
 def _has_own_algorithm(run: Run) -> bool:

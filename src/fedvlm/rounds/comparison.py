@@ -29,6 +29,7 @@ from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
 from fedvlm.store import files
 from fedvlm.store import run as stores
+from fedvlm.store.replanned import stopped
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -191,7 +192,7 @@ def done(config: Config) -> bool:
             "with output=DIR"
         )
     stores.check_whole(config.output)
-    there = configs.load(Path(config.output) / stores.CONFIG)
+    there = _as_told(configs.load(Path(config.output) / stores.CONFIG), config.output)
     same = {"output": "", "engine": config.engine}
     if there.model_copy(update=same) != located(config).model_copy(update=same):
         raise FedVLMError(
@@ -199,6 +200,13 @@ def done(config: Config) -> bool:
             "with output=DIR, or remove this folder"
         )
     return stores.is_done(config.output)
+
+
+def _as_told(config: Config, folder: str) -> Config:
+    """The settings that a run began with, where its rounds ended early by themselves."""
+    if (rounds := stopped(folder)) is None:
+        return config
+    return config.model_copy(update={"train": config.train.model_copy(update={"rounds": rounds})})
 
 
 class _Relay(Progress):

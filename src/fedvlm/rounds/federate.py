@@ -4,26 +4,29 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedvlm import config as configs
-from fedvlm.algorithms.base import Algorithm, State, Visit, expected
+from fedvlm.algorithms.base import Algorithm, State, Visit
 from fedvlm.algorithms.table import of_run
 from fedvlm.engines.base import Engine, Models, Scores
+from fedvlm.engines.functions import Function
 from fedvlm.engines.group import Group, joined
 from fedvlm.engines.summand import Summed
 from fedvlm.engines.wire import Forms, Task
-from fedvlm.errors import ConfigError, FedVLMError, shown
+from fedvlm.errors import FedVLMError
 from fedvlm.privacy import accountant
 from fedvlm.processes import peak_memory
-from fedvlm.rounds import noisymean, robust, secure
-from fedvlm.rounds.beginning import begin, described
+from fedvlm.rounds import more, noisymean, robust, secure
+from fedvlm.rounds.beginning import begin, check_same, described
 from fedvlm.rounds.budget import Budget, budget_of
 from fedvlm.rounds.fold import Fold
 from fedvlm.rounds.located import check_apart, located, with_rows
 from fedvlm.rounds.noisymean import NoisyMean
+from fedvlm.rounds.objects import Objects
+from fedvlm.rounds.patience import Patience
 from fedvlm.rounds.pictures import draw_curves, draw_partition
 from fedvlm.rounds.prepare import prepare, weights_of
 from fedvlm.rounds.progress import Progress, Quiet
@@ -35,16 +38,13 @@ from fedvlm.rounds.results import (
     write_answers,
     write_results,
 )
-from fedvlm.rounds.schedule import Round, plan
+from fedvlm.rounds.schedule import Round
 from fedvlm.rounds.seen import watched
 from fedvlm.rounds.trackers import tracked
 from fedvlm.settings.aggregate import AggregateConfig
 from fedvlm.settings.sections import Config
 from fedvlm.store import run as stores
 from fedvlm.tree import Tree, digest, saved_bytes
-
-MOVED = ("data.path", "model.name")
-"""Settings that a resumed run may change."""
 
 if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
@@ -56,6 +56,8 @@ def run(
     *overrides: str,
     data: Any = None,
     algorithm: Algorithm | None = None,
+    metrics: Mapping[str, Function] | None = None,
+    model: tuple[Any, Any] | None = None,
     resume: bool = False,
     progress: Progress | None = None,
     callbacks: Sequence[Progress] = (),
@@ -72,6 +74,9 @@ def run(
             ``DatasetDict``, a pandas ``DataFrame``, or a list of dicts. They are written to
             ``rows-DIGEST.parquet`` in the parent folder of ``output``.
         algorithm: your own algorithm; then leave out the section ``algorithm``.
+        metrics: your own metrics, name -> ``function(prediction, reference) -> float`` in [0, 1];
+            a parameter named ``question`` gets the question. ``eval.metric`` may choose one.
+        model: the frozen model and its processor, instead of ``model.name``; they stay unchanged.
         resume: continue the unfinished run in ``config.output``.
         progress: gets the run's events; None: no output.
         callbacks: more receivers of the run's events, see :class:`fedvlm.Callback`.
@@ -85,8 +90,21 @@ def run(
         FedVLMError: the model, the device or the output folder cannot be used.
     """
 
-    settings = _configuration(algorithm)(config, *overrides)
-    check(settings, of_run(settings, algorithm))
+    objects = Objects.of(algorithm, metrics, model)
+    return _run(objects, objects.settings(config, *overrides), data, resume, progress, callbacks)
+
+
+def _run(
+    objects: Objects,
+    settings: Config,
+    data: Any,
+    resume: bool,
+    progress: Progress | None,
+    callbacks: Sequence[Progress],
+) -> Results:
+    """A new or a resumed run; see :func:`run`."""
+    check(settings, of_run(settings, objects.algorithm))
+    objects.check(settings)
     progress = tracked(settings, progress or Quiet(), callbacks)
     if not resume:
         stores.check_fresh(settings.output)
@@ -95,15 +113,18 @@ def run(
     with joined() as group:
         given, settings = settings, located(settings)
         if group.rank:
-            return _follow(settings, group, algorithm)
+            return _follow(settings, group, objects)
         with progress.started(given):
             engine, partition, store, described, budget = _prepare_all(
-                settings, group, progress, algorithm
+                settings, group, progress, objects
             )
             progress.partitioned(partition)
             robust.check(settings, engine.algorithm, len(partition.clients))
             secure.check(settings, engine.algorithm, len(partition.clients))
             with store.locked():
+                if resume:
+                    check_same(store.folder, described)
+                    more.replan(store, settings, engine.algorithm.final)
                 begin(settings, store, described, resume)
                 draw_partition(partition, store.folder)
                 weights = weights_of(settings, partition)
@@ -118,21 +139,26 @@ def resume(
     progress: Progress | None = None,
     callbacks: Sequence[Progress] = (),
     algorithm: Algorithm | None = None,
+    metrics: Mapping[str, Function] | None = None,
+    model: tuple[Any, Any] | None = None,
 ) -> Results:
     """Continues the run in ``folder``; the result is bit-identical to an uninterrupted run's.
 
     Args:
         folder: the folder of the run.
-        *overrides: ``data.path=...`` or ``model.name=...``, if the data or the model have moved.
+        *overrides: ``data.path=...`` or ``model.name=...``, if the data or the model have moved;
+            ``train.rounds=...`` for another number of rounds, also of a finished run.
         progress: gets the run's events; None: no output.
         callbacks: more receivers of the run's events.
         algorithm: the object, if the run was started with one.
+        metrics: the same functions, if the run was started with some.
+        model: the same model and processor, if the run was started with them.
 
     Raises:
         ConfigError: another setting is overridden.
         FedVLMError: the folder holds no run, or the data or the model have changed.
     """
-    check_moved(overrides)
+    more.check_moved(overrides)
     stores.check_whole(folder)
     if not stores.is_run(folder):
         raise FedVLMError(
@@ -140,9 +166,11 @@ def resume(
             + (" that has begun" if stores.has_not_begun(folder) else "")
             + f"; start one with 'fedvlm run output={folder}'"
         )
-    settings = _configuration(algorithm)(Path(folder) / stores.CONFIG, *overrides)
+    objects = Objects.of(algorithm, metrics, model)
+    settings = objects.read(Path(folder) / stores.CONFIG, *overrides)
     settings = settings.model_copy(update={"output": str(folder)})
-    if stores.is_done(folder):
+    other = more.check(Path(folder), settings, of_run(settings, algorithm).final)
+    if stores.is_done(folder) and not other:
         return Results.read(folder)
     for key, path in (("data.path", settings.data.path), ("model.name", settings.model.name)):
         if path and os.path.isabs(path) and not os.path.exists(path):
@@ -150,7 +178,7 @@ def resume(
                 f"{key}: '{path}' is not there any more; if it has moved, give its new place: "
                 f"fedvlm run --resume {folder} {key}=..."
             )
-    return run(settings, algorithm=algorithm, resume=True, progress=progress, callbacks=callbacks)
+    return _run(objects, settings, None, True, progress, callbacks)
 
 
 def check(settings: Config, algorithm: Algorithm) -> None:
@@ -166,42 +194,15 @@ def check(settings: Config, algorithm: Algorithm) -> None:
         accountant.check_installed()
 
 
-def check_moved(overrides: Sequence[str]) -> None:
-    """Refuses settings that a resumed run cannot change.
-
-    Raises:
-        ConfigError: a setting is neither the place of the data nor of the model.
-    """
-    fixed = [text for text in overrides if text.partition("=")[0].strip() not in MOVED]
-    if fixed:
-        raise ConfigError(
-            [
-                f"{shown(text)}: a resumed run keeps its settings; only {' and '.join(MOVED)} can "
-                "be given, if the data or the model have moved"
-                for text in fixed
-            ]
-        )
-
-
-def _configuration(algorithm: Algorithm | None) -> Callable[..., Config]:
-    """Reads the configuration of a run, whose algorithm may be an object."""
-    if algorithm is None:
-        return configs.load
-    expected(algorithm)
-    return configs.own
-
-
 Prepared = tuple["Shell", "Partition", stores.Store]
 All = tuple[Engine, "Partition", stores.Store, dict[str, str], Budget | None]
 
 
-def _prepare_all(
-    config: Config, group: Group, progress: Progress, algorithm: Algorithm | None
-) -> All:
+def _prepare_all(config: Config, group: Group, progress: Progress, objects: Objects) -> All:
     """Prepares the run in all processes; see :func:`prepare` and :func:`described`."""
 
     def prepared() -> tuple[Prepared, dict[str, str]]:
-        found = prepare(config, progress, algorithm=algorithm)
+        found = prepare(config, progress, objects=objects)
         return found, described(config, found[0].collator.rows, found[1], budget_of(found[0]))
 
     if group.size == 1:
@@ -213,12 +214,12 @@ def _prepare_all(
     return Sharded(engine, group), partition, store, texts, budget_of(engine)
 
 
-def _follow(config: Config, group: Group, algorithm: Algorithm | None) -> Results:
+def _follow(config: Config, group: Group, objects: Objects) -> Results:
     """A run in a process other than the first, which does the parts that process 0 sends."""
     from fedvlm.engines.sharded import serve, together
 
     def prepared() -> tuple[Prepared, dict[str, str]]:
-        found = prepare(config, algorithm=algorithm)
+        found = prepare(config, objects=objects)
         return found, described(config, found[0].collator.rows, found[1], budget_of(found[0]))
 
     (engine, _, _), _ = together(group, prepared, _same)
@@ -267,7 +268,8 @@ def drive(
         store.commit(0, state, line, {"round": 0})
         progress.round(line, 0.0)
     state, done = store.server(), store.finished() or 0
-    for round_ in plan(config, algorithm, names, budget.rounds if budget else None):
+    patience = Patience(config, engine, store, names, clients)
+    for round_ in patience.rounds(budget.rounds if budget else None):
         if round_.number > done:
             began = time.perf_counter()
             rated = clients if round_.evaluate else ()
@@ -286,11 +288,13 @@ def drive(
             )
             if budget:
                 line["epsilon"] = round(budget.epsilon([*store.lines(), line]), 6)
+            line |= patience.told(round_, state)
             seconds = time.perf_counter() - began
             timing = {"round": round_.number, "seconds": seconds, **peak_memory()}
-            store.commit(round_.number, state, line, timing)
+            store.commit(round_.number, state, line, timing, round_.final)
             progress.round(line, seconds)
             voids.after(line)
+    config = patience.config
     draw_curves(store.folder, config, store.lines(), names)
     results = write_results(config, names, store, engine)
     progress.finished(results)

@@ -10,6 +10,7 @@ from fedvlm.algorithms.table import adapter_of, check_fit, find, of_run
 from fedvlm.errors import DataError
 from fedvlm.processes import size
 from fedvlm.rounds.budget import budget_of
+from fedvlm.rounds.objects import Objects
 from fedvlm.rounds.progress import Progress, Quiet
 from fedvlm.rounds.results import scored
 from fedvlm.settings.sections import Config
@@ -51,7 +52,7 @@ def prepare(
     progress: Progress | None = None,
     divider: Divider | None = None,
     store: stores.Store | None = None,
-    algorithm: Algorithm | None = None,
+    objects: Objects | None = None,
 ) -> tuple[Shell, Partition, stores.Store]:
     """Loads data and model, and checks the run; writes nothing to the run's folder.
 
@@ -60,7 +61,7 @@ def prepare(
         progress: gets the run's events.
         divider: makes the partition of the rows; None: :func:`partitioned`.
         store: keeps the personal states; None: the store in ``config.output``.
-        algorithm: the algorithm as an object; None: the configured algorithm.
+        objects: the objects that a program handed over; None: there are none.
 
     Raises:
         FedVLMError: the run is impossible; see :func:`fedvlm.run`.
@@ -69,14 +70,16 @@ def prepare(
     from fedvlm.data import pool
     from fedvlm.engines.choice import engine_class
     from fedvlm.engines.compress import compression
-    from fedvlm.models.load import load_model, set_threads
+    from fedvlm.models.load import set_threads
     from fedvlm.models.lora import attach, drop_dead
 
-    algorithm = of_run(config, algorithm)
+    objects = objects or Objects()
+    objects.check(config)
+    algorithm = of_run(config, objects.algorithm)
     objective = objectives.build(config.objective)
     rows, partition = divide(config, divider)
     store = store or stores.Store(config.output)
-    loaded = load_model(config.model)
+    loaded = objects.loaded(config.model)
     set_threads(loaded.model, config.engine.threads)
     entry, adapter = find(config.algorithm.name), adapter_of(config)
     progress = progress or Quiet()
@@ -91,6 +94,7 @@ def prepare(
     stages = () if entry.pools else compression(config.wire)  # pooled rows send nothing
     kind = engine_class(config.engine, model)
     engine = kind(model, collator, trained, settings, store, algorithm, stages)
+    engine.functions = objects.functions
     check_fit(config.algorithm, engine.adapter)
     if budget := budget_of(engine):
         engine.plans = budget.plans if config.privacy.local else {}

@@ -18,14 +18,17 @@ from fedvlm.algorithms.base import State
 from fedvlm.engines.base import Answer, Engine, Models
 from fedvlm.errors import FedVLMError
 from fedvlm.intervals import FEW_ROWS, ends, from_means, intervals, mean_interval, over_rows
-from fedvlm.metrics import METRICS, average, summarize
-from fedvlm.rounds import shown
+from fedvlm.metrics import METRICS, admit, average, summarize
+from fedvlm.rounds import grouped, shown
+from fedvlm.rounds.grouped import by as by
 from fedvlm.rounds.schedule import Round, standing
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config
 from fedvlm.store import sealed
 from fedvlm.store.files import read_lines, slugs, write_text
-from fedvlm.store.run import CHECKPOINT, DONE, Store, mark
+from fedvlm.store.marks import CHECKPOINT, DONE, goes_on, mark
+from fedvlm.store.replanned import planned
+from fedvlm.store.run import Store
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -35,6 +38,7 @@ BUDGET = "privacy.json"
 """The file with everything that the privacy guarantee of a run depends on."""
 FILES = "files"  # key of the digests in table.json
 UNSCORED = "no client told its scores; each site has its models' answers in its own folder"
+ANSWERED = ("untuned", "global", "personal")
 MODELS = ("untuned", "global_before", "global", "personal_before", "personal")
 
 logger = logging.getLogger("fedvlm")
@@ -63,8 +67,9 @@ class Results:
         """
         path = Path(folder)
         table = sealed.read(path / DONE)
+        admit(table.get("own", ()))
         known = table.pop(FILES, {})
-        if known.pop(CHECKPOINT, None) != mark(path):
+        if known.pop(CHECKPOINT, None) != mark(path) and not goes_on(path):
             raise sealed.damaged(path / DONE, f"it is of another run than {CHECKPOINT}")
         return cls(path, table, known)
 
@@ -101,6 +106,30 @@ class Results:
     def to_pandas(self) -> pd.DataFrame:
         """A row for each client and model: all scores, and their 95 % intervals."""
         return shown.frame(self.table)
+
+    def by(self, column: str | None = None) -> pd.DataFrame:
+        """Scores by the values of ``eval.group_by``: a row for each model, client and value.
+
+        The client is empty for all clients together. The columns ``METRIC_low`` and ``METRIC_high``
+        are 95 % intervals over rows.
+
+        Args:
+            column: the column, which has to be ``eval.group_by``; None: that one.
+
+        Raises:
+            FedVLMError: the answers have no value of this column.
+        """
+        import pandas as pd
+
+        known = (self.table.get("groups") or {}).get("column")
+        if known is None or column not in (None, known):
+            has = f"by '{known}' alone" if known else "by no column"
+            raise FedVLMError(
+                f"'{self.folder}' has scores {has}: the column is chosen before a run, by "
+                "eval.group_by, and the rows must have it; answers of a deployed run stay at the "
+                "sites"
+            )
+        return pd.DataFrame(grouped.rows(known, {m: self.answers(m) for m in ANSWERED}))
 
     def plot(self) -> Figure:
         """The scores by round and at the end, as in ``curves.png``.
@@ -150,6 +179,10 @@ def write_results(config: Config, names: Sequence[str], store: Store, engine: En
         answers[kind] = write_answers(store.folder, kind, found)
     table = tabulate(config, lines, names, answers) | {"groups": _groups(config, answers)}
     table |= _private(store, lines)
+    if config.eval.own:
+        table["own"] = list(config.eval.own)
+    if earlier := planned(store.folder):
+        table["planned"] = earlier
     folder = store.folder / "adapters"
     folders = {client: folder / name for client, name in table["folders"].items()}
     again = "every command that needs an adapter makes it again"
@@ -159,7 +192,7 @@ def write_results(config: Config, names: Sequence[str], store: Store, engine: En
         engine.export(personal_models(engine, last, state, clients), folders)
     write_text(store.folder / "table.csv", as_csv(table))
     if table["groups"]:
-        write_text(store.folder / "groups.csv", groups_csv(table))
+        write_text(store.folder / "groups.csv", groups_csv(config.eval.group_by, answers))
     ends = [*store.folder.glob("answers/*.jsonl"), *folder.glob("[!.]*/adapter_*")]
     ends += store.folder.glob("uploads/*.safetensors")
     digests = sealed.digests(store.folder, sorted(str(p.relative_to(store.folder)) for p in ends))
@@ -282,15 +315,9 @@ def as_csv(table: dict[str, Any]) -> str:
     return _csv(shown.rows_of(table))
 
 
-def groups_csv(table: dict[str, Any]) -> str:
-    """One row per value of ``eval.group_by`` and model."""
-    column, bounds = table["groups"]["column"], table["groups"]["intervals"]
-    rows = [
-        {column: value, "model": model, **scores, **ends(scores, bounds[model][value])}
-        for model, scored in table["groups"]["models"].items()
-        for value, scores in scored.items()
-    ]
-    return _csv(rows)
+def groups_csv(column: str, answers: Mapping[str, list[Answer]]) -> str:
+    """One row per model, client and value of ``eval.group_by``; all clients together first."""
+    return _csv(grouped.rows(column, answers))
 
 
 def _csv(rows: list[dict[str, Any]]) -> str:
@@ -317,14 +344,6 @@ def _groups(config: Config, answers: Mapping[str, list[dict[str, Any]]]) -> dict
         "models": {m: {v: average(found[v]) for v in values} for m, found in grouped.items()},
         "intervals": {m: {v: intervals(found[v]) for v in values} for m, found in grouped.items()},
     }
-
-
-def by(key: str, answers: Iterable[Answer]) -> dict[str, list[Answer]]:
-    """Answers by one of their values, such as ``client``."""
-    found: dict[str, list[Answer]] = {}
-    for answer in answers:
-        found.setdefault(answer[key], []).append(answer)
-    return found
 
 
 def scored_model(clients: dict[str, dict[str, float]], answers: list[Answer]) -> dict[str, Any]:

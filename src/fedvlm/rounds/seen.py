@@ -76,6 +76,9 @@ class Watched:
     def answer(self, name: str, models: Models) -> dict[str, list[Answer]]:
         return self.engine.answer(name, models)
 
+    def validate(self, models: Models) -> dict[str, float]:
+        return self.engine.validate(models)
+
     def export(self, models: Models, folders: Mapping[str, Path]) -> None:
         self.engine.export(models, folders)
 

@@ -50,6 +50,8 @@ def _copy(value: Any, problems: list[str], where: str, above: tuple[int, ...]) -
         return kind(value)
     kind = type(value)
     hint = "; write the data set to a file and give its path" if hasattr(value, "features") else ""
+    if kind.__name__ == "Algorithm":
+        hint = "; hand it over instead: fedvlm.run(..., algorithm=object)"
     problems.append(
         f"{where or 'the configuration'}: a setting is a text, a number, True, False, None, a list "
         f"or a mapping of these (got an object of type {kind.__module__}.{kind.__qualname__}){hint}"

@@ -18,6 +18,7 @@ from fedvlm.settings.method import Filled, Fraction, Positive, Ratio, Section, W
 from fedvlm.settings.method import LoraConfig as LoraConfig
 from fedvlm.settings.pictures import Formats, Window
 from fedvlm.settings.privacy import PrivacyConfig
+from fedvlm.settings.scoring import EvalConfig as EvalConfig
 from fedvlm.settings.train import TrainConfig
 
 _FORM = "a mapping of clients to row numbers, such as {north: [0, 1, 2], south: [3, 4, 5]}"
@@ -266,25 +267,6 @@ class WireConfig(Section):
                 "set compress=topk"
             )
         return self
-
-
-class EvalConfig(Section):
-    """When and how clients are scored."""
-
-    every: Whole = Field(10, description="rounds between evaluations; 0: only at the end")
-    clients: Positive | None = Field(
-        None, description="most clients to score, the same clients every time; empty: all"
-    )
-    batch_size: Positive = Field(64, description="rows in a batch of the scoring")
-    max_rows: Positive | None = Field(200, description="most held-out rows a client; empty: all")
-    max_new_tokens: Positive = Field(24, description="most tokens of an answer of the model")
-    split: Literal["test", "val"] = Field("test", description="val: to choose settings")
-    metric: Literal["exact_match", "token_f1", "rouge_l", "bleu", "reward_accuracy"] | None = Field(
-        None, description="main metric; empty: exact_match for sft, reward_accuracy for dpo"
-    )
-    group_by: str = Field(
-        "origin_dataset", description="column for a table of scores by its values, where it exists"
-    )
 
 
 class EngineConfig(Section):

@@ -34,6 +34,12 @@ class TrainConfig(Section):
         "rounds weigh more; their exponential moving average; or its last model (none)",
     )
     batch_size: Positive = Field(8, description="rows in a batch of the training")
+    patience: Positive | None = Field(
+        None,
+        description="end the rounds after this many evaluations (eval.every) in a row without a "
+        "lower mean validation loss of the personal models; the last models are kept, and the "
+        "ending follows; empty: train all rounds",
+    )
     sort_by_length: bool = Field(
         False, description="batches of rows of similar length: less padding, less mixed batches"
     )
@@ -89,9 +95,14 @@ class TrainConfig(Section):
             return self.local_epochs * math.ceil(rows / self.batch_size)
         return self.local_steps or 5
 
-    def rate_scale(self, round_: int) -> float:
-        """Multiplier of the learning rates in round ``round_`` (1-based)."""
-        if round_ > self.rounds:  # local tuning after the last round
+    def rate_scale(self, round_: int, final: bool = False) -> float:
+        """Multiplier of the learning rates in a round.
+
+        Args:
+            round_: the round, from 1.
+            final: whether it is the round of local tuning after the last round.
+        """
+        if final or round_ > self.rounds:
             return 1.0
         if round_ <= self.warmup_rounds:
             return round_ / (self.warmup_rounds + 1)

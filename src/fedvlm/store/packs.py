@@ -24,7 +24,7 @@ import json
 import math
 import re
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -108,11 +108,17 @@ class Packs:
         self._fresh = []
 
     @classmethod
-    def rewound(cls, folder: Path, last: int, known: Mapping[str, str] | None = None) -> Packs:
-        """Opens the packs up to round ``last``; removes all other packs."""
+    def rewound(
+        cls,
+        folder: Path,
+        last: int,
+        known: Mapping[str, str] | None = None,
+        kept: Collection[str] = (),
+    ) -> Packs:
+        """Opens the packs up to round ``last``; removes all others, but those named ``kept``."""
         packs = cls(folder, last, known)
         for path in packs._files():
-            if path not in packs._packs:
+            if path not in packs._packs and path.name not in kept:
                 path.unlink()
         packs._dead = set()
         return packs
@@ -227,10 +233,11 @@ class Packs:
         self._fresh = []
         return [*fresh, self.folder] if fresh else []
 
-    def sweep(self) -> None:
-        """Removes the packs without live rows, after a round is committed."""
+    def sweep(self, kept: Collection[str] = ()) -> None:
+        """Removes the packs without live rows, but those named, after a round is committed."""
         for path in self._dead - self._packs.keys():
-            path.unlink(missing_ok=True)
+            if path.name not in kept:
+                path.unlink(missing_ok=True)
         self._dead = set()
 
     def _mergers(self) -> Iterator[list[str]]:

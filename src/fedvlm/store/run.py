@@ -46,13 +46,21 @@ from fedvlm.store.files import (
     write_bytes,
     write_text,
 )
+from fedvlm.store.marks import (
+    BEFORE,
+    CHECKPOINT,
+    DONE,
+    FINISHED,
+    PLANNED,
+    STATE,
+    goes_on,
+)
+from fedvlm.store.older import check_version
 from fedvlm.store.packs import Packs
 from fedvlm.tree import Tree
 
 CONFIG = "config.yaml"
-CHECKPOINT = "checkpoint.json"
 METRICS, TIMING = "metrics.jsonl", "timing.jsonl"
-DONE = "table.json"
 SITES = "sites.json"  # of a deployed run: the sites, with the rows that they report
 REPORT = "report.html"
 FILES: tuple[str, ...] = (
@@ -82,7 +90,7 @@ class Store:
 
     @cached_property
     def _packs(self) -> Packs:
-        vars(self).pop("_checkpoint", None)  # another process may have committed rounds
+        self.reread()  # another process may have committed rounds
         return Packs(self.folder / "personal", self._last, self._checkpoint.get("packs"))
 
     @cached_property
@@ -138,13 +146,17 @@ class Store:
         done = self.finished()
         return -1 if done is None else done
 
+    def reread(self) -> None:
+        """Forgets the checkpoint that was read before."""
+        vars(self).pop("_checkpoint", None)
+
     def rewind(self) -> None:
         """Removes the files and lines that a killed process left of an unfinished round.
 
         Raises:
             FedVLMError: a file of a finished round is missing or damaged.
         """
-        vars(self).pop("_checkpoint", None)
+        self.reread()
         sealed.check(self.folder, self._checkpoint.get("files", {}))
         last, content = self._last, self._committed()
         for path in self._states():
@@ -155,7 +167,9 @@ class Store:
                 shutil.rmtree(path, ignore_errors=True)
             else:
                 path.unlink(missing_ok=True)
-        self._packs = Packs.rewound(self.folder / "personal", last, self._checkpoint.get("packs"))
+        kept = self._checkpoint.get(BEFORE, {}).get("packs", ())
+        known = self._checkpoint.get("packs")
+        self._packs = Packs.rewound(self.folder / "personal", last, known, kept)
         write_bytes(self.folder / METRICS, content)
         timing = [line for line in self.timing() if line["round"] <= last]
         write_text(self.folder / TIMING, "".join(json.dumps(line) + "\n" for line in timing))
@@ -208,9 +222,22 @@ class Store:
         return load(content)
 
     def commit(
-        self, round_: int, state: Tree, line: dict[str, Any], timing: dict[str, Any]
+        self,
+        round_: int,
+        state: Tree,
+        line: dict[str, Any],
+        timing: dict[str, Any],
+        ending: bool = False,
     ) -> None:
-        """Finishes a round: writes its state and lines, then the checkpoint, then cleans up."""
+        """Finishes a round: writes its state and lines, then the checkpoint, then cleans up.
+
+        Args:
+            round_: the round.
+            state: the server's state after it.
+            line: its line of metrics.
+            timing: its line of seconds.
+            ending: whether the state before this round stays, because a run goes on from there.
+        """
         fresh = self._packs.settle(round_)
         server = self.folder / "server" / f"{round_:05d}.safetensors"
         content = save_tree(server, state)
@@ -224,17 +251,20 @@ class Store:
         fresh += [server, server.parent, self.folder / METRICS, self.folder / TIMING]
         for path in fresh:  # in one go, which a journal can write at once
             sync(path)
+        base = {key: self._checkpoint[key] for key in STATE} if ending else {}
         self._checkpoint = {
             "round": round_,
             "files": self._checkpoint.get("files", {}),
             "server": sealed.blake(content),
             "metrics": {"bytes": self._length, "digest": self._metrics.hexdigest()},
             "packs": self._packs.names(),
+            **{k: self._checkpoint[k] for k in (FINISHED, PLANNED) if k in self._checkpoint},
+            **({BEFORE: base} if ending else {}),
         }
         sealed.write(self.folder / CHECKPOINT, self._checkpoint, indent=None)
-        for old in self._states()[:-1]:
+        for old in self._states()[: -1 - ending]:
             old.unlink()
-        self._packs.sweep()
+        self._packs.sweep(base.get("packs", ()))
 
     def _states(self) -> list[Path]:
         found = (self.folder / "server").glob("*.safetensors")
@@ -285,22 +315,15 @@ def check_whole(folder: str | Path) -> None:
     path = Path(folder)
     if is_run(path) or ((path / CHECKPOINT).exists() and not has_not_begun(path)):
         try:
-            known = sealed.read(path / CHECKPOINT)["files"]
+            found = sealed.read(path / CHECKPOINT)
         except FedVLMError:
             check_version(path)
             raise
+        known = found["files"]
+        if CONFIG in found and sealed.digests(path, [CONFIG])[CONFIG] != known[CONFIG]:
+            write_text(path / CONFIG, found[CONFIG])  # a process was killed just before this
         # Answers are not needed to open a run; they are checked when they are read.
         sealed.check(path, {n: d for n, d in known.items() if not n.startswith("answers/")})
-
-
-def mark(folder: str | Path) -> str:
-    """A digest of a run's last finished round: equal for equal runs, wherever they lie.
-
-    Raises:
-        FedVLMError: ``checkpoint.json`` is missing or damaged.
-    """
-    content = sealed.read(Path(folder) / CHECKPOINT)
-    return sealed.blake(json.dumps({**content, "files": None}, sort_keys=True).encode())
 
 
 def belongs(path: str | Path) -> Path | None:
@@ -318,38 +341,14 @@ def belongs(path: str | Path) -> Path | None:
     return None
 
 
-def check_version(folder: str | Path) -> None:
-    """Refuses a run of version 0.1, whose settings and files have another form.
-
-    Raises:
-        FedVLMError: naming the version that opens it.
-    """
-    path = Path(folder) / "environment.json"
-    try:
-        made = json.loads(path.read_text(encoding="utf-8"))["packages"]["fedvlm"]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ):  # the run says so where it matters
-        return
-    if str(made).startswith("0.1."):
-        raise FedVLMError(
-            f"the run in '{folder}' was made by fedvlm {made}, whose runs this version cannot open "
-            "or resume; use pip install 'fedvlm<0.2' for it"
-        )
-
-
 def is_run(folder: str | Path) -> bool:
     """Whether a folder holds a run, finished or not."""
     return (Path(folder) / CONFIG).exists()
 
 
 def is_done(folder: str | Path) -> bool:
-    """Whether a folder holds a finished run."""
-    return is_run(folder) and (Path(folder) / DONE).exists()
+    """Whether a folder holds a finished run, to which no rounds are being added."""
+    return is_run(folder) and (Path(folder) / DONE).exists() and not goes_on(folder)
 
 
 def has_not_begun(folder: str | Path) -> bool:
@@ -374,9 +373,11 @@ def check_fresh(folder: str | Path) -> None:
     if path.exists() and not path.is_dir():
         raise FedVLMError(f"output: '{path}' is a file; choose a folder with output=DIR")
     if is_run(path):
-        state = "a finished run" if is_done(path) else "an unfinished run"
-        hint = "" if is_done(path) else f"continue it with 'fedvlm run --resume {path}', or "
-        raise FedVLMError(f"output: '{path}' holds {state}; {hint}choose another with output=DIR")
+        state, more = ("a finished", " train.rounds=N") if is_done(path) else ("an unfinished", "")
+        hint = f"continue it with 'fedvlm run --resume {path}{more}', or "
+        raise FedVLMError(
+            f"output: '{path}' holds {state} run; {hint}choose another with output=DIR"
+        )
     if has_not_begun(path):
         return
     if path.exists() and any(

@@ -15,6 +15,7 @@ from typing import Any
 from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
 
 from fedvlm import config as configs
+from fedvlm.algorithms.checks import one_place
 from fedvlm.algorithms.table import find, of_run
 from fedvlm.deploy.digests import digest_of
 from fedvlm.deploy.events import EVENTS, output_of
@@ -360,13 +361,12 @@ def check(config: Config, resume: bool) -> None:
         resume: whether the run in ``output`` continues.
 
     Raises:
-        ConfigError: the algorithm needs all rows in one place.
+        ConfigError: the algorithm needs all rows in one place, or a setting needs more than sites
+            send.
         FedVLMError: the folder is taken, or holds no run to resume.
     """
-    if find(config.algorithm.name).pools:
-        raise ConfigError(
-            [f"algorithm.name={config.algorithm.name} needs all rows in one place: use fedvlm run"]
-        )
+    if wrong := one_place(config, find(config.algorithm.name)):
+        raise ConfigError(wrong)
     if resume and not begun(config.output):
         raise FedVLMError(f"'{config.output}' holds no deployed run to resume")
     if not resume:
