@@ -233,12 +233,12 @@ class Ours:
     def _train(self) -> None:
         from fedvlm.engines.wire import Forms
         from fedvlm.rounds import federate
-        from fedvlm.rounds.progress import Quiet
+        from fedvlm.rounds.progress import Progress
 
         plan = self._plan(self.number + 1)
         forms = Forms(self.engine.algorithm, self.engine.adapter)
         self.result = federate.one_round(
-            plan, self.engine, self.partition.weights, self.state, (), Quiet(), forms
+            plan, self.engine, self.partition.weights, self.state, (), Progress(), forms
         )
 
     def round(self) -> float:

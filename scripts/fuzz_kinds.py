@@ -252,9 +252,9 @@ def _seen(folder: Path, which: str) -> dict[str, Any]:
 
 def _make_runs(folder: Path) -> None:
     import fedvlm
-    from fedvlm.rounds.progress import Quiet
+    from fedvlm.rounds.progress import Progress
 
-    class Stop(Quiet):
+    class Stop(Progress):
         def round(self, line: Any, seconds: float) -> None:
             if line["round"] == 1:
                 raise KeyboardInterrupt

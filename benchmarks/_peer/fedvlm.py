@@ -13,7 +13,8 @@ from _peer.common import Job, Pace
 from fedvlm.engines.group import joined
 from fedvlm.engines.wire import Forms
 from fedvlm.rounds import federate
-from fedvlm.rounds.progress import Quiet
+from fedvlm.rounds.objects import Objects
+from fedvlm.rounds.progress import Progress
 from fedvlm.rounds.schedule import Round
 
 
@@ -22,9 +23,9 @@ def main() -> None:
     config = fedvlm.load_config(Path(folder) / "config.yaml", f"output={folder}/{name}")
     with joined() as group:
         if group.rank:
-            federate._follow(config, group, None)
+            federate._follow(config, group, Objects())
             return
-        engine, partition, store = federate._prepare_all(config, group, Quiet(), None)
+        engine, partition, store, *_ = federate._prepare_all(config, group, Progress(), Objects())
         state = engine.algorithm.init(engine.adapter)
         forms = Forms(engine.algorithm, engine.adapter)
         job = Job(folder)
@@ -33,7 +34,7 @@ def main() -> None:
             pace.wait()
             plan = Round(number, tuple(partition.clients), evaluate=False)
             weights = partition.weights
-            state, line = federate.one_round(plan, engine, weights, state, (), Quiet(), forms)
+            state, line = federate.one_round(plan, engine, weights, state, (), Progress(), forms)
             store.commit(number, state, line, {"round": number})
             pace.done(dict(state))
 
