@@ -90,10 +90,11 @@ class Federation:
         lines = store.Store(self.folder / "run").lines() if (self.folder / "run").exists() else []
         return {line["round"]: line["secure"] for line in lines if "secure" in line}
 
-    def whole(self) -> bool:
-        """Whether all five sites are in the newest sum."""
+    def whole(self, after: int = 0) -> bool:
+        """Whether all five sites are in the newest sum, which is that of a later round."""
         sums = self.sums()
-        return bool(sums) and sums[max(sums)].get("clients") == list(SITES)
+        newest = max(sums, default=0)
+        return newest > after and sums[newest].get("clients") == list(SITES)
 
     def wait(self, what: Any, said: str) -> None:
         until = time.monotonic() + PATIENCE
@@ -121,7 +122,7 @@ class Federation:
         self.wait(lambda: max(self.sums()) > before, "the end of the round")
         for site in dying:
             self.join(site)
-        self.wait(self.whole, "the killed sites to take part again")
+        self.wait(lambda: self.whole(before + 1), "the killed sites to take part again")
         return before + 1, self.sums()[before + 1], time.monotonic() - began
 
 
