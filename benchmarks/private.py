@@ -173,6 +173,7 @@ def main() -> None:
         for (cell, budget, name), runs in found.items()
         if budget == "8" and (cell, "inf", name) in found
         for a, b in zip(runs, found[cell, "inf", name], strict=False)
+        if any(b["scores"]["personal"].values())
     ]
     ratio = statistics.median(pairs) if pairs else float("nan")
     print(f"RATIO {ratio:.2f} personal accuracy at epsilon 8 over that without privacy, median")
