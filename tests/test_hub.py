@@ -142,7 +142,8 @@ def test_a_dry_run_names_a_wrong_name_and_downloads_no_rows(hub, online):
     downloads(hub)
     code, text, _ = online("run", "--dry-run", NAMES[0], *SMALL, "data.path=org/fresh")
     assert code == 0
-    assert "data.path 'org/fresh' is on the Hugging Face hub, not in the local cache" in text
+    assert "data.path 'org/fresh' is no file or folder here" in text
+    assert "not in the local cache" in text
     assert downloads(hub) == []
 
 

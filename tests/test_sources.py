@@ -312,7 +312,7 @@ def test_skipping_every_row_is_an_error(tmp_path):
 def test_a_missing_image_file_is_a_corrupt_row(tmp_path):
     line = {"image": "gone.png", "question": "What?", "chosen": "It."}
     (tmp_path / "rows.jsonl").write_text(json.dumps(line) + "\n")
-    with pytest.raises(DataError, match=r"row 0: corrupt image, there is no file '.*gone.png'"):
+    with pytest.raises(DataError, match=r"row 0: there is no file '.*gone.png'"):
         load(tmp_path / "rows.jsonl")
 
 

@@ -28,7 +28,6 @@ S = TypeVar("S", bound=BaseModel)
 Source = str | Path | dict[str, Any] | Config | None
 PRIVATE = "plora"  # the algorithm under differential privacy, where a run names none
 SHOWN = 30  # most problems of one section that are described
-FILES = (".parquet", ".jsonl", ".json", ".csv", ".yaml", ".yml", ".zip")
 PARTS = 16  # most parts of a dotted key
 LARGEST = 2**28  # bytes of a configuration, which may hold the row numbers of partition.lists
 
@@ -66,11 +65,11 @@ def absent(tree: Mapping[str, Any]) -> list[str]:
             continue
         if on_hub is None:
             found.append(f"{section}.{key}: {shown(path, 200)} does not exist")
-        elif not on_hub(path) or Path(path).suffix.lower() in FILES:
+        elif not on_hub(path):
             found.append(
                 f"{section}.{key} {shown(path, 200)} does not exist (looked in "
                 f"{shown(str(Path.cwd()), 200, quotes=False)}), and is not a name on the Hugging "
-                "Face hub either (such a name looks like org/name)"
+                f"Face hub either ({hub.NAMES})"
             )
     return found
 

@@ -17,12 +17,22 @@ from fedvlm.errors import FedVLMError, brief
 Kind = Literal["model", "data set"]
 
 
+OF_FILES = frozenset(
+    {".parquet", ".jsonl", ".ndjson", ".json", ".csv", ".tsv", ".yaml", ".yml", ".zip", ".xlsx"}
+    | {".xls", ".txt", ".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".dcm"}
+)
+"""Ends of a mistyped path: such a text stays on this machine."""
+
+
 class Undelivered(FedVLMError):
     """The hub does not deliver a name. At a site, the reason stays in the site's log."""
 
 
 def is_name(text: str, *, organized: bool = True) -> bool:
-    """Whether a text has the form of a name on the hub.
+    """Whether a text has the form of a name on the hub, and not that of a path on this machine.
+
+    A path has the end of a file, or begins with a folder that is here; with a revision it is a
+    name. So a mistyped path is not sent to the hub.
 
     Args:
         text: the text.
@@ -34,9 +44,17 @@ def is_name(text: str, *, organized: bool = True) -> bool:
     repo, revision = split(text)
     if revision is not None and not re.fullmatch(r"\w[\w.+-]*(/\w[\w.+-]*)*", revision):
         return False
+    if revision is None and os.path.splitext(repo)[1].lower() in OF_FILES:
+        return False
     if organized or "/" in repo:
-        return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*", repo))
-    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", repo))
+        here = revision is None and os.path.isdir(repo.partition("/")[0])
+        form = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
+        return not here and bool(re.fullmatch(form, repo, re.ASCII))
+    return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", repo, re.ASCII))
+
+
+NAMES = "such a name looks like org/name, or org/name@main where a folder 'org' is here"
+"""The hint where a text is no name."""
 
 
 def split(name: str) -> tuple[str, str | None]:

@@ -46,6 +46,8 @@ def rows_to_ask(data: DataConfig, source: Any, question: str | None) -> datasets
     pictures = Pictures.of(data)
     if os.path.isfile(path) and folders.is_picture(path, pictures):
         return from_images([path], _needed(question, f"'{path}'"), data)
+    if not os.path.exists(path) and folders.is_picture(path, pictures):
+        raise DataError(f"there is no picture '{path}' (looked in {Path.cwd()})")
     if os.path.isdir(path) and (question is not None or not folders.has_rows(path)):
         found = folders.look_into(path, pictures)
         if found.pictures:

@@ -37,7 +37,10 @@ def of_adapter(base: str, bundled: bool, at: At | None = None) -> str:
         at: the place of the adapter on the hub; None: the reader names it.
     """
     local = Path(base).is_absolute()
-    notes = ["Put the path of this folder, or its name on the hub, for `ADAPTER`."]
+    notes = [
+        "Save this as `ask.py`, and run `python ask.py ADAPTER PICTURE QUESTION`. `ADAPTER` is the "
+        "path of this folder, or its name on the hub."
+    ]
     if at is not None:
         notes = ["" if at.folder else "Put the name of a folder of this repository for `FOLDER`."]
     if bundled and not local:
@@ -90,7 +93,10 @@ MODEL, PICTURE, QUESTION = sys.argv[1:4]
 processor = AutoProcessor.from_pretrained(MODEL)
 model = AutoModelForImageTextToText.from_pretrained(MODEL, dtype=DTYPE).eval()
 """
-    note = "Put the path of this folder, or its name on the hub, for `MODEL`.\n\n```python\n"
+    note = (
+        "Save this as `ask.py`, and run `python ask.py MODEL PICTURE QUESTION`. `MODEL` is the "
+        "path of this folder, or its name on the hub.\n\n```python\n"
+    )
     return note + code + _ASK + "```\n"
 
 

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import io
 import logging
 import os
 import sys
 import time
 import traceback
-from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -26,6 +25,7 @@ from fedvlm.cli import report as cli_report
 from fedvlm.cli import site as cli_site
 from fedvlm.cli.options import QuietOption, SetOption, Words, parse
 from fedvlm.cli.report import reported, reported_all
+from fedvlm.cli.stops import interruptible, say_finished, taken
 from fedvlm.errors import ConfigError, FedVLMError, cut, one_record, shown
 from fedvlm.version import __version__
 
@@ -117,14 +117,19 @@ def run(
             from fedvlm.planning.forecast import forecast
 
             print_forecast(forecast(settings))
+            if wrong := taken(settings.output):
+                typer.echo(f"warning: {wrong}", err=True)
         return
 
     from fedvlm.cli.live import choose
     from fedvlm.cli.tables import print_run
     from fedvlm.rounds import federate
+    from fedvlm.store.run import is_run
 
     folder = resume or settings.output  # type: ignore[union-attr]
-    with _interruptible(f"fedvlm run --resume {folder}"):
+    with interruptible(f"fedvlm run --resume {folder}", partial(is_run, folder)):
+        if resume and not words:
+            say_finished(resume)
         if resume:
             results = federate.resume(resume, *words or (), progress=choose(quiet))
         else:
@@ -371,18 +376,8 @@ def _compare(
 
     runs = planned(names, tree, seeds=seeds, jobs=jobs)
     again = "the same command"
-    with _interruptible(again), board(runs, quiet) as tell:
+    with interruptible(again), board(runs, quiet) as tell:
         comparison = run_comparison(names, tree, seeds=seeds, jobs=jobs, tell=tell)
     print_comparison(comparison)
     reported_all(comparison.folder)
     return runs
-
-
-@contextlib.contextmanager
-def _interruptible(how: str) -> Iterator[None]:
-    try:
-        yield
-    except KeyboardInterrupt:
-        if processes.rank() == 0:
-            typer.echo(f"\nstopped; finished work is kept. Resume with: {how}", err=True)
-        sys.exit(130)

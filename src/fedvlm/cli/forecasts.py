@@ -51,7 +51,7 @@ def _last_round(plan: Forecast) -> str:
     if not plan.tuning:
         return ""
     tunes = plan.config.train.tuning
-    return ", then local tuning of all clients" if tunes else ", then the average of every client"
+    return ", then local tuning of all clients" if tunes else "; then each averages its rounds"
 
 
 def _model(plan: Forecast) -> Iterator[tuple[str, str]]:

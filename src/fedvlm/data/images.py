@@ -175,7 +175,8 @@ def _check_chunk(pictures: Pictures, images: pa.StructArray) -> tuple[Checked, b
         except Refused as error:
             found.broken[at] = str(error)
         except DataError as error:
-            found.broken[at] = f"corrupt image, {error}"
+            missing = isinstance(error.__cause__, FileNotFoundError)
+            found.broken[at] = str(error) if missing else f"corrupt image, {error}"
     return found, all_bytes
 
 

@@ -211,10 +211,10 @@ def _read_saved(folder: Path, data: DataConfig) -> datasets.Dataset:
 
 def _read_hub(data: DataConfig) -> datasets.Dataset:
     name = data.path or ""
-    if not hub.is_name(name) or Path(name).suffix.lower() in SUFFIXES:
+    if not hub.is_name(name):
         raise DataError(
             f"data.path '{name}' does not exist (looked in {Path.cwd()}), and is not a name on "
-            "the Hugging Face hub either (such a name looks like org/name)"
+            f"the Hugging Face hub either ({hub.NAMES})"
         )
     logger.info("reading '%s' from the Hugging Face hub", name)
     with hub.asked(name, "data set") as refusal:

@@ -156,8 +156,9 @@ def _divided(config: Config, unknown: list[str]) -> tuple[Any, Partition | None]
             raise
         hub.check("data.path", str(config.data.path), "data set")
     unknown.append(
-        f"rows: data.path '{config.data.path}' is on the Hugging Face hub, not in the local cache, "
-        "and a dry run downloads no data; the clients are taken from the configuration"
+        f"rows: data.path '{config.data.path}' is no file or folder here, so it is taken for a "
+        "name on the Hugging Face hub; it is not in the local cache, and a dry run downloads no "
+        "data. The clients are taken from the configuration"
     )
     return None, None
 

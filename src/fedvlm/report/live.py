@@ -46,7 +46,10 @@ def page(folder: Path, events: Events = ()) -> Page:
     done = stores.is_done(folder) or (folder / COMPARISON).exists()
     if not done and not stores.is_run(folder):
         inside = any(folder.glob(f"*/{stores.CONFIG}"))
-        why = f"{no_run(folder)}." if inside else "The run has not begun yet."
+        waits = "The run has not begun yet."
+        if not folder.exists():
+            waits = f"There is no folder {folder.absolute()} yet. This page waits for it."
+        why = f"{no_run(folder)}." if inside else waits
         return _waiting(folder, why, events)
     try:
         if done:

@@ -47,7 +47,7 @@ def of_run(run: Run) -> Section:
             f"Divergence measures how much the {column} of a site differ from those of all sites: "
             "0 is no difference, 1 the largest possible one (Jensen-Shannon divergence, base 2). "
             f"Its mean over the sites is {partition.mean_divergence():.3f}. Rows were assigned to "
-            f"the sites by '{partition.kind}'.",
+            f"the sites by partition.kind={partition.kind}.",
             "note",
         )
     )

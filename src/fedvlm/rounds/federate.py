@@ -164,7 +164,7 @@ def resume(
         raise FedVLMError(
             f"'{folder}' holds no run"
             + (" that has begun" if stores.has_not_begun(folder) else "")
-            + f"; start one with 'fedvlm run output={folder}'"
+            + "; start it with the command and the settings that you used"
         )
     objects = Objects.of(algorithm, metrics, model)
     settings = objects.read(Path(folder) / stores.CONFIG, *overrides)
