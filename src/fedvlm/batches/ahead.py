@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from torch import Tensor
 
 from fedvlm.batches.prompts import Features, Prompter
@@ -147,6 +148,7 @@ def _files(rows: datasets.Dataset) -> str:
     digest = hashlib.sha256()
     for batch in rows.select_columns(["image"]).with_format("arrow").iter(batch_size=100):
         pictures = batch["image"].combine_chunks()
+        pictures = pictures.flatten() if pa.types.is_list(pictures.type) else pictures
         outside = pictures.field("bytes").is_null()
         for path in pictures.field("path").filter(outside).to_pylist():
             if path:
