@@ -138,7 +138,7 @@ class Asked:
     def _row(self, image: Any, question: str) -> Collator:
         """Batches of the one row."""
         data = self.run.config.data.model_copy(update={"on_error": "fail"})
-        Pictures.of(data).opened_all(image)  # its error is shorter than that of a list of images
+        Pictures.of(data).open_all(image)  # its error is shorter than that of a list of images
         collator = self._base.collator(from_images([image], question, data))
         if bad := collator.check(0, unseen, unseen):
             raise DataError(bad[0])

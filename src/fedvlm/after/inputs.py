@@ -148,7 +148,7 @@ def _encoded_all(image: Any, pictures: Pictures) -> tuple[Any, list[str]]:
         return _encoded(image, pictures)
     found = [_encoded(each, pictures) for each in image]
     values = [value for value, _ in found]
-    pictures.opened_all(values)  # the limits on the pictures of a row
+    pictures.open_all(values)  # the limits on the pictures of a row
     return values, [note for _, notes in found for note in notes]
 
 

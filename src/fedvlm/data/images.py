@@ -169,7 +169,7 @@ def _check_chunk(pictures: Pictures, rows: pa.Array) -> tuple[Checked, bool]:
         all_bytes &= all(one["bytes"] is not None for one in each)
         found.hashes.append(hashes(each))
         try:
-            for look in pictures.look_all(value, draft=True):
+            for look in pictures.each(value, partial(pictures.look, draft=True)):
                 found.notes.update(look.notes)
         except Refused as error:
             found.broken[at] = str(error)

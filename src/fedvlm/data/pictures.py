@@ -14,7 +14,7 @@ import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from functools import cache, partial
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -117,38 +117,26 @@ class Pictures:
 
     def open_all(self, value: Any) -> list[Image.Image]:
         """As :meth:`open`, for the pictures of a row; ``value`` is one picture or a list."""
-        return [look.image for look in self.opened_all(value)]
+        return [look.image for look in self.each(value, self.opened)]
 
-    def opened_all(self, value: Any) -> list[Look]:
-        """As :meth:`opened`, for the pictures of a row; ``value`` is one picture or a list."""
+    def each(self, value: Any, look: Callable[[Any], Look]) -> list[Look]:
+        """The pictures of a row, one after another by ``look``, within the limits on a row."""
         if not isinstance(value, list | tuple):
-            return [self.opened(value)]
-        return self._in_turn(value, self.opened)
-
-    def look_all(self, value: Any, *, draft: bool = False) -> list[Look]:
-        """As :meth:`look`, for the pictures of a row; ``value`` is one picture or a list."""
-        if not isinstance(value, list | tuple):
-            return [self.look(value, draft=draft)]
-        return self._in_turn(value, partial(self.look, draft=draft))
-
-    def _in_turn(self, values: Sequence[Any], look: Callable[[Any], Look]) -> list[Look]:
-        if not values:
+            return [look(value)]
+        if not value:
             raise Refused("its list of pictures is empty")
-        if len(values) > self.max_images:
-            raise Refused(
-                f"it has {len(values)} pictures, more than data.max_images={self.max_images}"
-            )
-        looks: list[Look] = []
-        for number, value in enumerate(values, 1):
+        count, looks = len(value), list[Look]()
+        if count > self.max_images:
+            raise Refused(f"it has {count} pictures, more than data.max_images={self.max_images}")
+        for number, picture in enumerate(value, 1):
             try:
-                looks.append(look(value))
+                looks.append(look(picture))
             except DataError as error:
-                if len(values) > 1:
-                    raise type(error)(f"picture {number} of {len(values)}: {error}") from error
-                raise
+                place = f"picture {number} of {count}: " if count > 1 else ""
+                raise type(error)(f"{place}{error}") from error
             if 3 * sum(each.pixels for each in looks) > self.max_decoded << 20:
                 raise Refused(
-                    f"its first {number} of {len(values)} pictures take more than "
+                    f"its first {number} of {count} pictures take more than "
                     f"data.max_decoded={self.max_decoded} MiB together when decoded"
                 )
         return looks
