@@ -75,7 +75,7 @@ def test_a_held_out_row_comes_with_its_picture_question_and_answer(does):
     image, question, reference, said = does.take("site-1", 2)
     row = does.asked.held_out().row("site-1", 2)
     assert (image.tobytes(), question, reference) == (
-        row.image.tobytes(),
+        row.images[0].tobytes(),
         row.question,
         row.reference,
     )

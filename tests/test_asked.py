@@ -161,8 +161,8 @@ def test_held_out_rows_are_those_that_the_run_scored(asked):
         place = [k["row"] for k in known if k["client"] == one["client"]].index(one["row"])
         row = rows.row(one["client"], place + 1)
         assert row.reference == one["reference"]
-        assert row.image.mode == "RGB"
-        (reply,) = asked.ask(row.image, row.question, [one["client"]]).replies
+        assert row.images[0].mode == "RGB"
+        (reply,) = asked.ask(row.images[0], row.question, [one["client"]]).replies
         assert reply.answer == one["prediction"]
     with pytest.raises(FedVLMError, match=r"'site-0' has .* rows; got the number 0"):
         rows.row("site-0", 0)

@@ -62,10 +62,11 @@ def test_the_quick_check_agrees_with_encoding(family):
     encoder = prompter(family, max_length=40 if family == "blip-2" else None)
     checker = Checker(encoder)
     rows = [("What?", ["red"]), ("Which <image> is it, and why?", ["a\nb", "so long " * 30])]
-    for size in ((32, 32), (90, 40), (3000, 1), (1, 1)):
+    alone = (((32, 32),), ((90, 40),), ((3000, 1),), ((1, 1),))
+    for sizes in (*alone, ((90, 40), (32, 32))):
         for row in rows:
-            wanted = outcome(encoder.encode, Image.new("RGB", size), *row)
-            found = outcome(checker.cut, size, *row)
+            wanted = outcome(encoder.encode, [Image.new("RGB", size) for size in sizes], *row)
+            found = outcome(checker.cut, sizes, *row)
             assert found == getattr(wanted, "cut", wanted)
 
 

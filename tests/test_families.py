@@ -5,6 +5,7 @@ The outcomes are a table: ``make families`` writes it to docs/families.md.
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import tempfile
@@ -27,6 +28,7 @@ from fedvlm.batches.objectives import IGNORE, answer_nll, sft_terms
 from fedvlm.data.sources import load_rows
 from fedvlm.errors import FedVLMError
 from fedvlm.models import lora
+from fedvlm.models.frozen import ImageFeatures
 from fedvlm.models.generate import greedy
 from fedvlm.models.load import load_model
 from fedvlm.settings.sections import LoraConfig, ModelConfig
@@ -140,6 +142,39 @@ def test_loss(family):
         answer_nll(model, cut)[0].item(), rel=1e-5
     )
     assert answer_nll(model, other)[0].item() != pytest.approx(alone[1], rel=1e-4)
+
+
+ONE = ("blip-2", "blip-2-t5", "florence2", "git")  # families of one picture a question
+
+
+@torch.no_grad()
+def test_several(family, record_property):
+    """A model sees all pictures of a row in their order, alone and in a batch; or it refuses."""
+    one, three = [noise(64, 64)], [noise(64, 30)] * 3
+    two = [*one, noise(40, 90)]
+    rows = from_images([one, two, two[::-1], one[0], three], "What changed?")
+    batches = Collator(rows.add_column("answer", ["the colour"] * 5), loaded(family))
+    if family in ONE:
+        record_property("cell", "one only")
+        found = batches.check(0, lambda *_: None, lambda *_: None)
+        assert list(found) == [1, 2, 4]
+        assert found[4].startswith("there are 3 pictures, but the prompt of ")
+        assert f"(family '{batches.prompter.family}') has a place for one" in found[4]
+        with pytest.raises(FedVLMError, match="row 1: there are 2 pictures"):
+            batches.features(1)
+        return
+    model = loaded(family).model.eval()
+    alone = [sft_terms(model, batches.training([row])).loss.item() for row in range(5)]
+    assert alone[0] == alone[3], "a list of one picture is the picture"
+    assert len({round(loss, 5) for loss in alone}) == 4
+    first, both = (batches.picture(row)["pixel_values"].flatten() for row in (0, 1))
+    assert torch.equal(first[: 3 * families.SIDE**2], both[: 3 * families.SIDE**2])
+    images = ImageFeatures(model, batches.picture, 1 << 28)
+    assert images.usable(4)
+    for order, kept in (([0, 1, 2, 3, 4], False), ([4, 0, 2, 1], True)):
+        with images.given(order) if kept else contextlib.nullcontext():
+            found = sft_terms(model, batches.training(order)).loss.tolist()
+        assert found == pytest.approx([alone[row] for row in order], rel=1e-5)
 
 
 @torch.no_grad()

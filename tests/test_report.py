@@ -133,7 +133,7 @@ def test_rows_without_room_are_counted_and_sites_lose_evenly(folder):
 
 def test_a_picture_is_shrunk():
     noise = np.random.default_rng(0).integers(0, 256, (900, 1600, 3), dtype=np.uint8)
-    assert len(address(Image.fromarray(noise))) < 30_000
+    assert len(address([Image.fromarray(noise)])) < 30_000
 
 
 def test_a_report_of_a_thousand_sites_stays_small(folder):

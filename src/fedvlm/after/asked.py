@@ -88,10 +88,10 @@ class Asked:
         self._lock = threading.Lock()
 
     def ask(self, image: Any, question: str, models: Sequence[str]) -> Replies:
-        """Asks several models one question about one picture.
+        """Asks several models one question about a picture, or about several.
 
         Args:
-            image: a path, encoded bytes, or a PIL image.
+            image: a path, encoded bytes, a PIL image, or a list of these.
             question: the question.
             models: the names of the models, see :attr:`models`.
 
@@ -138,7 +138,7 @@ class Asked:
     def _row(self, image: Any, question: str) -> Collator:
         """Batches of the one row."""
         data = self.run.config.data.model_copy(update={"on_error": "fail"})
-        Pictures.of(data).opened(image)  # its error is shorter than that of a list of images
+        Pictures.of(data).open_all(image)  # its error is shorter than that of a list of images
         collator = self._base.collator(from_images([image], question, data))
         if bad := collator.check(0, unseen, unseen):
             raise DataError(bad[0])

@@ -22,12 +22,12 @@ class Row:
     """One held-out row.
 
     Attributes:
-        image: its picture, opened.
+        images: its pictures, opened.
         question: its question, as the models got it.
         reference: the answer in the data.
     """
 
-    image: Image.Image
+    images: list[Image.Image]
     question: str
     reference: str
 
@@ -72,4 +72,4 @@ class HeldOut:
                 f"{number}"
             )
         row = self._rows[int(self._places[site][number - 1])]
-        return Row(self._pictures.open(row["image"]), row["question"], row["answer"])
+        return Row(self._pictures.open_all(row["image"]), row["question"], row["answer"])

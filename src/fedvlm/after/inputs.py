@@ -28,7 +28,8 @@ def rows_to_ask(data: DataConfig, source: Any, question: str | None) -> datasets
 
     Args:
         data: how to read pictures and a file of rows; its ``path`` is replaced.
-        source: an image (path, bytes or PIL), a folder of images, or any data source.
+        source: an image (path, bytes or PIL), a list of images that one question is about, a folder
+            of images, or any data source.
         question: the question for all rows. A file of rows may have its own questions.
 
     Returns:
@@ -67,7 +68,7 @@ def from_images(
     """Rows with the same question about every image.
 
     Args:
-        images: paths, encoded bytes, or PIL images.
+        images: paths, encoded bytes, PIL images, or lists of these, for rows of several pictures.
         question: the question.
         data: how to open pictures; None: the default settings.
 
@@ -86,7 +87,7 @@ def from_images(
     rows: dict[str, list[Any]] = {"image": [], "question": [], "name": []}
     for name, image in zip(names, images, strict=True):
         try:
-            encoded, done = _encoded(image, pictures)
+            encoded, done = _encoded_all(image, pictures)
         except DataError as error:
             broken.append((name, str(error)))
             continue
@@ -95,12 +96,16 @@ def from_images(
             rows[column].append(value)
     if broken:
         _refuse_or_report(broken, len(names), data.on_error)
+    kind: Any = datasets.Image(decode=False)
+    if any(isinstance(value, list) for value in rows["image"]):
+        kind = datasets.List(kind)
+        rows["image"] = [v if isinstance(v, list) else [v] for v in rows["image"]]
     Checked(notes=notes).report("the images")
     return datasets.Dataset.from_dict(
         rows,
         features=datasets.Features(
             {
-                "image": datasets.Image(decode=False),
+                "image": kind,
                 **dict.fromkeys(("question", "name"), datasets.Value("string")),
             }
         ),
@@ -137,6 +142,16 @@ def _is_unicode(text: str) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+def _encoded_all(image: Any, pictures: Pictures) -> tuple[Any, list[str]]:
+    """As :func:`_encoded`; a list of pictures gives a list of values."""
+    if not isinstance(image, list | tuple):
+        return _encoded(image, pictures)
+    found = [_encoded(each, pictures) for each in image]
+    values = [value for value, _ in found]
+    pictures.open_all(values)  # the limits on the pictures of a row
+    return values, [note for _, notes in found for note in notes]
 
 
 def _encoded(image: Any, pictures: Pictures) -> tuple[dict[str, Any], list[str]]:

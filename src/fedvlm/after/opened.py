@@ -378,7 +378,7 @@ class Opened:
             return model(**self.collator(rows).training([0])).logits.float().cpu()
 
     def predict(self, image: Any, question: str, *, client: str | None = None) -> str:
-        """The answer of one model to a question about an image; see :func:`fedvlm.predict`."""
+        """The answer of one model to a question about images; see :func:`fedvlm.predict`."""
         from fedvlm.after.inputs import from_images
 
         models = self.chosen([] if client is None else [client], **_only(client))

@@ -32,14 +32,14 @@ class Answers:
 def predict(
     folder: str | Path, image: Any, question: str, *overrides: str, client: str | None = None
 ) -> str:
-    """Asks a finished run's model a question about one image.
+    """Asks a finished run's model a question about an image, or about several.
 
     Every call loads the base model. For many questions, call ``run = fedvlm.open_run(folder)``
     once and then ``run.predict(image, question, client=...)``.
 
     Args:
         folder: the run's folder.
-        image: a path, encoded bytes, or a PIL image.
+        image: a path, encoded bytes, a PIL image, or a list of these.
         question: the question.
         *overrides: settings that differ from the run's, such as ``"model.device=cpu"`` or
             ``"eval.max_new_tokens=64"``.
@@ -70,7 +70,8 @@ def predict_many(
 
     Args:
         folder: the run's folder.
-        source: an image, a folder of images, or any data source that :func:`fedvlm.run` accepts;
+        source: an image, a list of images that the question is about, a folder of images, or any
+            data source that :func:`fedvlm.run` accepts;
             the column of answers may be missing.
         question: the question for all images. A file of rows may have its own questions.
         clients: clients to ask with their personal models.

@@ -66,9 +66,13 @@ class Handlers:
             row = self._rows.row(site, int(number or 0))
         except FedVLMError as error:
             return gr.skip(), gr.skip(), None, answers.problem(error)
+        if (count := len(row.images)) > 1:
+            said = f"this row has {count} pictures, and a question here is about one; write it "
+            said += "into a file of rows and use the command 'fedvlm predict'"
+            return gr.skip(), gr.skip(), None, answers.problem(said)
         said = f"Row {int(number or 0)} of {self._rows.counts[site]} of {site}. In the data, the "
         return (
-            row.image,
+            row.images[0],
             row.question,
             row.reference,
             answers.note(f"{said}answer is: {row.reference}"),

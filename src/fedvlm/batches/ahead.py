@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 import datasets
+import pyarrow as pa
 from torch import Tensor
 
 from fedvlm.batches.prompts import Features, Prompter
@@ -146,10 +147,10 @@ def _files(rows: datasets.Dataset) -> str:
     """A hash of the times and sizes of pictures that are separate files."""
     digest = hashlib.sha256()
     for batch in rows.select_columns(["image"]).with_format("arrow").iter(batch_size=100):
-        pictures = batch["image"].combine_chunks()
-        outside = pictures.field("bytes").is_null()
-        for path in pictures.field("path").filter(outside).to_pylist():
-            if path:
+        for chunk in batch["image"].chunks:
+            pictures = chunk.flatten() if pa.types.is_list(chunk.type) else chunk
+            outside = pictures.field("bytes").is_null()
+            for path in filter(None, pictures.field("path").filter(outside).to_pylist()):
                 stat = os.stat(path)
                 digest.update(f"{path}\0{stat.st_mtime_ns}\0{stat.st_size}\0".encode())
     return digest.hexdigest()

@@ -1,8 +1,8 @@
 """Finds the rows that a model cannot take, before anything is trained or written.
 
 Rows that are encoded ahead are checked by that. Other rows are checked here. A processor's verdict
-on a picture, and the picture's number of tokens, depend on its size only, so that one blank picture
-of each size is enough. The texts of all rows are tokenized.
+on the pictures of a row, and their number of tokens, depend on their sizes only, so that blank
+pictures of these sizes are enough, once. The texts of all rows are tokenized.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from fedvlm.errors import DataError
 logger = logging.getLogger("fedvlm")
 
 PROBE = "?"  # a question
+Sizes = tuple[tuple[int, int], ...]
 
 
 class Checker:
@@ -33,31 +34,32 @@ class Checker:
 
     def __init__(self, prompter: Prompter):
         self.prompter = prompter
-        self._known: dict[tuple[int, int], int | DataError] = {}
+        self._known: dict[Sizes, int | DataError] = {}
 
-    def cut(self, size: tuple[int, int], question: str, answers: Sequence[str]) -> int:
+    def cut(self, sizes: Sizes, question: str, answers: Sequence[str]) -> int:
         """Number of tokens that would be cut off the answers of a row.
 
         Args:
-            size: width and height of the picture, in pixels.
+            sizes: width and height of each picture, in pixels.
             question: the question.
             answers: the answers.
 
         Raises:
             DataError: the row cannot be encoded.
         """
-        if size not in self._known:
-            self._known[size] = self._tokens(size)
-        of_picture = self._known[size]
-        if isinstance(of_picture, DataError):
-            raise of_picture
-        tokens = of_picture + self.prompter.text_length(question)
+        if sizes not in self._known:
+            self._known[sizes] = self._tokens(sizes)
+        of_pictures = self._known[sizes]
+        if isinstance(of_pictures, DataError):
+            raise of_pictures
+        tokens = of_pictures + self.prompter.text_length(question)
         return self.prompter.fitted(tokens, question, answers)[1]
 
-    def _tokens(self, size: tuple[int, int]) -> int | DataError:
-        """The tokens that a picture adds to a prompt; an error if the processor refuses it."""
+    def _tokens(self, sizes: Sizes) -> int | DataError:
+        """The tokens that pictures add to a prompt; an error if the processor refuses them."""
         try:
-            prompt = self.prompter.encode(Image.new("RGB", size), PROBE, []).prompt
+            blank = [Image.new("RGB", size) for size in sizes]
+            prompt = self.prompter.encode(blank, PROBE, []).prompt
         except DataError as error:
             return error
         return len(prompt) - self.prompter.text_length(PROBE)
@@ -86,15 +88,15 @@ def check_rows(
     cuts: dict[int, int] = {}
     checker = Checker(prompter)
 
-    def size(index: int) -> tuple[int, int] | DataError:
+    def sizes(index: int) -> Sizes | DataError:
         try:
-            return pictures.open(rows[index]["image"]).size
+            return tuple(image.size for image in pictures.open_all(rows[index]["image"]))
         except DataError as error:
             return error
 
     texts = rows.remove_columns("image")
     with ThreadPoolExecutor(processes.cores()) as pool:
-        for index, found in enumerate(pool.map(size, range(len(rows)))):
+        for index, found in enumerate(pool.map(sizes, range(len(rows)))):
             try:
                 if isinstance(found, DataError):
                     raise found

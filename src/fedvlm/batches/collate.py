@@ -124,8 +124,8 @@ class Collator:
 
     def _encode(self, index: int) -> Features:
         row = self.rows[int(index)]
-        image = self.pictures.open(row["image"])
-        return self.prompter.encode(image, row["question"], answers_of(row, self.roles))
+        images = self.pictures.open_all(row["image"])
+        return self.prompter.encode(images, row["question"], answers_of(row, self.roles))
 
     def training(self, indices: Iterable[int]) -> dict[str, Tensor]:
         """Inputs and ``labels`` ``[batch, tokens]``, right-padded.
@@ -159,7 +159,7 @@ class Collator:
         return self._to_device(self._inputs(found, [[] for _ in found], left=not self.seq2seq))
 
     def picture(self, index: int) -> dict[str, Tensor]:
-        """One row's inputs other than the text, such as pixels and image sizes."""
+        """One row's inputs other than the text, such as the pixels and sizes of its pictures."""
         return self._to_device(self.features(index).extras)
 
     def _inputs(

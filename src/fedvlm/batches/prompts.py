@@ -1,5 +1,7 @@
 """One row as tokens: the processor's prompt, the answers' tokens, and the other inputs.
 
+The pictures of a row stand in their order before its question.
+
 The prompt follows the processor's chat template if it has one, else the form that the family was
 trained with (``PLAIN``). An answer is tokenized the way the template continues the prompt, up to
 and including the token that ends a turn. Training and decoding thus see the same tokens. Questions
@@ -56,7 +58,7 @@ class Features:
 
 
 class Prompt(NamedTuple):
-    """A picture and a question as inputs of the model; see :class:`Features`."""
+    """Pictures and a question as inputs of the model; see :class:`Features`."""
 
     ids: Tensor
     aligned: dict[str, Tensor]
@@ -103,43 +105,48 @@ class Prompter:
         """The prompter of texts that hide control tokens."""
         return Prompter(replace(self.loaded, processor=self.control.processor))
 
-    def encode(self, image: Any, question: str, answers: Sequence[str]) -> Features:
-        """Encodes one row: its picture, question and answers.
+    def encode(self, images: Any, question: str, answers: Sequence[str]) -> Features:
+        """Encodes one row: its picture or list of pictures, its question and answers.
 
         Raises:
-            DataError: the prompt is too long or has no image token, or the processor refuses it.
+            DataError: the prompt is too long or has no image token, or the processor refuses it,
+                or there are several pictures and the family takes one.
         """
-        prompt = self.prompt(image, question)
-        images = self._images(prompt.ids)
-        ids, cut = self.fitted(len(prompt.ids), question, answers, images)
+        prompt = self.prompt(images, question)
+        tokens = self._images(prompt.ids)
+        ids, cut = self.fitted(len(prompt.ids), question, answers, tokens)
         return Features(prompt.ids, ids, prompt.aligned, prompt.extras, cut)
 
-    def prompt(self, image: Any, question: str) -> Prompt:
-        """Encodes a picture and a question.
+    def prompt(self, images: Any, question: str) -> Prompt:
+        """Encodes a picture, or a list of pictures, and a question.
 
         Raises:
-            DataError: the processor refuses them.
+            DataError: the processor refuses them, or the family takes one picture only.
         """
+        images = images if isinstance(images, list) else [images]
         if not self.control.occurs_in(question):
-            return self._prompt(image, question)
-        ids, aligned, extras = self._guarded._prompt(image, self.control.hidden(question))
+            return self._prompt(images, question)
+        ids, aligned, extras = self._guarded._prompt(images, self.control.hidden(question))
         ids, *values = self.control.shown(ids, *aligned.values())
         return Prompt(ids, dict(zip(aligned, values, strict=True)), extras)
 
-    def _prompt(self, image: Any, question: str) -> Prompt:
-        text = self.prompt_text(question)
+    def _prompt(self, images: Sequence[Any], question: str) -> Prompt:
+        text = self.prompt_text(question, len(images))
+        self._check_places(text, len(images))
         # A template that writes the begin token itself must not get a second one.
         begin = self.tokenizer.bos_token
         bare = self.has_template and begin and text.startswith(begin)
         options = {"add_special_tokens": False} if bare else {}
         try:
-            inputs = self.processor(text=[text], images=[[image]], return_tensors="pt", **options)
+            inputs = self.processor(text=[text], images=[[*images]], return_tensors="pt", **options)
         except MemoryError:
             raise
         except Exception as error:  # each processor has its own limits on pictures and texts
+            sizes = ", ".join(f"{image.width} x {image.height} pixels" for image in images)
+            several = f"{len(images)} pictures" if len(images) > 1 else "a picture"
             raise DataError(
-                f"the processor of '{self.loaded.name}' refuses a picture of {image.width} x "
-                f"{image.height} pixels and its prompt: {brief(error) or type(error).__name__}"
+                f"the processor of '{self.loaded.name}' refuses {several} of {brief(sizes)} and "
+                f"its prompt: {brief(error) or type(error).__name__}"
             ) from error
         inputs.pop("attention_mask", None)
         inputs.pop("labels", None)
@@ -151,6 +158,19 @@ class Prompter:
                 ids = ids[:-1]
         aligned = {k: v[: len(ids)] for k, v in aligned.items()}
         return Prompt(ids, aligned, dict(inputs))
+
+    def _check_places(self, text: str, pictures: int) -> None:
+        """Refuses several pictures where the prompt has no place for each of them.
+
+        Some processors (BLIP-2) take all pictures nevertheless, and the model then sees one.
+        """
+        marks = {str(getattr(self.processor, n, None) or "") for n in ("image_token", "boi_token")}
+        if pictures > 1 and all(text.count(mark) != pictures for mark in marks - {""}):
+            raise DataError(
+                f"there are {pictures} pictures, but the prompt of '{self.loaded.name}' (family "
+                f"'{self.family}') has a place for one: use a model that takes several pictures "
+                "(docs/families.md), or rows with one picture"
+            )
 
     def answer_ids(self, question: str, answer: str) -> Tensor:
         """The answer's tokens, including the end token ``[answer tokens]``."""
@@ -190,20 +210,20 @@ class Prompter:
         ids = guarded._ids(guarded.prompt_text(self.control.hidden(question)))
         return len(self.control.shown(torch.tensor(ids))[0])
 
-    def prompt_text(self, question: str) -> str:
-        """The text of the prompt, with the place of the image."""
+    def prompt_text(self, question: str, pictures: int = 1) -> str:
+        """The text of the prompt, with the places of the pictures before the question."""
         if self.has_template:
-            return self._render(question)
+            return self._render(question, pictures=pictures)
         image = str(getattr(self.processor, "image_token", None) or "")
         prompt, _ = PLAIN.get(self.family, ("{image}{}\n", "{}"))
-        return prompt.replace("{image}", image).replace("{}", question)
+        return prompt.replace("{image}", image * pictures).replace("{}", question)
 
     def answer_type(self, name: str) -> int:
         """The value of an aligned input at the tokens of an answer."""
         return ANSWER_TYPE.get(self.family, 0) if name == "token_type_ids" else 0
 
-    def _render(self, question: str, answer: str | None = None) -> str:
-        user = [{"type": "image"}, {"type": "text", "text": question}]
+    def _render(self, question: str, answer: str | None = None, pictures: int = 1) -> str:
+        user = [*[{"type": "image"}] * pictures, {"type": "text", "text": question}]
         turns: list[dict[str, Any]] = [{"role": "user", "content": user}]
         if answer is not None:
             turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})

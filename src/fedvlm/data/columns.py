@@ -8,7 +8,7 @@ from typing import Any
 
 import datasets
 
-from fedvlm.data.embedded import may_embed
+from fedvlm.data.embedded import is_list, may_embed
 from fedvlm.errors import DataError, brief
 from fedvlm.errors import shown as quoted
 from fedvlm.settings.sections import DataConfig
@@ -109,7 +109,9 @@ def _fault(role: str, name: str, feature: Any) -> str:
 
 
 def may_be_image(feature: Any) -> bool:
-    """Whether a column of this type may hold images or paths."""
+    """Whether a column of this type may hold images or paths, or lists of them."""
+    if is_list(feature):
+        return not is_list(feature.feature) and may_be_image(feature.feature)
     if isinstance(feature, datasets.Image) or may_embed(feature):
         return True
     if isinstance(feature, dict):

@@ -1,7 +1,8 @@
 """Pictures that are embedded as text or as numbers become bytes.
 
 These are base64 texts, ``data:image/…;base64,`` URIs, and lists of the numbers 0 to 255. A text
-counts as base64 if it decodes and begins like a picture; any other text is a path.
+counts as base64 if it decodes and begins like a picture; any other text is a path. A row may have a
+list of pictures, each in any of the forms; a column with such rows holds lists in all rows.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ import numpy as np
 import pyarrow as pa
 
 _BATCH = 64  # rows at a time
-_FEW = 8  # rows of lists at a time; a number may take 8 bytes
+_FEW = 8  # rows of lists at a time; a number may take 8 bytes, and a row have many pictures
 _URI = re.compile(r"data:[^,]{0,200};base64,", re.IGNORECASE)
 _BASE64 = re.compile(r"[A-Za-z0-9+/]+={0,2}")
 _HEAD = 176  # letters of the first 132 bytes, of which a DICOM file's mark are the last
@@ -30,6 +31,7 @@ _STARTS = (
     b"\0\0\0\x0cjP  ", b"\xff\x4f\xff\x51", b"P4", b"P5", b"P6", b"\0\0\x01\0",
 )  # fmt: skip
 _KIND = datasets.Image(decode=False)
+_KINDS = datasets.List(_KIND)
 
 
 def with_bytes(rows: datasets.Dataset, root: Path) -> datasets.Dataset:
@@ -40,16 +42,23 @@ def with_bytes(rows: datasets.Dataset, root: Path) -> datasets.Dataset:
         root: the folder of relative paths. A text that is the path of a file stays a path.
 
     Returns:
-        The same rows; the column is ``{"bytes", "path"}`` if it held such pictures.
+        The same rows; the column is ``{"bytes", "path"}`` if it held such pictures, and a list of
+        these, with absolute paths, if it held lists of pictures.
     """
     feature = rows.features["image"]
+    few: dict[str, Any] = {"batched": True, "batch_size": _FEW, "writer_batch_size": _FEW}
+    if is_list(feature) or _any_list(rows):
+        few["features"] = datasets.Features({**rows.features, "image": _KINDS})
+        few["fn_kwargs"] = {"root": str(root)}
+        if isinstance(feature, datasets.Json):
+            return rows.map(_decoded_lists, input_columns=["image"], **few)
+        return rows.with_format("arrow").map(_table_of_lists, **few).with_format(None)
     if not may_embed(feature) or (_is_text(feature) and not _any_base64(rows, root)):
         return rows
     features = datasets.Features({**rows.features, "image": _KIND})
     if is_numbers(feature):  # without a Python object for each number
-        sizes = {"batched": True, "batch_size": _FEW, "writer_batch_size": _FEW}
         lists = rows.with_format("arrow")
-        return lists.map(_table_of_bytes, features=features, **sizes).with_format(None)
+        return lists.map(_table_of_bytes, features=features, **few).with_format(None)
     return rows.map(
         _decoded,
         batched=True,
@@ -98,7 +107,7 @@ def _moved(value: Any, folder: str) -> Any:
     if isinstance(value, str):
         apart = "://" in value[:20] or is_embedded(value) or not value
         return value if apart else os.path.join(folder, value)
-    if isinstance(value, list) and not all(type(each) is int for each in value):
+    if _is_list(value):
         return [_moved(each, folder) if isinstance(each, str | dict) else each for each in value]
     if isinstance(value, dict):
         paths = {"path", "image", "image_url", "url"} & value.keys()
@@ -106,6 +115,11 @@ def _moved(value: Any, folder: str) -> Any:
         kept = {name: _moved(value[name], folder) for name in paths}
         return {**value, **kept}
     return value
+
+
+def is_list(feature: Any) -> bool:
+    """Whether a column of this type holds lists of pictures, if it holds pictures."""
+    return isinstance(feature, datasets.List | datasets.LargeList) and not is_numbers(feature)
 
 
 def is_numbers(feature: Any) -> bool:
@@ -118,6 +132,18 @@ def is_numbers(feature: Any) -> bool:
 def _is_text(feature: Any) -> bool:
     text = ("string", "large_string")
     return isinstance(feature, datasets.Json) or getattr(feature, "dtype", "") in text
+
+
+def _any_list(rows: datasets.Dataset) -> bool:
+    """Whether a column of a text file has a list of pictures."""
+    if not isinstance(rows.features["image"], datasets.Json):
+        return False
+    column = rows.select_columns(["image"]).with_format(None)
+    return any(_is_list(value) for batch in column.iter(_BATCH) for value in batch["image"])
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, list) and not all(type(each) is int for each in value)
 
 
 def _any_base64(rows: datasets.Dataset, root: Path) -> bool:
@@ -149,6 +175,23 @@ def _from_list(value: pa.ListScalar) -> bytes | None:
 
 def _decoded(images: Sequence[Any], root: str) -> dict[str, list[Any]]:
     return {"image": [picture_of(value, Path(root)) for value in images]}
+
+
+def _table_of_lists(table: pa.Table, root: str) -> pa.Table:
+    """The same rows with lists of ``{"bytes", "path"}``."""
+    lists = _decoded_lists(table["image"].to_pylist(), root)["image"]
+    images = pa.array(lists, pa.list_(_KIND.pa_type))
+    return table.set_column(table.column_names.index("image"), "image", images)
+
+
+def _decoded_lists(images: Sequence[Any], root: str) -> dict[str, list[Any]]:
+    return {"image": [_pictures_of(value, Path(root)) for value in images]}
+
+
+def _pictures_of(value: Any, root: Path) -> list[Any]:
+    """The pictures of a row, whose value may be one picture; a list without any is empty."""
+    several = _is_list(value) or not value
+    return [picture_of(each, root) for each in (value or [] if several else [value])]
 
 
 def picture_of(value: Any, root: Path) -> dict[str, Any]:

@@ -30,11 +30,16 @@ def content(rows: Any, columns: Iterable[str | None] = ()) -> dict[str, str]:
         for name, values in zip(batch.column_names, batch.columns, strict=True):
             found = values.to_pylist()
             if name == "image":
-                found = [_picture(image) for image in found]
+                found = [_pictures(image) for image in found]
             for value in found:
                 hashes[name].update(json.dumps(value, default=str).encode() + b"\n")
     named = {"image" if name == PICTURE else name: h.hexdigest() for name, h in hashes.items()}
     return dict(sorted(named.items()))
+
+
+def _pictures(value: Any) -> Any:
+    """As :func:`_picture`, of a row's picture or of each in its list of pictures."""
+    return [_picture(each) for each in value] if isinstance(value, list) else _picture(value)
 
 
 def _picture(image: dict[str, Any] | None) -> str | None:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import datasets
 import numpy as np
+import pyarrow as pa
 
 from fedvlm.data.columns import SHOWN, TEXT
 from fedvlm.data.labels import codes_of, values_of
@@ -21,8 +22,40 @@ def image_groups(rows: datasets.Dataset) -> np.ndarray:
 
     The column ``image_path`` is the source's own statement and decides where it has a value. Other
     rows share an image if they have the same image file or the same bytes (``image_hash``), or
-    come from one conversation.
+    come from one conversation. If a row has several pictures, rows that share any of them have the
+    same number, and so have rows between which others make such a chain, whatever ``image_path``
+    says.
     """
+    groups, pictures = _of_one_picture(rows), each_picture(rows)
+    return _chained(groups, pictures) if any(len(own) > 1 for own in pictures) else groups
+
+
+def each_picture(rows: datasets.Dataset) -> list[list[str]]:
+    """For each row, a text of each of its pictures that equal pictures share; see below."""
+    several = "image_hash" in rows.column_names
+    return [text.split(" ") if several else [text] for text in same_pictures(rows).tolist()]
+
+
+def _chained(groups: np.ndarray, pictures: Sequence[Sequence[str]]) -> np.ndarray:
+    """Gives rows that share a picture, and groups that share a row, the same number."""
+    lower = list(range(int(groups.max()) + 1))  # a group -> itself, or a lower one it belongs to
+    first: dict[str, int] = {}  # picture -> the group of its first row
+
+    def least(group: int) -> int:
+        while lower[group] != group:
+            lower[group] = lower[lower[group]]
+            group = lower[group]
+        return group
+
+    for group, own in zip(groups.tolist(), pictures, strict=True):
+        for picture in filter(None, own):
+            one, two = least(group), least(first.setdefault(picture, group))
+            lower[max(one, two)] = min(one, two)
+    return np.array([least(group) for group in groups.tolist()])
+
+
+def _of_one_picture(rows: datasets.Dataset) -> np.ndarray:
+    """The number of each row, where rows share an image if all of their pictures are the same."""
     known, none = same_pictures(rows), np.full(len(rows), "", dtype=object)
     have = rows.column_names
     if not {"image_path", SHOWN} & set(have):
@@ -55,7 +88,10 @@ def joined(groups: np.ndarray, values: np.ndarray) -> np.ndarray:
 
 
 def same_pictures(rows: datasets.Dataset) -> np.ndarray:
-    """For each row, a text that equal pictures share; empty if it is not known."""
+    """For each row, a text that equal pictures share; empty if it is not known.
+
+    The texts of the pictures of a row with several stand in their order, with a space between.
+    """
     if "image_hash" in rows.column_names:
         return values_of(rows, "image_hash")
     return _image_files(rows) if "image" in rows.column_names else np.full(len(rows), "")
@@ -71,6 +107,8 @@ def _image_files(rows: datasets.Dataset) -> np.ndarray:
     paths: list[str] = []
     for batch in rows.select_columns(["image"]).with_format("arrow").iter(1000):
         images = batch["image"].combine_chunks()
+        if pa.types.is_list(images.type):
+            return np.full(len(rows), "")  # without hashes, such rows count as different
         embedded = images.field("bytes").is_valid().to_pylist()
         found = zip(images.field("path").to_pylist(), embedded, strict=True)
         paths += [

@@ -31,7 +31,7 @@ def kept(data: Any, folder: str | Path, split: str = "train", image: str = "imag
     Args:
         data: a ``datasets.Dataset`` or ``DatasetDict``, a pandas ``DataFrame``, or a sequence of
             mappings. A picture may be a PIL image, encoded bytes, ``{"bytes", "path"}``, or the
-            path of a file, relative to the working folder.
+            path of a file, relative to the working folder. A row may have a list of pictures.
         folder: the folder of the file; it is made.
         split: the split of a ``DatasetDict``.
         image: the name of the column of pictures.
@@ -42,7 +42,7 @@ def kept(data: Any, folder: str | Path, split: str = "train", image: str = "imag
     Raises:
         DataError: the object is none of these, or has no rows, or columns without a type.
     """
-    rows = _rows(data, split)
+    rows = _rows(data, split, image)
     if not len(rows):
         raise DataError("data: there are no rows in it")
     rows = _whole(rows.with_format(None), image)
@@ -62,7 +62,7 @@ def kept(data: Any, folder: str | Path, split: str = "train", image: str = "imag
     return path
 
 
-def _rows(data: Any, split: str) -> datasets.Dataset:
+def _rows(data: Any, split: str, image: str) -> datasets.Dataset:
     if isinstance(data, datasets.DatasetDict):
         if split not in data:
             raise DataError(f"data: it has no split '{split}' (data.split), but {', '.join(data)}")
@@ -81,24 +81,47 @@ def _rows(data: Any, split: str) -> datasets.Dataset:
     if wrong := [row for row in data if not isinstance(row, Mapping)]:
         raise DataError(f"data: every row must be a dict, got {shown(wrong[0], 60)}")
     try:
-        return datasets.Dataset.from_list([dict(row) for row in data])
+        return datasets.Dataset.from_list(_alike([dict(row) for row in data], image))
     except Exception as error:  # pyarrow and datasets raise many kinds
         raise DataError(f"data: the rows cannot become a table: {error}") from error
 
 
+def _alike(rows: list[dict[str, Any]], image: str) -> list[dict[str, Any]]:
+    """The rows; if one has a list of pictures, a single picture is a list of one."""
+
+    def several(value: Any) -> bool:
+        return isinstance(value, list | tuple) and not all(type(each) is int for each in value)
+
+    if any(several(row.get(image)) for row in rows):
+        for row in rows:
+            value = row.get(image)
+            row[image] = list(value) if several(value) or value == [] else [value]  # type: ignore[arg-type]
+    return rows
+
+
 def _whole(rows: datasets.Dataset, image: str) -> datasets.Dataset:
     """The rows with absolute paths, and with the bytes of pictures of the type ``Image``."""
-    names = [n for n, kind in rows.features.items() if isinstance(kind, datasets.Image)]
-    if names:
+    if any(map(_holds_images, rows.features.values())):
         rows = rows.with_format("arrow").map(embed_table_storage, batched=True, batch_size=64)
         rows = rows.with_format(None)
     kind = rows.features.get(image)
+    kind = kind.feature if isinstance(kind, datasets.List) else kind
     if isinstance(kind, datasets.Value) and kind.dtype in ("string", "large_string"):
         rows = rows.map(_absolute, input_columns=[image], fn_kwargs={"image": image})
     return rows
 
 
-def _absolute(text: str | None, image: str) -> dict[str, str | None]:
-    """A path of an existing file as an absolute path; any other text as it is."""
+def _holds_images(kind: Any) -> bool:
+    inner = kind.feature if isinstance(kind, datasets.List) else kind
+    return isinstance(inner, datasets.Image)
+
+
+def _absolute(value: Any, image: str) -> dict[str, Any]:
+    """Paths of existing files as absolute paths; any other text as it is."""
+    several = isinstance(value, list)
+    return {image: [_path(each) for each in value] if several else _path(value)}
+
+
+def _path(text: str | None) -> str | None:
     there = bool(text) and len(str(text)) < 4096 and os.path.isfile(str(text))
-    return {image: os.path.abspath(str(text)) if there else text}
+    return os.path.abspath(str(text)) if there else text

@@ -10,7 +10,7 @@ import pickle
 import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from functools import partial
@@ -47,8 +47,9 @@ class Checked:
 
     Attributes:
         broken: position -> reason, for the pictures that cannot be used.
-        hashes: for every row the hash of its encoded picture in hexadecimal; empty where the
-            picture is missing or its file cannot be read.
+        hashes: for every row the hash of its encoded picture in hexadecimal, or the hashes of its
+            pictures with a space between; empty where a picture is missing or its file cannot be
+            read.
         notes: what was done to pictures -> number of pictures.
     """
 
@@ -90,7 +91,7 @@ def check_pictures(
     fingerprint does not.
 
     Args:
-        rows: rows with ``image`` (encoded).
+        rows: rows with ``image``: encoded pictures, or lists of them.
         pictures: the settings; None: the defaults.
         keep: whether the result may be kept in the data-set cache.
 
@@ -148,7 +149,7 @@ def _threads() -> int:
     return min(8, processes.cores())
 
 
-def _chunks(images: datasets.Dataset) -> Iterator[pa.StructArray]:
+def _chunks(images: datasets.Dataset) -> Iterator[pa.Array]:
     # The pickle of a memory-mapped table has the name of the file, not its contents.
     packed = pickle.dumps(images) if images.cache_files else b""
     mapped = 0 < len(packed) < _PACKED
@@ -160,24 +161,41 @@ def _chunks(images: datasets.Dataset) -> Iterator[pa.StructArray]:
         yield from images[start : start + _CHUNK]["image"].chunks
 
 
-def _check_chunk(pictures: Pictures, images: pa.StructArray) -> tuple[Checked, bool]:
+def _check_chunk(pictures: Pictures, rows: pa.Array) -> tuple[Checked, bool]:
     """Checks some rows; the second value is whether all their pictures are embedded."""
     found, all_bytes = Checked(), True
-    contents, paths = images.field("bytes"), images.field("path")
-    for at in range(len(images)):
-        content = contents[at].as_buffer() if images[at].is_valid else None
-        path = paths[at].as_py() if images[at].is_valid else None
-        all_bytes &= content is not None
-        value = {"bytes": None if content is None else memoryview(content), "path": path}
-        found.hashes.append(_hash(value))
+    for at, value in enumerate(_values(rows)):
+        each = value if isinstance(value, list) else [value]
+        all_bytes &= all(one["bytes"] is not None for one in each)
+        found.hashes.append(hashes(each))
         try:
-            found.notes.update(pictures.look(value, draft=True).notes)
+            for look in pictures.each(value, partial(pictures.look, draft=True)):
+                found.notes.update(look.notes)
         except Refused as error:
             found.broken[at] = str(error)
         except DataError as error:
             missing = isinstance(error.__cause__, FileNotFoundError)
             found.broken[at] = str(error) if missing else f"corrupt image, {error}"
     return found, all_bytes
+
+
+def _values(images: pa.Array) -> Iterator[Any]:
+    """The pictures of each row, without copies of their bytes; a list if the column has lists."""
+    if isinstance(images, pa.ListArray):
+        for row in images:
+            yield list(_values(row.values)) if row.is_valid else []
+        return
+    contents, paths = images.field("bytes"), images.field("path")
+    for at in range(len(images)):
+        content = contents[at].as_buffer() if images[at].is_valid else None
+        path = paths[at].as_py() if images[at].is_valid else None
+        yield {"bytes": None if content is None else memoryview(content), "path": path}
+
+
+def hashes(pictures: Iterable[dict[str, Any]]) -> str:
+    """The hashes of a row's pictures; empty if one of them cannot be read."""
+    each = [_hash(picture) for picture in pictures]
+    return " ".join(each) if all(each) else ""
 
 
 def _hash(value: dict[str, Any]) -> str:

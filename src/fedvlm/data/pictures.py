@@ -11,7 +11,7 @@ import logging
 import os
 import stat
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from functools import cache
@@ -55,10 +55,17 @@ class Refused(DataError):
 
 @dataclass(frozen=True)
 class Look:
-    """A decoded picture, and what was done to it, such as ``12 bits``."""
+    """A decoded picture.
+
+    Attributes:
+        image: the picture.
+        notes: what was done to it, such as ``12 bits``.
+        pixels: the number of its pixels before it was shrunk.
+    """
 
     image: Image.Image
     notes: list[str] = field(default_factory=list)
+    pixels: int = 0
 
 
 @dataclass(frozen=True)
@@ -66,27 +73,30 @@ class Pictures:
     """The settings by which pictures are opened; see the section ``data`` of the configuration.
 
     Attributes:
-        max_decoded: most MiB of one decoded picture, at 3 bytes a pixel or more.
+        max_decoded: most MiB of the decoded pictures of a row, at 3 bytes a pixel or more.
         max_pixels: most pixels of a picture; larger pictures are shrunk. None: no limit.
         formats: names of the formats that are opened.
         window: values that become black and white in pictures of more than 8 bits.
+        max_images: most pictures of a row.
     """
 
     max_decoded: int = 256
     max_pixels: int | None = None
     formats: tuple[str, ...] = FORMATS
     window: depth.Window | None = None
+    max_images: int = 16
 
     @classmethod
     def of(cls, data: DataConfig) -> Pictures:
         """The settings of a run's section ``data``."""
         formats = tuple(sorted(set(data.formats))) if data.formats else FORMATS
-        return cls(data.max_decoded, data.max_pixels, formats, data.window)
+        return cls(data.max_decoded, data.max_pixels, formats, data.window, data.max_images)
 
     def key(self) -> list[Any]:
         """All that determines a picture's pixels, next to its bytes: settings and versions."""
         versions = [_version("pillow"), _version("pydicom")]
-        return [_RULES, self.max_decoded, self.max_pixels, self.formats, self.window, versions]
+        limits = [self.max_decoded, self.max_pixels, self.max_images]
+        return [_RULES, *limits, self.formats, self.window, versions]
 
     def open(self, value: Any) -> Image.Image:
         """Decodes one picture to RGB, the right way up.
@@ -104,6 +114,32 @@ class Pictures:
             FedVLMError: it is a DICOM file, and pydicom is not installed.
         """
         return self.opened(value).image
+
+    def open_all(self, value: Any) -> list[Image.Image]:
+        """As :meth:`open`, for the pictures of a row; ``value`` is one picture or a list."""
+        return [look.image for look in self.each(value, self.opened)]
+
+    def each(self, value: Any, look: Callable[[Any], Look]) -> list[Look]:
+        """The pictures of a row, one after another by ``look``, within the limits on a row."""
+        if not isinstance(value, list | tuple):
+            return [look(value)]
+        if not value:
+            raise Refused("its list of pictures is empty")
+        count, looks = len(value), list[Look]()
+        if count > self.max_images:
+            raise Refused(f"it has {count} pictures, more than data.max_images={self.max_images}")
+        for number, picture in enumerate(value, 1):
+            try:
+                looks.append(look(picture))
+            except DataError as error:
+                place = f"picture {number} of {count}: " if count > 1 else ""
+                raise type(error)(f"{place}{error}") from error
+            if 3 * sum(each.pixels for each in looks) > self.max_decoded << 20:
+                raise Refused(
+                    f"its first {number} of {count} pictures take more than "
+                    f"data.max_decoded={self.max_decoded} MiB together when decoded"
+                )
+        return looks
 
     def opened(self, value: Any) -> Look:
         """As :meth:`open`, and with what was done to the picture."""
@@ -258,12 +294,12 @@ class Pictures:
         return self._shrunk(_rgb(image), size or image.size, notes)
 
     def _shrunk(self, image: Image.Image, size: tuple[int, int], notes: list[str]) -> Look:
-        limit = self.max_pixels
-        if limit is None or size[0] * size[1] <= limit:
-            return Look(image, notes)
+        limit, pixels = self.max_pixels, size[0] * size[1]
+        if limit is None or pixels <= limit:
+            return Look(image, notes, pixels)
         if image.width * image.height > limit:
             image = image.resize(_within(image.size, limit), Image.Resampling.LANCZOS)
-        return Look(image, [*notes, SHRUNK])
+        return Look(image, [*notes, SHRUNK], pixels)
 
 
 def _within(size: tuple[int, int], limit: int) -> tuple[int, int]:

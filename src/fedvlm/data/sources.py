@@ -35,7 +35,7 @@ from fedvlm.data.columns import (
     shown,
 )
 from fedvlm.data.conversations import flatten, holds_conversations
-from fedvlm.data.embedded import moved, path_of, with_bytes
+from fedvlm.data.embedded import is_list, moved, path_of, with_bytes
 from fedvlm.data.files import SUFFIXES, files_of_rows, is_saved
 from fedvlm.data.images import check_pictures, open_image, with_absolute_paths, with_hashes
 from fedvlm.data.labels import names_of
@@ -77,11 +77,12 @@ def load_rows(
 
     Returns:
         A data set, memory-mapped if the source is. Its columns are ``image`` (encoded:
-        ``{"bytes", "path"}``, see :func:`open_image`), ``question``, ``answer``, ``row`` (the row
-        number in the source), and every other scalar column of the source under its own name. With
-        ``pairs`` it has ``rejected`` too. A conversation gives one row for every answer, see
-        :mod:`fedvlm.data.conversations`; these rows share its number. A source column with a
-        canonical name and another meaning becomes ``source_<name>``, or the next free name.
+        ``{"bytes", "path"}``, see :func:`open_image`, or a list of these), ``question``,
+        ``answer``, ``row`` (the row number in the source), and every other scalar column of the
+        source under its own name. With ``pairs`` it has ``rejected`` too. A conversation gives
+        one row for every answer, see :mod:`fedvlm.data.conversations`; these rows share its number.
+        A source column with a canonical name and another meaning becomes ``source_<name>``, or the
+        next free name.
 
     Raises:
         DataError: the source cannot be read or has no rows; a column is missing or has the wrong
@@ -283,6 +284,8 @@ def _replace(rows: datasets.Dataset, name: str, values: Any) -> datasets.Dataset
 
 def _encoded(rows: datasets.Dataset, root: Path) -> datasets.Dataset:
     """Casts images to ``{"bytes", "path"}`` without decoding, and makes the paths absolute."""
+    if is_list(rows.features["image"]):
+        return rows  # which have these paths
     rows = rows.cast_column("image", datasets.Image(decode=False))
     images = rows.with_format("arrow")["image"][:]
     embedded = pc.is_valid(pc.struct_field(images, "bytes"))

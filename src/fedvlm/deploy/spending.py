@@ -9,7 +9,7 @@ least as much in the ledger as has left the site. In ``STATE/spending``::
     rows/          the marks of the rows and units of a run, one file for each set
     secret         the site's key of the marks
 
-**Marks.** A run has a mark for the picture of each training row, and one for each unit with a
+**Marks.** A run has a mark for each picture of the training rows, and one for each unit with a
 value, 16 bytes each. A mark is a keyed digest and says nothing without the secret. Two runs *meet*
 if they have a mark in common. What they spend then adds up, because they may have a unit in common.
 All runs with a unit have a mark of it, so they all meet. Runs that do not meet have no unit in
@@ -33,7 +33,7 @@ from typing import Any
 
 import numpy as np
 
-from fedvlm.data.groups import same_pictures
+from fedvlm.data.groups import each_picture
 from fedvlm.data.labels import values_of
 from fedvlm.deploy import auditlog
 from fedvlm.deploy.auditlog import NONE, AuditLog
@@ -132,7 +132,9 @@ class Spending:
             column: rows with equal values in it are one unit; None: every row is one.
         """
         secret = self._secret()
-        found = {_mark(secret, "picture", text) for text in same_pictures(rows)[chosen]}
+        pictures = each_picture(rows)
+        texts = {text for row in chosen.tolist() for text in pictures[row]}
+        found = {_mark(secret, "picture", text) for text in texts}
         if column is not None:
             values = values_of(rows, column)[chosen]
             found |= {_mark(secret, "unit", value) for value in values if value}

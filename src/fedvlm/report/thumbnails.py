@@ -6,12 +6,13 @@ import base64
 import io
 import json
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from PIL import Image
 
 from fedvlm import hub
 from fedvlm.data.fingerprint import content
@@ -22,6 +23,7 @@ from fedvlm.settings.sections import Config
 
 SIDE = 200  # pixels of the longer side
 QUALITY = 60  # of the JPEG
+MOST = 4  # pictures of a row that are shown
 
 
 class Rows:
@@ -44,7 +46,7 @@ class Rows:
         self._places: Mapping[Any, int] = {n: at for at, n in enumerate(numbers.tolist())}
 
     def __call__(self, number: Any, reference: str) -> tuple[str, str] | None:
-        """The question of a row, and its picture as a ``data:`` address.
+        """The question of a row, and its pictures, side by side, as a ``data:`` address.
 
         Args:
             number: the row's number in the source.
@@ -60,16 +62,24 @@ class Rows:
         if row["answer"] != reference:
             return None
         try:
-            return row["question"], address(self._pictures.open(row["image"]))
+            return row["question"], address(self._pictures.open_all(row["image"]))
         except (FedVLMError, OSError):
             return row["question"], ""
 
 
-def address(image: Any) -> str:
-    """A small JPEG of a picture as a ``data:`` address."""
-    image.thumbnail((SIDE, SIDE))
+def address(images: Sequence[Any]) -> str:
+    """A small JPEG of pictures as a ``data:`` address. It shows a few of many pictures."""
+    for image in (shown := list(images[:MOST])):
+        image.thumbnail((SIDE, SIDE))
+    whole = shown[0]
+    if len(shown) > 1:
+        size = sum(image.width for image in shown), max(image.height for image in shown)
+        whole, left = Image.new("RGB", size, "white"), 0
+        for image in shown:
+            whole.paste(image, (left, 0))
+            left += image.width
     out = io.BytesIO()
-    image.convert("RGB").save(out, format="JPEG", quality=QUALITY, optimize=True)
+    whole.convert("RGB").save(out, format="JPEG", quality=QUALITY, optimize=True)
     return "data:image/jpeg;base64," + base64.b64encode(out.getvalue()).decode("ascii")
 
 

@@ -56,7 +56,7 @@ def checked(given: Any) -> dict[str, list[int]]:
 class Columns(Section):
     """The names of the data's columns. The defaults are those of RLAIF-V."""
 
-    image: Filled = Field("image", description="the picture: bytes, or the path of a file")
+    image: Filled = Field("image", description="the picture, or a list: bytes, or paths of files")
     question: Filled = Field("question", description="the question about the picture")
     answer: Filled = Field("chosen", description="the answer to learn")
     rejected: Filled = Field("rejected", description="the worse answer, for objective.name=dpo")
@@ -93,8 +93,9 @@ class DataConfig(Section):
         description="MiB on disk for encoded rows, shared with later runs; 0: no cache",
     )
     max_decoded: Positive = Field(
-        256, description="most MiB of one decoded picture (3 bytes a pixel); more: unusable row"
+        256, description="most MiB of a row's decoded pictures (3 bytes a pixel); more: unusable"
     )
+    max_images: Positive = Field(16, description="most pictures of a row; more: unusable row")
     max_pixels: Positive | None = Field(
         None, description="larger pictures are shrunk to this many pixels; empty: no limit"
     )
