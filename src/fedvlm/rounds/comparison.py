@@ -29,6 +29,7 @@ from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
 from fedvlm.store import files
 from fedvlm.store import run as stores
+from fedvlm.store.made import settings_of
 
 if TYPE_CHECKING:
     import pandas as pd
@@ -191,7 +192,8 @@ def done(config: Config) -> bool:
             "with output=DIR"
         )
     stores.check_whole(config.output)
-    there = configs.load(Path(config.output) / stores.CONFIG)
+    with settings_of(config.output):
+        there = configs.load(Path(config.output) / stores.CONFIG)
     same = {"output": "", "engine": config.engine}
     if there.model_copy(update=same) != located(config).model_copy(update=same):
         raise FedVLMError(

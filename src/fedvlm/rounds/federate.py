@@ -41,6 +41,7 @@ from fedvlm.rounds.trackers import tracked
 from fedvlm.settings.aggregate import AggregateConfig
 from fedvlm.settings.sections import Config
 from fedvlm.store import run as stores
+from fedvlm.store.made import settings_of
 from fedvlm.tree import Tree, digest, saved_bytes
 
 MOVED = ("data.path", "model.name")
@@ -140,7 +141,8 @@ def resume(
             + (" that has begun" if stores.has_not_begun(folder) else "")
             + f"; start one with 'fedvlm run output={folder}'"
         )
-    settings = _configuration(algorithm)(Path(folder) / stores.CONFIG, *overrides)
+    with settings_of(folder):
+        settings = _configuration(algorithm)(Path(folder) / stores.CONFIG, *overrides)
     settings = settings.model_copy(update={"output": str(folder)})
     if stores.is_done(folder):
         return Results.read(folder)

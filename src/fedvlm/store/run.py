@@ -46,6 +46,7 @@ from fedvlm.store.files import (
     write_bytes,
     write_text,
 )
+from fedvlm.store.made import check_version
 from fedvlm.store.packs import Packs
 from fedvlm.tree import Tree
 
@@ -316,30 +317,6 @@ def belongs(path: str | Path) -> Path | None:
             if first.casefold() in (*FILES, *FOLDERS) and (first != "export" or len(rest) != 1):
                 return folder
     return None
-
-
-def check_version(folder: str | Path) -> None:
-    """Refuses a run of version 0.1, whose settings and files have another form.
-
-    Raises:
-        FedVLMError: naming the version that opens it.
-    """
-    path = Path(folder) / "environment.json"
-    try:
-        made = json.loads(path.read_text(encoding="utf-8"))["packages"]["fedvlm"]
-    except (
-        OSError,
-        ValueError,
-        KeyError,
-        TypeError,
-        RecursionError,
-    ):  # the run says so where it matters
-        return
-    if str(made).startswith("0.1."):
-        raise FedVLMError(
-            f"the run in '{folder}' was made by fedvlm {made}, whose runs this version cannot open "
-            "or resume; use pip install 'fedvlm<0.2' for it"
-        )
 
 
 def is_run(folder: str | Path) -> bool:

@@ -19,7 +19,13 @@ from cryptography.hazmat.primitives.asymmetric import rsa
 from fedvlm.deploy.nvflare import keys
 from fedvlm.deploy.nvflare.keys import Admission, Request
 from fedvlm.deploy.nvflare.processes import read_federation
-from fedvlm.deploy.nvflare.project import ADMITTED, Project, admitted, state_of
+from fedvlm.deploy.nvflare.project import (
+    ADMITTED,
+    Project,
+    admitted,
+    state_of,
+    write_admitted,
+)
 from fedvlm.errors import FedVLMError
 from fedvlm.store import files
 
@@ -136,7 +142,7 @@ def _changing(folder: Path) -> Iterator[dict[str, Any]]:
     with files.only_one(folder, taken, PATIENCE):
         kept = admitted(folder)
         yield kept
-        files.write_text(folder / ADMITTED, json.dumps(kept, indent=2) + "\n")
+        write_admitted(folder, kept)
 
 
 def _authority(folder: Path, project: Project) -> tuple[x509.Certificate, rsa.RSAPrivateKey]:

@@ -253,7 +253,7 @@ def _prepared(state: Path, about: Invitation) -> Path:
     fresh = home / "fresh"
     shutil.rmtree(fresh, ignore_errors=True)
     key = keys.new_key(fresh / KEY)
-    files.write_text(fresh / JOINED, about.model_dump_json(indent=2))
+    keys.write(fresh / JOINED, about)
     folder = home / keys.fingerprint(key)[:16]
     fresh.rename(folder)
     files.write_text(home / NEXT, folder.name)

@@ -27,6 +27,7 @@ from fedvlm.deploy.policy import check_name
 from fedvlm.errors import ConfigError, FedVLMError, brief, shown
 from fedvlm.settings.method import Section
 from fedvlm.store import files
+from fedvlm.version import BY, check_format, written_by
 
 BITS = 2048  # of a site's RSA key, as of the authority's; NVFlare signs with RSA only
 VALID = datetime.timedelta(days=360)  # the longest time that a site's certificate is valid
@@ -104,6 +105,8 @@ def read(path: str | Path, *forms: type[F]) -> F:
         named = [form for form in forms if form.model_fields["kind"].default == kind]
         if not named:
             raise ValueError(f"its kind is {shown(kind)}")
+        check_format(tree, path)
+        tree.pop(BY, None)
         return named[0].model_validate(tree)
     except OSError as error:
         raise FedVLMError(f"the {what} '{path}' cannot be read: {error.strerror}") from None
@@ -118,7 +121,8 @@ def read(path: str | Path, *forms: type[F]) -> F:
 
 def write(path: Path, sent: Invitation | Request | Admission) -> Path:
     """Writes a file for the other side, and returns its path."""
-    files.write_text(path, json.dumps(sent.model_dump(exclude_none=True), indent=2) + "\n")
+    text = json.dumps({**sent.model_dump(exclude_none=True), BY: written_by()}, indent=2)
+    files.write_text(path, text + "\n")
     return path
 
 

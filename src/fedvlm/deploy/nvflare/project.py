@@ -8,6 +8,7 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -23,6 +24,7 @@ from fedvlm.deploy.remote import Limits
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.settings.method import Positive, Ratio, Section
 from fedvlm.store import files
+from fedvlm.version import BY, check_format, written_by
 
 SOON = datetime.timedelta(days=30)  # a certificate is renewed this long before its end
 RENEWED = "run 'fedvlm deploy init project.yml' again, and restart the server"
@@ -205,10 +207,23 @@ def admitted(folder: Path) -> dict[str, Any]:
     Returns:
         ``operator``: the name in the operator's certificate. ``admin``: the operator's key.
         ``sites``: site -> its keys, the newest last. ``revoked``: keys that stay refused.
+
+    Raises:
+        FedVLMError: a newer version of fedvlm has written the list.
     """
     path = folder / ADMITTED
-    empty: dict[str, Any] = {"operator": ADMIN, "admin": "", "sites": {}, "revoked": []}
-    return empty | json.loads(path.read_text()) if path.exists() else empty
+    found: dict[str, Any] = {"operator": ADMIN, "admin": "", "sites": {}, "revoked": []}
+    if path.exists():
+        found |= json.loads(path.read_text())
+        check_format(found, path)
+        found.pop(BY, None)
+    return found
+
+
+def write_admitted(folder: Path, kept: Mapping[str, Any]) -> None:
+    """Writes what :func:`admitted` reads."""
+    text = json.dumps({**kept, BY: written_by()}, indent=2)
+    files.write_text(folder / ADMITTED, text + "\n")
 
 
 def _list(project: Project, folder: Path) -> None:
@@ -218,7 +233,7 @@ def _list(project: Project, folder: Path) -> None:
         kept["revoked"] += kept["sites"].pop(site)
     mine = (folder / "admin" / "startup" / "client.crt").read_bytes()
     kept["admin"] = keys.fingerprint(keys.certificate(mine, "the operator's certificate"))
-    files.write_text(folder / ADMITTED, json.dumps(kept, indent=2) + "\n")
+    write_admitted(folder, kept)
 
 
 def _clean(project: Project, ca: Path) -> None:
