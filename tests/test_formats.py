@@ -142,7 +142,7 @@ def test_a_run_with_settings_of_another_version_names_that_version(tmp_path):
     (tmp_path / "config.yaml").write_text("lora: {gone: 1}\n")
     about = tmp_path / "environment.json"
     about.write_text(json.dumps({"packages": {"fedvlm": "0.3.4"}}))
-    with pytest.raises(FedVLMError, match=r"made by fedvlm 0\.3\.4, .* 'fedvlm==0\.3\.\*'[^~]*gone"):
+    with pytest.raises(FedVLMError, match=r"by fedvlm 0\.3\.4, .* 'fedvlm==0\.3\.\*'[^~]*gone"):
         fedvlm.resume(tmp_path)
     about.write_text(json.dumps({"packages": {"fedvlm": fedvlm.__version__}}))
     with pytest.raises(fedvlm.ConfigError):

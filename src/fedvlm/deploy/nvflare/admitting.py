@@ -1,4 +1,4 @@
-"""The operator's side of a federation's keys: invite, admit, revoke.
+"""The operator's side of a federation's keys: invite, admit, renew, revoke.
 
 ``federation/admitted.json`` lists the keys that the server lets in. The server reads the list
 again whenever it changes, so that a revoked key loses its connection within seconds.
@@ -7,22 +7,25 @@ again whenever it changes, so that a revoked key loses its connection within sec
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from fedvlm.deploy.nvflare import keys
+from fedvlm.deploy.nvflare.ending import admission, ends
 from fedvlm.deploy.nvflare.keys import Admission, Request
 from fedvlm.deploy.nvflare.processes import read_federation
 from fedvlm.deploy.nvflare.project import (
     ADMITTED,
     Project,
     admitted,
+    provision,
     state_of,
     write_admitted,
 )
@@ -93,8 +96,58 @@ def admit(
         kept["sites"][asked.site] = [old for old in remaining if old != mark] + [mark]
     return keys.write(
         folder / "sites" / f"{asked.site}.admission",
-        Admission(site=asked.site, certificate=keys.pem(signed)),
+        Admission(site=asked.site, certificate=keys.pem(signed), root=keys.pem(root)),
     )
+
+
+def renew(folder: Path) -> dict[str, datetime.datetime]:
+    """Makes new certificates of the authority, the server, the operator and all admitted sites.
+
+    The authority and the sites keep their keys, so no fingerprint of theirs changes. A site gets
+    its certificate, and the authority's, with ``sites/NAME.admission``. Until it has taken them, it
+    goes on with the old ones.
+
+    Returns:
+        Who -> the end of the certificate, see :func:`fedvlm.deploy.nvflare.ending.ends`. A site
+        whose present key is not known here, because its admission is gone, is missing.
+
+    Raises:
+        FedVLMError: the authority's key is not on this machine.
+    """
+    project = read_federation(folder)
+    old, authority = _authority(folder, project)
+    root = _renewed(old, authority, project.days)
+    state = state_of(folder, project)
+    tree = {**json.loads(state.read_text()), "root_cert": keys.pem(root)}
+    files.write_text(state, json.dumps({n: p for n, p in tree.items() if not isinstance(p, dict)}))
+    provision(project, folder)  # makes those of the server and the operator, which are not there
+    with _changing(folder) as kept:
+        for site, marks in kept["sites"].items():
+            path = folder / "sites" / f"{site}.admission"
+            present = admission(path)
+            if present is None or keys.fingerprint(present) not in marks:
+                path.unlink(missing_ok=True)
+                continue
+            signed = keys.pem(keys.sign(present, site, root, authority))
+            keys.write(path, Admission(site=site, certificate=signed, root=keys.pem(root)))
+    return ends(folder, project)
+
+
+def _renewed(old: x509.Certificate, authority: rsa.RSAPrivateKey, days: int) -> x509.Certificate:
+    """The authority's certificate with another time, which NVFlare wants to be ``days`` long."""
+    begin = datetime.datetime.now(datetime.UTC).replace(microsecond=0) - keys.SKEW
+    builder = (
+        x509.CertificateBuilder()
+        .subject_name(old.subject)
+        .issuer_name(old.subject)
+        .public_key(authority.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(begin)
+        .not_valid_after(begin + datetime.timedelta(days=days))
+    )
+    for extension in old.extensions:
+        builder = builder.add_extension(extension.value, extension.critical)
+    return builder.sign(authority, hashes.SHA256())
 
 
 def revoke(folder: Path, site: str) -> list[str]:

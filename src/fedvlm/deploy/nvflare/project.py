@@ -27,7 +27,7 @@ from fedvlm.store import files
 from fedvlm.version import BY, check_format, written_by
 
 SOON = datetime.timedelta(days=30)  # a certificate is renewed this long before its end
-RENEWED = "run 'fedvlm deploy init project.yml' again, and restart the server"
+RENEWED = "give 'fedvlm deploy renew', and restart the server"
 PROJECT = "project.yml"
 ADMITTED = "admitted.json"
 SERVER_CLASSES = (
@@ -317,8 +317,8 @@ def restrict(local: Path, classes: tuple[str, ...], *more: dict[str, Any]) -> No
             unused.unlink()
 
 
-def check_certificate(path: Path, remedy: str = RENEWED) -> str:
-    """Returns a warning if a certificate ends soon, else an empty text.
+def check_certificate(path: Path, remedy: str = RENEWED) -> None:
+    """Refuses a certificate that has ended.
 
     Args:
         path: the certificate.
@@ -330,7 +330,6 @@ def check_certificate(path: Path, remedy: str = RENEWED) -> str:
     end, left = _left(path.read_bytes())
     if left < datetime.timedelta():
         raise FedVLMError(f"the certificate '{path}' ended on {end}: {remedy}")
-    return f"the certificate ends on {end}; {remedy}" if left < SOON else ""
 
 
 def _left(certificate: bytes) -> tuple[str, datetime.timedelta]:
