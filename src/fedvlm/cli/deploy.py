@@ -107,8 +107,8 @@ def revoke(
 def renew(folder: Folder = HOME) -> None:
     """Renew the certificates of the authority, the server, the operator and all admitted sites.
 
-    The authority and the sites keep their keys, so their fingerprints stay. Restart the server, and
-    send each site its admission.
+    All keep their keys, so the fingerprints stay. Restart the server, and send each site its
+    admission.
     """
     from fedvlm.deploy.nvflare.admitting import renew as renewed
     from fedvlm.deploy.nvflare.project import admitted

@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from cryptography import x509
-from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from fedvlm.deploy.nvflare import keys
@@ -25,10 +25,12 @@ from fedvlm.deploy.nvflare.project import (
     ADMITTED,
     Project,
     admitted,
+    prolong,
     provision,
     state_of,
     write_admitted,
 )
+from fedvlm.deploy.nvflare.prolonging import prolonged
 from fedvlm.errors import FedVLMError
 from fedvlm.store import files
 
@@ -103,9 +105,8 @@ def admit(
 def renew(folder: Path) -> dict[str, datetime.datetime]:
     """Makes new certificates of the authority, the server, the operator and all admitted sites.
 
-    The authority and the sites keep their keys, so no fingerprint of theirs changes. A site gets
-    its certificate, and the authority's, with ``sites/NAME.admission``. Until it has taken them, it
-    goes on with the old ones.
+    All keep their keys, so no fingerprint changes. A site gets its certificate, and that of the
+    authority, with ``sites/NAME.admission``. Until it has taken them, it goes on with the old ones.
 
     Returns:
         Who -> the end of the certificate, see :func:`fedvlm.deploy.nvflare.ending.ends`. A site
@@ -116,11 +117,9 @@ def renew(folder: Path) -> dict[str, datetime.datetime]:
     """
     project = read_federation(folder)
     old, authority = _authority(folder, project)
-    root = _renewed(old, authority, project.days)
-    state = state_of(folder, project)
-    tree = {**json.loads(state.read_text()), "root_cert": keys.pem(root)}
-    files.write_text(state, json.dumps({n: p for n, p in tree.items() if not isinstance(p, dict)}))
-    provision(project, folder)  # makes those of the server and the operator, which are not there
+    root = prolonged(old, authority, project.days)
+    prolong(state_of(folder, project), root, authority)
+    provision(project, folder)
     with _changing(folder) as kept:
         for site, marks in kept["sites"].items():
             path = folder / "sites" / f"{site}.admission"
@@ -131,23 +130,6 @@ def renew(folder: Path) -> dict[str, datetime.datetime]:
             signed = keys.pem(keys.sign(present, site, root, authority))
             keys.write(path, Admission(site=site, certificate=signed, root=keys.pem(root)))
     return ends(folder, project)
-
-
-def _renewed(old: x509.Certificate, authority: rsa.RSAPrivateKey, days: int) -> x509.Certificate:
-    """The authority's certificate with another time, which NVFlare wants to be ``days`` long."""
-    begin = datetime.datetime.now(datetime.UTC).replace(microsecond=0) - keys.SKEW
-    builder = (
-        x509.CertificateBuilder()
-        .subject_name(old.subject)
-        .issuer_name(old.subject)
-        .public_key(authority.public_key())
-        .serial_number(x509.random_serial_number())
-        .not_valid_before(begin)
-        .not_valid_after(begin + datetime.timedelta(days=days))
-    )
-    for extension in old.extensions:
-        builder = builder.add_extension(extension.value, extension.critical)
-    return builder.sign(authority, hashes.SHA256())
 
 
 def revoke(folder: Path, site: str) -> list[str]:

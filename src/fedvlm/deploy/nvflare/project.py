@@ -14,11 +14,14 @@ from typing import Annotated, Any
 
 import yaml
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from pydantic import Field, field_validator, model_validator
 
 from fedvlm import config as configs
 from fedvlm.deploy.nvflare import keys
 from fedvlm.deploy.nvflare.names import ADMIN, INSIDE
+from fedvlm.deploy.nvflare.prolonging import prolonged
 from fedvlm.deploy.policy import check_name
 from fedvlm.deploy.remote import Limits
 from fedvlm.errors import ConfigError, FedVLMError
@@ -237,7 +240,7 @@ def _list(project: Project, folder: Path) -> None:
 
 
 def _clean(project: Project, ca: Path) -> None:
-    """Removes certificates that end soon, so that NVFlare makes new ones, and keys of sites.
+    """Prolongs certificates that end soon, and removes keys of sites.
 
     NVFlare keeps every certificate that it has made, even an expired one. Version 0.1 made the
     sites' keys here.
@@ -251,13 +254,31 @@ def _clean(project: Project, ca: Path) -> None:
         return
     tree = json.loads(path.read_text())
     own = (project.server.address, ADMIN)
-    kept = {
-        who: made
-        for who, made in tree.items()
-        if not isinstance(made, dict) or (who in own and _left(made["cert"].encode())[1] >= SOON)
-    }
+    kept = {who: made for who, made in tree.items() if not isinstance(made, dict) or who in own}
     if kept != tree:
         files.write_text(path, json.dumps(kept))
+    pairs = [made for made in kept.values() if isinstance(made, dict)]
+    if any(_left(made["cert"].encode())[1] < SOON for made in pairs):
+        root = keys.certificate(kept["root_cert"], "the authority's certificate")
+        authority = serialization.load_pem_private_key(kept["root_pri_key"].encode(), None)
+        assert isinstance(authority, rsa.RSAPrivateKey), "NVFlare makes RSA keys only"
+        prolong(path, root, authority)
+
+
+def prolong(state: Path, root: x509.Certificate, authority: rsa.RSAPrivateKey) -> None:
+    """Prolongs the server's and the operator's certificates in NVFlare's file.
+
+    Args:
+        state: see :func:`state_of`.
+        root: the authority's certificate, which may be new.
+        authority: its key.
+    """
+    tree = {**json.loads(state.read_text()), "root_cert": keys.pem(root)}
+    for made in (part for part in tree.values() if isinstance(part, dict)):
+        old = keys.certificate(made["cert"], "a certificate in ca/")
+        fresh = prolonged(old, authority, keys.VALID.days, root.not_valid_after_utc)
+        made["cert"] = keys.pem(fresh)
+    files.write_text(state, json.dumps(tree))
 
 
 def _nvflare(project: Project) -> dict[str, Any]:
