@@ -7,7 +7,7 @@ to the server and nothing else. Between them lies a relay of this script: 200 ms
 5 Mbit/s each way, and a packet in a hundred comes a round trip later, with all that follow it, as
 TCP does it. One site goes through an HTTP proxy (CONNECT), as a hospital may demand. After some
 rounds the line of another site carries nothing for 60 s. Fails unless the run finishes, unless the
-others go on meanwhile, and unless the site trains again. About four minutes; needs no root.
+others go on meanwhile, and unless the site trains again. About five minutes; needs no root.
 
 The relay stands in for ``tc netem``, which needs root and a module that kernels of containers often
 lack. It works on bytes of TCP: it neither loses nor reorders packets of its own.
