@@ -23,7 +23,13 @@ export PIP_DISABLE_PIP_VERSION_CHECK ?= 1
 
 .DEFAULT_GOAL := help
 PINS_HEADER := \# Every package of .[dev], as tested. Renewed by `make pins`.
-.PHONY: help demo test check bench families docs pins clean
+LOCK_HEADER := \# What .[clusters,deploy,dicom,privacy] brings along, with hashes. Renewed by `make pins`.
+# Tools that look at the environment from outside, in one of their own.
+TOOLS := $(VENV)/tools
+CYCLONEDX := cyclonedx-bom==7.5.0
+UV := uv==0.13.9
+PIP_AUDIT := pip-audit==2.10.1
+.PHONY: help demo test check bench families docs pins sbom audit clean
 .DELETE_ON_ERROR:
 
 help: ## print this list
@@ -73,9 +79,27 @@ pins: ## renew constraints.txt from a fresh environment
 	{ echo '$(PINS_HEADER)'; $(PIP) freeze --exclude-editable \
 	  | sed 's/^\(torch==[^+]*\)+.*/\1/'; } > constraints.new
 	mv constraints.new constraints.txt
+	$(MAKE) requirements.lock
+	$(BIN)/python scripts/licences.py
+
+# For every platform, with the hashes that the package index has.
+requirements.lock: constraints.txt $(TOOLS)/.stamp
+	{ echo '$(LOCK_HEADER)'; $(TOOLS)/bin/uv pip compile --quiet pyproject.toml -c constraints.txt \
+	  --extra clusters --extra deploy --extra dicom --extra privacy --python-version 3.11 \
+	  --generate-hashes --no-emit-index-url --no-annotate --no-header; } > requirements.new
+	mv requirements.new requirements.lock
+
+sbom: $(VENV)/.stamp-dev $(TOOLS)/.stamp ## write sbom.json: all packages of $(VENV), as CycloneDX
+	$(TOOLS)/bin/cyclonedx-py environment --pyproject pyproject.toml --mc-type library \
+	  --output-reproducible -o sbom.json $(BIN)/python
+
+audit: $(TOOLS)/.stamp ## look for known vulnerabilities of requirements.lock (needs the network)
+	$(TOOLS)/bin/pip-audit --strict --disable-pip --require-hashes -r requirements.lock || { \
+	  echo "The lines above are vulnerabilities, or say that the database was not reached." >&2; \
+	  exit 1; }
 
 clean: ## remove the environment, caches and build output (keeps runs/ and demo/)
-	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis \
+	rm -rf $(VENV) build dist site sbom.json src/*.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis \
 	  .import_linter_cache
 	find src tests -type d -name __pycache__ -prune -exec rm -rf {} +
 
@@ -113,6 +137,11 @@ $(VENV)/.stamp-dev: pyproject.toml constraints.txt $(VENV)/.stamp-torch
 $(VENV)/.stamp-docs: pyproject.toml constraints.txt $(VENV)/.stamp-torch
 	$(INSTALL) -e '.[docs]' -c constraints.txt
 	@touch $(VENV)/.stamp-run $@
+
+$(TOOLS)/.stamp: | $(VENV)/.stamp-venv
+	"$(PYTHON)" -m venv $(TOOLS)
+	$(TOOLS)/bin/python -m pip install --quiet '$(CYCLONEDX)' '$(UV)' '$(PIP_AUDIT)'
+	@touch $@
 
 # What tests import is compiled here once, and not by all workers of the tests at the same time.
 $(VENV)/.stamp-compiled: $(VENV)/.stamp-dev

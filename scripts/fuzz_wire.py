@@ -34,10 +34,18 @@ def _request(rng: random.Random, folder: Path) -> None:
     from fedvlm.config import load
     from fedvlm.deploy.worker import Worker
     from fedvlm.errors import FedVLMError
+    from fedvlm.version import __version__
 
     config = load(None, *SMALL).model_dump(mode="json")
     odd = [None, 1, "x", "../x", [], {}, {"a": {}}, 2**70, "\0", "\ud800", [[[]]], True, "a" * 9999]
-    asked: dict[str, Any] = {"do": "open", "run": "r", "config": config, "round": 1, "sampled": 1.0}
+    asked: dict[str, Any] = {
+        "do": "open",
+        "fedvlm": __version__,
+        "run": "r",
+        "config": config,
+        "round": 1,
+        "sampled": 1.0,
+    }
     if rng.random() < 0.5:
         asked["do"] = rng.choice(("train", "score", "answer", "export", "adapter", "x", "open"))
     for _ in range(rng.randint(1, 3)):

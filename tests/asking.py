@@ -58,7 +58,9 @@ class At:
     def open(self, run="r", **other):
         """A new worker, and its answer to the request to open a run."""
         worker = Worker(self.own)
-        return worker, ask(worker, do="open", run=run, config=told(**other))[0]
+        return worker, ask(
+            worker, do="open", fedvlm=fedvlm.__version__, run=run, config=told(**other)
+        )[0]
 
 
 def close(worker):

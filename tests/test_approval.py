@@ -47,7 +47,7 @@ approval_words = SimpleNamespace(sent=("factor B, 3 kB",), stays=("factor A",))
 def opened(own, run, *settings, **more):
     """The answer of a new worker of the site to ``open``."""
     tree = as_sent(load({"algorithm": {"name": "plora"}}, *settings))
-    asked = {"do": "open", "run": run, "config": tree} | more
+    asked = {"do": "open", "fedvlm": fedvlm.__version__, "run": run, "config": tree} | more
     return opened_as(own, asked)
 
 
@@ -215,7 +215,12 @@ def test_deploy_run_signs_what_the_sites_of_its_federation_accept(place, tmp_pat
     _, events = federation._submit(*ask, False, lambda event: None)
     job = json.loads((events.parent / "job.json").read_text())
     call = signed(job["operator"], lambda site, header, blob, limit: opened_as(own, header))
-    header = {"do": "open", "run": job["run"], "config": as_sent(load(job["config"]))}
+    header = {
+        "do": "open",
+        "fedvlm": fedvlm.__version__,
+        "run": job["run"],
+        "config": as_sent(load(job["config"])),
+    }
     assert call("north", header, b"", 9.0) == {"adapter": "x"}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "sites.json").write_text(json.dumps({"run": "begun-before"}))
@@ -379,7 +384,7 @@ def test_an_approved_run_opens_for_real(tmp_path):
     own = {"name": "north", "data": str(tmp_path / "rows.parquet")}
     own |= {"state": str(tmp_path / "state"), "policy": str(tmp_path / "policy.yml")}
     tree = json.loads(json.dumps(as_sent(config(tmp_path, "model.name=tiny", "eval.max_rows=10"))))
-    asked = {"do": "open", "run": "r", "config": tree}
+    asked = {"do": "open", "fedvlm": fedvlm.__version__, "run": "r", "config": tree}
     worker = Worker(own)
     assert waits(worker.perform(dict(asked), b"")[0])
     assert "factor B of 47 modules" in "".join(only(own).sent)

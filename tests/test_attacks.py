@@ -43,9 +43,15 @@ def test_a_run_is_opened_again_with_its_own_settings_wherever_the_server_keeps_i
     worker, opened = site.open(output="moved/there", data={"path": "moved/rows.parquet"})
     assert "error" not in opened
     assert "loss" in ask(worker, save(down), do="train", round=3)[0]
-    again, _ = ask(worker, do="open", run="r", config=told())
+    again, _ = ask(worker, do="open", fedvlm=fedvlm.__version__, run="r", config=told())
     assert again == opened, "a server that has lost the answer asks the same worker"
-    refused, _ = ask(worker, do="open", run="r", config=told(algorithm={"name": "fedsa"}))
+    refused, _ = ask(
+        worker,
+        do="open",
+        fedvlm=fedvlm.__version__,
+        run="r",
+        config=told(algorithm={"name": "fedsa"}),
+    )
     assert "other settings" in refused["message"]
 
 

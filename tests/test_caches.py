@@ -69,7 +69,12 @@ def trained(tmp_path_factory):
             patch.delenv(name, raising=False)
         before, site = os.umask(0o022), Supervisor(own | {"log": str(state / "site.log")})
         try:
-            asked = {"do": "open", "run": "r", "config": as_sent(load(RUN))}
+            asked = {
+                "do": "open",
+                "fedvlm": fedvlm.__version__,
+                "run": "r",
+                "config": as_sent(load(RUN)),
+            }
             opened, _ = site.call(asked, limit=600.0)
             assert "adapter" in opened, opened
             _, adapter = site.call({"do": "adapter"}, limit=600.0)

@@ -194,7 +194,9 @@ def opened(call, run, *settings, site="site-0"):
     """The answer of a new worker of a site to the request to open a run."""
     worker = Worker(call.own[site])
     tree = config(call_data(call), *PRIVATE, *settings).model_dump()
-    answer, _ = worker.perform({"do": "open", "run": run, "config": tree}, b"")
+    answer, _ = worker.perform(
+        {"do": "open", "fedvlm": fedvlm.__version__, "run": run, "config": tree}, b""
+    )
     return answer
 
 

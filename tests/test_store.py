@@ -14,6 +14,7 @@ from fedvlm.errors import FedVLMError
 from fedvlm.store import files
 from fedvlm.store import run as stores
 from fedvlm.store.files import slugs
+from fedvlm.store.made import check_version
 from fedvlm.store.run import Store
 
 
@@ -171,10 +172,10 @@ def test_a_full_disk_is_a_clear_error_and_loses_nothing(store):
 def test_a_run_of_the_first_version_is_refused_by_its_version(tmp_path):
     about = tmp_path / "environment.json"
     about.write_text(json.dumps({"packages": {"fedvlm": "0.2.0"}}))
-    stores.check_version(tmp_path)
+    check_version(tmp_path)
     about.write_text(json.dumps({"packages": {"fedvlm": "0.1.0"}}))
     (tmp_path / "config.yaml").write_text("algorithm: {name: plora, ft_steps: 20}\n")
     (tmp_path / "table.json").write_text("{}")
-    for opens in (stores.check_version, fedvlm.resume, fedvlm.open_run):
+    for opens in (check_version, fedvlm.resume, fedvlm.open_run):
         with pytest.raises(FedVLMError, match=r"made by fedvlm 0\.1\.0, .* 'fedvlm<0\.2'"):
             opens(tmp_path)

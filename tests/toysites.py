@@ -7,7 +7,7 @@ import copy
 from fedvlm import simulate
 from fedvlm.algorithms.table import of_run
 from fedvlm.config import load
-from fedvlm.deploy import limits, peers
+from fedvlm.deploy import peers
 from fedvlm.deploy.ledger import Ledger
 from fedvlm.deploy.policy import read_policy
 from fedvlm.deploy.site import Site
@@ -70,7 +70,7 @@ class ToySite(Site):
     def __init__(self, name, config, folder, policy, far):
         policy.check(config)
         self.ledger = Ledger(folder)
-        self.ledger.begin(folder.name, limits.digest_of(config))
+        self.ledger.begin(folder.name, config)
         self.name, self.policy, self.folder, self.config = name, policy, folder, config
         self.store = SiteStore(folder)
         self.engine = Engine(name, config, self.store, far)

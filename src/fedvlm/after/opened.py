@@ -23,6 +23,7 @@ from fedvlm.rounds.schedule import standing
 from fedvlm.settings.sections import Config
 from fedvlm.store import files, sealed
 from fedvlm.store import run as stores
+from fedvlm.store.made import settings_of
 from fedvlm.store.replanned import MADE
 from fedvlm.tree import Tree, module, plain
 
@@ -72,7 +73,8 @@ def open_run(folder: str | Path, *overrides: str, algorithm: Algorithm | None = 
             ]
         )
     read = configs.load if algorithm is None else configs.own
-    return Opened(path, read(path / stores.CONFIG, *overrides), algorithm)
+    with settings_of(path):
+        return Opened(path, read(path / stores.CONFIG, *overrides), algorithm)
 
 
 class Opened:

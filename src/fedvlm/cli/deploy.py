@@ -104,6 +104,28 @@ def revoke(
 
 
 @deploy.command()
+def renew(folder: Folder = HOME) -> None:
+    """Renew the certificates of the authority, the server, the operator and all admitted sites.
+
+    All keep their keys, so the fingerprints stay. Restart the server, and send each site its
+    admission.
+    """
+    from fedvlm.deploy.nvflare.admitting import renew as renewed
+    from fedvlm.deploy.nvflare.project import admitted
+
+    found, home = renewed(Path(folder)), Path(folder)
+    for who, end in found.items():
+        typer.echo(f"{who:<12} until {end:%Y-%m-%d}")
+    for site in admitted(home)["sites"]:
+        path = home / "sites" / f"{site}.admission"
+        if site in found:
+            typer.echo(f"{site}: send {path}, for 'fedvlm site join', and restart the site")
+        else:
+            typer.echo(f"{site}: its certificate is not here; it renews with 'fedvlm site renew'")
+    typer.echo(f"restart the server: fedvlm deploy server -f {folder}")
+
+
+@deploy.command()
 def fingerprints(folder: Folder = HOME) -> None:
     """Show the fingerprints of the federation, the operator and the admitted sites."""
     _tell_fingerprints(folder)

@@ -33,6 +33,7 @@ def status(
     With --watch, one screen has the newest run, what each site does, and who is late and why. It
     reads files of the federation only.
     """
+    from fedvlm.deploy.nvflare.ending import warnings
     from fedvlm.deploy.nvflare.federation import Federation
 
     federation = Federation(folder)
@@ -47,6 +48,8 @@ def status(
         typer.echo(f"job {job['job_id']}  {job.get('status')}")
     if not found["jobs"]:
         typer.echo("no job is running")
+    for warning in warnings(federation.folder, federation.project):
+        typer.echo(warning)
 
 
 def _watch(folder: Path, sites: list[str]) -> None:

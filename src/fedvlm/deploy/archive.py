@@ -21,7 +21,7 @@ from typing import IO, Any
 
 from fedvlm.errors import FedVLMError, brief, shown
 from fedvlm.store.files import sync
-from fedvlm.version import __version__
+from fedvlm.version import BY, check_format, written_by
 
 ABOUT = "fedvlm-backup.json"
 LARGEST = 2**26  # bytes of that list
@@ -75,7 +75,7 @@ def write(
                     reader = _Hashing(file)
                     _add(tar, name, os.fstat(file.fileno()).st_size, reader)
                 listed[name] = reader.digest.hexdigest()
-            about = {"kind": kind, "version": __version__, "time": _now(), **facts, "files": listed}
+            about = {"kind": kind, BY: written_by(), "time": _now(), **facts, "files": listed}
             text = json.dumps(about, indent=1).encode()
             _add(tar, ABOUT, len(text), io.BytesIO(text))
             tar.close()
@@ -107,13 +107,14 @@ def unpack(source: Path, scratch: Path, kind: str) -> dict[str, Any]:
         The content of ``ABOUT``.
 
     Raises:
-        FedVLMError: the file is no such backup, or is damaged.
+        FedVLMError: the file is no such backup, is damaged, or has a newer format.
     """
     if scratch.exists():
         raise FedVLMError(f"'{scratch}' is in the way, perhaps from a restore that was killed")
     scratch.mkdir(parents=True, mode=0o700)
     try:
         about = _unpacked(source, scratch)
+        check_format(about, source)
         if about["kind"] != kind:
             raise _no_backup(source, f"it holds a {shown(about['kind'])} and no {kind}")
         for name in ("time", "keys", "ledger"):

@@ -20,7 +20,7 @@ import fcntl
 import json
 import os
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -29,7 +29,7 @@ from typing import IO, Any
 from fedvlm.deploy.digests import digest_of, sha256
 from fedvlm.errors import FedVLMError, shown
 from fedvlm.store.files import sync
-from fedvlm.version import __version__
+from fedvlm.version import BY, FORMAT, __version__, check_format
 
 NAME = "audit.jsonl"
 NONE = "0" * 64
@@ -85,8 +85,10 @@ class AuditLog:
         with self._opened() as file:
             number, previous, torn = _end(file)
             new = not number and not torn
-            if not number:
-                first = {"version": __version__, **self.who}
+            if number:
+                _check_begun(file, self.path.name)
+            else:
+                first = {"version": __version__, "format": FORMAT, **self.who}
                 number, previous = _append(file, number, previous, "begun", first)
             if torn:
                 lost = {"bytes": len(torn), "sha256": sha256(torn)}
@@ -140,6 +142,22 @@ def _end(file: IO[bytes]) -> tuple[int, str, bytes]:
             "its last line is no line of an audit log; see 'fedvlm audit-log verify'"
         ) from error
     return int(number) + 1, sha256(last), torn
+
+
+def _check_begun(file: IO[bytes], name: str) -> None:
+    """Refuses to add a line to a log of a newer format. The position of the file stays."""
+    at = file.tell()
+    file.seek(0)
+    text = file.readline(TAIL)
+    file.seek(at)
+    with suppress(ValueError, RecursionError):  # 'audit-log verify' reports a damaged line
+        _check_format(json.loads(text), name)
+
+
+def _check_format(first: Any, name: str) -> None:
+    if isinstance(first, dict):
+        about = {"fedvlm": first.get("version"), "format": first.get("format", 1)}
+        check_format({BY: about}, name)
 
 
 def _append(
@@ -208,7 +226,7 @@ def verify(path: str | Path, noted: str | None = None) -> Verified:
 
     Raises:
         FedVLMError: a line was changed, dropped, inserted or moved; the message has its number. Or
-            the log lacks the line with the noted hash.
+            the log lacks the line with the noted hash, or has a newer format.
     """
     number, previous = 0, NONE
     first: dict[str, Any] = {}
@@ -263,6 +281,8 @@ def _checked(text: bytes, number: int, previous: str, path: str) -> dict[str, An
     at = number + 1
     try:
         line = json.loads(text)
+        if not number:
+            _check_format(line, path)
         own = line.pop("own")
         same = own == sha256(_bytes(line)) and text == _bytes({**line, "own": own})
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError):

@@ -2,18 +2,25 @@
 
 A server may forget, lie, or open the run in another process. The ledger does not depend on it::
 
-    run.json     the number of the run and the digest of its configuration, at the first open
+    run.json     the number of the run and its configuration, at the first open
     asked.json   the scorings with their answers, and the downloads of the newest rounds
 """
 
 from __future__ import annotations
 
+import logging
 from pathlib import Path
 from typing import Any
 
-from fedvlm.deploy.limits import Refused
+from fedvlm import config as configs
+from fedvlm.deploy.limits import Refused, digest_of, used
 from fedvlm.engines.base import Scores
+from fedvlm.errors import ConfigError
+from fedvlm.settings.sections import Config
 from fedvlm.store import sealed
+from fedvlm.version import __version__, minor
+
+logger = logging.getLogger("fedvlm")
 
 TRIES = 3
 """Number of different downloads with which a round may be trained. An honest server repeats a round
@@ -36,17 +43,17 @@ class Ledger:
         if (folder / "asked.json").exists():
             self._asked = sealed.read(folder / "asked.json")
 
-    def begin(self, run: str, config: str) -> None:
+    def begin(self, run: str, config: Config) -> None:
         """Notes the configuration of a run at its first open, and refuses any other later.
 
         Args:
             run: the number of the run.
-            config: the digest of its configuration.
+            config: its configuration.
 
         Raises:
             Refused: the run began with other settings, or its folder holds the state of another.
         """
-        path, about = self.folder / "run.json", {"run": run, "config": config}
+        path, now = self.folder / "run.json", digest_of(config)
         if self.folder.is_symlink():
             raise Refused(f"the folder of run '{run}' at this site is a link to another folder")
         if not path.exists():
@@ -55,15 +62,16 @@ class Ledger:
                     f"the folder of run '{run}' at this site holds state, but not the settings "
                     "that made it: start a new run"
                 )
+            about = {"run": run, "config": now, "settings": used(config), "fedvlm": __version__}
             sealed.write(path, about)
             return
         known = sealed.read(path)
         if known["run"] != run:
             raise Refused(f"the folder of run '{run}' at this site holds the state of another run")
-        if known["config"] != config:
+        if known["config"] != now and not _read_again(run, known, now):
             raise Refused(
                 f"run '{run}' began at this site with other settings (their digest is "
-                f"{known['config'][:16]}, and now {config[:16]}): a run keeps its settings; start "
+                f"{known['config'][:16]}, and now {now[:16]}): a run keeps its settings; start "
                 "a new run"
             )
 
@@ -133,3 +141,29 @@ class Ledger:
         """Writes the file first: a full disk or a crash gives no free question."""
         sealed.write(self.folder / "asked.json", asked)
         self._asked = asked
+
+
+def _read_again(run: str, known: dict[str, Any], now: str) -> bool:
+    """Whether the settings that a run began with are the present ones, as this version reads them.
+
+    Another version had other settings: those that came later have their default now.
+
+    Args:
+        run: the number of the run.
+        known: the content of ``run.json``.
+        now: the digest of the present settings.
+
+    Raises:
+        Refused: this version cannot read them. The message does not tell the site's version.
+    """
+    began = known.get("fedvlm")
+    if "settings" not in known or began == __version__:
+        return False
+    try:
+        return digest_of(configs.load(known["settings"])) == now
+    except ConfigError as error:
+        logger.error("run %s began under fedvlm %s: %s", run, began, error)
+        raise Refused(
+            f"run '{run}' began at this site under fedvlm {minor(began)}, whose settings the "
+            "present version cannot read: finish it with that version, or start a new run"
+        ) from None

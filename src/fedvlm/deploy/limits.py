@@ -70,10 +70,15 @@ class Budgets(Section):
 
 
 def digest_of(config: Config) -> str:
-    """The digest of a run's configuration as the server sends it, without what no site uses."""
-    tree = {name: part for name, part in config.model_dump().items() if name not in OWN}
-    tree["engine"] = config.engine.name  # a site takes no other setting of the engine
-    return digests.digest_of(tree)
+    """The digest of :func:`used`."""
+    return digests.digest_of(used(config))
+
+
+def used(config: Config) -> dict[str, Any]:
+    """A run's configuration as the server sends it, without what no site uses."""
+    found = {n: part for n, part in config.model_dump(mode="json").items() if n not in OWN}
+    found["engine"] = {"name": config.engine.name}  # a site takes no other setting of the engine
+    return found
 
 
 def exceeded(policy: Budgets, config: Config) -> list[str]:

@@ -64,6 +64,13 @@ def log_to(path: str | None) -> None:
     logger.propagate = False
 
 
+def warn(path: Path, message: str) -> None:
+    """Adds a warning to a log, from a process that does not log there."""
+    record = logging.LogRecord("fedvlm", logging.WARNING, "", 0, message, None, None)
+    with open(path, "a", encoding="utf-8") as file:
+        file.write(Line().format(record) + "\n")
+
+
 def rotate(path: Path) -> None:
     """Moves a full log aside. The processes that write it begin a new one."""
     if path.exists() and path.stat().st_size >= LARGEST:

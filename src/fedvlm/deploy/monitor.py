@@ -139,10 +139,18 @@ class ServerNumbers:
         for name, size in known.free.items():
             free.add_metric([name], size)
         yield free
-        end = gauge("certificate_end_timestamp_seconds", "End of the server's certificate")
-        if (when := _end(self.folder / "server" / "startup" / "server.crt")) is not None:
-            end.add_metric([], when)
+        end = gauge("certificate_end_timestamp_seconds", "End of a certificate", "certificate")
+        for who, when in self._ends().items():
+            end.add_metric([who], when.timestamp())
         yield end
+
+    def _ends(self) -> dict[str, datetime]:
+        """Who -> the end of its certificate; empty for a folder without a federation."""
+        from fedvlm.deploy.nvflare.ending import ends
+        from fedvlm.deploy.nvflare.project import PROJECT, read_project
+
+        path = self.folder / PROJECT
+        return ends(self.folder, read_project(path)) if path.exists() else {}
 
 
 class SiteNumbers:

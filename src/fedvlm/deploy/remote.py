@@ -36,6 +36,7 @@ from fedvlm.privacy.blind.messages import LEAST
 from fedvlm.settings.sections import Config
 from fedvlm.store.files import save_tree
 from fedvlm.tree import Tree, digest, read
+from fedvlm.version import __version__
 
 Call = Callable[[str, dict[str, Any], bytes, float], tuple[dict[str, Any], bytes]]
 """``(site, header, tensors, seconds) -> (header, tensors)``; raises :class:`Unanswered`.
@@ -102,7 +103,7 @@ class Remote:
         Raises:
             FedVLMError: too few sites can take part, or the sites have changed.
         """
-        asked = {"do": "open", "run": run, "config": as_sent(config)}
+        asked = {"do": "open", "run": run, "config": as_sent(config), "fedvlm": __version__}
         self.algorithm = of_run(config)
         self.stages = compression(config.wire)
         self._measured = measured(config.objective.name)

@@ -74,7 +74,7 @@ class Site:
     ):
         policy.check(config)
         self.ledger = Ledger(folder)
-        self.ledger.begin(folder.name, limits.digest_of(config))
+        self.ledger.begin(folder.name, config)
         self.name, self.policy, self.folder = name, policy, folder
         self.config = policy.localized(config, data, folder)
         self.private = self.config.privacy.local

@@ -22,6 +22,7 @@ from fedvlm.deploy.lifetime import ends_with_parent
 from fedvlm.errors import DataError, FedVLMError, shown
 from fedvlm.hub import Undelivered
 from fedvlm.tree import read
+from fedvlm.version import __version__, minor
 
 logger = logging.getLogger("fedvlm")
 
@@ -132,6 +133,7 @@ class Worker:
         from fedvlm.deploy.site import Site
         from fedvlm.store.run import Store
 
+        _check_version(asked.get("fedvlm"))
         run = _plain(asked["run"])
         if self.site is None:
             policy = read_policy(self.own.get("policy"))
@@ -166,7 +168,7 @@ class Worker:
             )
         if run != self.run:
             raise FedVLMError(f"this worker has opened run '{self.run}' and cannot open '{run}'")
-        self.site.ledger.begin(run, limits.digest_of(configs.load(_settings(asked))))
+        self.site.ledger.begin(run, configs.load(_settings(asked)))
         return self.site.described()
 
     def _part(self, site: Any, run: str, config: Any) -> Any:
@@ -177,6 +179,26 @@ class Worker:
         from fedvlm.deploy.limits import digest_of
 
         return Part(site, self.own["state"], run, digest_of(config))
+
+
+def _check_version(server: Any) -> None:
+    """Refuses a server of another minor version: its messages may mean something else.
+
+    The server is not told which version the site has.
+
+    Raises:
+        Refused: the versions differ in more than their last number.
+    """
+    from fedvlm.deploy.limits import Refused
+
+    if minor(server) == minor(__version__):
+        return
+    has = f"fedvlm {shown(server, 20, quotes=False)}" if minor(server) else "no known version"
+    logger.error("the server has %s, and this site has fedvlm %s", has, __version__)
+    raise Refused(
+        f"the server has {has}, and this site has another minor version of fedvlm: the first two "
+        "numbers must be equal at the server and all sites. The site's log has its version"
+    )
 
 
 def _settings(asked: dict[str, Any]) -> dict[str, Any]:

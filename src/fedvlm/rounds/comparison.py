@@ -29,6 +29,7 @@ from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
 from fedvlm.store import files
 from fedvlm.store import run as stores
+from fedvlm.store.made import settings_of
 from fedvlm.store.replanned import stopped
 
 if TYPE_CHECKING:
@@ -192,7 +193,8 @@ def done(config: Config) -> bool:
             "with output=DIR"
         )
     stores.check_whole(config.output)
-    there = _as_told(configs.load(Path(config.output) / stores.CONFIG), config.output)
+    with settings_of(config.output):
+        there = _as_told(configs.load(Path(config.output) / stores.CONFIG), config.output)
     same = {"output": "", "engine": config.engine}
     if there.model_copy(update=same) != located(config).model_copy(update=same):
         raise FedVLMError(

@@ -44,6 +44,7 @@ from fedvlm.rounds.trackers import tracked
 from fedvlm.settings.aggregate import AggregateConfig
 from fedvlm.settings.sections import Config
 from fedvlm.store import run as stores
+from fedvlm.store.made import settings_of
 from fedvlm.tree import Tree, digest, saved_bytes
 
 if TYPE_CHECKING:
@@ -167,7 +168,8 @@ def resume(
             + "; start it with the command and the settings that you used"
         )
     objects = Objects.of(algorithm, metrics, model)
-    settings = objects.read(Path(folder) / stores.CONFIG, *overrides)
+    with settings_of(folder):
+        settings = objects.read(Path(folder) / stores.CONFIG, *overrides)
     settings = settings.model_copy(update={"output": str(folder)})
     other = more.check(Path(folder), settings, of_run(settings, algorithm).final)
     if stores.is_done(folder) and not other:

@@ -46,6 +46,7 @@ from fedvlm.store.files import (
     write_bytes,
     write_text,
 )
+from fedvlm.store.made import check_version
 from fedvlm.store.marks import (
     BEFORE,
     CHECKPOINT,
@@ -55,7 +56,6 @@ from fedvlm.store.marks import (
     STATE,
     goes_on,
 )
-from fedvlm.store.older import check_version
 from fedvlm.store.packs import Packs
 from fedvlm.tree import Tree
 

@@ -1,7 +1,8 @@
 """Files that show whether they are what was written: digests, and JSON with a seal.
 
 A seal is a digest of the JSON's own content. So a damaged file is an error that names the file, and
-never another result.
+never another result. A file of a format that this version does not read is an error too. The seal
+itself is the same in all formats.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from typing import Any
 
 from fedvlm.errors import FedVLMError
 from fedvlm.store.files import write_text
+from fedvlm.version import BY, check_format, written_by
 
 SEAL = "seal"
 
@@ -77,7 +79,8 @@ def check(folder: Path, known: Mapping[str, str]) -> None:
 
 
 def dumps(content: Mapping[str, Any], indent: int | None = 2) -> str:
-    """The content as JSON with its seal."""
+    """The content as JSON, with the format, the version and the seal."""
+    content = {**content, BY: written_by()}
     return json.dumps({**content, SEAL: _seal(content)}, indent=indent) + "\n"
 
 
@@ -87,10 +90,11 @@ def write(path: Path, content: Mapping[str, Any], indent: int | None = 2) -> Non
 
 
 def read(path: Path) -> dict[str, Any]:
-    """The content of a sealed file, without the seal.
+    """The content of a sealed file, without the seal and the format.
 
     Raises:
-        FedVLMError: the file is missing, is no JSON, or has another content than was written.
+        FedVLMError: the file is missing, is no JSON, has another content than was written, or has
+            a format that this version does not read.
     """
     try:
         content = json.loads(path.read_bytes())
@@ -101,6 +105,8 @@ def read(path: Path) -> dict[str, Any]:
         raise damaged(path, "it is no JSON as fedvlm writes it") from error
     if not whole:
         raise damaged(path)
+    check_format(content, path)
+    content.pop(BY, None)
     return content
 
 

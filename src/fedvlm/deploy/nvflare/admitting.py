@@ -1,4 +1,4 @@
-"""The operator's side of a federation's keys: invite, admit, revoke.
+"""The operator's side of a federation's keys: invite, admit, renew, revoke.
 
 ``federation/admitted.json`` lists the keys that the server lets in. The server reads the list
 again whenever it changes, so that a revoked key loses its connection within seconds.
@@ -7,6 +7,7 @@ again whenever it changes, so that a revoked key loses its connection within sec
 from __future__ import annotations
 
 import contextlib
+import datetime
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,9 +18,19 @@ from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import rsa
 
 from fedvlm.deploy.nvflare import keys
+from fedvlm.deploy.nvflare.ending import admission, ends
 from fedvlm.deploy.nvflare.keys import Admission, Request
 from fedvlm.deploy.nvflare.processes import read_federation
-from fedvlm.deploy.nvflare.project import ADMITTED, Project, admitted, state_of
+from fedvlm.deploy.nvflare.project import (
+    ADMITTED,
+    Project,
+    admitted,
+    prolong,
+    provision,
+    state_of,
+    write_admitted,
+)
+from fedvlm.deploy.nvflare.prolonging import prolonged
 from fedvlm.errors import FedVLMError
 from fedvlm.store import files
 
@@ -87,8 +98,38 @@ def admit(
         kept["sites"][asked.site] = [old for old in remaining if old != mark] + [mark]
     return keys.write(
         folder / "sites" / f"{asked.site}.admission",
-        Admission(site=asked.site, certificate=keys.pem(signed)),
+        Admission(site=asked.site, certificate=keys.pem(signed), root=keys.pem(root)),
     )
+
+
+def renew(folder: Path) -> dict[str, datetime.datetime]:
+    """Makes new certificates of the authority, the server, the operator and all admitted sites.
+
+    All keep their keys, so no fingerprint changes. A site gets its certificate, and that of the
+    authority, with ``sites/NAME.admission``. Until it has taken them, it goes on with the old ones.
+
+    Returns:
+        Who -> the end of the certificate, see :func:`fedvlm.deploy.nvflare.ending.ends`. A site
+        whose present key is not known here, because its admission is gone, is missing.
+
+    Raises:
+        FedVLMError: the authority's key is not on this machine.
+    """
+    project = read_federation(folder)
+    old, authority = _authority(folder, project)
+    root = prolonged(old, authority, project.days)
+    prolong(state_of(folder, project), root, authority)
+    provision(project, folder)
+    with _changing(folder) as kept:
+        for site, marks in kept["sites"].items():
+            path = folder / "sites" / f"{site}.admission"
+            present = admission(path)
+            if present is None or keys.fingerprint(present) not in marks:
+                path.unlink(missing_ok=True)
+                continue
+            signed = keys.pem(keys.sign(present, site, root, authority))
+            keys.write(path, Admission(site=site, certificate=signed, root=keys.pem(root)))
+    return ends(folder, project)
 
 
 def revoke(folder: Path, site: str) -> list[str]:
@@ -136,7 +177,7 @@ def _changing(folder: Path) -> Iterator[dict[str, Any]]:
     with files.only_one(folder, taken, PATIENCE):
         kept = admitted(folder)
         yield kept
-        files.write_text(folder / ADMITTED, json.dumps(kept, indent=2) + "\n")
+        write_admitted(folder, kept)
 
 
 def _authority(folder: Path, project: Project) -> tuple[x509.Certificate, rsa.RSAPrivateKey]:

@@ -31,6 +31,7 @@ from fedvlm.rounds.results import Results
 from fedvlm.settings.sections import Config
 from fedvlm.store import files
 from fedvlm.store import run as stores
+from fedvlm.store.made import settings_of
 from fedvlm.store.run import SITES
 
 Tell = Callable[[dict[str, Any]], None]
@@ -382,7 +383,8 @@ def saved(folder: str | Path) -> Config:
     if not begun(folder):
         raise FedVLMError(f"'{folder}' holds no deployed run to resume")
     stores.check_whole(folder)
-    config = configs.load(Path(folder) / stores.CONFIG)
+    with settings_of(folder):
+        config = configs.load(Path(folder) / stores.CONFIG)
     return config.model_copy(update={"output": str(folder)})
 
 

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from cryptography import x509
 
 from fedvlm.deploy.nvflare import keys
 from fedvlm.deploy.nvflare.keys import Admission, Invitation, Request
@@ -46,7 +47,9 @@ COMPONENTS = [
     },
 ]
 """NVFlare's own parts in a site's process, as its provisioning names them."""
-RENEWED = "'fedvlm site renew --state {}' asks for a new one"
+RENEWED = (
+    "'fedvlm site renew --state {}' asks for a new one, or the operator gives 'fedvlm deploy renew'"
+)
 UNJOINED = (
     "the state '{}' has joined no federation: 'fedvlm site join NAME.invitation --state {}' makes "
     "its key and a request"
@@ -112,6 +115,9 @@ def renew(state: Path, to: Path | None = None) -> Path:
 def install(admission: str | Path, state: Path) -> str:
     """Takes the operator's admission of the waiting key, or of the present one.
 
+    A new certificate of the federation's authority is taken too, if its key is the one that this
+    site knows.
+
     Returns:
         The day on which the certificate ends.
 
@@ -137,6 +143,8 @@ def install(admission: str | Path, state: Path) -> str:
             f"'{admission}' is refused: its certificate is not for '{invitation.site}' by the "
             f"federation with the fingerprint {keys.grouped(keys.fingerprint(root))}"
         )
+    if renewed := _renewed_root(found, root):
+        keys.write(folder / JOINED, invitation.model_copy(update={"root": keys.pem(renewed)}))
     files.write_text(folder / CERTIFICATE, keys.pem(about))
     files.write_text(state / FOLDER / CURRENT, folder.name)
     (state / FOLDER / NEXT).unlink(missing_ok=True)
@@ -144,6 +152,24 @@ def install(admission: str | Path, state: Path) -> str:
         if other.is_dir() and other != folder:
             shutil.rmtree(other)
     return f"{about.not_valid_after_utc:%Y-%m-%d}"
+
+
+def _renewed_root(found: Admission, known: x509.Certificate) -> x509.Certificate | None:
+    """The authority's certificate in an admission, if it ends later than the known one.
+
+    Raises:
+        FedVLMError: it is of another key or name.
+    """
+    if found.root is None:
+        return None
+    fresh = keys.certificate(found.root, "the federation's certificate in the admission")
+    same = keys.fingerprint(fresh) == keys.fingerprint(known) and fresh.subject == known.subject
+    if not same or not keys.signed_by(fresh, fresh):
+        raise FedVLMError(
+            "the admission is refused: its authority is not the one that this site has joined, "
+            f"which has the fingerprint {keys.grouped(keys.fingerprint(known))}"
+        )
+    return fresh if fresh.not_valid_after_utc > known.not_valid_after_utc else None
 
 
 def joined(state: Path, waiting: bool = False) -> Invitation:
@@ -253,7 +279,7 @@ def _prepared(state: Path, about: Invitation) -> Path:
     fresh = home / "fresh"
     shutil.rmtree(fresh, ignore_errors=True)
     key = keys.new_key(fresh / KEY)
-    files.write_text(fresh / JOINED, about.model_dump_json(indent=2))
+    keys.write(fresh / JOINED, about)
     folder = home / keys.fingerprint(key)[:16]
     fresh.rename(folder)
     files.write_text(home / NEXT, folder.name)

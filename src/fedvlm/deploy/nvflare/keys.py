@@ -27,6 +27,7 @@ from fedvlm.deploy.policy import check_name
 from fedvlm.errors import ConfigError, FedVLMError, brief, shown
 from fedvlm.settings.method import Section
 from fedvlm.store import files
+from fedvlm.version import BY, check_format, written_by
 
 BITS = 2048  # of a site's RSA key, as of the authority's; NVFlare signs with RSA only
 VALID = datetime.timedelta(days=360)  # the longest time that a site's certificate is valid
@@ -73,11 +74,12 @@ class Request(Section):
 
 
 class Admission(Section):
-    """The authority's certificate of a site's key."""
+    """The authority's certificate of a site's key, and the authority's own."""
 
     kind: Literal["fedvlm admission"] = "fedvlm admission"
     site: Name
     certificate: str = Field(description="PEM")
+    root: str | None = Field(None, description="the authority's present certificate, PEM")
 
 
 F = TypeVar("F", bound=Section)
@@ -104,6 +106,8 @@ def read(path: str | Path, *forms: type[F]) -> F:
         named = [form for form in forms if form.model_fields["kind"].default == kind]
         if not named:
             raise ValueError(f"its kind is {shown(kind)}")
+        check_format(tree, path)
+        tree.pop(BY, None)
         return named[0].model_validate(tree)
     except OSError as error:
         raise FedVLMError(f"the {what} '{path}' cannot be read: {error.strerror}") from None
@@ -118,7 +122,8 @@ def read(path: str | Path, *forms: type[F]) -> F:
 
 def write(path: Path, sent: Invitation | Request | Admission) -> Path:
     """Writes a file for the other side, and returns its path."""
-    files.write_text(path, json.dumps(sent.model_dump(exclude_none=True), indent=2) + "\n")
+    text = json.dumps({**sent.model_dump(exclude_none=True), BY: written_by()}, indent=2)
+    files.write_text(path, text + "\n")
     return path
 
 
@@ -339,16 +344,17 @@ def renewed(request: Request, root: x509.Certificate) -> str | None:
 
 
 def sign(
-    csr: x509.CertificateSigningRequest,
+    holder: x509.CertificateSigningRequest | x509.Certificate,
     site: str,
     root: x509.Certificate,
     authority: rsa.RSAPrivateKey,
 ) -> x509.Certificate:
     """Makes the certificate of a site.
 
-    Only the key is taken from the request. The certificate gives no role, and makes its holder no
-    authority. Its host name is the site's name, so that no other site takes its holder for the
-    server. The processes of the site itself connect by TLS with it, at both ends.
+    Only the key is taken from the request, or from the certificate that is renewed. The new
+    certificate gives no role, and makes its holder no authority. Its host name is the site's name,
+    so that no other site takes its holder for the server. The processes of the site itself connect
+    by TLS with it, at both ends.
 
     Raises:
         FedVLMError: the authority has ended.
@@ -356,12 +362,12 @@ def sign(
     now = datetime.datetime.now(datetime.UTC)
     if root.not_valid_after_utc <= now:
         raise FedVLMError(
-            f"the federation's authority ended on {root.not_valid_after_utc:%Y-%m-%d}: make a new "
-            "federation with 'fedvlm deploy init project.yml --to DIR', and invite the sites again"
+            f"the federation's authority ended on {root.not_valid_after_utc:%Y-%m-%d}: give "
+            "'fedvlm deploy renew' where its key is"
         )
     names = [(NameOID.COMMON_NAME, site), (NameOID.ORGANIZATION_NAME, ORGANIZATION)]
     usage = x509.KeyUsage(True, False, False, False, False, False, False, False, False)
-    key, issuer = csr.public_key(), x509.SubjectKeyIdentifier.from_public_key(root.public_key())
+    key, issuer = holder.public_key(), x509.SubjectKeyIdentifier.from_public_key(root.public_key())
     assert isinstance(key, rsa.RSAPublicKey)
     extensions: list[tuple[x509.ExtensionType, bool]] = [
         (x509.BasicConstraints(ca=False, path_length=None), True),

@@ -19,7 +19,7 @@ import psutil
 from fedvlm.deploy import logs, monitor
 from fedvlm.deploy.auditlog import at_site
 from fedvlm.deploy.lifetime import ends_with_parent
-from fedvlm.deploy.nvflare import joining, keys
+from fedvlm.deploy.nvflare import ending, joining, keys
 from fedvlm.deploy.nvflare.names import REFUSED
 from fedvlm.deploy.nvflare.project import (
     CLOSED,
@@ -36,6 +36,7 @@ from fedvlm.errors import FedVLMError
 from fedvlm.store.files import only_one
 
 QUICK = 30.0  # seconds; a process that ends sooner has failed to start
+DAY = 86400.0  # seconds
 MOST = 5  # number of such failures in a row that ends the command
 SITE = "FEDVLM_SITE"
 """The environment variable with the site's settings from ``fedvlm site start``, as JSON."""
@@ -57,7 +58,7 @@ NOTED = {
     "target_unreachable": "the server cannot be reached, or does not admit this site's key "
     "('fedvlm deploy fingerprints' at the server lists the admitted keys); trying again",
     "CERTIFICATE_VERIFY_FAILED": "server and site are not of the same federation, or a certificate "
-    "has expired: 'fedvlm site renew' at the site, or 'fedvlm deploy init' at the server",
+    "has expired: 'fedvlm site renew' at the site, or 'fedvlm deploy renew' at the server",
 }
 """Part of a line in NVFlare's log -> its meaning for a person, printed when it changes."""
 WARNED = {
@@ -88,14 +89,19 @@ def serve(folder: Path, say: Callable[[str], None], metrics: str | None = None) 
     place(folder)
     keys.place_secret(server / "startup" / "server.key")
     command = _command("server.server_train", server, "fed_server.json")
-    if warning := check_certificate(server / "startup" / "server.crt"):
-        say(warning)
+    check_certificate(server / "startup" / "server.crt")
     names = ", ".join(project.sites)
     say(f"server of '{project.name}' on port {project.server.port}; its sites: {names}")
     with only_one(server, TAKEN.format(server)):
         if metrics:
             _publish(monitor.ServerNumbers(folder.absolute(), project.sites), metrics, say)
-        _keep(command, server, {**RETURNING, **os.environ}, server / "nvflare.log", say)
+        environment, log = {**RETURNING, **os.environ}, server / "nvflare.log"
+
+        def warned() -> None:
+            for warning in ending.warnings(folder, project):
+                say(warning)
+
+        _keep(command, server, environment, log, say, daily=warned)
 
 
 def start_site(data: str, state: Path, policy: str | None, say: Callable[[str], None]) -> None:
@@ -123,8 +129,8 @@ def start_site(data: str, state: Path, policy: str | None, say: Callable[[str], 
         workspace = state / "nvflare"
         name = joining.equip(state, workspace)
         certificate = workspace / "startup" / "client.crt"
-        if warning := check_certificate(certificate, joining.RENEWED.format(state)):
-            say(warning)
+        remedy = joining.RENEWED.format(state)
+        check_certificate(certificate, remedy)
         own = {
             "name": name,
             "data": str(Path(data).absolute()),
@@ -143,7 +149,13 @@ def start_site(data: str, state: Path, policy: str | None, say: Callable[[str], 
         target = json.loads((workspace / "startup" / "fed_client.json").read_text())
         say(f"site '{name}', connecting to {target['servers'][0]['service']['target']}")
         log = state / "nvflare.log"
-        _keep(command, workspace, environment, log, say, shown=state / LOG, silence=UNHEARD)
+
+        def warned() -> None:
+            for warning in ending.warnings_at_site(certificate, name, remedy):
+                logs.warn(state / LOG, warning)  # which is printed, like all lines of this log
+
+        shown = state / LOG
+        _keep(command, workspace, environment, log, say, shown=shown, silence=UNHEARD, daily=warned)
 
 
 def _publish(source: Any, where: str, say: Callable[[str], None]) -> None:
@@ -199,6 +211,7 @@ def _keep(
     *,
     shown: Path | None = None,
     silence: str = "",
+    daily: Callable[[], None] = lambda: None,
 ) -> None:
     """Runs a command until this process is asked to end. Starts it again whenever it ends.
 
@@ -210,6 +223,7 @@ def _keep(
         say: prints a line for a person.
         shown: file whose new lines are printed too.
         silence: printed when the log has had no line of ``NOTED`` for ``QUICK`` seconds.
+        daily: called at the beginning, and then once a day.
     """
     if paths := environment.get("PYTHONPATH"):  # the command has another working directory
         environment["PYTHONPATH"] = os.pathsep.join(map(os.path.abspath, paths.split(os.pathsep)))
@@ -219,7 +233,7 @@ def _keep(
     mark = environment[MARK] = str(folder)
     _end_all(mark)  # what a killed command has left
     before = signal.signal(signal.SIGTERM, _interrupt)
-    failures = 0
+    failures, due = 0, 0.0
     try:
         with logs.tail(shown) as lines:
             meaning = Meaning()
@@ -241,6 +255,9 @@ def _keep(
                 try:
                     while process.poll() is None:
                         time.sleep(0.3)
+                        if time.monotonic() > due:
+                            daily()
+                            due = time.monotonic() + DAY
                         for line in lines():
                             say(logs.readable(line))
                         while noise:

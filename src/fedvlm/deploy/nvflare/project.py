@@ -8,24 +8,29 @@ import json
 import shutil
 import subprocess
 import sys
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
 import yaml
 from cryptography import x509
+from cryptography.hazmat.primitives import serialization
+from cryptography.hazmat.primitives.asymmetric import rsa
 from pydantic import Field, field_validator, model_validator
 
 from fedvlm import config as configs
 from fedvlm.deploy.nvflare import keys
 from fedvlm.deploy.nvflare.names import ADMIN, INSIDE
+from fedvlm.deploy.nvflare.prolonging import prolonged
 from fedvlm.deploy.policy import check_name
 from fedvlm.deploy.remote import Limits
 from fedvlm.errors import ConfigError, FedVLMError
 from fedvlm.settings.method import Positive, Ratio, Section
 from fedvlm.store import files
+from fedvlm.version import BY, check_format, written_by
 
 SOON = datetime.timedelta(days=30)  # a certificate is renewed this long before its end
-RENEWED = "run 'fedvlm deploy init project.yml' again, and restart the server"
+RENEWED = "give 'fedvlm deploy renew', and restart the server"
 PROJECT = "project.yml"
 ADMITTED = "admitted.json"
 SERVER_CLASSES = (
@@ -205,10 +210,23 @@ def admitted(folder: Path) -> dict[str, Any]:
     Returns:
         ``operator``: the name in the operator's certificate. ``admin``: the operator's key.
         ``sites``: site -> its keys, the newest last. ``revoked``: keys that stay refused.
+
+    Raises:
+        FedVLMError: a newer version of fedvlm has written the list.
     """
     path = folder / ADMITTED
-    empty: dict[str, Any] = {"operator": ADMIN, "admin": "", "sites": {}, "revoked": []}
-    return empty | json.loads(path.read_text()) if path.exists() else empty
+    found: dict[str, Any] = {"operator": ADMIN, "admin": "", "sites": {}, "revoked": []}
+    if path.exists():
+        found |= json.loads(path.read_text())
+        check_format(found, path)
+        found.pop(BY, None)
+    return found
+
+
+def write_admitted(folder: Path, kept: Mapping[str, Any]) -> None:
+    """Writes what :func:`admitted` reads."""
+    text = json.dumps({**kept, BY: written_by()}, indent=2)
+    files.write_text(folder / ADMITTED, text + "\n")
 
 
 def _list(project: Project, folder: Path) -> None:
@@ -218,11 +236,11 @@ def _list(project: Project, folder: Path) -> None:
         kept["revoked"] += kept["sites"].pop(site)
     mine = (folder / "admin" / "startup" / "client.crt").read_bytes()
     kept["admin"] = keys.fingerprint(keys.certificate(mine, "the operator's certificate"))
-    files.write_text(folder / ADMITTED, json.dumps(kept, indent=2) + "\n")
+    write_admitted(folder, kept)
 
 
 def _clean(project: Project, ca: Path) -> None:
-    """Removes certificates that end soon, so that NVFlare makes new ones, and keys of sites.
+    """Prolongs certificates that end soon, and removes keys of sites.
 
     NVFlare keeps every certificate that it has made, even an expired one. Version 0.1 made the
     sites' keys here.
@@ -236,13 +254,31 @@ def _clean(project: Project, ca: Path) -> None:
         return
     tree = json.loads(path.read_text())
     own = (project.server.address, ADMIN)
-    kept = {
-        who: made
-        for who, made in tree.items()
-        if not isinstance(made, dict) or (who in own and _left(made["cert"].encode())[1] >= SOON)
-    }
+    kept = {who: made for who, made in tree.items() if not isinstance(made, dict) or who in own}
     if kept != tree:
         files.write_text(path, json.dumps(kept))
+    pairs = [made for made in kept.values() if isinstance(made, dict)]
+    if any(_left(made["cert"].encode())[1] < SOON for made in pairs):
+        root = keys.certificate(kept["root_cert"], "the authority's certificate")
+        authority = serialization.load_pem_private_key(kept["root_pri_key"].encode(), None)
+        assert isinstance(authority, rsa.RSAPrivateKey), "NVFlare makes RSA keys only"
+        prolong(path, root, authority)
+
+
+def prolong(state: Path, root: x509.Certificate, authority: rsa.RSAPrivateKey) -> None:
+    """Prolongs the server's and the operator's certificates in NVFlare's file.
+
+    Args:
+        state: see :func:`state_of`.
+        root: the authority's certificate, which may be new.
+        authority: its key.
+    """
+    tree = {**json.loads(state.read_text()), "root_cert": keys.pem(root)}
+    for made in (part for part in tree.values() if isinstance(part, dict)):
+        old = keys.certificate(made["cert"], "a certificate in ca/")
+        fresh = prolonged(old, authority, keys.VALID.days, root.not_valid_after_utc)
+        made["cert"] = keys.pem(fresh)
+    files.write_text(state, json.dumps(tree))
 
 
 def _nvflare(project: Project) -> dict[str, Any]:
@@ -302,8 +338,8 @@ def restrict(local: Path, classes: tuple[str, ...], *more: dict[str, Any]) -> No
             unused.unlink()
 
 
-def check_certificate(path: Path, remedy: str = RENEWED) -> str:
-    """Returns a warning if a certificate ends soon, else an empty text.
+def check_certificate(path: Path, remedy: str = RENEWED) -> None:
+    """Refuses a certificate that has ended.
 
     Args:
         path: the certificate.
@@ -315,7 +351,6 @@ def check_certificate(path: Path, remedy: str = RENEWED) -> str:
     end, left = _left(path.read_bytes())
     if left < datetime.timedelta():
         raise FedVLMError(f"the certificate '{path}' ended on {end}: {remedy}")
-    return f"the certificate ends on {end}; {remedy}" if left < SOON else ""
 
 
 def _left(certificate: bytes) -> tuple[str, datetime.timedelta]:
