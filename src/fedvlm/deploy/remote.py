@@ -47,7 +47,6 @@ The tensors may be left for a second call. Then the header has ``kept``, the num
 PING = 5.0  # seconds for a site that failed to report that it is back
 FETCH = 60.0  # least seconds for fetching the tensors of an answer, even after a slow answer
 
-
 MALFORMED = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
 """Errors from reading a malformed answer, such as a number of 400 digits or deeply nested lists."""
 
