@@ -93,10 +93,10 @@ def run(
         settings = with_rows(settings, data)
         check_apart(settings)
     with joined() as group:
-        given, settings = settings, located(settings)
         if group.rank:
-            return _follow(settings, group, algorithm)
-        with progress.started(given):
+            return _follow(located(settings), group, algorithm)
+        with progress.started(settings):
+            settings = located(settings)
             engine, partition, store, described, budget = _prepare_all(
                 settings, group, progress, algorithm
             )
@@ -105,10 +105,10 @@ def run(
             secure.check(settings, engine.algorithm, len(partition.clients))
             with store.locked():
                 begin(settings, store, described, resume)
-                draw_partition(partition, store.folder)
                 weights = weights_of(settings, partition)
                 engine = watched(engine, partition, settings, store.folder)
                 results = drive(settings, engine, weights, store, progress, budget)
+                draw_partition(partition, store.folder)  # matplotlib would delay the first round
     return results
 
 
