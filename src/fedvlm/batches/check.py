@@ -16,6 +16,7 @@ from PIL import Image
 
 from fedvlm import processes
 from fedvlm.batches.prompts import Prompter
+from fedvlm.data.fingerprint import PICTURE
 from fedvlm.data.pictures import Pictures
 from fedvlm.errors import DataError
 
@@ -86,11 +87,19 @@ def check_rows(
     cuts: dict[int, int] = {}
     checker = Checker(prompter)
 
+    known: dict[tuple[str, str], tuple[int, int]] = {}  # hash and name of a picture -> its size
+
     def size(index: int) -> tuple[int, int] | DataError:
+        row = rows[index]
+        picture = row.get(PICTURE) or ""
+        key = (picture, str(row["image"]["path"])) if picture else ("", "")
         try:
-            return pictures.open(rows[index]["image"]).size
+            found = known.get(key) or pictures.open(row["image"]).size
         except DataError as error:
             return error
+        if picture:
+            known[key] = found
+        return found
 
     texts = rows.remove_columns("image")
     with ThreadPoolExecutor(processes.cores()) as pool:
