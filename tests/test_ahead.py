@@ -25,6 +25,17 @@ class Counting(Quiet):
     def encoded(self, done, rows):
         self.rows += 1
 
+    def every(self, thing, name):
+        """The thing, with a method whose calls are counted."""
+        method = getattr(thing, name)
+
+        def counted(this, *args, **kwargs):
+            self.rows += 1
+            return method(*args, **kwargs)
+
+        members = {name: counted, "__getattr__": lambda this, other: getattr(thing, other)}
+        return type("Counted", (), members)()
+
 
 @pytest.fixture(autouse=True)
 def cache(tmp_path, monkeypatch):
@@ -150,3 +161,37 @@ def test_a_batch_that_another_thread_began_is_the_one_that_is_asked_for(small, m
     found[0, 3] = collator.training((0, 3))
     for rows, batch in expected.items():
         assert all(torch.equal(found[rows][name], value) for name, value in batch.items())
+
+
+@pytest.mark.parametrize("family", ["tiny", "qwen2_vl"])
+def test_a_picture_of_many_rows_is_opened_processed_and_kept_once(small, folder, family):
+    names = [f"{n % 3}.png" for n in range(12)]
+    lines = (folder / "metadata.jsonl").read_text()
+    for n, name in enumerate(names):
+        lines = lines.replace(f'"{n}.png"', f'"{name}"')
+    (folder / "metadata.jsonl").write_text(lines)
+    small["model"] = {"name": "tiny" if family == "tiny" else families.folder(family)}
+    small["data"] = {"path": str(folder)}
+    small["partition"] = {"kind": "iid", "clients": 2, "min_rows": 2}
+    collator, _ = prepared(small, "train.rounds=1", "train.local_steps=1", "data.cache=0")
+    opened, processed = Counting(), Counting()
+    pictures, images = collator.pictures, collator.prompter._once.image_processor
+    collator._last, images._last = None, ()
+    collator.pictures = opened.every(pictures, "open")
+    images._processor = processed.every(images._processor, "__call__")
+    assert collator.check(2**26, lambda *_: None, lambda *_: None) == {}
+    assert (opened.rows, processed.rows) == (3, 3)
+    table = collator._ahead._table
+    assert len(set(table["picture"])) == 3
+    assert sum(len(row) for row in table["features"]) < 4 * len(table["features"][0])
+
+    collator.prompter._once = collator.prompter.processor
+    for index, row in enumerate(collator.rows):
+        ours = collator._ahead[index]
+        theirs = collator.prompter.encode(
+            pictures.open(row["image"]), row["question"], [row["answer"]]
+        )
+        assert torch.equal(ours.prompt, theirs.prompt)
+        assert torch.equal(*ours.answers, *theirs.answers)
+        assert ours.extras.keys() == theirs.extras.keys()
+        assert all(torch.equal(ours.extras[k], v) for k, v in theirs.extras.items())

@@ -1,5 +1,6 @@
 """The command line: help, messages, exit codes, tables."""
 
+import gc
 import json
 import signal
 import subprocess
@@ -14,6 +15,7 @@ from typer.testing import CliRunner
 
 import fedvlm
 import smallest
+from fedvlm import processes
 from fedvlm.cli.app import app, main
 from fedvlm.rounds import comparison
 from fedvlm.store import run as store
@@ -61,6 +63,55 @@ assert not heavy & set(sys.modules), heavy & set(sys.modules)
 
 def test_help_imports_nothing_heavy():
     subprocess.run([sys.executable, "-c", HELP, *COMMANDS], check=True)
+
+
+FIRST = """
+import sys
+class First:
+    def isatty(self): return False
+    def flush(self): pass
+    def write(self, text):
+        heavy = {"torch", "transformers", "datasets", "pandas", "peft", "matplotlib", "scipy"}
+        print(text.split()[0], sorted(heavy & set(sys.modules)), file=sys.__stdout__)
+        sys.exit()
+sys.argv = ["fedvlm", *sys.argv[1:]]
+sys.stdout = sys.stderr = First()
+from fedvlm.cli.app import main
+main()
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "word"),
+    [
+        (["run"], "auto"),  # the first line of its progress
+        (["run", "--print-config"], "output:"),
+        (["export", "no-run"], "error:"),
+        (["report", "no-run"], "error:"),
+    ],
+)
+def test_the_first_output_waits_for_nothing_heavy(words, word, tmp_path):
+    command = [sys.executable, "-c", FIRST, *words]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path)
+    assert done.stdout == f"{word} []\n"
+
+
+def test_imports_are_without_the_collector_and_its_state_comes_back(monkeypatch, tmp_path):
+    (tmp_path / "some_imported.py").write_text("import gc\non = gc.isenabled()\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(processes, "_own", False)
+    frozen = gc.get_freeze_count()
+    processes.imported("some_imported")
+    assert sys.modules.pop("some_imported").on is False
+    assert gc.isenabled()
+    assert gc.get_freeze_count() == frozen, "another program's objects stay collectable"
+    monkeypatch.setattr(processes, "_own", True)
+    processes.imported("some_imported")
+    assert gc.get_freeze_count() > frozen
+    gc.unfreeze()
+    with pytest.raises(ModuleNotFoundError):
+        processes.imported("no_such_module")
+    assert gc.isenabled()
 
 
 @pytest.mark.parametrize("command", COMMANDS)

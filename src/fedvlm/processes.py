@@ -7,11 +7,15 @@ these variables the run has one process. This module does not import torch.
 
 from __future__ import annotations
 
+import atexit
+import gc
 import os
 import sys
 import time
+from importlib import import_module
 from typing import Any
 
+_own = False
 SILENCE = 10.0  # seconds that the other processes wait before they print an error
 
 
@@ -38,6 +42,32 @@ def cores() -> int:
     """The number of cores that this process may use."""
     usable = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     return usable or 1
+
+
+def own() -> None:
+    """Says that this process was started for fedvlm alone; see :func:`imported`."""
+    global _own
+    if not _own:
+        _own = True
+        atexit.register(gc.freeze)  # else the collector visits all modules' objects at the end
+
+
+def imported(*names: str) -> None:
+    """Imports modules with the garbage collector off.
+
+    Modules make many objects that stay. The collector would visit all of them again and again. In a
+    process of our own, it leaves them out from then on.
+    """
+    new, collects = set(names) - sys.modules.keys(), gc.isenabled()
+    gc.disable()
+    try:
+        for name in names:
+            import_module(name)
+        if new and _own:
+            gc.freeze()
+    finally:
+        if collects:
+            gc.enable()
 
 
 def let_first_speak() -> None:

@@ -9,8 +9,6 @@ import os
 from pathlib import Path
 from typing import Any
 
-import datasets
-
 from fedvlm.errors import FedVLMError, shown
 from fedvlm.store.files import write_bytes
 from fedvlm.store.run import belongs
@@ -106,6 +104,8 @@ def write_table(rows: list[dict[str, Any]], out: str | Path) -> Path:
     suffix = path.suffix.lower()
     text = io.StringIO()
     if suffix == ".parquet":
+        import datasets
+
         buffer = io.BytesIO()
         datasets.Dataset.from_list(rows).to_parquet(buffer)
         content = buffer.getvalue()

@@ -29,11 +29,14 @@ def auto(*, server_lr: float = 1.0) -> Algorithm:
     Args:
         server_lr: step of the server towards the clients' mean; 1 reaches it.
     """
-    import torch
-
     both = sharing({"": "AB"}, server_lr=server_lr)
     assert isinstance(both.server, Averaged)
     average = both.server.update
+
+    def init(initial: Tree) -> Tree:
+        import torch
+
+        return {**initial, CHOICE: torch.tensor(OWN.index(1.0))}
 
     def model(initial: Tree, down: Tree, mine: Tree) -> Tree:
         return begun(initial, down, mine, OWN[int(down[CHOICE])])
@@ -55,12 +58,13 @@ def auto(*, server_lr: float = 1.0) -> Algorithm:
         doubts = {k: t.double().round(decimals=6) for k, t in part(mean, DOUBTS).items()}
         votes = {int(k): float(t) for k, t in doubts.items()}
         if votes.get(len(OWN), 0.0) > 0:  # the last number counts the voters
+            import torch
+
             changes[CHOICE] = torch.tensor(min(range(len(OWN)), key=votes.__getitem__))
         return changes
 
     server = replace(both.server, update=update)
-    first = {CHOICE: torch.tensor(OWN.index(1.0))}
-    return replace(both, init=lambda w: {**w, **first}, model=model, work=work, server=server)
+    return replace(both, init=init, model=model, work=work, server=server)
 
 
 def begun(whole: Tree, down: Tree, mine: Tree, share: float) -> Tree:

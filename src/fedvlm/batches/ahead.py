@@ -4,6 +4,10 @@
 safetensors bytes, or the reason why it has none. The file is read back memory-mapped. Its name is a
 hash of everything that determines its content: the rows, the pictures' files, the processor and the
 versions.
+
+Rows are encoded in the order of their pictures, so that each picture is opened and processed once.
+The file holds the pixels of a picture once too: a row whose inputs other than the text equal those
+of an earlier row has the place of that row instead.
 """
 
 from __future__ import annotations
@@ -12,15 +16,19 @@ import hashlib
 import json
 import os
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
 import datasets
+import numpy as np
 import pyarrow as pa
+import torch
 from torch import Tensor
 
 from fedvlm.batches.prompts import Features, Prompter
+from fedvlm.data.fingerprint import PICTURE
 from fedvlm.data.pictures import Pictures
 from fedvlm.data.scenes import cache_folder
 from fedvlm.data.sources import quiet
@@ -31,25 +39,38 @@ BUFFER = 1 << 26  # bytes per write
 
 
 class Encoded:
-    """The encoded rows of a data set, by position."""
+    """The encoded rows of a data set, by position.
 
-    def __init__(self, table: datasets.Dataset):
+    Args:
+        table: the rows, in the order of the file.
+        order: the position of each row of the file.
+    """
+
+    def __init__(self, table: datasets.Dataset, order: np.ndarray):
         self._table = table
+        self._places = np.argsort(order)
 
     def __getitem__(self, index: int) -> Features:
-        from safetensors.torch import load
-
-        return unpacked(load(self._table[int(index)]["features"]))
+        place = int(self._places[int(index)])
+        row = self._table[place]
+        named = _loaded(row)
+        if row["picture"] != place:
+            named |= _pixels(_loaded(self._table[row["picture"]]))
+        return unpacked(named)
 
     @property
     def problems(self) -> list[str]:
         """The reason why a row cannot be encoded, by position; empty for a row that is encoded."""
-        return self._table["problem"][:]
+        return self._column("problem")
 
     @property
     def cuts(self) -> list[int]:
         """The number of tokens that were cut off a row's answers, by position."""
-        return self._table["cut"][:]
+        return self._column("cut")
+
+    def _column(self, name: str) -> list[Any]:
+        values = self._table[name][:]
+        return [values[place] for place in self._places]
 
 
 def encode_ahead(
@@ -78,34 +99,37 @@ def encode_ahead(
     from safetensors.torch import save
 
     path = cache_folder() / f"encoded-{key}.arrow"
-
-    def one(index: int) -> dict[str, Any]:
-        try:
-            row = encode(index)
-        except DataError as error:
-            return {"features": b"", "problem": str(error), "cut": 0}
-        return {"features": save(packed(row)), "problem": "", "cut": row.cut}
-
-    sizes = (len(one(index)["features"]) for index in range(len(rows)))
-    size = next(filter(None, sizes), 0)  # of the first row that can be encoded
-    if size * len(rows) > budget:
+    order, pictures = _by_picture(rows)
+    size, text = _sizes(encode, order)
+    expected = size * pictures + text * (len(rows) - pictures)
+    if expected > budget:
         return None
+    place, pixels = 0, dict[str, Tensor]()  # of the last picture in the file
 
-    def told_one(row: Any, index: int) -> dict[str, Any]:
-        told(index + 1, len(rows))
-        return one(index)
+    def one(_: Any, at: int) -> dict[str, Any]:
+        nonlocal place, pixels
+        told(at + 1, len(rows))
+        try:
+            row = encode(int(order[at]))
+        except DataError as error:
+            return {"features": b"", "picture": at, "problem": str(error), "cut": 0}
+        if not _equal(row.extras, pixels):
+            place, pixels = at, row.extras
+        named = packed(row) if place == at else packed(replace(row, extras={}))
+        return {"features": save(named), "picture": place, "problem": "", "cut": row.cut}
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        _make_room(path, budget - size * len(rows))
+        _make_room(path, budget - expected)
         with quiet():
             table = rows.select_columns(["row"]).map(
-                told_one,
+                one,
                 with_indices=True,
                 remove_columns=["row"],
                 features=datasets.Features(
                     {
                         "features": datasets.Value("large_binary"),
+                        "picture": datasets.Value("int64"),
                         "problem": datasets.Value("string"),
                         "cut": datasets.Value("int64"),
                     }
@@ -117,7 +141,37 @@ def encode_ahead(
         os.utime(path)  # marks the file as used now
     except OSError:
         return None
-    return Encoded(table)
+    return Encoded(table, order)
+
+
+def _by_picture(rows: datasets.Dataset) -> tuple[np.ndarray, int]:
+    """The positions of the rows, those of one picture in a row, and the number of pictures."""
+    if PICTURE not in rows.column_names:
+        return np.arange(len(rows)), len(rows)
+    hashes = np.asarray(rows[PICTURE][:])
+    unreadable = int((hashes == "").sum())
+    return np.argsort(hashes, kind="stable"), len(set(hashes.tolist()) - {""}) + unreadable
+
+
+def _sizes(encode: Callable[[int], Features], order: np.ndarray) -> tuple[int, int]:
+    """Bytes of the first row that can be encoded, and bytes of its text alone."""
+    from safetensors.torch import save
+
+    for index in order:
+        try:
+            row = encode(int(index))
+        except DataError:
+            continue
+        return len(save(packed(row))), len(save(packed(replace(row, extras={}))))
+    return 0, 0
+
+
+def _equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
+    """Whether two rows have the same inputs other than the text, bit for bit."""
+    return ours.keys() == theirs.keys() and all(
+        t is theirs[name] or (t.dtype == theirs[name].dtype and torch.equal(t, theirs[name]))
+        for name, t in ours.items()
+    )
 
 
 def fingerprint(
@@ -136,7 +190,7 @@ def fingerprint(
         "template": getattr(processor, "chat_template", None),
         "tokenizer": backend.to_str() if backend else str(sorted(tokenizer.get_vocab().items())),
         "model": [prompter.family, sorted(prompter.ends), prompter.limit, prompter.max_length],
-        "form": [2, prompter.new_tokens],
+        "form": [3, prompter.new_tokens],
         "roles": list(roles),
         "versions": [__version__, *map(version, ("transformers", "tokenizers", "pillow"))],
     }
@@ -163,6 +217,16 @@ def _make_room(path: Path, budget: int) -> None:
         budget -= other.stat().st_size
         if budget < 0:
             other.unlink(missing_ok=True)
+
+
+def _loaded(row: dict[str, Any]) -> dict[str, Tensor]:
+    from safetensors.torch import load
+
+    return load(row["features"])
+
+
+def _pixels(named: dict[str, Tensor]) -> dict[str, Tensor]:
+    return {name: t for name, t in named.items() if name.startswith("extras.")}
 
 
 def packed(row: Features) -> dict[str, Tensor]:

@@ -16,6 +16,7 @@ from PIL import Image
 
 from fedvlm import processes
 from fedvlm.batches.prompts import Prompter
+from fedvlm.data.fingerprint import picture_of
 from fedvlm.data.pictures import Pictures
 from fedvlm.errors import DataError
 
@@ -88,11 +89,18 @@ def check_rows(
     cuts: dict[int, int] = {}
     checker = Checker(prompter)
 
+    known: dict[tuple[str, ...], Sizes] = {}  # hash and names of a row's pictures -> their sizes
+
     def sizes(index: int) -> Sizes | DataError:
+        row = rows[index]
+        key = picture_of(row)
         try:
-            return tuple(image.size for image in pictures.open_all(rows[index]["image"]))
+            found = known.get(key) or tuple(p.size for p in pictures.open_all(row["image"]))
         except DataError as error:
             return error
+        if key:
+            known[key] = found
+        return found
 
     texts = rows.remove_columns("image")
     with ThreadPoolExecutor(processes.cores()) as pool:

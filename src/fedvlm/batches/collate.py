@@ -8,12 +8,14 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import torch
+from PIL.Image import Image
 from torch import Tensor
 
 from fedvlm.batches.ahead import Encoded, encode_ahead, fingerprint
 from fedvlm.batches.check import answers_of, check_rows, warn_of_cuts
 from fedvlm.batches.objectives import IGNORE
 from fedvlm.batches.prompts import Features, Prompter
+from fedvlm.data.fingerprint import picture_of
 from fedvlm.data.pictures import Pictures
 from fedvlm.errors import DataError
 from fedvlm.models.load import Loaded
@@ -60,6 +62,7 @@ class Collator:
         self._room = CACHE_BYTES
         self._lengths: dict[int, int] = {}
         self._ahead: Encoded | None = None
+        self._last: tuple[Any, list[Image]] | None = None  # the pictures that were opened last
         self._encoding = threading.Lock()  # tokenizers are not thread-safe
         self._thread = ThreadPoolExecutor(1, "collate")
         self._next: tuple[list[int], Future[dict[str, Tensor]]] | None = None
@@ -124,8 +127,14 @@ class Collator:
 
     def _encode(self, index: int) -> Features:
         row = self.rows[int(index)]
-        images = self.pictures.open_all(row["image"])
-        return self.prompter.encode(images, row["question"], answers_of(row, self.roles))
+        return self.prompter.encode(self._open(row), row["question"], answers_of(row, self.roles))
+
+    def _open(self, row: dict[str, Any]) -> list[Image]:
+        """A row's pictures; the last ones again if their bytes and their names are the same."""
+        key, last = picture_of(row), self._last
+        if not key or last is None or last[0] != key:
+            last = self._last = key, self.pictures.open_all(row["image"])
+        return last[1]
 
     def training(self, indices: Iterable[int]) -> dict[str, Tensor]:
         """Inputs and ``labels`` ``[batch, tokens]``, right-padded.

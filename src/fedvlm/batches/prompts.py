@@ -10,6 +10,7 @@ and answers are text: a control token in them is spelled out (:mod:`fedvlm.batch
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -65,6 +66,37 @@ class Prompt(NamedTuple):
     extras: dict[str, Tensor]
 
 
+class Remembering:
+    """An image processor that does not process the same picture again, if no other came between.
+
+    Args:
+        processor: the image processor.
+    """
+
+    def __init__(self, processor: Any):
+        self._processor = processor
+        self._last: tuple[Any, ...] = ()
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._processor, name)
+
+    def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
+        asked, last = (_flat(images), args, kwargs), self._last
+        if not last or not _same(asked, last[0]):
+            last = self._last = asked, self._processor(images, *args, **kwargs)
+        return copy.copy(last[1])  # processors remove entries from it
+
+
+def _flat(images: Any) -> list[Any]:
+    return [i for part in images for i in _flat(part)] if isinstance(images, list) else [images]
+
+
+def _same(ours: tuple[Any, ...], theirs: tuple[Any, ...]) -> bool:
+    """Whether two calls have the same objects as pictures, and equal settings."""
+    (images, *settings), (others, *other_settings) = ours, theirs
+    return list(map(id, images)) == list(map(id, others)) and settings == other_settings
+
+
 @dataclass
 class Prompter:
     """Encodes rows for one model.
@@ -82,6 +114,9 @@ class Prompter:
     def __post_init__(self) -> None:
         config = self.loaded.model.config
         self.processor = self.loaded.processor
+        self._once = copy.copy(self.processor)
+        self._once.image_processor = Remembering(self.processor.image_processor)
+        self._asked: tuple[tuple[str, int], str] | None = None  # the last question, and its prompt
         self.tokenizer = self.processor.tokenizer
         self.family = str(config.model_type)
         self.seq2seq = bool(config.is_encoder_decoder)
@@ -138,7 +173,7 @@ class Prompter:
         bare = self.has_template and begin and text.startswith(begin)
         options = {"add_special_tokens": False} if bare else {}
         try:
-            inputs = self.processor(text=[text], images=[[*images]], return_tensors="pt", **options)
+            inputs = self._once(text=[text], images=[[*images]], return_tensors="pt", **options)
         except MemoryError:
             raise
         except Exception as error:  # each processor has its own limits on pictures and texts
@@ -223,6 +258,15 @@ class Prompter:
         return ANSWER_TYPE.get(self.family, 0) if name == "token_type_ids" else 0
 
     def _render(self, question: str, answer: str | None = None, pictures: int = 1) -> str:
+        if answer is not None:
+            return self._rendered(question, answer, pictures)
+        asked = self._asked
+        if asked is None or asked[0] != (question, pictures):
+            rendered = self._rendered(question, None, pictures)
+            asked = self._asked = (question, pictures), rendered
+        return asked[1]
+
+    def _rendered(self, question: str, answer: str | None, pictures: int) -> str:
         user = [*[{"type": "image"}] * pictures, {"type": "text", "text": question}]
         turns: list[dict[str, Any]] = [{"role": "user", "content": user}]
         if answer is not None:

@@ -320,6 +320,7 @@ def main() -> None:
     """The entry point. A mistake in the input prints one message and exits with code 2."""
     # Two busy thread pools on few cores make each other ten times slower.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    processes.own()
     log = logging.getLogger("fedvlm")
     log.removeFilter(one_record)
     log.addFilter(one_record)

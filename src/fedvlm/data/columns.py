@@ -6,9 +6,6 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import datasets
-
-from fedvlm.data.embedded import is_list, may_embed
 from fedvlm.errors import DataError, brief
 from fedvlm.errors import shown as quoted
 from fedvlm.settings.sections import DataConfig
@@ -100,6 +97,8 @@ def _fault(role: str, name: str, feature: Any) -> str:
             f"the column '{brief(name)}' holds {kind_of(feature)}, not images (encoded bytes, or "
             "paths)"
         )
+    import datasets
+
     if isinstance(feature, datasets.ClassLabel) or getattr(feature, "dtype", "") in TEXT:
         return ""
     return (
@@ -110,6 +109,10 @@ def _fault(role: str, name: str, feature: Any) -> str:
 
 def may_be_image(feature: Any) -> bool:
     """Whether a column of this type may hold images or paths, or lists of them."""
+    import datasets
+
+    from fedvlm.data.embedded import is_list, may_embed
+
     if is_list(feature):
         return not is_list(feature.feature) and may_be_image(feature.feature)
     if isinstance(feature, datasets.Image) or may_embed(feature):
@@ -121,6 +124,8 @@ def may_be_image(feature: Any) -> bool:
 
 def is_scalar(feature: Any) -> bool:
     """Whether a column of this type holds texts, numbers, flags or dates."""
+    import datasets
+
     if isinstance(feature, datasets.ClassLabel):
         return True
     return isinstance(feature, datasets.Value) and "binary" not in feature.dtype
@@ -128,6 +133,8 @@ def is_scalar(feature: Any) -> bool:
 
 def kind_of(feature: Any) -> str:
     """The type of a column, for a message."""
+    import datasets
+
     if isinstance(feature, datasets.Value | datasets.ClassLabel):
         return feature.dtype
     if isinstance(feature, datasets.Json):

@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 TEXT = ("row", "question", "answer", "rejected")
 PICTURE = "image_hash"  # a column with the hash of each picture's bytes
+
+
+def picture_of(row: Mapping[str, Any]) -> tuple[str, ...]:
+    """What decides a row's pictures: their hashes and names; empty where no hash is known."""
+    known, images = row.get(PICTURE), row["image"]
+    if not known:
+        return ()
+    every = images if isinstance(images, list) else [images]
+    return (known, *(str(image["path"]) for image in every))
 
 
 def content(rows: Any, columns: Iterable[str | None] = ()) -> dict[str, str]:

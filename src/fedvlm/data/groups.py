@@ -5,14 +5,16 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 
 from fedvlm.data.columns import SHOWN, TEXT
 from fedvlm.data.labels import codes_of, values_of
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger("fedvlm")
 

@@ -12,14 +12,16 @@ from datetime import timedelta
 from decimal import Decimal
 from functools import partial
 from itertools import pairwise
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from fedvlm.errors import DataError, brief
+
+if TYPE_CHECKING:
+    import datasets
 
 BINS = 10  # bins for numbers, if there are more than twice as many values
 

@@ -11,9 +11,8 @@ import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 
 from fedvlm.data import assign, explicit
@@ -30,6 +29,9 @@ from fedvlm.data.labels import binned_codes, codes_of, values_of
 from fedvlm.data.skew import Skew, frequent, measure
 from fedvlm.errors import DataError, brief
 from fedvlm.settings.sections import Config, PartitionConfig
+
+if TYPE_CHECKING:
+    import datasets
 
 logger = logging.getLogger("fedvlm")
 

@@ -126,6 +126,7 @@ def _found(config: ModelConfig, weights: bool) -> tuple[str, bool]:
         check_folder(source, weights=weights)
         refuse_own_code(source)
     quiet_transformers()
+    processes.imported("peft")  # with the parts of torch and transformers that it needs
     return source, local
 
 

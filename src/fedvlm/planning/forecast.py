@@ -21,6 +21,7 @@ from fedvlm.planning import footprint
 from fedvlm.planning.footprint import Exchange, Exchanges, Footprint
 from fedvlm.privacy.canaries import planted
 from fedvlm.privacy.units import units_of
+from fedvlm.processes import imported
 from fedvlm.rounds import noisymean, robust, secure
 from fedvlm.rounds.budget import budget
 from fedvlm.rounds.prepare import divide, weights_of
@@ -91,6 +92,7 @@ def forecast(config: Config) -> Forecast:
         FedVLMError: the run is impossible. An unreachable hub, or hub data missing in the cache,
             is no error: the values that depend on it are unknown.
     """
+    imported("torch", "datasets", "peft")
     unknown: list[str] = []
     rows, partition = _divided(config, unknown)
     names = partition.clients if partition else _stated(config)

@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from fedvlm import config as configs
+from fedvlm import processes
 from fedvlm.algorithms.base import Algorithm
 from fedvlm.algorithms.table import OWN
 from fedvlm.errors import FedVLMError
@@ -284,6 +285,7 @@ def _one_run() -> None:
 
     os.environ.update(OMP_NUM_THREADS="1", OMP_WAIT_POLICY="PASSIVE")
     _ends_with_its_parent()
+    processes.own()
 
     from fedvlm.models.frozen import hand_on
 

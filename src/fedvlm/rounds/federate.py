@@ -112,10 +112,10 @@ def _run(
         settings = with_rows(settings, data)
         check_apart(settings)
     with joined() as group:
-        given, settings = settings, located(settings)
         if group.rank:
-            return _follow(settings, group, objects)
-        with progress.started(given):
+            return _follow(located(settings), group, objects)
+        with progress.started(settings):
+            settings = located(settings)
             engine, partition, store, described, budget = _prepare_all(
                 settings, group, progress, objects
             )
@@ -127,10 +127,10 @@ def _run(
                     check_same(store.folder, described)
                     more.replan(store, settings, engine.algorithm.final)
                 begin(settings, store, described, resume)
-                draw_partition(partition, store.folder)
                 weights = weights_of(settings, partition)
                 engine = watched(engine, partition, settings, store.folder)
                 results = drive(settings, engine, weights, store, progress, budget)
+                draw_partition(partition, store.folder)  # matplotlib would delay the first round
     return results
 
 

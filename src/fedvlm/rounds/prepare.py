@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 from fedvlm.algorithms.base import Algorithm
 from fedvlm.algorithms.table import adapter_of, check_fit, find, of_run
 from fedvlm.errors import DataError
-from fedvlm.processes import size
+from fedvlm.processes import imported, size
 from fedvlm.rounds.budget import budget_of
 from fedvlm.rounds.objects import Objects
 from fedvlm.rounds.progress import Progress, Quiet
@@ -66,6 +66,7 @@ def prepare(
     Raises:
         FedVLMError: the run is impossible; see :func:`fedvlm.run`.
     """
+    imported("torch", "datasets", "peft")
     from fedvlm.batches import objectives
     from fedvlm.data import pool
     from fedvlm.engines.choice import engine_class
