@@ -22,6 +22,7 @@ OF_FILES = frozenset(
     | {".xls", ".txt", ".png", ".jpg", ".jpeg", ".gif", ".bmp", ".tif", ".tiff", ".webp", ".dcm"}
 )
 """Ends of a mistyped path: such a text stays on this machine."""
+FORM = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
 
 
 class Undelivered(FedVLMError):
@@ -48,8 +49,7 @@ def is_name(text: str, *, organized: bool = True) -> bool:
         return False
     if organized or "/" in repo:
         here = revision is None and os.path.isdir(repo.partition("/")[0])
-        form = r"[A-Za-z0-9][\w.-]*/[A-Za-z0-9][\w.-]*"
-        return not here and bool(re.fullmatch(form, repo, re.ASCII))
+        return not here and bool(re.fullmatch(FORM, repo, re.ASCII))
     return bool(re.fullmatch(r"[A-Za-z0-9][\w.-]*", repo, re.ASCII))
 
 
