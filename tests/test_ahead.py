@@ -177,7 +177,7 @@ def test_a_picture_of_many_rows_is_opened_processed_and_kept_once(small, folder,
     opened, processed = Counting(), Counting()
     pictures, images = collator.pictures, collator.prompter._once.image_processor
     collator._last, images._last = None, ()
-    collator.pictures = opened.every(pictures, "open")
+    collator.pictures = opened.every(pictures, "open_all")
     images._processor = processed.every(images._processor, "__call__")
     assert collator.check(2**26, lambda *_: None, lambda *_: None) == {}
     assert (opened.rows, processed.rows) == (3, 3)

@@ -152,8 +152,8 @@ def test_a_rank_larger_than_a_layer_names_the_layer(model):
     ("name", "said"),
     [
         ("./no/such/folder", "no model folder"),
-        ("someone/some-model", "Without a connection"),
-        ("nothing-of-that-name", "Without a connection"),
+        ("someone/some-model", "where there is a connection"),
+        ("nothing-of-that-name", "where there is a connection"),
     ],
 )
 def test_a_model_that_cannot_be_had_says_what_to_do(name, said):

@@ -19,7 +19,7 @@ from _personalization.runs import Job
 from fedvlm.config import dump
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds import comparison
-from fedvlm.store import files, sealed
+from fedvlm.store import files, marks, sealed
 from fedvlm.store import run as store
 
 MIXED = Cell("mixed", 1.0, 24)
@@ -124,7 +124,7 @@ def fake(monkeypatch):
         }
         (folder / "personal").mkdir()
         sealed.write(folder / store.CHECKPOINT, {"round": 4, "files": {}})
-        digests = {store.CHECKPOINT: store.mark(folder)}
+        digests = {store.CHECKPOINT: marks.mark(folder)}
         sealed.write(folder / store.DONE, table | {"files": digests})
 
     monkeypatch.setattr(comparison, "run_one", run_one)

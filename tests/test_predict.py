@@ -147,7 +147,7 @@ def test_what_cannot_be_asked_says_what_to_do(finished_run, pictures, new_rows, 
         predict_many(finished_run, picture, global_=True)
     with pytest.raises(DataError, match="question is empty"):
         predict_many(finished_run, picture, " ", global_=True)
-    with pytest.raises(DataError, match="does not exist"):
+    with pytest.raises(DataError, match=r"there is no picture .*gone\.jpg"):
         predict_many(finished_run, tmp_path / "gone.jpg", QUESTION, global_=True)
     with pytest.raises(FedVLMError, match=r"'answers\.txt' must end in \.jsonl"):
         predict_many(finished_run, picture, QUESTION, global_=True, out="answers.txt")

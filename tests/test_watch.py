@@ -92,7 +92,7 @@ def test_a_run_that_ends_turns_into_its_report(begun, tmp_path):
 def test_a_folder_without_a_run_waits(tmp_path):
     found = page(tmp_path / "none")
     assert found.refresh
-    assert "The run has not begun yet" in html(found)
+    assert "This page waits for it" in html(found)
 
 
 def test_a_folder_of_runs_is_named(begun):
