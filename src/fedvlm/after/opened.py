@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import difflib
-import json
 import re
 import shutil
 from collections.abc import Iterable, Mapping
@@ -111,8 +110,9 @@ class Opened:
         """The partition of the run's rows into clients and splits."""
         from fedvlm.data.partition import Partition
 
-        text = (self.folder / "partition.json").read_text(encoding="utf-8")
-        return Partition.from_dict(json.loads(text))
+        found = Partition.read(self.folder)
+        assert found is not None, "a deployed run has no partition here"
+        return found
 
     @cached_property
     def algorithm(self) -> Algorithm:

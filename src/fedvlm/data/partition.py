@@ -6,11 +6,13 @@ not depend on it. :class:`Partition` also holds the skew of the clients.
 
 from __future__ import annotations
 
+import json
 import logging
 import zlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -138,6 +140,12 @@ class Partition:
                 for client in self.clients
             ],
         }
+
+    @classmethod
+    def read(cls, folder: Path) -> Partition | None:
+        """The partition in a run's folder; None for a deployed run, whose rows are not here."""
+        path = folder / "partition.json"
+        return cls.from_dict(json.loads(path.read_bytes())) if path.exists() else None
 
     @classmethod
     def from_dict(cls, tree: Mapping[str, Any]) -> Partition:

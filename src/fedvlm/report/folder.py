@@ -140,11 +140,9 @@ def read_run(folder: Path) -> Run:
     opened = Opened(folder, config, None) if stores.is_done(folder) else None
     missing: list[str] = []
     answers = _answers(folder, opened, missing)
-    partition = None
-    if (folder / "partition.json").exists():
-        from fedvlm.data.partition import Partition
+    from fedvlm.data.partition import Partition
 
-        partition = Partition.from_dict(json.loads((folder / "partition.json").read_bytes()))
+    partition = Partition.read(folder)
     about, audit = None, None
     if (folder / BUDGET).exists():
         about = json.loads((folder / BUDGET).read_bytes())

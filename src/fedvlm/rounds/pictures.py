@@ -93,8 +93,7 @@ def _redraw_run(folder: Path) -> list[Path]:
     stores.check_whole(folder)
     config, lines, found = settings_of(folder), stores.Store(folder).lines(), []
     names: Sequence[str] = list(lines[0]["evaluation"]["personal"]) if lines else ()
-    if (folder / "partition.json").exists():  # a deployed run has none
-        partition = Partition.from_dict(json.loads((folder / "partition.json").read_bytes()))
+    if partition := Partition.read(folder):
         names = partition.clients
         found.append(skewplot.plot_partition(partition, folder / "partition.png"))
     if _any_score(lines):
