@@ -106,11 +106,11 @@ class Faults:
         return time.time()
 
 
-def wait(what: Callable[[], Any], said: str) -> None:
-    until = time.monotonic() + PATIENCE
+def wait(what: Callable[[], Any], said: str, patience: float = PATIENCE) -> None:
+    until = time.monotonic() + patience
     while not what():
         if time.monotonic() > until:
-            raise SystemExit(f"waited {PATIENCE:.0f} s for {said}")
+            raise SystemExit(f"waited {patience:.0f} s for {said}")
         time.sleep(0.05)
 
 

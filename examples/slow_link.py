@@ -24,9 +24,11 @@ import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
+
+import faults
 
 from fedvlm import config as configs
 from fedvlm.deploy.nvflare.demo import SETTINGS, SITES, Started, enrol, free_ports, loopback, rows
@@ -41,6 +43,7 @@ PROXY = "grpc_proxy"  # the variable that gRPC reads
 SLOW, LAST = 3, 12  # the first slow round, and the last round
 MORE = ("algorithm.name=lora", "lora.rank=48", "train.local_steps=5", f"train.rounds={LAST}")
 PATIENCE = 400.0  # seconds for anything
+wait = partial(faults.wait, patience=PATIENCE)
 
 
 class Line:
@@ -148,14 +151,6 @@ def start(folder: Path, started: Started) -> dict[str, Line]:
     more = ("-f", home, "--round-deadline", "120", "--wait", "180")
     started.start("run", "deploy", "run", str(folder / "config.yaml"), *more)
     return lines
-
-
-def wait(what: Callable[[], Any], said: str) -> None:
-    until = time.monotonic() + PATIENCE
-    while not what():
-        if time.monotonic() > until:
-            raise SystemExit(f"waited {PATIENCE:.0f} s for {said}")
-        time.sleep(0.05)
 
 
 def main() -> None:

@@ -14,6 +14,7 @@ from fedvlm.deploy.worker import Worker
 from fedvlm.rounds import federate
 from fedvlm.rounds.progress import Quiet
 from fedvlm.store import run as store
+from fedvlm.version import __version__
 
 SITES = ("site-0", "site-1", "site-2")
 SETTINGS = {
@@ -29,6 +30,11 @@ SETTINGS = {
 FEW = {"train_rows": 1, "batch_rows": 1, "scored_rows": 1, "score_step": 0}
 FEW["models"] = {name: name for name in ("tiny", smallest.model())}
 """A policy for runs on few rows, whose scores are compared exactly, with either small model."""
+
+
+def opening(settings, run="r"):
+    """The request of a server of this version to open a run with these settings."""
+    return {"do": "open", "fedvlm": __version__, "run": run, "config": settings}
 
 
 def written(path, **policy):

@@ -19,7 +19,7 @@ from fedvlm.deploy.signature import OPERATOR, sign
 from fedvlm.deploy.worker import Worker
 from fedvlm.errors import FedVLMError
 from fedvlm.store.files import read_lines
-from sites import config
+from sites import config, opening
 from test_signature import ca, key, pem  # noqa: F401
 
 # -- requests
@@ -47,8 +47,7 @@ approval_words = SimpleNamespace(sent=("factor B, 3 kB",), stays=("factor A",))
 def opened(own, run, *settings, **more):
     """The answer of a new worker of the site to ``open``."""
     tree = as_sent(load({"algorithm": {"name": "plora"}}, *settings))
-    asked = {"do": "open", "fedvlm": fedvlm.__version__, "run": run, "config": tree} | more
-    return opened_as(own, asked)
+    return opened_as(own, opening(tree, run) | more)
 
 
 def waits(answer):
@@ -215,12 +214,7 @@ def test_deploy_run_signs_what_the_sites_of_its_federation_accept(place, tmp_pat
     _, events = federation._submit(*ask, False, lambda event: None)
     job = json.loads((events.parent / "job.json").read_text())
     call = signed(job["operator"], lambda site, header, blob, limit: opened_as(own, header))
-    header = {
-        "do": "open",
-        "fedvlm": fedvlm.__version__,
-        "run": job["run"],
-        "config": as_sent(load(job["config"])),
-    }
+    header = opening(as_sent(load(job["config"])), job["run"])
     assert call("north", header, b"", 9.0) == {"adapter": "x"}
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "sites.json").write_text(json.dumps({"run": "begun-before"}))
@@ -384,7 +378,7 @@ def test_an_approved_run_opens_for_real(tmp_path):
     own = {"name": "north", "data": str(tmp_path / "rows.parquet")}
     own |= {"state": str(tmp_path / "state"), "policy": str(tmp_path / "policy.yml")}
     tree = json.loads(json.dumps(as_sent(config(tmp_path, "model.name=tiny", "eval.max_rows=10"))))
-    asked = {"do": "open", "fedvlm": fedvlm.__version__, "run": "r", "config": tree}
+    asked = opening(tree)
     worker = Worker(own)
     assert waits(worker.perform(dict(asked), b"")[0])
     assert "factor B of 47 modules" in "".join(only(own).sent)

@@ -19,7 +19,7 @@ from fedvlm.deploy.worker import Worker
 from fedvlm.errors import FedVLMError
 from fedvlm.store import run as store
 from fedvlm.store.files import read_lines
-from fedvlm.version import __version__
+from sites import opening
 
 
 @pytest.fixture
@@ -233,9 +233,7 @@ def test_a_site_notes_every_request_with_the_digests_of_configuration_and_policy
     own = {"name": "north", "data": "rows.parquet", "state": str(tmp_path / "state")}
     worker = Worker(own | {"policy": str(tmp_path / "policy.yml")})
     config = load({"algorithm": {"name": "plora"}}).model_dump()
-    asked = json.loads(
-        json.dumps({"do": "open", "fedvlm": __version__, "run": "r", "config": config})
-    )
+    asked = json.loads(json.dumps(opening(config)))
     assert worker.perform(asked, b"")[0]["error"] == "refused"
     assert worker.perform({"do": "train", "round": 1, "sampled": 1.0}, b"x")[0]["error"] == "failed"
     found = read_lines(tmp_path / "state" / "audit.jsonl")

@@ -14,42 +14,19 @@ pytest.importorskip("cryptography", reason="needs fedvlm[privacy]")
 from fedvlm import tree
 from fedvlm.deploy import archive, backup
 from fedvlm.deploy.auditlog import verify
-from fedvlm.deploy.remote import Limits, Remote
 from fedvlm.errors import FedVLMError
-from fedvlm.rounds import federate
-from fedvlm.rounds.progress import Progress
 from fedvlm.store import files
 from fedvlm.store.run import Store
+from keptfiles import Stopped, go_on
 from test_cli import call
 from test_spending import charges, opened, rows
-from toysites import FIVE, Five, config
+from toysites import FIVE, config
 
 SETTINGS = "wire.secure=false", "algorithm.name=plora", "train.rounds=4"
 
 
-class Stopped(Exception):
-    """The end of a run after a round."""
-
-
-class After(Progress):
-    """Ends a run after a round."""
-
-    def __init__(self, last):
-        self.last = last
-
-    def round(self, line, seconds):
-        if line["round"] == self.last:
-            raise Stopped
-
-
 def run(sites, folder, resume=False, last=None):
-    settings = config(*SETTINGS, f"output={folder}")
-    engine = Remote(Five(sites, min_sites=3), FIVE, Limits(at_once=5))
-    engine.open("run-1", settings)
-    store = Store(folder)
-    with store.locked():
-        federate.begin(settings, store, {}, resume=resume)
-        federate.drive(settings, engine, engine.weights, store, After(last))
+    go_on(sites, config(*SETTINGS, f"output={folder}"), last, resume)
 
 
 def states(sites):

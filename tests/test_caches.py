@@ -15,6 +15,7 @@ from fedvlm.deploy.remote import as_sent, write
 from fedvlm.deploy.supervisor import Supervisor
 from fedvlm.errors import FedVLMError
 from fedvlm.tree import read
+from sites import opening
 from test_cli import call
 
 pytestmark = pytest.mark.waits("site")
@@ -69,13 +70,7 @@ def trained(tmp_path_factory):
             patch.delenv(name, raising=False)
         before, site = os.umask(0o022), Supervisor(own | {"log": str(state / "site.log")})
         try:
-            asked = {
-                "do": "open",
-                "fedvlm": fedvlm.__version__,
-                "run": "r",
-                "config": as_sent(load(RUN)),
-            }
-            opened, _ = site.call(asked, limit=600.0)
+            opened, _ = site.call(opening(as_sent(load(RUN))), limit=600.0)
             assert "adapter" in opened, opened
             _, adapter = site.call({"do": "adapter"}, limit=600.0)
             down = write({n: t for n, t in read(adapter).items() if "lora_B" in n})

@@ -19,7 +19,7 @@ from fedvlm.errors import FedVLMError
 from fedvlm.rounds.results import Results
 from fedvlm.store import run as store
 from fedvlm.store.files import read_lines
-from sites import FEW, SITES, Here, config, deployed, written
+from sites import FEW, SITES, Here, config, deployed, opening, written
 
 PRIVATE = (
     "algorithm.name=ffa",
@@ -194,10 +194,7 @@ def opened(call, run, *settings, site="site-0"):
     """The answer of a new worker of a site to the request to open a run."""
     worker = Worker(call.own[site])
     tree = config(call_data(call), *PRIVATE, *settings).model_dump()
-    answer, _ = worker.perform(
-        {"do": "open", "fedvlm": fedvlm.__version__, "run": run, "config": tree}, b""
-    )
-    return answer
+    return worker.perform(opening(tree, run), b"")[0]
 
 
 def test_a_second_run_on_the_same_rows_is_refused_before_its_first_round(done):

@@ -9,7 +9,7 @@ import pytest
 import fedvlm
 from fedvlm.deploy.worker import Worker
 from fedvlm.hub import Undelivered
-from sites import config, written
+from sites import config, opening, written
 
 NAN = float("nan")
 
@@ -21,15 +21,7 @@ def worker(tmp_path_factory):
     fedvlm.scenes(sites=1, rows=24).to_parquet(folder / "rows.parquet")
     own = {"name": "s", "data": str(folder / "rows.parquet"), "state": str(folder / "s")}
     found = Worker(own | {"policy": written(folder / "policy.yml")})
-    opened, _ = found.perform(
-        {
-            "do": "open",
-            "fedvlm": fedvlm.__version__,
-            "run": "r",
-            "config": config(folder).model_dump(),
-        },
-        b"",
-    )
+    opened, _ = found.perform(opening(config(folder).model_dump()), b"")
     assert opened["rows"]["train"] > 0
     return found
 
@@ -39,9 +31,7 @@ def test_a_site_reads_no_file_of_its_own_for_a_server(tmp_path):
     secret.write_text("password: sk-12345")
     worker = Worker({"name": "site-0", "data": "rows.parquet", "state": str(tmp_path / "s")})
     for config_ in (str(secret), None, [1]):
-        refused, _ = worker.perform(
-            {"do": "open", "fedvlm": fedvlm.__version__, "run": "r", "config": config_}, b""
-        )
+        refused, _ = worker.perform(opening(config_), b"")
         assert refused["error"] == "failed"
         assert "must be a mapping" in refused["message"]
         assert "sk-12345" not in json.dumps(refused)

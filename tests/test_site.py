@@ -21,7 +21,7 @@ from fedvlm.errors import FedVLMError
 from fedvlm.rounds import federate
 from fedvlm.store import files
 from fedvlm.store import run as store
-from sites import FEW, SITES, Here, Keeping, config, deployed, written
+from sites import FEW, SITES, Here, Keeping, config, deployed, opening, written
 
 
 @pytest.fixture(scope="module")
@@ -312,12 +312,7 @@ def test_no_site_is_an_error_and_the_round_does_not_count(data, tmp_path):
 
 def test_a_full_disk_loses_nothing_and_the_round_can_be_done_again(data, tmp_path, monkeypatch):
     call = Here(data, tmp_path / "state", sites=("site-0",))
-    opened = {
-        "do": "open",
-        "fedvlm": fedvlm.__version__,
-        "run": "r",
-        "config": config(data).model_dump(),
-    }
+    opened = opening(config(data).model_dump())
     assert "error" not in call("site-0", opened, b"", 9)[0]
     site = call.workers["site-0"].site
     state = site.algorithm.init(site.engine.adapter)
@@ -352,15 +347,7 @@ def test_a_site_refuses_what_its_policy_does_not_allow(data, tmp_path):
     file = written(tmp_path / "policy.yml", bytes_per_round=100)
     own = {"name": "site-0", "data": str(data / "site-0.parquet"), "state": str(tmp_path / "s")}
     worker = Worker(own | {"policy": file})
-    opened, _ = worker.perform(
-        {
-            "do": "open",
-            "fedvlm": fedvlm.__version__,
-            "run": "r",
-            "config": config(data).model_dump(),
-        },
-        b"",
-    )
+    opened, _ = worker.perform(opening(config(data).model_dump()), b"")
     assert opened["rows"]["train"] > 0
     algorithm = build(config(data).algorithm)
     down = algorithm.send(algorithm.init(worker.site.engine.adapter), NOBODY)

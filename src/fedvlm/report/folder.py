@@ -15,7 +15,7 @@ from fedvlm.after.opened import Opened
 from fedvlm.engines.base import Answer
 from fedvlm.errors import FedVLMError
 from fedvlm.rounds.comparison import Comparison
-from fedvlm.rounds.pictures import COMPARISON, runs_of, settings_of
+from fedvlm.rounds.pictures import COMPARISON, NEITHER, runs_of, settings_of
 from fedvlm.rounds.results import BUDGET, scored_model
 from fedvlm.settings.sections import Config
 from fedvlm.store import run as stores
@@ -117,15 +117,11 @@ def read(folder: str | Path) -> Run | Compared:
     if stores.is_run(path):
         return read_run(path)
     if not (path / COMPARISON).exists():
-        raise FedVLMError(no_run(path) if not path.is_dir() else _neither(path))
+        raise FedVLMError(no_run(path) if not path.is_dir() else NEITHER.format(path))
     found = Comparison.read(path)
     names = runs_of(path, [str(row["algorithm"]) for row in found.rows])
     runs = {name: [read_run(run) for run in own] for name, own in names.items()}
     return Compared(path, found.rows, found.verdicts, runs)
-
-
-def _neither(path: Path) -> str:
-    return f"'{path}' holds no run and no comparison; give the folder of one"
 
 
 def read_run(folder: Path) -> Run:

@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from fedvlm.data.partition import Partition
 
 COMPARISON = "comparison.json"
+NEITHER = "'{}' holds no run and no comparison; give the folder of one"
 
 
 def redraw(folder: str | Path) -> list[Path]:
@@ -43,7 +44,7 @@ def redraw(folder: str | Path) -> list[Path]:
     if stores.is_run(path):
         return _redraw_run(path)
     if not (path / COMPARISON).exists():
-        raise FedVLMError(f"'{path}' holds no run and no comparison; give the folder of one")
+        raise FedVLMError(NEITHER.format(path))
     runs = runs_of(path, [str(row["algorithm"]) for row in read_comparison(path)["algorithms"]])
     every = [run for found in runs.values() for run in found]
     return [plot_all(path, runs, [settings_of(run) for run in every])]

@@ -13,13 +13,13 @@ from typing import Any
 
 import numpy as np
 from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 
 from fedvlm.errors import shown
 from fedvlm.privacy.blind import messages, shamir
 from fedvlm.privacy.blind.identity import Identity, fingerprint, signed
-from fedvlm.privacy.blind.masks import SHARES, agreed, pairwise, stream
+from fedvlm.privacy.blind.masks import SHARES, agreed, check_key, pairwise, stream
 from fedvlm.privacy.blind.messages import (
     LEAST,
     MOST,
@@ -107,8 +107,7 @@ class Client:
             raise self._withheld(f"{len(keys)} sites have keys, and {MOST} are the most")
         for name, one in keys.items():
             self._check_peer(name, one)
-        used = [key for one in keys.values() for key in (one.mask, one.shares)]
-        if len(set(used)) < len(used) or len({one.identity for one in keys.values()}) < len(keys):
+        if messages.repeated(keys.values()):
             raise self._withheld("two sites have the same key")
         self._keys = dict(sorted(keys.items()))
         self._shown = messages.seen(self._keys, []).hex()
@@ -267,8 +266,8 @@ class Client:
     def _check_exchange(self, name: str, one: Advertisement) -> None:
         """Refuses keys of low order, with which no secret can be agreed on."""
         try:
-            for own, peer in ((self._mask, one.mask), (self._cipher, one.shares)):
-                own.exchange(X25519PublicKey.from_public_bytes(peer))
+            check_key(one.mask)
+            check_key(one.shares)
         except ValueError:
             raise self._withheld(f"{shown(name)} has advertised a key that is none") from None
 

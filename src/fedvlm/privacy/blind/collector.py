@@ -12,11 +12,11 @@ from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
-from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
+from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedvlm.privacy.blind import messages, shamir
 from fedvlm.privacy.blind.identity import signed
-from fedvlm.privacy.blind.masks import pairwise, stream
+from fedvlm.privacy.blind.masks import check_key, pairwise, stream
 from fedvlm.privacy.blind.messages import LEAST, SEALED, SIGNATURE, Advertisement, Context, Void
 
 
@@ -53,12 +53,9 @@ class Collector:
         text = messages.advertised(self._digest, site, one.told())
         if not signed(one.identity, text, one.signature):
             raise ValueError(f"the keys of '{site}' are not signed for this round")
-        probe = X25519PrivateKey.generate()
         for key in (one.mask, one.shares):  # sites refuse the whole list where one key is none
-            probe.exchange(X25519PublicKey.from_public_bytes(key))
-        used = {key for other in self._keys.values() for key in (other.mask, other.shares)}
-        known = {other.identity for other in self._keys.values()}
-        if used & {one.mask, one.shares} or one.mask == one.shares or one.identity in known:
+            check_key(key)
+        if messages.repeated([*self._keys.values(), one]):
             raise ValueError(f"a key of '{site}' is that of another site, or its other key")
         self._keys[site] = one
 

@@ -40,6 +40,15 @@ def agreed(
     return HKDF(hashes.SHA256(), 32, salt=context, info=info).derive(shared)
 
 
+def check_key(peer: bytes) -> None:
+    """Refuses a public key of low order, with which nobody can agree on a secret.
+
+    Raises:
+        ValueError: the public key is none.
+    """
+    X25519PrivateKey.generate().exchange(X25519PublicKey.from_public_bytes(peer))
+
+
 def pairwise(
     own: X25519PrivateKey, peer: bytes, context: bytes, name: str, other: str, count: int
 ) -> np.ndarray:

@@ -120,6 +120,13 @@ def seen(keys: Mapping[str, Advertisement], shared: Iterable[str]) -> bytes:
     return hashlib.sha256(canonical([told, sorted(shared)])).digest()
 
 
+def repeated(keys: Iterable[Advertisement]) -> bool:
+    """Whether two sites have the same key, or a site has one key for two purposes."""
+    every = list(keys)
+    used = {key for one in every for key in (one.mask, one.shares)}
+    return len(used) < 2 * len(every) or len({one.identity for one in every}) < len(every)
+
+
 def threshold(sites: int) -> int:
     """The number of sites that must stay to the end: more than two thirds."""
     return 2 * sites // 3 + 1
