@@ -6,6 +6,7 @@ import os
 import subprocess
 import sys
 import threading
+import time
 
 import pytest
 from typer.testing import CliRunner
@@ -13,8 +14,9 @@ from typer.testing import CliRunner
 from fedvlm.cli.app import app
 from fedvlm.config import load
 from fedvlm.deploy import auditlog
-from fedvlm.deploy.auditlog import AuditLog, audited, verify
+from fedvlm.deploy.auditlog import AuditLog, verify
 from fedvlm.deploy.digests import digest_of, sha256
+from fedvlm.deploy.recorded import audited, audited_calls
 from fedvlm.deploy.worker import Worker
 from fedvlm.errors import FedVLMError
 from fedvlm.store import run as store
@@ -147,6 +149,64 @@ def test_several_writers_make_one_chain(log):
     assert verify(log.path).lines == 85
 
 
+def noted_together(log, monkeypatch, synced):
+    """Notes five lines of five threads: one is written while the others wait. One is too long."""
+    hold, plain, outcomes = threading.Event(), os.fsync, {}
+    entered = threading.Event()
+
+    def slow(handle):
+        synced.append(handle)
+        entered.set()
+        assert hold.wait(10)
+        plain(handle)
+
+    def note(number):
+        facts = {f"k{n}": "x" * 300 for n in range(300)} if number == 4 else {}
+        try:
+            outcomes[number] = log.note("request", number=number, **facts)
+        except FedVLMError as error:
+            outcomes[number] = error
+
+    monkeypatch.setattr(os, "fsync", slow)
+    threads = [threading.Thread(target=note, args=(number,)) for number in range(5)]
+    threads[0].start()
+    assert entered.wait(10)
+    for thread in threads[1:]:
+        thread.start()
+    while len(log._waiting) < 4:
+        time.sleep(0.01)
+    hold.set()
+    for thread in threads:
+        thread.join()
+    return outcomes
+
+
+def test_lines_that_wait_at_the_same_time_go_to_the_disk_together(log, monkeypatch):
+    synced = []
+    outcomes = noted_together(log, monkeypatch, synced)
+    assert len(synced) == 2, "one for the first line, and one for the four that waited"
+    assert isinstance(outcomes.pop(4), FedVLMError), "the line that is too long fails alone"
+    written = {json.loads(line).get("number"): auditlog.sha256(line[:-1]) for line in lines(log)}
+    assert outcomes == {number: written[number] for number in range(4)}
+    verify(log.path)
+
+
+def test_no_line_that_waited_counts_as_written_when_the_disk_fails(log, monkeypatch):
+    failing, real = [], auditlog._append
+
+    def broken(file, texts):
+        if failing:
+            raise OSError(5, "Input/output error")
+        failing.append(True)
+        real(file, texts)
+
+    monkeypatch.setattr(auditlog, "_append", broken)
+    outcomes = noted_together(log, monkeypatch, [])
+    assert isinstance(outcomes.pop(0), str)
+    assert all("cannot be written" in str(outcome) for outcome in outcomes.values())
+    assert len(outcomes) == 4
+
+
 def test_every_line_is_on_the_disk_before_the_call_returns(log, monkeypatch):
     synced = []
     plain = os.fsync
@@ -262,7 +322,7 @@ def test_a_server_notes_the_site_and_a_call_without_an_answer(tmp_path):
             raise TimeoutError("/secret/path")
         return {"loss": 1.0}, b"12345"
 
-    asked = auditlog.audited_calls(log, call)
+    asked = audited_calls(log, call)
     assert asked("north", {"do": "train", "round": 1}, b"1", 9.0) == ({"loss": 1.0}, b"12345")
     with pytest.raises(TimeoutError):
         asked("south", {"do": "train", "round": 1}, b"1", 9.0)

@@ -6,7 +6,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedvlm.privacy.blind import shamir
 from fedvlm.privacy.blind.identity import Identity, plain
-from fedvlm.privacy.blind.masks import MASK, SHARES, agreed, stream
+from fedvlm.privacy.blind.masks import MASK, SHARES, Masked, agreed, stream
 from veiled import CONTEXT, Veiled, other
 
 # -- what the server sees
@@ -48,6 +48,16 @@ def test_two_sites_agree_on_a_key_that_depends_on_round_purpose_and_names():
     assert known not in others
     with pytest.raises(ValueError):
         agreed(one, bytes(32), MASK, CONTEXT.digest, ("a", "b"))
+
+
+def test_masks_are_added_and_subtracted_in_place_as_their_streams():
+    numbers = np.array([0, 1, 2**32 - 1, 7], np.uint32)
+    masked, keys = Masked(numbers.copy()), [bytes(32), b"\1" + bytes(31)]
+    for key in keys:
+        masked.add(key)
+    assert np.array_equal(masked.total, numbers + stream(keys[0], 4) + stream(keys[1], 4))
+    masked.add(keys[0], -1)
+    assert np.array_equal(masked.total, numbers + stream(keys[1], 4))
 
 
 def test_streams_of_different_keys_differ():

@@ -24,10 +24,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 from fedvlm.deploy import balance
-from fedvlm.deploy.auditlog import NAME, AuditLog, at_site
+from fedvlm.deploy.auditlog import NAME, AuditLog
 from fedvlm.deploy.digests import digest_of
 from fedvlm.deploy.outline import outline
 from fedvlm.deploy.policy import Policy, Refused
+from fedvlm.deploy.recorded import at_site
 from fedvlm.deploy.signature import signer
 from fedvlm.errors import FedVLMError, cut, shown
 from fedvlm.settings.sections import Config

@@ -19,14 +19,16 @@ import errno
 import fcntl
 import json
 import os
-from collections.abc import Callable, Iterator, Mapping
+import threading
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import IO, Any
 
-from fedvlm.deploy.digests import digest_of, sha256
+from fedvlm.deploy.digests import sha256
 from fedvlm.errors import FedVLMError, shown
 from fedvlm.store.files import sync
 from fedvlm.version import BY, FORMAT, __version__, check_format
@@ -37,11 +39,21 @@ TAIL = 2**16  # bytes of the longest line, and of the reserve
 TEXT = 400  # characters of the longest text in a line
 FULL = (errno.ENOSPC, errno.EDQUOT)
 
-Message = tuple[dict[str, Any], bytes]
+
+@dataclass
+class _Line:
+    """A line that waits to be written, and what has become of it."""
+
+    event: str
+    facts: Mapping[str, Any]
+    written: str = ""
+    error: BaseException | None = None
 
 
 class AuditLog:
     """A log that several processes may write. Every line is on the disk before the call returns.
+
+    Lines of several threads that wait at the same time go to the disk together.
 
     Args:
         path: the file. It is made when the first line is written, readable by its owner only.
@@ -52,6 +64,8 @@ class AuditLog:
 
     def __init__(self, path: str | Path, **who: Any):
         self.path, self.who = Path(path), who
+        self._waiting: deque[_Line] = deque()
+        self._turn = threading.Lock()
 
     def note(self, event: str, **facts: Any) -> str:
         """Writes a line, and returns its SHA-256. Texts of more than 400 characters are cut.
@@ -59,46 +73,77 @@ class AuditLog:
         Raises:
             FedVLMError: the line cannot be written.
         """
+        line = _Line(event, facts)
+        self._waiting.append(line)
+        with self._turn:
+            if not line.written and not line.error:
+                self._write_waiting()
+        if line.error is None:
+            return line.written
+        error = line.error
+        if not isinstance(error, OSError | ValueError):
+            raise error
+        why = error.strerror if isinstance(error, OSError) else str(error)
+        why = "the disk is full" if getattr(error, "errno", 0) in FULL else why
+        raise FedVLMError(
+            f"the {self.kind} '{self.path.name}' cannot be written, and without it nothing is "
+            f"done: {why}"
+        ) from error
+
+    def _write_waiting(self) -> None:
+        """Writes the lines that wait now. A line has its hash or its error afterwards."""
+        lines = [self._waiting.popleft() for _ in range(len(self._waiting))]
         try:
             try:
-                return self._write(event, facts)
+                self._write(lines)
             except OSError as error:
                 if error.errno not in FULL or not self._reserve.exists():
                     raise
                 self._reserve.unlink(
                     missing_ok=True
                 )  # a full disk: the refusals that follow are noted, too
-                return self._write(event, facts)
-        except (OSError, ValueError) as error:
-            why = str(error) if isinstance(error, ValueError) else error.strerror
-            why = "the disk is full" if getattr(error, "errno", 0) in FULL else why
-            raise FedVLMError(
-                f"the {self.kind} '{self.path.name}' cannot be written, and without it nothing is "
-                f"done: {why}"
-            ) from error
+                self._write(lines)
+        except BaseException as error:
+            for line in lines:
+                line.error = line.error or error
+            if not isinstance(error, Exception):
+                raise
 
     @property
     def _reserve(self) -> Path:
         return self.path.with_name(f".{self.path.name}.reserve")
 
-    def _write(self, event: str, facts: Mapping[str, Any]) -> str:
+    def _write(self, lines: Sequence[_Line]) -> None:
         with self._opened() as file:
             number, previous, torn = _end(file)
             new = not number and not torn
+            texts: list[bytes] = []
+
+            def add(event: str, facts: Mapping[str, Any]) -> str:
+                nonlocal number, previous
+                texts.append(_text(number, previous, event, facts))
+                number, previous = number + 1, sha256(texts[-1])
+                return previous
+
             if number:
                 _check_begun(file, self.path.name)
             else:
-                first = {"version": __version__, "format": FORMAT, **self.who}
-                number, previous = _append(file, number, previous, "begun", first)
+                add("begun", {"version": __version__, "format": FORMAT, **self.who})
             if torn:
-                lost = {"bytes": len(torn), "sha256": sha256(torn)}
-                number, previous = _append(file, number, previous, "torn", lost)
-            _, written = _append(file, number, previous, event, facts)
+                add("torn", {"bytes": len(torn), "sha256": sha256(torn)})
+            marks: dict[int, str] = {}
+            for at, line in enumerate(lines):
+                try:
+                    marks[at] = add(line.event, line.facts)
+                except ValueError as error:  # this line alone is too long
+                    line.error = error
+            _append(file, texts)
+        for at, mark in marks.items():
+            lines[at].written = mark
         if new:
             sync(self.path.parent)
         if not self._reserve.exists():
             self._keep_reserve()
-        return written
 
     def _keep_reserve(self) -> None:
         """Takes the room for some lines, as far as the disk has it."""
@@ -160,26 +205,32 @@ def _check_format(first: Any, name: str) -> None:
         check_format({BY: about}, name)
 
 
-def _append(
-    file: IO[bytes], number: int, previous: str, event: str, facts: Mapping[str, Any]
-) -> tuple[int, str]:
-    """Writes a line at the file's position. Returns the next line's number and ``previous``."""
+def _text(number: int, previous: str, event: str, facts: Mapping[str, Any]) -> bytes:
+    """A line, without its end.
+
+    Raises:
+        ValueError: it is too long.
+    """
     time = datetime.now(UTC).isoformat(timespec="milliseconds")
     short = {key: _short(value) for key, value in facts.items() if value is not None}
     line = {"n": number, "time": time, "event": event, **short, "previous": previous}
     text = _bytes({**line, "own": sha256(_bytes(line))})
     if len(text) >= TAIL:
         raise ValueError(f"a line of {len(text)} bytes is too long, at most {TAIL} are allowed")
+    return text
+
+
+def _append(file: IO[bytes], texts: Iterable[bytes]) -> None:
+    """Writes lines at the file's position, to the disk: all of them or none."""
     at = file.tell()
     try:
-        file.write(text + b"\n")
+        file.write(b"".join(text + b"\n" for text in texts))
         file.truncate()
         file.flush()
         os.fsync(file.fileno())
     except OSError:
         os.ftruncate(file.fileno(), at)  # half a line helps nobody
         raise
-    return number + 1, sha256(text)
 
 
 def _bytes(line: Mapping[str, Any]) -> bytes:
@@ -301,93 +352,3 @@ def _checked(text: bytes, number: int, previous: str, path: str) -> dict[str, An
 
 def _wrong(path: str, at: int, why: str) -> FedVLMError:
     return FedVLMError(f"'{path}', line {at}: {why}. Lines 1 to {at - 1} are whole")
-
-
-# -- requests
-
-
-def audited(
-    log: AuditLog, asked: Mapping[str, Any], blob: bytes, act: Callable[[], Message], **facts: Any
-) -> Message:
-    """Carries out a request between two lines: the request, and its answer.
-
-    Args:
-        log: the log.
-        asked: the request's header.
-        blob: the request's tensors, as bytes.
-        act: carries out the request. Its exceptions pass, after a line of their kind.
-        **facts: more facts for both lines.
-
-    Raises:
-        FedVLMError: a line cannot be written. The answer must not leave then.
-    """
-    about = facts | {key: asked.get(key) for key in ("do", "run", "round", "kind")}
-    body = {key: value for key, value in asked.items() if key not in ("id", "number", "limit")}
-    log.note("request", **about, header=digest_of(body), **_size("down", blob))
-    try:
-        answer, tensors = act()
-    except Exception as error:
-        log.note("answer", **about, decision="none", message=type(error).__name__)
-        raise
-    failed = {"message": answer.get("message")} if "error" in answer else {}
-    log.note(
-        "answer",
-        **about,
-        decision=answer.get("error", "done"),
-        **failed,
-        header=digest_of(answer),
-        **_size("up", tensors),
-    )
-    return answer, tensors
-
-
-def _size(way: str, blob: bytes) -> dict[str, Any]:
-    return {f"bytes_{way}": len(blob), f"sha256_{way}": sha256(blob) if blob else None}
-
-
-def audited_calls(log: AuditLog, call: Callable[..., Message]) -> Callable[..., Message]:
-    """The server's function that asks a site, with two lines for each request.
-
-    Args:
-        log: the server's log of the run.
-        call: ``(site, header, tensors, seconds) -> (header, tensors)``.
-    """
-
-    def asked(site: str, header: dict[str, Any], blob: bytes, limit: float) -> Message:
-        return audited(log, header, blob, lambda: call(site, header, blob, limit), site=site)
-
-    return asked
-
-
-def at_site(own: Mapping[str, Any]) -> AuditLog:
-    """The log of a site, in the folder of its state.
-
-    Args:
-        own: the site's ``name`` and ``state``.
-    """
-    return AuditLog(Path(own["state"]) / NAME, site=own["name"])
-
-
-def audited_at_site(
-    own: Mapping[str, Any], asked: Mapping[str, Any], blob: bytes, act: Callable[[], Message]
-) -> Message:
-    """Carries out a server's request as :func:`audited` does. Without a line, it is refused.
-
-    Args:
-        own: the site's ``name``, ``state`` and ``policy`` (file or None).
-        asked: the request's header.
-        blob: the request's tensors, as bytes.
-        act: carries out the request; it raises nothing.
-    """
-    facts: dict[str, str | None] = {}
-    if isinstance(asked.get("config"), dict):
-        try:
-            facts["config"] = digest_of(asked["config"])
-        except (RecursionError, ValueError, TypeError):
-            facts["config"] = None  # no settings: the request is refused for it
-        policy = Path(own["policy"]) if own.get("policy") else None
-        facts["policy"] = sha256(policy.read_bytes()) if policy and policy.is_file() else None
-    try:
-        return audited(at_site(own), asked, blob, act, **facts)
-    except FedVLMError as error:
-        return {"error": "failed", "message": str(error)}, b""

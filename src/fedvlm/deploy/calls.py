@@ -27,6 +27,7 @@ SILENCE = 20.0  # seconds without an answer until a site counts as gone; its mac
 GRACE = 10.0  # seconds that a call may take beyond its limit, for the messages there and back
 SMALL = 2**21  # bytes; tensors up to this size travel with the header
 SENDS = 4  # number of large messages that are sent to sites at the same time
+HELD = 2**23  # bytes of sent messages that may wait until their memory is freed
 TURN = 30.0  # seconds until a large message that is still being sent lets the next one begin
 
 Exchange = Callable[[str, dict[str, Any], bytes, float], Message]
@@ -65,7 +66,7 @@ class Desk:
             self._number = number
         elif number != self._number:
             return {"error": "failed", "message": "this site was asked something new since"}, b""
-        release()
+        release(len(blob))
         answer = self._answer
         wait([answer], 0 if len(blob) > SMALL else PATIENCE)
         if not answer.done():
@@ -107,8 +108,7 @@ def asking(exchange: Exchange) -> Exchange:
                 break
             answer = one.result()
             if not answer[0].get("at_work"):
-                if blob or answer[1]:
-                    release()
+                release(len(blob) + len(answer[1]))
                 return answer
             one = message({"do": "wait"}, b"")
         raise Late(f"no answer within {seconds:.0f} s")
@@ -125,13 +125,29 @@ def settle() -> None:
     gc.freeze()
 
 
-def release() -> None:
-    """Frees the memory of messages that have been sent.
+class _Held:
+    """Bytes of messages since the last search for reference cycles."""
+
+    size = 0
+    lock = threading.Lock()
+
+
+def release(size: int) -> None:
+    """Frees the memory of sent messages, once these and earlier ones have :data:`HELD` bytes.
 
     NVFlare's send tasks hold references to themselves and to their message. Only Python's search
     for reference cycles frees them. It runs seldom in a process with many objects, as with torch.
+
+    Args:
+        size: bytes of the tensors of a message and of its answer.
     """
-    gc.collect()
+    with _Held.lock:
+        _Held.size += size
+        due = _Held.size >= HELD
+        if due:
+            _Held.size = 0
+    if due:
+        gc.collect()
 
 
 def background(function: Callable[[], Any]) -> Future[Any]:

@@ -16,9 +16,9 @@ from pathlib import Path
 from typing import Any
 
 from fedvlm.deploy import logs
-from fedvlm.deploy.auditlog import audited_at_site
 from fedvlm.deploy.frames import Closed, Message, receive, send
 from fedvlm.deploy.lifetime import ends_with_parent
+from fedvlm.deploy.recorded import audited_at_site
 from fedvlm.errors import DataError, FedVLMError, shown
 from fedvlm.hub import Undelivered
 from fedvlm.tree import read

@@ -134,7 +134,7 @@ def common(tasks: Sequence[Task]) -> dict[str, Any]:
     Raises:
         FedVLMError: downloads differ, or there is no task.
     """
-    downs = {digest(task.down) for task in tasks}
+    downs = {digest(down) for down in {id(task.down): task.down for task in tasks}.values()}
     if len(downs) != 1:
         raise FedVLMError(
             f"the clients of a secure sum need one download, and there are {len(downs)} different "

@@ -17,7 +17,6 @@ from typing import Any
 import psutil
 
 from fedvlm.deploy import logs, monitor
-from fedvlm.deploy.auditlog import at_site
 from fedvlm.deploy.lifetime import ends_with_parent
 from fedvlm.deploy.nvflare import ending, joining, keys
 from fedvlm.deploy.nvflare.names import REFUSED
@@ -31,6 +30,7 @@ from fedvlm.deploy.nvflare.project import (
     read_project,
 )
 from fedvlm.deploy.policy import read_policy
+from fedvlm.deploy.recorded import at_site
 from fedvlm.deploy.statefolder import private
 from fedvlm.errors import FedVLMError
 from fedvlm.store.files import only_one

@@ -13,11 +13,12 @@ from nvflare.collab import collab
 from nvflare.collab.api.exceptions import CollabCallError
 
 from fedvlm import config as configs
-from fedvlm.deploy.auditlog import NAME, AuditLog, audited_calls
+from fedvlm.deploy.auditlog import NAME, AuditLog
 from fedvlm.deploy.calls import Late, asking, settle
 from fedvlm.deploy.frames import NoMessage, parsed
 from fedvlm.deploy.nvflare.processes import MARK
 from fedvlm.deploy.nvflare.signing import Signer
+from fedvlm.deploy.recorded import audited_calls
 from fedvlm.deploy.remote import Limits, Remote
 from fedvlm.deploy.unanswered import Gone, Unanswered
 from fedvlm.errors import FedVLMError

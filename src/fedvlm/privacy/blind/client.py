@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.ciphers.aead import ChaCha20Poly1305
 from fedvlm.errors import shown
 from fedvlm.privacy.blind import messages, shamir
 from fedvlm.privacy.blind.identity import Identity, fingerprint, signed
-from fedvlm.privacy.blind.masks import SHARES, agreed, check_key, pairwise, stream
+from fedvlm.privacy.blind.masks import SHARES, Masked, agreed, check_key, pairwise
 from fedvlm.privacy.blind.messages import (
     LEAST,
     MOST,
@@ -161,13 +161,14 @@ class Client:
         numbers = encoded()
         if numbers.dtype != np.uint32:
             raise TypeError(f"encoded numbers are uint32, got {numbers.dtype}")
-        total = numbers + stream(self._seed, len(numbers))
+        masked = Masked(numbers.copy())
+        masked.add(self._seed)
         for peer in sorted(peers):
-            key, count = self._keys[peer].mask, len(numbers)
-            total += pairwise(self._mask, key, self._digest, self.name, peer, count)
+            key = self._keys[peer].mask
+            masked.add(*pairwise(self._mask, key, self._digest, self.name, peer))
         signature = self._confirmed(set(self._shares))
         self._next = ("agree", "unmask")
-        return {"signature": signature}, total.astype("<u4").tobytes()
+        return {"signature": signature}, masked.total.astype("<u4").tobytes()
 
     def agree(self, asked: Any) -> dict[str, str]:
         """Step 4, where a site has dropped out: the signature of the set of uploads.

@@ -16,7 +16,7 @@ from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey
 
 from fedvlm.privacy.blind import messages, shamir
 from fedvlm.privacy.blind.identity import signed
-from fedvlm.privacy.blind.masks import check_key, pairwise, stream
+from fedvlm.privacy.blind.masks import Masked, check_key, pairwise
 from fedvlm.privacy.blind.messages import LEAST, SEALED, SIGNATURE, Advertisement, Context, Void
 
 
@@ -145,17 +145,18 @@ class Collector:
             Void: shares are too few, or too many are wrong.
         """
         self._enough(self._answered, "have sent their shares")
-        total = self._total.copy()
+        found = Masked(self._total.copy())
         for site in self._uploaded:
             seed = self._recovered(site, self._seeds[site], _hidden, self._keys[site].seed)
-            total -= stream(seed, self.size)
+            found.add(seed, -1)
         for site in sorted(self._secrets):
             secret = self._recovered(site, self._secrets[site], _public, self._keys[site].mask)
             key = X25519PrivateKey.from_private_bytes(secret)
             for other in self._uploaded:
                 peer = self._keys[other].mask
-                total -= pairwise(key, peer, self._digest, other, site, self.size)
-        return total, tuple(self._uploaded)
+                agreed, sign = pairwise(key, peer, self._digest, other, site)
+                found.add(agreed, -sign)
+        return found.total, tuple(self._uploaded)
 
     def _signature(self, site: str, told: Any, uploaded: Iterable[str]) -> str:
         """The signature in an answer, which must be that of a site over a set of uploads."""

@@ -14,9 +14,9 @@ import os
 from dataclasses import dataclass
 
 import numpy as np
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
 
 from fedvlm.errors import FedVLMError
+from fedvlm.privacy.blind.masks import stream
 
 logger = logging.getLogger("fedvlm")
 
@@ -115,6 +115,4 @@ class Encoding:
 
 def _uniform(count: int) -> np.ndarray:
     """``count`` numbers in [0, 1), from a key of the operating system."""
-    stream = Cipher(algorithms.ChaCha20(os.urandom(32), bytes(16)), None).encryptor()
-    drawn = np.frombuffer(stream.update(bytes(4 * count)), np.uint32)
-    return drawn.astype(np.float64) * 2.0**-32
+    return stream(os.urandom(32), count).astype(np.float64) * 2.0**-32

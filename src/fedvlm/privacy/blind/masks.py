@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 from cryptography.hazmat.primitives import hashes
 from cryptography.hazmat.primitives.asymmetric.x25519 import X25519PrivateKey, X25519PublicKey
-from cryptography.hazmat.primitives.ciphers import Cipher, algorithms
+from cryptography.hazmat.primitives.ciphers import Cipher, CipherContext, algorithms
 from cryptography.hazmat.primitives.kdf.hkdf import HKDF
 
 from fedvlm.privacy.blind.messages import canonical
@@ -16,8 +16,29 @@ MASK, SHARES = "fedvlm blind mask 1", "fedvlm blind shares 1"
 
 def stream(key: bytes, count: int) -> np.ndarray:
     """``count`` random numbers, uint32, from a key of 32 bytes: the key stream of ChaCha20."""
-    cipher = Cipher(algorithms.ChaCha20(key, bytes(16)), None).encryptor()
-    return np.frombuffer(cipher.update(bytes(4 * count)), "<u4")
+    return np.frombuffer(_cipher(key).update(bytes(4 * count)), "<u4")
+
+
+class Masked:
+    """Numbers modulo 2^32, to which streams are added and subtracted.
+
+    Args:
+        total: the numbers, uint32 ``[count]``; changed in place.
+    """
+
+    def __init__(self, total: np.ndarray):
+        self.total = total
+        self._zeros, self._drawn = bytes(total.nbytes), bytearray(total.nbytes)
+
+    def add(self, key: bytes, sign: int = 1) -> None:
+        """Adds :func:`stream` of a key, or subtracts it with ``sign`` -1."""
+        _cipher(key).update_into(self._zeros, self._drawn)
+        change = np.add if sign > 0 else np.subtract
+        change(self.total, np.frombuffer(self._drawn, "<u4"), out=self.total)
+
+
+def _cipher(key: bytes) -> CipherContext:
+    return Cipher(algorithms.ChaCha20(key, bytes(16)), None).encryptor()
 
 
 def agreed(
@@ -50,9 +71,11 @@ def check_key(peer: bytes) -> None:
 
 
 def pairwise(
-    own: X25519PrivateKey, peer: bytes, context: bytes, name: str, other: str, count: int
-) -> np.ndarray:
-    """The mask that site ``name`` adds for site ``other``; theirs is its negative modulo 2^32."""
+    own: X25519PrivateKey, peer: bytes, context: bytes, name: str, other: str
+) -> tuple[bytes, int]:
+    """The key and the sign of the mask that site ``name`` adds for site ``other``.
+
+    Both agree on the key; one adds its stream, and the other subtracts it.
+    """
     low, high = sorted((name, other))
-    mask = stream(agreed(own, peer, MASK, context, (low, high)), count)
-    return mask if name == low else np.negative(mask)
+    return agreed(own, peer, MASK, context, (low, high)), 1 if name == low else -1
