@@ -154,7 +154,13 @@ def test_the_mean_over_clients_has_an_interval_from_three_clients():
     low, high = mean_interval([1.0, 2.0, 3.0])
     assert (low + high) / 2 == pytest.approx(2.0)
     assert (high - low) / 2 == pytest.approx(4.303 / math.sqrt(3), rel=0.01)
-    assert mean_interval([0.0, 0.5, 1.0], share=True) == [0.0, 1.0]
+    assert mean_interval([0.0, 0.5, 1.0], (0.0, 1.0)) == [0.0, 1.0]
+
+
+def test_an_interval_stays_where_its_score_can_be():
+    for name in ("length", "loss"):
+        assert mean_interval([0.0, 0.0, 9.0], METRICS[name].bounds)[0] == 0.0
+    assert mean_interval([0.0, 0.0, 9.0], METRICS["reward_margin"].bounds)[0] < 0
 
 
 def test_the_mean_over_rows_weighs_clients_by_their_rows():
@@ -199,7 +205,7 @@ def test_a_table_has_rows_and_intervals_of_every_score():
     assert summary["mean"] == pytest.approx((0.75 + 0.8 + 1) / 3)
     assert summary["mean_rows"] == pytest.approx(65 / 86)
     assert summary["interval_rows"] == pytest.approx(wilson(65 / 86, 86))
-    assert summary["interval"] == mean_interval([0.75, 0.8, 1.0], share=True)
+    assert summary["interval"] == mean_interval([0.75, 0.8, 1.0], (0.0, 1.0))
     before = found["models"]["personal_before"]
     assert before["intervals"]["small"] == {"exact_match": wilson(0.8, 5)}
     assert found["few_rows"] == {"small": 5, "one": 1}

@@ -205,6 +205,20 @@ def test_without_the_hub_a_plan_says_what_is_not_known_and_why(capsys, monkeypat
     assert "model.name 'some-org/some-model'" in text.replace("\n", " ")
 
 
+def test_a_dry_run_names_the_sites_as_text_and_at_most_twelve(capsys, monkeypatch, tmp_path):
+    rows = fedvlm.scenes(sites=1, rows=140).to_pandas()
+    names = ["[red]Nord[/]", *(f"ward {number}" for number in range(13))]
+    rows["site"] = [names[number % 14] for number in range(140)]
+    path = tmp_path / "rows.parquet"
+    rows.to_parquet(path)
+    words = (f"data.path={path}", "partition.kind=column", "partition.column=site")
+    code, text, errors = call(capsys, monkeypatch, "run", "--dry-run", *words)
+    assert (code, errors) == (0, "")
+    line = " ".join(text.replace("│", " ").split())
+    assert "14: [red]Nord[/], ward 0, ward 1, ward 2, " in line
+    assert " and 2 more" in line
+
+
 def test_without_the_data_messages_are_known_where_the_model_is():
     plan = forecast(load(None, HUB[0], "partition.kind=column", "partition.column=site"))
     assert (plan.clients, plan.all_sent, plan.all_steps) == (None, {}, None)

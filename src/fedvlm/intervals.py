@@ -88,7 +88,8 @@ def intervals(answers: Sequence[Mapping[str, Any]]) -> dict[str, list[float]]:
     rest = iter(bounds.T.tolist())
     for i, name in enumerate(names):
         if varied[i]:
-            found[name] = next(rest)
+            (low, high), (least, most) = next(rest), METRICS[name].bounds
+            found[name] = [max(least, low), min(most, high)]
         elif finite[i] and METRICS[name].share:
             found[name] = wilson(float(scores[:, i].mean()), len(answers))
     return found
@@ -115,19 +116,21 @@ def _times_drawn(rows: int) -> np.ndarray:
     return np.bincount(drawn.ravel(), minlength=RESAMPLES * rows).reshape(-1, rows).astype(np.int16)
 
 
-def mean_interval(values: Iterable[float], *, share: bool = False) -> list[float] | None:
+def mean_interval(
+    values: Iterable[float], bounds: tuple[float, float] = (-math.inf, math.inf)
+) -> list[float] | None:
     """The 95 % interval of a mean over clients, by Student's t; None for fewer than three clients.
 
     Args:
         values: one score a client.
-        share: the score lies in [0, 1], and so does its interval.
+        bounds: the lowest and the highest possible score; the interval stays within them.
     """
     scores = np.fromiter(values, dtype=np.float64)
     if len(scores) < 3 or not np.isfinite(scores).all():
         return None
     half = student(len(scores) - 1) * float(scores.std(ddof=1)) / math.sqrt(len(scores))
     low, high = float(scores.mean()) - half, float(scores.mean()) + half
-    return [max(0.0, low), min(1.0, high)] if share else [low, high]
+    return [max(bounds[0], low), min(bounds[1], high)]
 
 
 def paired(differences: Sequence[float], *, looks: int = 1) -> list[float]:

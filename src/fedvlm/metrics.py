@@ -24,11 +24,18 @@ class Metric:
         head: name in tables and figures.
         better: whether higher or lower values are better; None if neither is.
         share: the score is a share in [0, 1], shown in per cent.
+        signed: the score may be below 0.
     """
 
     head: str
     better: Literal["higher", "lower"] | None = "higher"
     share: bool = True
+    signed: bool = False
+
+    @property
+    def bounds(self) -> tuple[float, float]:
+        """The lowest and the highest value that the score can have."""
+        return -math.inf if self.signed else 0.0, 1.0 if self.share else math.inf
 
 
 METRICS = {
@@ -38,7 +45,7 @@ METRICS = {
     "bleu": Metric("BLEU"),
     "length": Metric("words", better=None, share=False),
     "reward_accuracy": Metric("reward accuracy"),
-    "reward_margin": Metric("reward margin", share=False),
+    "reward_margin": Metric("reward margin", share=False, signed=True),
     "loss": Metric("loss", better="lower", share=False),
 }
 """All scores, in the order of the tables. The objective of a run decides which of them it has.

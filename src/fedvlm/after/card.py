@@ -303,7 +303,7 @@ def _means(clients: Sequence[Mapping[str, float]]) -> Scored:
     return {
         m: (
             sum(s[m] for s in clients) / len(clients),
-            mean_interval((s[m] for s in clients), share=METRICS[m].share),
+            mean_interval((s[m] for s in clients), METRICS[m].bounds),
         )
         for m in clients[0]
         if m in METRICS

@@ -5,12 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from rich.table import Table
+from rich.text import Text
 
 from fedvlm.cli.tables import console_for_tables, size
+from fedvlm.errors import brief
 from fedvlm.planning.forecast import Forecast, Spread
 from fedvlm.privacy import statement
 
 UNKNOWN = "not known"
+MOST_NAMED = 12  # clients
 
 
 def print_forecast(plan: Forecast) -> None:
@@ -22,7 +25,7 @@ def print_forecast(plan: Forecast) -> None:
     out.add_column()
     rows = (*_work(plan), *_model(plan), *_messages(plan), *_privacy(plan), *_memory(plan))
     for head, text in rows:
-        out.add_row(head, text)
+        out.add_row(head, Text(text))  # names are text, no markup
     console = console_for_tables()
     console.print(out)
     for reason in plan.unknown:
@@ -38,13 +41,22 @@ def print_forecast(plan: Forecast) -> None:
 
 def _work(plan: Forecast) -> Iterator[tuple[str, str]]:
     rounds = f"{plan.config.train.rounds:,}"
-    yield "clients", _number(plan.clients)
+    yield "clients", _number(plan.clients) + _named(plan.names)
     yield "clients per round", _number(plan.cohort)
     yield "rounds", rounds + _last_round(plan)
     for split in ("train", "val", "test"):
         yield f"{split} rows per client", _spread(plan.rows.get(split))
     yield "optimizer steps", _each(plan.steps, _number(plan.all_steps))
     yield "examples seen", _number(plan.examples)
+
+
+def _named(names: tuple[str, ...]) -> str:
+    """The names of the clients, which shows whether a column has made the sites that one wants."""
+    if not names:
+        return ""
+    left = len(names) - MOST_NAMED
+    more = f" and {left:,} more" if left > 0 else ""
+    return ": " + ", ".join(brief(name, 40) for name in names[:MOST_NAMED]) + more
 
 
 def _last_round(plan: Forecast) -> str:

@@ -57,6 +57,7 @@ class Forecast:
     Attributes:
         config: the settings of the run.
         clients: number of clients.
+        names: their names, where the data are at hand.
         cohort: number of clients in a round.
         tuning: whether a final round follows, with all clients and without uploads.
         rows: split -> rows a client.
@@ -72,6 +73,7 @@ class Forecast:
 
     config: Config
     clients: int | None
+    names: tuple[str, ...]
     cohort: int | None
     tuning: bool
     rows: dict[str, Spread]
@@ -119,6 +121,7 @@ def forecast(config: Config) -> Forecast:
     return Forecast(
         config=config,
         clients=len(names) if names else None,
+        names=tuple(partition.clients) if partition else (),
         cohort=len(rounds[0].cohort) if names else config.train.clients_per_round,
         tuning=algorithm.final,
         rows=_rows(partition),

@@ -376,7 +376,7 @@ def _summary(
     return {
         name: {
             **summarize({c: s[name] for c, s in clients.items()}, metric.better),
-            "interval": mean_interval((s[name] for s in clients.values()), share=metric.share),
+            "interval": mean_interval((s[name] for s in clients.values()), metric.bounds),
             "mean_rows": pooled[name],
             "interval_rows": bounds.get(name),
         }
