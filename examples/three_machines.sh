@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# docs/deploy.md, step by step, on four machines: a server and three sites. The machines are network
+# docs/deploy.md and docs/deploy-site.md, step by step, on four machines: a server and three sites. The machines are network
 # namespaces with an address of their own each, joined by a bridge; all they share is the files that
 # are handed over when a site joins. Needs root, Linux and iproute2; leaves nothing but the folder that it works in.
 #

@@ -35,8 +35,10 @@ def settings() -> Iterator[str]:
         cells = (f"`{name}`", _text(kind), f"`{default}`" if default else "", _text(about))
         sections.setdefault(top if dot else "The run", []).append(f"| {' | '.join(cells)} |")
     for section, rows in sections.items():
-        yield f"\n## {section}\n\n| setting | type | default | meaning |\n| --- | --- | --- | --- |"
+        yield f"\n## {section}\n\n<div class='settings' markdown>\n"
+        yield "| setting | type | default | meaning |\n| --- | --- | --- | --- |"
         yield from rows
+        yield "\n</div>"
 
 
 def api() -> Iterator[str]:

@@ -114,8 +114,9 @@ def test_after_erasing_a_run_and_then_the_site_no_row_is_left(trained, capsys, m
     state, (texts, pictures) = trained["state"], trained["pieces"]
     word = ("site", "erase", "--state", str(state))
     monkeypatch.setattr("sys.stdin", open(os.devnull))  # noqa: SIM115
-    code, out, _ = call(capsys, monkeypatch, *word)
-    assert code != 0
+    code, out, errors = call(capsys, monkeypatch, *word)
+    assert code == 2
+    assert errors == "error: the question was not answered with yes; nothing was changed\n"
     assert str(state / "runs") in out, "it asks first, and names what it would remove"
     assert holding(texts, state)
     code, out, _ = call(capsys, monkeypatch, *word, "--run", "r", "--yes")

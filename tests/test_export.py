@@ -231,7 +231,13 @@ def test_the_card_tells_the_runs_own_numbers(exports, finished_run):
         ("**personal**", sum(others) / 2),
     ):
         assert re.search(rf"^\| {re.escape(name)} \|.* {loss:.3f}( \(.*\))? \|$", text, re.M), name
-    for said in ("`plora`", "| rounds | 2 |", "rank 2, alpha 8", "all-linear", "Kept by the"):
+    for said in (
+        "`plora`",
+        "| rounds | 2 |",
+        "rank 2, alpha 8",
+        "all-linear",
+        "stayed with the client: A. ",
+    ):
         assert said in text
     split = open_run(finished_run).partition.splits["site-1"]
     assert f"{len(split.train)} train" in text
@@ -251,14 +257,17 @@ def test_the_card_of_the_global_model_has_the_mean_of_all(own_run):
     summary = fedvlm.Results.read(own_run).summary("global", "loss")
     for mean in (summary["mean"], summary["mean_rows"]):
         assert re.search(rf"^\| the global model \|.* {mean:.3f} \(.*\) \|$", text, re.M)
-    assert "**few rows: 3 of 3 clients have fewer than 20 scored rows; these" in text
+    assert "**Few rows: 3 of 3 clients have fewer than 20 scored rows. These" in text
     assert "site-1" not in text
 
 
 def test_the_card_of_an_algorithm_without_uploads_says_so(finished_run):
     run = open_run(finished_run)
     run.results.table["bytes"]["bytes_up"]["per_client_round"] = 0
-    assert "nothing" in card.what_left(run, "site-1")[0]
+    assert card.what_left(run, "site-1")[0] == "Nothing. Every client trained alone."
+    pooled = run.config.algorithm.model_copy(update={"name": "centralized"})
+    run.config = run.config.model_copy(update={"algorithm": pooled})
+    assert card.what_left(run, "site-1")[0].startswith("All rows.")
 
 
 @pytest.mark.parametrize("name", ["HuggingFaceTB/SmolVLM-256M-Instruct", "some-model"])

@@ -50,7 +50,7 @@ def test_a_function_scores_every_table(small, tmp_path, capsys, monkeypatch):
     assert {"letters", "letters_low", "asked"} <= set(results.to_pandas())
     assert "letters,asked" in (results.folder / "table.csv").read_text().splitlines()[0]
     print_run(results)
-    assert "1 rounds: letters on test rows" in " ".join(capsys.readouterr().out.split())
+    assert "1 round: letters on test rows" in " ".join(capsys.readouterr().out.split())
 
     # Another program knows the scores by the settings and the tables of the run alone.
     for name in functions:

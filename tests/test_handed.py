@@ -125,7 +125,7 @@ def test_a_comparison_takes_rows_too(scenes, tmp_path):
 def test_results_are_one_line_a_table_and_a_picture(scenes, tmp_path):
     results, _ = result(SETTINGS, tmp_path, data=scenes)
     assert len(repr(results)) < 300
-    assert "lora, 1 rounds, 2 clients; exact match: untuned" in repr(results)
+    assert "lora, 1 round, 2 clients; exact match: untuned" in repr(results)
     table = results.to_pandas()
     assert len(table) == 2 * len(results.table["models"])
     personal = table[table["model"] == "personal"].set_index("client")

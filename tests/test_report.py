@@ -273,7 +273,7 @@ def test_a_private_run_states_its_guarantee_and_how_to_compute_it_again(private)
     for part in (about["accountant"], about["adjacency"], "no: they have no noise"):
         assert part in page.text
     assert "Every further run on the same rows adds to epsilon" in page.text
-    assert "and the number of training rows" not in page.text
+    assert "number of training rows" not in page.text
 
 
 def test_the_code_in_a_report_computes_the_epsilon_of_the_run(private, monkeypatch, capsys):

@@ -240,6 +240,8 @@ def test_a_path_belongs_to_a_run_through_links_and_in_other_case(unfinished, tmp
     assert belongs(unfinished / "export" / "a") is None
     assert belongs(unfinished / "scores.json") is None
     assert belongs(tmp_path / "a.json") is None
+    (tmp_path / "config.yaml").touch()  # a person's own settings, beside the folders of runs
+    assert belongs(tmp_path / "adapters") is None
 
 
 # The end of a run

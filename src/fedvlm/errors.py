@@ -77,6 +77,11 @@ def brief(value: object, most: int = 200) -> str:
     return text if len(text) <= most else text[: most - 1] + "…"
 
 
+def counted(count: int, noun: str) -> str:
+    """A number with its noun, such as ``1 client`` and ``1,200 clients``."""
+    return f"{count:,} {noun}{'s' * (count != 1)}"
+
+
 def one_record(record: logging.LogRecord) -> bool:
     """A filter for a logger: cuts and escapes each message like the message of an error."""
     record.msg, record.args = cut(record.getMessage()), ()

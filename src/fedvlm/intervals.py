@@ -210,7 +210,7 @@ def over_rows(metric: str, clients: Iterable[Mapping[str, float]]) -> float | No
 
 
 def few_rows(rows: Mapping[str, float], *, named: bool = True) -> str:
-    """A sentence on the clients with fewer than 20 scored rows; empty without such clients.
+    """A warning of the clients with fewer than 20 scored rows; empty without such clients.
 
     Args:
         rows: client -> its number of scored rows, for the clients that report it.
@@ -219,13 +219,14 @@ def few_rows(rows: Mapping[str, float], *, named: bool = True) -> str:
     few = sorted(((n, client) for client, n in rows.items() if n < FEW_ROWS))
     if not few:
         return ""
+    end = ". These scores say little: see their intervals"
+    if len(rows) == 1:
+        return f"few rows: {few[0][0]:g}, fewer than {FEW_ROWS}{end}"
     names = ", ".join(f"{brief(client, 40)} {n:g}" for n, client in few[:MOST_NAMED])
     more = f" and {len(few) - MOST_NAMED:,} more" if len(few) > MOST_NAMED else ""
     return (
         f"few rows: {len(few):,} of {len(rows):,} clients {'has' if len(few) == 1 else 'have'} "
-        f"fewer than {FEW_ROWS} scored rows"
-        + (f" ({names}{more})" if named else "")
-        + "; these scores say little, see their intervals"
+        f"fewer than {FEW_ROWS} scored rows" + (f" ({names}{more})" if named else "") + end
     )
 
 

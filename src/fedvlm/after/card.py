@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedvlm.after.loading import parted
 from fedvlm.errors import visible
+from fedvlm.figures.series import capital
 from fedvlm.intervals import few_rows, mean_interval, scored
 from fedvlm.metrics import METRICS
 from fedvlm.privacy import statement
@@ -28,11 +29,11 @@ Scored = dict[str, tuple[float | None, list[float] | None]]
 Stages = Mapping[str, Scored]
 
 NO_ROWS = (
-    "This card holds counts and scores, no row of data. LoRA factors can still reveal something "
-    "about the rows that they were trained on."
+    "This card holds counts and scores, and no row of data. LoRA factors can still reveal "
+    "something about the rows that they were trained on."
 )
 LICENCE = (
-    "## Licence\n\nNone is set here. It is for whoever publishes this to choose, within the "
+    "## Licence\n\nThis card sets no licence. Choose one before you publish the model, within the "
     "licences of the base model and of the data.\n"
 )
 STAGES = {
@@ -87,7 +88,7 @@ def text(
     for name, stages in scores.items():
         parts.append(f"{name}:\n\n{_scores(stages)}\n")
     parts.append("In brackets: 95 % intervals, of means over clients by Student's t.\n")
-    parts.extend(f"**{warning}.**\n" for warning in warnings)
+    parts.extend(f"**{capital(warning)}.**\n" for warning in warnings)
     parts.append("## What left the site\n\n" + "\n".join(f"- {line}" for line in privacy) + "\n")
     if guarantee:
         lines = "\n".join(f"- {line}" for line in guarantee)
@@ -149,7 +150,8 @@ def of_site(
     }
     privacy = [
         "Nothing. The site downloaded the shared factors, and trained and scored on its own.",
-        "This folder holds what was trained on the site's rows: publishing it publishes that.",
+        "This folder holds factors that were trained on the site's rows. Whoever publishes the "
+        "folder publishes them.",
     ]
     rows = int(told["scores"]["personal"]["examples"])
     own = {m: _paired(s, told.get("intervals", {}).get(m, {})) for m, s in told["scores"].items()}
@@ -213,30 +215,38 @@ def _rows(counts: Mapping[str, int]) -> str:
 
 
 def what_left(run: Opened, client: str | None) -> list[str]:
-    """What the clients of a run have sent, and what they have kept, one sentence each."""
+    """The factors that the clients of a run have sent, and those that they have kept."""
     from fedvlm.algorithms.table import find
 
     entry = find(run.config.algorithm.name)
     up = run.results.table["bytes"]["bytes_up"]["per_client_round"]
     share = getattr(run.config.algorithm, "share", None)
-    what = f"{entry.sends}: {share}" if share else ""
+    what = f"{entry.sends}: {share}" if share else entry.sends
     private = run.config.privacy.unit is not None  # then all clients have the same weight
-    weighed = "" if private else ", and the number of training rows, which weighs the mean"
-    lines = [
-        f"Sent to the server, each round: LoRA factors ({what or entry.sends}), {up:,.0f} bytes a "
-        f"client on average{weighed}."
-        if up
-        else "Sent to the server: nothing, every client trained alone.",
-        f"Kept by the clients: {entry.keeps}; and all images, questions and answers.",
-        "The clients were sites, which kept their rows and scored their own models."
+    if entry.pools:
+        lines = ["All rows. The model was trained on the rows of all clients in one place."]
+    elif up:
+        weight = (
+            "" if private else " It also sent its number of training rows, its weight in the mean."
+        )
+        lines = [
+            f"A client sent these LoRA factors to the server in a round: {what}. This was "
+            f"{up:,.0f} bytes on average.{weight}",
+            f"These LoRA factors stayed with the client: {entry.keeps}. Its images, questions and "
+            "answers stayed too.",
+        ]
+    else:
+        lines = ["Nothing. Every client trained alone."]
+    lines.append(
+        "The clients were sites. Each site kept its rows and scored its own models."
         if run.deployed
-        else "The run was a simulation in one process, which read the rows of all clients and "
-        "scored every client's models.",
-    ]
-    if client is not None:
+        else "The run was a simulation: one process read the rows of all clients and scored their "
+        "models."
+    )
+    if client is not None and not entry.pools:
         lines.append(
-            "This folder holds the whole adapter, the factors that stayed with the client "
-            "included: publishing it publishes them."
+            "This folder holds the whole adapter, with the factors that stayed with the client. "
+            "Whoever publishes the folder publishes them."
         )
     return lines
 

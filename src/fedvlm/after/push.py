@@ -17,7 +17,7 @@ from urllib.parse import quote
 from fedvlm import hub
 from fedvlm.after import card, export, loading
 from fedvlm.after.opened import WEIGHTS, Opened, open_run
-from fedvlm.errors import FedVLMError, brief, visible
+from fedvlm.errors import FedVLMError, brief, counted, visible
 from fedvlm.models.folder import ADAPTER
 from fedvlm.rounds.results import of_all
 from fedvlm.store import files
@@ -224,7 +224,7 @@ def _send(
     if revision is not None:
         api.create_branch(repo, branch=revision, exist_ok=True)
     added = [CommitOperationAdd(path, str(file)) for path, file in written.items()]
-    title = f"LoRA adapters by fedvlm: {_models(len(written) // 3)}"
+    title = f"LoRA adapters by fedvlm: {counted(len(written) // 3, 'model')}"
     done: Any = api.create_commit(repo, added, commit_message=title, revision=revision)
     return str(done.commit_url)
 
@@ -265,14 +265,14 @@ def _card(run: Opened, folders: Mapping[str | None, str], base: str, at: loading
     left = [*card.what_left(run, None), card.NO_ROWS]
     if any(client is not None for client in folders):
         left.append(
-            "The folder of a client holds its whole adapter, the factors that stayed with the "
-            "client included: who reads this repository reads them."
+            "The folder of a client holds its whole adapter, with the factors that stayed with "
+            "the client. Every reader of this repository can read them."
         )
     guarantee = card.guarantee(run.results.table)
     code = loading.filled(loading.of_adapter(base, bundled, at), run.config)
     parts = [
         card.front_matter(None if bundled else base, merged=False),
-        f"# LoRA adapters by fedvlm: {_models(len(folders))}\n",
+        f"# LoRA adapters by fedvlm: {counted(len(folders), 'model')}\n",
         "\n".join(["| | |", "| --- | --- |", *(f"| {k} | {v} |" for k, v in facts.items())]),
         "\n## Models\n\nEach folder is an adapter in PEFT's format, with a card and its scores.\n",
         "\n".join(["| model | folder |", "| --- | --- |", *rows]),
@@ -283,10 +283,6 @@ def _card(run: Opened, folders: Mapping[str | None, str], base: str, at: loading
         card.LICENCE,
     ]  # fmt: skip
     return "\n".join(parts)
-
-
-def _models(count: int) -> str:
-    return f"{count} model" + "s" * (count != 1)
 
 
 def _cell(name: str) -> str:

@@ -11,8 +11,8 @@ from rich.markup import escape
 from rich.table import Table
 
 from fedvlm.cli.tables import console_for_tables
-from fedvlm.errors import brief
-from fedvlm.intervals import FEW_ROWS, scored_parts
+from fedvlm.errors import brief, counted
+from fedvlm.intervals import few_rows, scored_parts
 from fedvlm.metrics import METRICS
 
 if TYPE_CHECKING:
@@ -32,7 +32,8 @@ SITE_MODELS = {
 def print_answers(answers: Answers, out: str | Path | None) -> None:
     """Prints a single answer as text, else a table: a row per question, a column per model."""
     if out is not None:
-        print(f"{len(answers.rows)} rows, {len(answers.models)} models, written to {out}")
+        rows, models = counted(len(answers.rows), "row"), counted(len(answers.models), "model")
+        print(f"{rows}, {models}, written to {out}")
         return
     if len(answers.rows) == 1 and len(answers.models) == 1:
         print(answers.rows[0][answers.models[0]])
@@ -77,7 +78,7 @@ def print_side_by_side(found: SideBySide, picture: Path, run: str) -> None:
 def print_evaluation(found: Evaluation, out: str | Path | None) -> None:
     """Prints one row per model and one column per metric."""
     console = console_for_tables()
-    title = f"{found.rows} rows of {brief(found.data, 200)}"
+    title = f"{counted(found.rows, 'row')} of {brief(found.data, 200)}"
     console.print(_scores(title, found.scores, found.intervals))
     _warn(console, found.rows)
     if out is not None:
@@ -124,9 +125,5 @@ def _scores(
 
 
 def _warn(console: Console, rows: float) -> None:
-    if rows < FEW_ROWS:
-        console.print(
-            f"[yellow]few rows: {rows:g}, fewer than {FEW_ROWS}. These scores say little: see "
-            "their intervals[/]",
-            highlight=False,
-        )
+    if few := few_rows({"": rows}):
+        console.print(f"[yellow]{few}[/]", highlight=False)

@@ -348,6 +348,8 @@ def _exit_code() -> int:
         return _stop(FedVLMError(f"{type(error).__name__}: {error}".removesuffix(": ")))
     except KeyboardInterrupt:
         return 130
+    except typer.Abort:  # a no, Ctrl-C or the end of the input, at a question
+        return _stop("the question was not answered with yes; nothing was changed")
     except Exception as error:
         if isinstance(getattr(error, "message", None), str) and hasattr(error, "show"):
             error.message = cut(error.message)  # type: ignore[attr-defined]

@@ -8,7 +8,7 @@ from typing import Annotated, Any
 import typer
 
 from fedvlm.cli.status import HOME, Folder
-from fedvlm.errors import FedVLMError
+from fedvlm.errors import FedVLMError, counted
 
 State = Annotated[str, typer.Option(metavar="DIR", help="the folder of 'site start'")]
 Target = Annotated[str, typer.Argument(metavar="FILE.tar", help="the backup; it must not exist")]
@@ -96,4 +96,4 @@ def deploy_restore(
 
 
 def _told(file: str, about: dict[str, Any]) -> None:
-    typer.echo(f"{file}: {len(about['files'])} files, as they were at {about['time']}")
+    typer.echo(f"{file}: {counted(len(about['files']), 'file')}, as they were at {about['time']}")

@@ -21,7 +21,7 @@ from fedvlm.cli.options import (
 )
 from fedvlm.cli.report import reported
 from fedvlm.cli.status import HOME, Folder, status
-from fedvlm.errors import ConfigError, FedVLMError
+from fedvlm.errors import ConfigError, FedVLMError, counted
 
 STAYED = "personal adapters and all answers stay at the sites, in STATE/runs/"
 
@@ -199,7 +199,10 @@ def run(
     federation = runs.Federation(folder)
     if not 1 <= min_sites <= len(federation.project.sites):
         raise ConfigError(
-            [f"--min-sites {min_sites}: the federation has {len(federation.project.sites)} sites"]
+            [
+                f"--min-sites {min_sites}: the federation has "
+                f"{counted(len(federation.project.sites), 'site')}"
+            ]
         )
     try:
         results = federation.run(

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from fedvlm.cli.tables import console_for_tables, size
-from fedvlm.errors import brief
+from fedvlm.errors import brief, counted
 from fedvlm.planning.forecast import Forecast, Spread
 from fedvlm.privacy import statement
 
@@ -103,15 +103,11 @@ def _memory(plan: Forecast) -> Iterator[tuple[str, str]]:
         f"clients of one pass: {size(found.each)} per client for adapter and optimizer, plus its "
         "batch, which is measured when the run begins",
     )
-    yield "engine", f"{found.engine}, at most {_clients(found.most)} per pass"
+    yield "engine", f"{found.engine}, at most {counted(found.most, 'client')} per pass"
 
 
 def _each(found: Spread | None, total: str) -> str:
     return f"{_spread(found)} per client and round; {total} in total" if found else UNKNOWN
-
-
-def _clients(count: int) -> str:
-    return f"{count:,} client{'s' * (count > 1)}"
 
 
 def _number(value: int | None) -> str:

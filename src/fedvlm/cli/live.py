@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
 from fedvlm.cli.bars import NOTE, bars, named, noted
-from fedvlm.errors import brief
+from fedvlm.errors import brief, counted
 from fedvlm.metrics import METRICS, summarize
 from fedvlm.rounds.progress import Progress, Quiet, source
 from fedvlm.settings.sections import Config
@@ -46,11 +46,11 @@ class Plain(Progress):
 
     def encoded(self, done: int, rows: int) -> None:
         if done == 1:
-            self._say(f"encoding {rows:,} rows; later runs reuse them")
+            self._say(f"encoding {counted(rows, 'row')}; later runs reuse them")
 
     def checked(self, done: int, rows: int) -> None:
         if done == 1:
-            self._say(f"checking {rows:,} rows")
+            self._say(f"checking {counted(rows, 'row')}")
 
     def round(self, line: dict[str, Any], seconds: float) -> None:
         self._say(describe(line, self.config) + (f"  {seconds:.1f} s" if seconds else ""))
@@ -137,7 +137,9 @@ def describe(line: dict[str, Any], config: Config) -> str:
     head = f"round {number:>3}/{rounds}" if number <= rounds else f"{last:<13}"
     parts = []
     if (number <= rounds or config.train.tuning) and (losses := line.get("train_loss")):
-        parts.append(f"{len(losses)} clients, loss {sum(losses.values()) / len(losses):.3f}")
+        parts.append(
+            f"{counted(len(losses), 'client')}, loss {sum(losses.values()) / len(losses):.3f}"
+        )
     if scores := means(line, config):
         parts += [f"{model} {mean:.1%}" for model, mean in scores.items()]
         parts[-1] += f" {METRICS[metric].head}" + ("" if number else ", before any training")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from fedvlm.cli.options import SetOption
+from fedvlm.errors import counted
 
 if TYPE_CHECKING:
     from fedvlm.after.push import Push
@@ -61,4 +62,4 @@ def print_push(push: Push) -> None:
     typer.echo(f"to {push.repo} ({state}, {seen}), branch {push.branch}, as {push.account}:")
     for path, size in push.files.items():
         typer.echo(f"  {path}  {size:,} bytes")
-    typer.echo(f"{len(push.files)} files, {sum(push.files.values()):,} bytes in all")
+    typer.echo(f"{counted(len(push.files), 'file')}, {sum(push.files.values()):,} bytes in all")

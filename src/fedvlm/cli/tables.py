@@ -11,7 +11,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from fedvlm.errors import brief
+from fedvlm.errors import brief, counted
 from fedvlm.intervals import few_rows, scored, scored_parts
 from fedvlm.metrics import METRICS, _percent, number, size
 from fedvlm.privacy import statement
@@ -85,9 +85,9 @@ def _clients(results: Results) -> Table:
     """The main metric: a row per client, the summary below."""
     table, models, first = results.table, results.table["models"], results.metric
     personal = models["personal"]["clients"]
-    title = f"{table['algorithm']}, {table['objective']}, {table['rounds']} rounds"
+    title = f"{table['algorithm']}, {table['objective']}, {counted(table['rounds'], 'round')}"
     if len(personal) < table["clients"]:
-        title += f", {len(personal):,} of {table['clients']:,} clients"
+        title += f", {len(personal):,} of {counted(table['clients'], 'client')}"
     out = _table(f"{escape(title)}: {METRICS[first].head} on {table['split']} rows", "client")
     for client in personal if len(personal) <= 20 else ():
         # A deployed site may have been away, or may not report its number of rows.
@@ -186,9 +186,7 @@ def print_comparison(comparison: Comparison) -> None:
     """
     rows = comparison.rows
     seeds, metric = rows[0]["seeds"], rows[0]["metric"]
-    title = (
-        f"{METRICS[metric].head} on every client's own test rows, {seeds} seed{'s' * (seeds > 1)}"
-    )
+    title = f"{METRICS[metric].head} on every client's own test rows, {counted(seeds, 'seed')}"
     out = _narrow(title)
     out.add_column("algorithm", style="bold", overflow="fold", min_width=9)
     heads = ["personal\nmodel", "worst\n10 %", "global\nmodel"]

@@ -11,6 +11,7 @@ import numpy as np
 
 from fedvlm.deploy.protection import Protection
 from fedvlm.deploy.spending import Charge, Claim, Spending, spent
+from fedvlm.errors import counted
 
 MIXED = "the runs protect different units, so no epsilon holds for all of them"
 
@@ -75,7 +76,8 @@ def listed(state: str | Path, policy: Protection) -> Iterator[str]:
     if not found:
         yield "no run under differential privacy has begun at this site"
     for one in found:
-        yield f"rows of run {one.runs[0]}: unit '{', '.join(one.units)}', {one.trained} rounds"
+        trained = counted(one.trained, "round")
+        yield f"rows of run {one.runs[0]}: unit '{', '.join(one.units)}', {trained}"
         if also := one.runs[1:]:
             yield f"  some of these rows, or of their units, are also of run {', '.join(also)}"
         yield f"  {_sum(one, policy)}"

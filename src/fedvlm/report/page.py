@@ -7,7 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from fedvlm.algorithms.table import find
-from fedvlm.errors import brief
+from fedvlm.errors import brief, counted
 from fedvlm.figures.series import capital
 from fedvlm.metrics import METRICS
 from fedvlm.report import examples, privacy, scores, settings, sites, verdicts
@@ -60,9 +60,8 @@ def _of_run(run: Run, room: int) -> Page:
     count = len(run.clients)
     how = "on their own machines" if run.deployed else "simulated in one process"
     pooled = find(run.config.algorithm.name).pools
-    lead = (
-        f"{count:,} {'site' if count == 1 else 'sites'}, {how}, adapted a vision-language model "
-        + ("on pooled rows." if pooled else "without pooling their rows.")
+    lead = f"{counted(count, 'site')}, {how}, adapted a vision-language model " + (
+        "on pooled rows." if pooled else "without pooling their rows."
     )
     facts = {
         "Algorithm": _algorithm(run.config.algorithm.name),

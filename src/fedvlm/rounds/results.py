@@ -16,7 +16,7 @@ import numpy as np
 
 from fedvlm.algorithms.base import State
 from fedvlm.engines.base import Answer, Engine, Models
-from fedvlm.errors import FedVLMError
+from fedvlm.errors import FedVLMError, counted
 from fedvlm.intervals import FEW_ROWS, ends, from_means, intervals, mean_interval, over_rows
 from fedvlm.metrics import METRICS, admit, average, summarize
 from fedvlm.rounds import grouped, shown
@@ -141,7 +141,7 @@ class Results:
 
         if not self.metrics:
             raise FedVLMError(f"'{self.folder}': {UNSCORED}")
-        title = f"{self.table['algorithm']}, {self.table['clients']:,} clients"
+        title = f"{self.table['algorithm']}, {counted(self.table['clients'], 'client')}"
         return plots.figure_run(Store(self.folder).lines(), title, metric=self.metric)
 
     def __repr__(self) -> str:
@@ -239,7 +239,7 @@ def scored(config: Config, clients: Sequence[str]) -> tuple[str, ...]:
 
 def of_all(some: Collection[str], clients: Collection[str]) -> str:
     """The number of clients, and of scored clients where they are fewer, as text."""
-    count = f"{len(clients):,} clients"
+    count = counted(len(clients), "client")
     return count if len(some) == len(clients) else f"{count}, {len(some):,} of them scored"
 
 

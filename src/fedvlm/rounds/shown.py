@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from fedvlm.errors import counted
 from fedvlm.intervals import ends
 from fedvlm.metrics import METRICS, number
 
@@ -26,8 +27,8 @@ def line(folder: Path, table: Mapping[str, Any]) -> str:
         if metric in models[model]["summary"]
     ]
     told = f"{METRICS[metric].head}: {', '.join(scores)}" if scores else "no scores"
-    about = f"{table['algorithm']}, {table['rounds']} rounds, {table['clients']} clients"
-    return f"<Results of '{folder}': {about}; {told}>"
+    size = f"{counted(table['rounds'], 'round')}, {counted(table['clients'], 'client')}"
+    return f"<Results of '{folder}': {table['algorithm']}, {size}; {told}>"
 
 
 def rows_of(table: Mapping[str, Any]) -> list[dict[str, Any]]:

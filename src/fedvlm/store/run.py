@@ -329,11 +329,12 @@ def check_whole(folder: str | Path) -> None:
 def belongs(path: str | Path) -> Path | None:
     """The folder of the run that a path belongs to; None for any other path.
 
-    A new folder in ``export`` belongs to nobody. Links are followed, and case is ignored.
+    A new folder in ``export`` belongs to nobody. Links are followed, and case is ignored. A folder
+    with no file of a run but ``config.yaml`` may be a person's own, with the settings of runs.
     """
     where = Path(os.path.realpath(Path(os.path.expanduser(path))))
     for folder in where.parents:
-        if is_run(folder) or (folder / CHECKPOINT).exists():
+        if any((folder / name).exists() for name in (CHECKPOINT, DONE, METRICS)):
             first, *rest = where.relative_to(folder).parts
             # What a person exports goes to a folder in `export`, not deeper.
             if first.casefold() in (*FILES, *FOLDERS) and (first != "export" or len(rest) != 1):
