@@ -87,7 +87,7 @@ def test_the_tutorial_reads_its_own_rows(tmp_path, warm):
     execute(run[0], tmp_path, warm)
     execute(Block("bash", run[1].text.replace("\n", " | tee plan.txt\n"), 1), tmp_path, warm)
     plan = (tmp_path / "plan.txt").read_text(encoding="utf-8")
-    assert re.search(r"clients\s*│\s*3 ", plan)
+    assert re.search(r"clients\s*│\s*3: ", plan)
     assert "not known" not in plan
 
 

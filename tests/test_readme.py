@@ -120,7 +120,7 @@ def named_commands(markdown: str) -> set[tuple[str, str]]:
     calls = [c for block in parse(markdown) if block.language in SHELL for c in commands(block)]
     calls += re.findall(r"`(fedvlm [^`]+)`", markdown)
     calls += re.findall(r"^ {4}(fedvlm .+)", markdown, re.MULTILINE)
-    words = re.compile(r"(?:\S+/)?fedvlm ([a-z-]+)(?: ([a-z-]+)(?=\s|$))?")
+    words = re.compile(r"(?:\S+/)?fedvlm ([a-z][a-z-]*)(?: ([a-z-]+)(?=\s|$))?")
     return {(found[1], found[2] or "") for call in calls if (found := words.match(call))}
 
 
