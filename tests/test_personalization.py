@@ -323,3 +323,11 @@ def test_real_runs_are_measured_drawn_and_joined(tmp_path):
     for path in personalization.figures.draw(rows, tmp_path, "two cells"):
         assert path.stat().st_size > 10_000
     assert runs.do(jobs, 1) == []
+
+
+def test_todays_settings_are_those_of_the_published_runs(tmp_path):
+    record.unpack(personalization.RESULTS / record.NAME, tmp_path)
+    form = dataclasses.replace(plans.main(), seeds=(0,))
+    rates = record.read_rates(tmp_path)
+    found = [runs.read(job) for job in plans.runs(form, rates, tmp_path) if job.record.exists()]
+    assert len(found) >= 6, "the last one would be refused, had a new setting changed its digest"

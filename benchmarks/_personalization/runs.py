@@ -112,6 +112,10 @@ def read(job: Job) -> dict[str, Any] | None:
     return found
 
 
+NEWER = (("data", "split_seed"), ("data", "max_images"), ("eval", "own"), ("train", "patience"))
+"""Settings that are newer than the first results, and have changed none by their default."""
+
+
 def digest(config: Config) -> str:
     """A hash of all settings that can change a result.
 
@@ -120,8 +124,12 @@ def digest(config: Config) -> str:
     tree = config.model_dump(exclude={"output", "engine", "report_to"})
     if config.aggregate.kind == "mean":
         del tree["aggregate"]
-    if config.data.split_seed is None:
-        del tree["data"]["split_seed"]
+    for section, name in NEWER:
+        own = getattr(config, section)
+        if getattr(own, name) == type(own).model_fields[name].get_default(
+            call_default_factory=True
+        ):
+            del tree[section][name]
     if config.privacy.unit is None and not config.privacy.canaries:
         del tree["privacy"]
     if not config.wire.secure:

@@ -4,7 +4,6 @@ The candidates are the server's B (then a round is one of lora, for clients that
 client's own B (fedsa, arXiv 2410.01463, for clients that differ), and the mean of both. Every third
 round each client sends its doubt of each candidate: the mean probability that the right tokens of
 its validation rows do not get. All begin the next rounds with the candidate of the least mean.
-
 The loss has no bound, and prefers a model that is unsure everywhere. One client has too few
 validation rows to choose alone. A vote costs three forward passes over them, and four numbers.
 """
@@ -29,13 +28,13 @@ def auto(*, server_lr: float = 1.0) -> Algorithm:
     Args:
         server_lr: step of the server towards the clients' mean; 1 reaches it.
     """
+    import torch
+
     both = sharing({"": "AB"}, server_lr=server_lr)
-    assert isinstance(both.server, Averaged)
-    average = both.server.update
+    server = both.server
+    assert isinstance(server, Averaged)
 
     def init(initial: Tree) -> Tree:
-        import torch
-
         return {**initial, CHOICE: torch.tensor(OWN.index(1.0))}
 
     def model(initial: Tree, down: Tree, mine: Tree) -> Tree:
@@ -53,18 +52,15 @@ def auto(*, server_lr: float = 1.0) -> Algorithm:
         return Sent({**end, **vote}, {n: t for n, t in end.items() if factor(n) == "B"})
 
     def update(state: Tree, mean: Tree, round: int) -> Tree:
-        changes = average(plain(state), plain(mean), round)
+        changes = server.update(plain(state), plain(mean), round)
         # A secure sum is rounded at random, by less than this rounding, and must not decide a tie.
-        doubts = {k: t.double().round(decimals=6) for k, t in part(mean, DOUBTS).items()}
-        votes = {int(k): float(t) for k, t in doubts.items()}
+        doubts = part(mean, DOUBTS).items()
+        votes = {int(k): float(t.double().round(decimals=6)) for k, t in doubts}
         if votes.get(len(OWN), 0.0) > 0:  # the last number counts the voters
-            import torch
-
             changes[CHOICE] = torch.tensor(min(range(len(OWN)), key=votes.__getitem__))
         return changes
 
-    server = replace(both.server, update=update)
-    return replace(both, init=init, model=model, work=work, server=server)
+    return replace(both, init=init, model=model, work=work, server=replace(server, update=update))
 
 
 def begun(whole: Tree, down: Tree, mine: Tree, share: float) -> Tree:
