@@ -55,22 +55,29 @@ def test_the_scores_are_those_of_fedvlm(answer, exact, f1):
     assert list(found) == [each["metric"] for each in TASK["metric_list"]]
 
 
-def test_the_script_exports_and_scores_the_base_and_the_merged_model(tmp_path):
-    for name in ("fedvlm", "python"):
-        (tmp_path / name).write_text(f'#!/bin/sh\necho {name} "$@"\n')
+@pytest.mark.parametrize("family", ["", "qwen2_5_vl"])
+def test_the_script_exports_and_scores_the_base_and_the_merged_model(tmp_path, family):
+    for name in ("fedvlm", "python", "transformers", "curl"):
+        told = "sleep 9" if name == "transformers" else f'echo {name} "$@"'
+        (tmp_path / name).write_text(f"#!/bin/sh\n{told}\n")
         (tmp_path / name).chmod(0o755)
-    words = ["runs/mine", "site-0", "some/base", "pope,vqa_rad"]
+    words = ["runs/mine", "site-0", "some/base", "pope,vqa_rad", *([family] if family else [])]
+    places = {"PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}", "LMMS_EVAL": "--limit 8"}
     done = subprocess.run(
         [str(FOLDER / "score.sh"), *words], capture_output=True, text=True, check=True,
-        env={**os.environ, "PATH": f"{tmp_path}{os.pathsep}{os.environ['PATH']}"},
+        env={**os.environ, **places},
     )  # fmt: skip
-    export, base, merged = done.stdout.splitlines()
+    export, *waited, base, merged = done.stdout.splitlines()
     assert export == "fedvlm export runs/mine --client site-0 --merge"
+    assert [line.split()[0] for line in waited] == ([] if family else ["curl"])
     common = f"--tasks pope,vqa_rad --include_path {FOLDER} --batch_size 1 --log_samples"
     for line, weights, folder in (
         (base, "some/base", "base"),
         (merged, "runs/mine/export/site-0-merged", "site-0-merged"),
     ):
-        model = f"--model huggingface --model_args pretrained={weights}"
-        out = f"--output_path runs/mine/lmms_eval/{folder}"
+        asks = f"model_version={weights},base_url=http://localhost:8071/v1,api_key=none"
+        model = f"--model openai --model_args {asks},timeout=600,num_concurrent=1"
+        if family:
+            model = f"--model {family} --model_args pretrained={weights}"
+        out = f"--output_path runs/mine/lmms_eval/{folder} --limit 8"
         assert line == f"python -m lmms_eval {model} {common} {out}"
