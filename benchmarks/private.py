@@ -6,7 +6,8 @@
 
 All runs of a cell have the same rows, partition, steps, batches and ending; the learning rate is
 the same for all (0.02), chosen at epsilon 8 for `ffa`. Units are rows. Scores are exact match on
-each client's test rows. Finished runs are kept and skipped. `--tables` prints what is there.
+each client's test rows. Finished runs are kept and skipped, and killed runs are resumed. `--tables`
+prints what is there.
 
 - scenes: the bundled scenes, style label, three sites of 600 rows, 6 rounds of 5 steps.
 - photos: CIFAR-10 photographs with questions by `origin_dataset`, 3,000 rows.
@@ -85,7 +86,9 @@ def ran(
         settings["train"] = {"rounds": 1, "local_steps": 1, "batch_size": 8}
         settings["eval"] = {"every": 0, "max_rows": 4}
     began = time.perf_counter()
-    results = fedvlm.run(settings, f"output={output / path.stem}")
+    folder = output / path.stem
+    begun = (folder / "config.yaml").exists()  # by an earlier start, which was killed
+    results = fedvlm.run(settings, f"output={folder}", resume=begun)
     table = results.table
     found = {
         "scores": {m: results.scores(m) for m in ("untuned", *SHOWN)},
