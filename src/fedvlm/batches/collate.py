@@ -8,6 +8,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -101,6 +102,11 @@ class Collator:
     def key(self) -> str:
         """A hash of everything that determines the rows' features."""
         return fingerprint(self.rows, self.prompter, self.roles, self.pictures)
+
+    @cached_property
+    def letters(self) -> np.ndarray:
+        """The number of letters of each row's answer."""
+        return np.array([len(text) for text in self.rows["answer"][:]])
 
     def features(self, index: int) -> Features:
         """Row ``index``, encoded.
