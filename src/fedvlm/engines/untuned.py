@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from functools import cached_property
 from typing import Any
 
 import numpy as np
@@ -38,6 +39,11 @@ class Untuned:
         self._collator, self._config = collator, config
         self._kept = frozen.answers()
 
+    @cached_property
+    def _source(self) -> str:
+        """The identity of the frozen model, whose files may be gone later."""
+        return identity(self._config.model)
+
     def get(self, rows: np.ndarray) -> list[list[Answer]] | None:
         """One list: the answers to these rows in this order; None where they are not known."""
         return self._kept.get(self._key(rows))
@@ -52,7 +58,7 @@ class Untuned:
         config = self._config
         parts = [
             self._engine,
-            identity(config.model),
+            self._source,
             self._model.generation_config.to_dict(),
             [str(self._collator.device), torch.get_num_threads()],
             [getattr(config, part).model_dump() for part in ("eval", "objective", "engine")],
