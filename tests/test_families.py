@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import tempfile
 
@@ -26,6 +27,7 @@ from fedvlm.algorithms.ending import without
 from fedvlm.batches.collate import Collator
 from fedvlm.batches.objectives import IGNORE, answer_nll, sft_terms
 from fedvlm.data.sources import load_rows
+from fedvlm.engines.continued import continued, reading
 from fedvlm.errors import FedVLMError
 from fedvlm.models import lora
 from fedvlm.models.frozen import ImageFeatures
@@ -193,6 +195,49 @@ def test_generate(family):
             first = model(**decoder_only(batch)).logits[0, start].argmax()
             ids = model.generate(**batches.prompts([index]), do_sample=False, max_new_tokens=1)
             assert ids[0, -1] == first
+
+
+SLOW = ("blip-2", "blip-2-t5", "florence2", "git")  # families that write every answer anew
+
+
+@torch.no_grad()
+def test_continued(family, monkeypatch):
+    """A model writes on, after the losses, what it would generate; rows that have ended leave."""
+    model, batches = loaded(family).model.eval(), Collator(ROWS, loaded(family))
+    for part in (model.config.get_text_config(), *model.modules()):
+        if getattr(part, "sliding_window", None):
+            monkeypatch.setattr(part, "sliding_window", 4096)  # gemma3's ends within the prompt
+    most, rows, ends = 8, range(len(ROWS)), batches.prompter.ends
+    prompts = batches.prompts(rows)
+    out = model.generate(
+        **prompts,
+        do_sample=False,
+        max_new_tokens=most,
+        output_logits=True,
+        return_dict_in_generate=True,
+    )
+    generated = out.sequences[:, -len(out.logits) :].tolist()
+    for row, agreed in zip(rows, (5, 1), strict=True):  # number of right tokens
+        ids = [i for i in generated[row][:agreed] if i not in ends] + [42, batches.prompter.end]
+        changed = dataclasses.replace(batches.features(row), answers=(torch.tensor(ids),))
+        monkeypatch.setitem(batches._kept, row, changed)
+    with reading(model, most) as read:
+        leads = sft_terms(model, batches.training(rows)).lead.tolist()
+    assert bool(read) == (family not in SLOW)
+    if not read:
+        return
+    steps = []
+    hook = model.register_forward_hook(lambda *given: steps.append(given[-1].logits[:, -1]))
+    answers = [batches.features(row).answers[0] for row in rows]
+    found = continued(model, read[0], answers, leads, rows, most)
+    hook.remove()
+    for said, right in zip(found, generated, strict=True):
+        assert said == right[: len(said)]
+        assert len(said) == most or said[-1] in ends
+    left = [len(said) - lead - 1 for said, lead in zip(found, leads, strict=True)]
+    assert list(map(len, steps)) == [sum(n > step for n in left) for step in range(max(left))]
+    for step in range(left[1]):
+        assert torch.allclose(steps[step][-1], out.logits[leads[1] + 1 + step][1], atol=1e-4)
 
 
 @pytest.mark.parametrize("preset", lora.PRESETS)

@@ -155,6 +155,17 @@ def test_who_shares_everything_has_one_model_and_who_shares_nothing_keeps_its_ow
         assert after["personal"] != after["global"]
 
 
+def test_the_global_model_of_the_round_before_may_be_left_out(finished, tmp_path):
+    whole, output = finished["lora"], f"output={tmp_path / 'run'}"
+    less = federate.run(whole.folder / "config.yaml", output, "eval.global_before=false")
+    before = evaluation(whole)
+    assert before.pop("global_before") == evaluation(whole, 1)["global"]
+    assert evaluation(less) == before
+    models = dict(whole.table["models"])
+    del models["global_before"]
+    assert less.table["models"] == models
+
+
 def test_local_tuning_changes_the_personal_models_alone(finished):
     before, after = (evaluation(finished["lora ended"], n) for n in (2, 3))
     assert before == evaluation(finished["lora"], 2), "before the tuning, it equals lora"

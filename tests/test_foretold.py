@@ -4,7 +4,9 @@ import pytest
 import torch
 
 from fedvlm.engines import cohort
+from fedvlm.engines.continued import continued
 from fedvlm.models.generate import foretold, greedy
+from fedvlm.tree import factor
 from pair import engines
 
 ROWS = 12
@@ -23,45 +25,74 @@ def prepared(tmp_path_factory):
 
 @pytest.fixture
 def answered(prepared, monkeypatch):
-    """Answers of both engines, and the number of rows for which the fast one asks its model."""
+    """Answers of both engines, and the numbers of rows that the fast one's model writes.
 
-    def answers(**settings):
-        asked = []
+    These are the rows that it writes on, from the losses' pass, and those that it writes anew.
+    """
 
-        def counted(model, batch, *more):
-            asked.append(len(batch["input_ids"]))
+    def answers(adapters=lambda engine, clients: [engine.adapter] * len(clients), **settings):
+        on, anew = [], []
+
+        def counted(*given):
+            on.append(len(given[4]))
+            return continued(*given)
+
+        def counted_anew(model, batch, *more):
+            anew.append(len(batch["input_ids"]))
             return greedy(model, batch, *more)
 
-        monkeypatch.setattr(cohort, "greedy", counted)
+        monkeypatch.setattr(cohort, "continued", counted)
+        monkeypatch.setattr(cohort, "greedy", counted_anew)
         found = []
         for engine, partition in prepared:
             for name, value in settings.items():
                 monkeypatch.setattr(engine.model.generation_config, name, value)
             engine._answers.clear()
-            found.append(engine.answers((c, engine.adapter) for c in partition.clients))
-        return *found, sum(asked)
+            engine._untuned._kept.clear()
+            clients = partition.clients
+            trees = adapters(engine, clients)
+            found.append(engine.answers(zip(clients, trees, strict=True)))
+        return *found, sum(on), sum(anew)
 
     return answers
 
 
-def test_the_model_writes_only_the_answers_that_the_losses_do_not_tell(answered):
-    slow, fast, asked = answered()
+def moved(engine, clients):
+    """An adapter for each client, each with another B."""
+    found = []
+    for number in range(len(clients)):
+        random = torch.Generator().manual_seed(number)
+        found.append(
+            {
+                n: t + 0.1 * torch.randn(t.shape, generator=random) if factor(n) == "B" else t
+                for n, t in engine.adapter.items()
+            }
+        )
+    return found
+
+
+@pytest.mark.parametrize("adapters", [(), (moved,)], ids=["untuned", "one a client"])
+def test_the_model_writes_only_the_answers_that_the_losses_do_not_tell(answered, adapters):
+    slow, fast, on, anew = answered(*adapters)
     assert fast.keys() == slow.keys()
     right = 0
     for client, rows in slow.items():
+        assert [row["row"] for row in rows] == [row["row"] for row in fast[client]]
         for one, other in zip(rows, fast[client], strict=True):
             assert one["prediction"] == other["prediction"]
-            assert one["loss"] == pytest.approx(other["loss"], rel=1e-5)
+            assert one["loss"] == pytest.approx(other["loss"], abs=1e-5)
             right += one["prediction"] == one["reference"]
     assert 0 < right < 2 * ROWS, "the model answers some of its rows correctly"
-    assert asked == 2 * ROWS - right
+    assert on == 2 * ROWS - right
+    assert anew == 0
 
 
-def test_a_model_whose_settings_change_its_tokens_writes_every_answer(answered):
-    slow, fast, asked = answered(repetition_penalty=1.3)
-    texts = [[row["prediction"] for rows in of.values() for row in rows] for of in (slow, fast)]
-    assert texts[0] == texts[1]
-    assert asked == 2 * ROWS
+def test_a_model_whose_settings_change_its_tokens_writes_every_answer_anew(answered):
+    slow, fast, on, anew = answered(repetition_penalty=1.3)
+    texts = [[row["prediction"] for row in rows] for of in (slow, fast) for rows in of.values()]
+    assert texts[:2] == texts[2:]
+    assert on == 0
+    assert anew == 2 * ROWS
 
 
 @pytest.mark.parametrize(

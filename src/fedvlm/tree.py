@@ -78,6 +78,11 @@ def plain(tree: Mapping[str, Tensor]) -> Tree:
     return {n: t for n, t in tree.items() if "/" not in n}
 
 
+def silent(tree: Mapping[str, Tensor]) -> bool:
+    """Whether the adapter changes nothing, because every B is zero."""
+    return not any(t.any() for n, t in tree.items() if factor(n) == "B")
+
+
 def cut(tree: Mapping[str, Tensor], first: int, last: int) -> Tree:
     """The ranks from ``first`` to ``last``, ``last`` excluded: rows of A, columns of B."""
     import torch

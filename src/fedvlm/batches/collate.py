@@ -5,8 +5,10 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
+import numpy as np
 import torch
 from PIL.Image import Image
 from torch import Tensor
@@ -83,9 +85,8 @@ class Collator:
             Position of a row that cannot be encoded -> the reason.
         """
         if budget:
-            key = fingerprint(self.rows, self.prompter, self.roles, self.pictures)
             self._ahead = encode_ahead(
-                self.rows, self._encode, key=key, budget=budget, told=encoded
+                self.rows, self._encode, key=self.key, budget=budget, told=encoded
             )
         if self._ahead is None:
             problems, cuts = check_rows(
@@ -96,6 +97,16 @@ class Collator:
             cuts = {at: cut for at, cut in enumerate(self._ahead.cuts) if cut}
         warn_of_cuts(cuts, self.rows)
         return problems
+
+    @cached_property
+    def key(self) -> str:
+        """A hash of everything that determines the rows' features."""
+        return fingerprint(self.rows, self.prompter, self.roles, self.pictures)
+
+    @cached_property
+    def letters(self) -> np.ndarray:
+        """The number of letters of each row's answer."""
+        return np.array([len(text) for text in self.rows["answer"][:]])
 
     def features(self, index: int) -> Features:
         """Row ``index``, encoded.

@@ -121,13 +121,14 @@ def dpo_terms(model: Any, batch: Batch, *, kind: str, beta: float, smoothing: fl
 def adapter_off(model: nn.Module) -> Iterator[None]:
     """Turns the adapter off. PEFT's ``disable_adapter`` also changes what is trainable."""
     layers: list[Any] = [m for m in model.modules() if hasattr(m, "_disable_adapters")]
+    before = [layer._disable_adapters for layer in layers]
     for layer in layers:
         layer._disable_adapters = True
     try:
         yield
     finally:
-        for layer in layers:
-            layer._disable_adapters = False
+        for layer, off in zip(layers, before, strict=True):
+            layer._disable_adapters = off
 
 
 OBJECTIVES: dict[str, Callable[[ObjectiveConfig], Objective]] = {

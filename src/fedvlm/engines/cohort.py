@@ -20,21 +20,22 @@ from torch import Tensor, nn
 
 from fedvlm.algorithms.base import Trained, Validation
 from fedvlm.batches.draw import beside, filled, pieces
-from fedvlm.batches.objectives import Terms
+from fedvlm.batches.objectives import Terms, adapter_off
 from fedvlm.batches.prompts import Features
 from fedvlm.engines.base import Answer
+from fedvlm.engines.continued import continued, reading
 from fedvlm.engines.extras import Extras
 from fedvlm.engines.memory import clients_in_a_pass, kept_for_backward
 from fedvlm.engines.perunit import PerUnit
 from fedvlm.engines.stacked import Session, Streams, clip, make_optimizer
 from fedvlm.engines.together import Member, Outcome
 from fedvlm.models.frozen import ImageFeatures
-from fedvlm.models.generate import foretold, greedy
+from fedvlm.models.generate import decoded, foretold, greedy
 from fedvlm.models.load import identity
 from fedvlm.models.spool import Spool
 from fedvlm.models.stack import Ragged, Stack
 from fedvlm.seeds import derive
-from fedvlm.tree import Tree
+from fedvlm.tree import Tree, silent
 
 Batches = Mapping[int, np.ndarray]
 """Place of a client in the stack -> the rows of its batch."""
@@ -259,12 +260,20 @@ class CohortEngine(PerUnit):
             return greedy(self.model, self.collator.prompts(rows), tokenizer, tokens)
 
     def _rated(self, rows: np.ndarray) -> list[tuple[dict[str, float], str | None]]:
-        """The losses of each row, and its answer where it follows from them."""
-        terms = self._terms(rows)
-        answers = [self.collator.features(int(i)).answers[0] for i in rows]
-        tokens, tokenizer = self.config.eval.max_new_tokens, self.collator.tokenizer
+        """The losses of each row, and its answer; None where the model must be asked for it."""
+        most, tokenizer = self.config.eval.max_new_tokens, self.collator.tokenizer
+        with reading(self.model, most) as read:
+            terms = self._terms(rows)
         assert terms.lead is not None, "no gradient is computed for scores"
-        texts = foretold(self.model, answers, terms.lead.tolist(), tokenizer, tokens)
+        leads = terms.lead.tolist()
+        answers = [self.collator.features(int(i)).answers[0] for i in rows]
+        texts = foretold(self.model, answers, leads, tokenizer, most)
+        if read:
+            left = [n for n, text in enumerate(texts) if text is None]
+            clients, use = self.stack.active, self.stack.narrow
+            said = continued(self.model, read[0], answers, leads, left, most, clients, use)
+            for n, text in zip(left, decoded(said, tokenizer), strict=True):
+                texts[n] = text
         return list(zip(terms.rows(), texts, strict=True))
 
     def _batch(self, rows: np.ndarray, copies: int) -> None:
@@ -279,20 +288,25 @@ class CohortEngine(PerUnit):
         return not self._packed or self._uniform(np.concatenate(list(drawn.values())))
 
     def _answer(self, models: Sequence[tuple[Tree, np.ndarray]]) -> list[list[Answer]]:
-        """Losses first; the model writes an answer only where they do not tell it."""
+        """Losses first; the model writes on where they do not tell the answer.
+
+        Rows with answers of like length share a batch, because they are decoded for as long.
+        """
         self.stack.load([tree for tree, _ in models], self.device)
-        rows = {k: own for k, (_, own) in enumerate(models)}
-        found = self._over(rows, self._rated)
-        unknown = {k: rows[k][[text is None for _, text in own]] for k, own in found.items()}
-        written = {k: iter(texts) for k, texts in self._over(unknown, self._texts).items()}
-        return [
-            self._recorded(
-                rows[k],
-                [losses for losses, _ in own],
-                [next(written[k]) if text is None else text for _, text in own],
-            )
-            for k, own in found.items()
-        ]
+        orders = [np.argsort(self.collator.letters[own], kind="stable") for _, own in models]
+        rows = {k: own[orders[k]] for k, (_, own) in enumerate(models)}
+        untuned = all(silent(tree) for tree, _ in models)
+        with adapter_off(self.model) if untuned else contextlib.nullcontext():
+            found = self._over(rows, self._rated)
+            unknown = {k: rows[k][[text is None for _, text in own]] for k, own in found.items()}
+            written = {k: iter(texts) for k, texts in self._over(unknown, self._texts).items()}
+        answers: list[list[Answer]] = []
+        for k, own in found.items():
+            losses = [one for one, _ in own]
+            texts = [next(written[k]) if text is None else text for _, text in own]
+            recorded = self._recorded(rows[k], losses, texts)
+            answers.append([recorded[at] for at in np.argsort(orders[k])])
+        return answers
 
     def _over(self, left: Batches, work: Work) -> dict[int, list[Any]]:
         """Does the work on the rows of all clients, a pass at a time; gives one result a row."""

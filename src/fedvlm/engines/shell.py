@@ -24,6 +24,7 @@ from fedvlm.engines.base import Answer, Models, Scores
 from fedvlm.engines.functions import Function, own_scores
 from fedvlm.engines.stages import Stage, joined, packed, parted
 from fedvlm.engines.together import Member, Outcome, perform
+from fedvlm.engines.untuned import Untuned
 from fedvlm.engines.wire import Forms, Reply, Task
 from fedvlm.errors import FedVLMError
 from fedvlm.metrics import average, rounded, score_texts
@@ -34,9 +35,10 @@ from fedvlm.privacy.units import units_of
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import Config
 from fedvlm.store.run import Store
-from fedvlm.tree import Tree, digest
+from fedvlm.tree import Tree, digest, silent
 
 MOST_VALIDATED = 64  # validation rows of a client that a Score uses
+UNTUNED = ""  # in place of the digest of an adapter that changes nothing
 
 
 class Shell:
@@ -91,6 +93,7 @@ class Shell:
         self._units: dict[str, list[np.ndarray]] = {}
         self._passes: Counter[str] = Counter()
         self._answers: dict[tuple[str, str], list[Answer]] = {}
+        self._untuned = Untuned(type(self).__name__, model, collator, config)
 
     # -- implemented by each engine
 
@@ -312,17 +315,23 @@ class Shell:
         """Answers by client; neighbours with equal adapters share batches.
 
         Within a round, no adapter is scored twice on the same rows. The remembered answers end with
-        the round, so a resumed run scores the same batches as an uninterrupted run.
+        the round, so a resumed run scores the same batches as an uninterrupted run. Adapters that
+        change nothing give the untuned model, see :mod:`fedvlm.engines.untuned`.
         """
         found: dict[str, list[Answer]] = {}
         work: list[tuple[str, Tree, list[str]]] = []
-        labelled = ((digest(tree), client, tree) for client, tree in models)
+        labelled = (
+            (UNTUNED if silent(tree) else digest(tree), client, tree) for client, tree in models
+        )
         for key, group in itertools.groupby(labelled, key=lambda item: item[0]):
             _, clients, trees = zip(*group, strict=True)
             found |= {c: [] for c in clients}  # keeps the order of the request
             known = {c: self._answers[c, key] for c in clients if (c, key) in self._answers}
             found |= known
-            if fresh := [c for c in clients if c not in known]:
+            fresh = [c for c in clients if c not in known]
+            if fresh and key == UNTUNED:
+                found |= self._answer_new([(key, trees[0], fresh)])  # in batches of its own
+            elif fresh:
                 work.append((key, trees[0], fresh))
             if len(work) == self.width:
                 found |= self._answer_new(work)
@@ -335,9 +344,15 @@ class Shell:
         models = [
             (tree, np.concatenate(rows)) for (_, tree, _), rows in zip(work, held_out, strict=True)
         ]
-        self.model.eval()
-        with torch.no_grad():
-            answered = self._answer(models)
+        # A program's functions have no name that another run could trust.
+        untuned = work[0][0] == UNTUNED and not self.functions
+        answered = self._untuned.get(models[0][1]) if untuned else None
+        if answered is None:
+            self.model.eval()
+            with torch.no_grad():
+                answered = self._answer(models)
+            if untuned:
+                self._untuned.keep(models[0][1], answered)
         found: dict[str, list[Answer]] = {}
         for (key, _, clients), rows, answers in zip(work, held_out, answered, strict=True):
             rest = iter(answers)

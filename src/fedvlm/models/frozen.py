@@ -1,4 +1,6 @@
-"""Frozen image features: computed once for each picture, then cached.
+"""Results of the frozen model alone: computed once, then cached.
+
+The untuned model's answers depend on no adapter, so compared runs share them (:func:`answers`).
 
 If only the language model has LoRA, the features that the vision tower and the projector compute
 for a picture never change. The models' forward pass and generation call ``get_image_features``.
@@ -29,28 +31,38 @@ FIELDS = ("pooler_output", "deepstack_features")  # the fields that the models' 
 
 @dataclass
 class Handed:
-    """Features that a run leaves to the next run, by picture, and the model that made them."""
+    """Features that a run leaves to the next run, by picture, and the model that made them.
+
+    The untuned model's answers to some rows lie beside them, by everything that they depend on.
+    """
 
     model: str = ""
     kept: dict[str, dict[str, Any]] = field(default_factory=dict)
+    answers: dict[str, Any] = field(default_factory=dict)
 
 
 _handed: ContextVar[Handed | None] = ContextVar("handed", default=None)
 
 
 def hand_on() -> Token[Handed | None]:
-    """From now on, each run leaves its pictures' features to the next run."""
+    """From now on, each run leaves to the next run what depends on no adapter."""
     return _handed.set(Handed())
 
 
 @contextlib.contextmanager
 def handed_on() -> Iterator[None]:
-    """Within this context, each run leaves its pictures' features to the next run."""
+    """Within this context, each run leaves to the next run what depends on no adapter."""
     token = hand_on()
     try:
         yield
     finally:
         _handed.reset(token)
+
+
+def answers() -> dict[str, Any]:
+    """The untuned model's answers that runs hand on; an empty dict where they hand on nothing."""
+    handed = _handed.get()
+    return {} if handed is None else handed.answers
 
 
 class ImageFeatures:

@@ -18,7 +18,7 @@ def greedy(model: Any, batch: dict[str, Tensor], tokenizer: Any, max_new_tokens:
         tokenizer: the model's tokenizer.
         max_new_tokens: longest answer, in tokens.
     """
-    return _texts(_generated(model, batch, tokenizer, max_new_tokens), tokenizer)
+    return decoded(_generated(model, batch, tokenizer, max_new_tokens), tokenizer)
 
 
 HARMLESS = frozenset(
@@ -52,6 +52,11 @@ HARMLESS = frozenset(
 """Settings of a model's generation that do not change what :func:`greedy` takes."""
 
 
+def plain(model: Any) -> bool:
+    """Whether greedy decoding takes the most probable token, without a penalty or the like."""
+    return not model.generation_config.to_diff_dict().keys() - HARMLESS
+
+
 def foretold(
     model: Any,
     answers: Sequence[Tensor],
@@ -72,14 +77,14 @@ def foretold(
         tokenizer: the model's tokenizer.
         max_new_tokens: longest answer, in tokens.
     """
-    if model.generation_config.to_diff_dict().keys() - HARMLESS:
+    if not plain(model):
         return [None] * len(answers)
-    ends = set(_ends(model, torch.device("cpu")).tolist())
+    ends = ends_of(model)
     found: list[str | None] = []
     for ids, lead in zip(answers, leads, strict=True):
         said = ids[:max_new_tokens]
         whole = len(ids) >= max_new_tokens or int(ids[-1]) in ends
-        found.append(_texts([said], tokenizer)[0] if whole and lead >= len(said) else None)
+        found.append(decoded([said], tokenizer)[0] if whole and lead >= len(said) else None)
     return found
 
 
@@ -99,10 +104,11 @@ def rated(
 
     new = _generated(model, batch, tokenizer, max_new_tokens, (recorded,))
     logs = torch.stack(steps, 1)  # [rows, tokens]
-    ends = torch.isin(new[:, -logs.shape[1] :], _ends(model, new.device)).long()
+    stops = torch.tensor(sorted(ends_of(model)), dtype=torch.long, device=new.device)
+    ends = torch.isin(new[:, -logs.shape[1] :], stops).long()
     counted = ends.cumsum(1) - ends == 0  # all tokens up to the first end
     means = (logs * counted).sum(1) / counted.sum(1)
-    return list(zip(_texts(new, tokenizer), means.exp().tolist(), strict=True))
+    return list(zip(decoded(new, tokenizer), means.exp().tolist(), strict=True))
 
 
 @torch.no_grad()
@@ -131,12 +137,12 @@ def _generated(
     return ids
 
 
-def _texts(ids: Tensor | Sequence[Tensor], tokenizer: Any) -> list[str]:
+def decoded(ids: Any, tokenizer: Any) -> list[str]:
+    """The texts of rows of tokens, stripped."""
     return [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
-def _ends(model: Any, device: torch.device) -> Tensor:
+def ends_of(model: Any) -> frozenset[int]:
     """The tokens that end an answer."""
     end = model.generation_config.eos_token_id
-    ends = [] if end is None else end if isinstance(end, list) else [end]
-    return torch.tensor(ends, dtype=torch.long, device=device)
+    return frozenset([] if end is None else end if isinstance(end, list) else [end])

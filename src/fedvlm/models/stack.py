@@ -118,6 +118,7 @@ class Stack:
     Attributes:
         params: PEFT's name of a factor -> the stacked parameter ``[clients, ...]``.
         spreads: whether all places share one adapter, see :meth:`spread`.
+        active: the clients of the next batches, by their places in the stack.
         copies: how often a batch repeats its blocks: 2 for pairs of answers, else 1.
     """
 
@@ -125,6 +126,7 @@ class Stack:
         self.model = model
         self.params: dict[str, nn.Parameter] = {}
         self.copies = 1
+        self.active: list[int] = []
         self._count = self._rows = 0  # active clients; rows of all active clients together
         self._uniform = functools.cache(lambda: True)
         self._active: Tensor | None = None
@@ -188,6 +190,12 @@ class Stack:
         whole = list(clients) == list(range(self.clients))
         device = next(iter(self.params.values())).device
         self._active = None if whole else torch.tensor(clients, device=device)
+        self.active = list(clients)
+
+    def narrow(self, clients: Sequence[int], rows: int) -> None:
+        """Sets the clients of the next batches, and their rows, whose layers all see rows."""
+        self.activate(clients)
+        self.batch(rows, 1, lambda: True)
 
     def batch(self, rows: int, copies: int, uniform: Callable[[], bool]) -> None:
         """Describes the next batch. This holds until the next call, so in the backward pass too.

@@ -287,6 +287,7 @@ def drive(
                 config.aggregate,
                 noisy,
                 config.wire.secure,
+                config.eval.global_before,
             )
             if budget:
                 line["epsilon"] = round(budget.epsilon([*store.lines(), line]), 6)
@@ -314,10 +315,12 @@ def one_round(
     aggregate: AggregateConfig | None = None,
     noisy: NoisyMean | None = None,
     summed: bool = False,
+    global_before: bool = True,
 ) -> tuple[State, dict[str, Any]]:
     """One round: downloads, local training, aggregation, and the scores of ``clients``.
 
-    With ``summed``, the engine gives one secure sum instead of uploads.
+    With ``summed``, the engine gives one secure sum instead of uploads. Without ``global_before``,
+    the global model of the round before is not scored.
 
     Returns:
         The server's next state, and the round's line of metrics.
@@ -358,15 +361,13 @@ def one_round(
         idle = [c for c in clients if c not in before]
         # ``old`` is the state after the round before: a site answers again what it answered then.
         earlier = Round(round_.number - 1)
-        idle_before, global_before = _score_all(engine, earlier, old, clients, idle)
+        before |= engine.score(personal_models(engine, earlier, old, idle))
+        evaluation = {"personal_before": {c: before[c] for c in clients if c in before}}
+        if global_before:
+            last = global_models(engine, earlier, old, clients)
+            evaluation["global_before"] = engine.score(last)
         personal, everyone = _score_all(engine, round_, state, clients)
-        before |= idle_before
-        line["evaluation"] = {
-            "personal": personal,
-            "global": everyone,
-            "personal_before": {c: before[c] for c in clients if c in before},
-            "global_before": global_before,
-        }
+        line["evaluation"] = {"personal": personal, "global": everyone} | evaluation
     return state, line
 
 
@@ -375,11 +376,9 @@ def _score_all(
     round_: Round,
     state: State,
     clients: Sequence[str],
-    personal: Sequence[str] | None = None,
 ) -> tuple[dict[str, Scores], dict[str, Scores]]:
-    """Scores of the global model and of personal models; ``personal`` None: of all clients."""
-    own = clients if personal is None else personal
+    """Scores of the personal models and of the global model."""
     return (
-        engine.score(personal_models(engine, round_, state, own)),
+        engine.score(personal_models(engine, round_, state, clients)),
         engine.score(global_models(engine, round_, state, clients)),
     )

@@ -291,7 +291,11 @@ def tabulate(
         "seed": config.seed,
         "rounds": config.train.rounds,
         "split": config.eval.split,
-        "models": {name: scored_model(models[name], answers.get(name) or []) for name in MODELS},
+        "models": {
+            name: scored_model(models[name], answers.get(name) or [])
+            for name in MODELS
+            if name in models
+        },
         "few_rows": {
             client: scores["examples"]
             for client, scores in models["personal"].items()

@@ -45,6 +45,9 @@ class EvalConfig(Section):
         max_length=16,
         description="names of a Python program's own metrics; fedvlm.run(metrics=...) sets it",
     )
+    global_before: bool = Field(
+        True, description="score the global model of the round before too, for the tables"
+    )
     group_by: str = Field(
         "origin_dataset",
         description="column for tables of scores by its values, such as closed and open questions, "
