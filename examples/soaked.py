@@ -1,0 +1,3 @@
+COLUMNS = ("time", "service", "role", "process", "age", "rss", "handles", "threads", "processor")
+def main(folder):
+    print("later")
