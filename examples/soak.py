@@ -23,7 +23,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -105,7 +104,7 @@ class Soak:
         self.seen: list[dict[str, Any]] = []
         self._down: set[str] = set()  # services that are meant to be away
         (folder / "data").mkdir(parents=True)
-        table = scenes(style="mixed", strength=1.0, sites=len(SITES), rows=40).to_pandas()
+        table = scenes(style="mixed", strength=1.0, sites=len(SITES), rows=80).to_pandas()
         for site in SITES:
             table[table["site"] == site].to_parquet(self._data(site), index=False)
         own = (f"output={self.run}", f"data.path={self._data(SITES[0])}", f"train.rounds={rounds}")
@@ -161,9 +160,8 @@ class Soak:
         above = self.started.processes[name]
         for process in psutil.process_iter():
             with contextlib.suppress(psutil.Error):
-                if process.pid == above.pid or process.environ().get(MARK) == str(folder):
-                    yield process
-                elif name != "run" and process.ppid() == above.pid:
+                own = process.pid == above.pid or process.ppid() == above.pid
+                if own or process.environ().get(MARK) == str(folder):
                     yield process
 
     def signal(self, name: str, number: int) -> int:
@@ -181,6 +179,7 @@ class Soak:
             if process.poll() is None or name in self._down or is_done(self.run):
                 continue
             self.note(event="ended", service=name, code=process.returncode)
+            time.sleep(AGAIN)
             if name == "run":
                 self.begin("--resume", str(self.run))
             else:
@@ -196,11 +195,12 @@ class Soak:
 
     def newest(self) -> dict[str, Any]:
         """The newest line of the run, without reading the lines before."""
-        with contextlib.suppress(OSError, ValueError, IndexError):
+        try:
             with open(self.run / METRICS, "rb") as file:
                 file.seek(max(0, file.seek(0, os.SEEK_END) - 2**16))
                 return dict(json.loads(file.read().split(b"\n")[-2]))
-        return {}
+        except (OSError, ValueError, IndexError):  # not there yet, or half written
+            return {}
 
     def whole(self, after: int) -> bool:
         """Whether all five sites are in the newest sum, which is that of a later round."""
