@@ -286,6 +286,7 @@ def main() -> None:
     given = asked.parse_args()
     home, seconds = given.folder.absolute(), given.minutes * 60
     home.mkdir(parents=True)
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     with Started(home) as started:
         soak = Soak(home, started, rounds := int(seconds / given.period))
         pacing = str(Path(__file__).parent / "pacing")
