@@ -47,8 +47,10 @@ SITES = tuple(f"site-{k}" for k in range(5))
 MORE = ("wire.secure=true", "train.local_steps=2", "eval.max_rows=10")
 PATIENCE = 300.0  # seconds for anything
 EVERY = 10.0  # seconds between two samples
+SUSPENDED = 40.0  # seconds without a sample: the machine has stopped everything, or nearly so
 QUIET = (0.4, 0.65)  # shares of the time; no fault between them
 SERVERS = 3  # kills of the server
+SHARE = 0.9  # of the rounds that the time would allow without faults
 AGAIN = 5.0  # seconds from the end of a service to its next start, RestartSec of the units
 ROLES = {
     "site start": "site: command",
@@ -208,13 +210,17 @@ class Soak:
         return line.get("round", 0) > after and line.get("secure", {}).get("clients") == list(SITES)
 
     def wait(self, what: Callable[[], bool], patience: float) -> bool:
-        """Waits, and keeps services running meanwhile. Whether it came about."""
-        until = time.monotonic() + patience
+        """Waits, and keeps services running meanwhile. Whether it came about.
+
+        Time in which this machine suspends its processes is no part of the patience.
+        """
         while not what() and not is_done(self.run):
-            if time.monotonic() > until:
+            if patience < 0:
                 return False
+            began = time.monotonic()
             self.supervise()
             time.sleep(0.5)
+            patience -= min(time.monotonic() - began, 10.0)
         return True
 
     def commit(self, fault: Fault) -> None:
@@ -244,8 +250,12 @@ class Soak:
             lines = csv.writer(file)
             lines.writerow(soaked.COLUMNS)
             known: dict[tuple[int, float], tuple[str, str]] = {}
+            last = time.time()
             while not stop.wait(EVERY):
                 now, names = time.time(), set(self.started.processes)
+                if now - last > SUSPENDED:
+                    self.note(event="suspended", seconds=round(now - last - EVERY))
+                last = now
                 for process in psutil.process_iter():
                     with contextlib.suppress(psutil.Error, StopIteration):
                         key = (process.pid, process.create_time())
@@ -288,7 +298,7 @@ def main() -> None:
     home.mkdir(parents=True)
     signal.signal(signal.SIGTERM, lambda *_: sys.exit("ended"))
     with Started(home) as started:
-        soak = Soak(home, started, rounds := int(seconds / given.period))
+        soak = Soak(home, started, rounds := int(SHARE * seconds / given.period))
         pacing = str(Path(__file__).parent / "pacing")
         paths = filter(None, [pacing, os.environ.get("PYTHONPATH")])
         os.environ["PYTHONPATH"] = os.pathsep.join(paths)
