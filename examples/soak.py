@@ -44,7 +44,7 @@ from fedvlm.store import files
 from fedvlm.store.run import METRICS, Store, is_done
 
 SITES = tuple(f"site-{k}" for k in range(5))
-MORE = ("wire.secure=true", "train.local_steps=2", "eval.max_rows=10")
+MORE = ("wire.secure=true", "train.local_steps=5", "eval.max_rows=10")
 PATIENCE = 300.0  # seconds for anything
 EVERY = 10.0  # seconds between two samples
 SUSPENDED = 40.0  # seconds without a sample: the machine has stopped everything, or nearly so
@@ -103,6 +103,7 @@ class Soak:
     def __init__(self, folder: Path, started: Started, rounds: int):
         self.folder, self.started = folder, started
         self.home, self.run = folder / "federation", folder / "run"
+        self.config = str(folder / "config.yaml")
         self.seen: list[dict[str, Any]] = []
         self._down: set[str] = set()  # services that are meant to be away
         (folder / "data").mkdir(parents=True)
@@ -111,7 +112,7 @@ class Soak:
             table[table["site"] == site].to_parquet(self._data(site), index=False)
         own = (f"output={self.run}", f"data.path={self._data(SITES[0])}", f"train.rounds={rounds}")
         files.write_text(
-            folder / "config.yaml", json.dumps(configs.load(SETTINGS, *MORE, *own).model_dump())
+            Path(self.config), json.dumps(configs.load(SETTINGS, *MORE, *own).model_dump())
         )
         kits = provision(loopback(SITES, "soak"), self.home)
         for site in SITES:
@@ -183,7 +184,7 @@ class Soak:
             self.note(event="ended", service=name, code=process.returncode)
             time.sleep(AGAIN)
             if name == "run":
-                self.begin("--resume", str(self.run))
+                self.begin(*(("--resume", str(self.run)) if self.newest() else (self.config,)))
             else:
                 self.serve(name)
 
@@ -305,7 +306,7 @@ def main() -> None:
         os.environ["PACE"] = f"{time.time() + 60} {given.period}"
         for name in ("server", *SITES):
             soak.serve(name)
-        soak.begin(str(home / "config.yaml"))
+        soak.begin(soak.config)
         stop = threading.Event()
         sampling = threading.Thread(target=soak.sample, args=(stop,))
         sampling.start()
