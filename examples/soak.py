@@ -1,6 +1,6 @@
 """Hours of a federation under random kills and stalls, with its memory and handles sampled.
 
-    python examples/soak.py FOLDER [--minutes 120] [--every 240] [--period 6] [--seed 0]
+    python examples/soak.py FOLDER [--minutes 120] [--every 240] [--period 12] [--seed 0]
 
 A server and five sites as real processes on this machine, with mutual TLS, secure aggregation,
 pinned keys, and numbers for Prometheus. A seed chooses the faults: a site is killed, all its
@@ -276,7 +276,11 @@ class Soak:
     def _known(self, process: psutil.Process) -> tuple[str, str]:
         """The service and the role of a process; ``("", "")`` for those of others."""
         words = " ".join(process.cmdline())
-        if str(self.folder) not in words and str(self.folder) not in str(process.environ()):
+        if (
+            process.pid == os.getpid()
+            or str(self.folder) not in words
+            and str(self.folder) not in str(process.environ())
+        ):
             return "", ""
         role = next((role for part, role in ROLES.items() if part in words), "other")
         for name in ("server", *SITES):
@@ -292,7 +296,7 @@ def main() -> None:
     asked.add_argument("folder", type=Path)
     asked.add_argument("--minutes", type=float, default=120)
     asked.add_argument("--every", type=float, default=240, help="mean seconds between faults")
-    asked.add_argument("--period", type=float, default=6, help="least seconds of a round")
+    asked.add_argument("--period", type=float, default=12, help="least seconds of a round")
     asked.add_argument("--seed", type=int, default=0)
     given = asked.parse_args()
     home, seconds = given.folder.absolute(), given.minutes * 60
