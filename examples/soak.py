@@ -276,11 +276,8 @@ class Soak:
     def _known(self, process: psutil.Process) -> tuple[str, str]:
         """The service and the role of a process; ``("", "")`` for those of others."""
         words = " ".join(process.cmdline())
-        if (
-            process.pid == os.getpid()
-            or str(self.folder) not in words
-            and str(self.folder) not in str(process.environ())
-        ):
+        ours = str(self.folder) in words or str(self.folder) in str(process.environ())
+        if process.pid == os.getpid() or not ours:
             return "", ""
         role = next((role for part, role in ROLES.items() if part in words), "other")
         for name in ("server", *SITES):
