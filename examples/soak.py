@@ -241,7 +241,8 @@ class Soak:
             self.note(event="run", code=self.started.processes["run"].wait(PATIENCE))
             self.begin("--resume", str(self.run))
         self._down.clear()
-        well = self.wait(lambda: self.whole(before + 1), PATIENCE)  # + 1: may be older
+        after = self.newest().get("round", 0) + 1  # this round may have begun before
+        well = self.wait(lambda: self.whole(after), PATIENCE)
         back = time.monotonic() - began if well else None
         self.note(event="fault", **asdict(fault), round=before, processes=hit, back=back)
 
