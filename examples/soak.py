@@ -1,6 +1,6 @@
 """Hours of a federation under random kills and stalls, with its memory and handles sampled.
 
-    python examples/soak.py FOLDER [--minutes 120] [--every 240] [--period 12] [--seed 0]
+    python examples/soak.py FOLDER [--minutes 120] [--every 240] [--period 15] [--seed 0]
 
 A server and five sites as real processes on this machine, with mutual TLS, secure aggregation,
 pinned keys, and numbers for Prometheus. A seed chooses the faults: a site is killed, all its
@@ -294,7 +294,7 @@ def main() -> None:
     asked.add_argument("folder", type=Path)
     asked.add_argument("--minutes", type=float, default=120)
     asked.add_argument("--every", type=float, default=240, help="mean seconds between faults")
-    asked.add_argument("--period", type=float, default=12, help="least seconds of a round")
+    asked.add_argument("--period", type=float, default=15, help="least seconds of a round")
     asked.add_argument("--seed", type=int, default=0)
     given = asked.parse_args()
     home, seconds = given.folder.absolute(), given.minutes * 60
@@ -317,8 +317,9 @@ def main() -> None:
                 raise SystemExit(f"no round of all sites; see {home / 'run.log'}")
             soak.note(event="begun", rounds=rounds, arguments=vars(given) | {"folder": str(home)})
             began = time.monotonic()
-            for fault in planned(given.seed, seconds, given.every):
-                if soak.wait(lambda at=fault.at: time.monotonic() > began + at, seconds):
+            for fault in planned(given.seed, SHARE * seconds, given.every):
+                soak.wait(lambda at=fault.at: time.monotonic() > began + at, seconds)
+                if not is_done(soak.run):
                     soak.commit(fault)
             soak.wait(lambda: False, seconds + PATIENCE)
             soak.note(event="done", finished=is_done(soak.run), rounds=len(Store(soak.run).lines()))
