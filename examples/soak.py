@@ -44,7 +44,7 @@ from fedvlm.store import files
 from fedvlm.store.run import METRICS, Store, is_done
 
 SITES = tuple(f"site-{k}" for k in range(5))
-MORE = ("wire.secure=true", "train.local_steps=5", "eval.max_rows=10")
+MORE = ("wire.secure=true", "train.local_steps=1", "eval.max_rows=10")
 PATIENCE = 900.0  # seconds for anything, on a machine that others keep busy
 EVERY = 10.0  # seconds between two samples
 SUSPENDED = 40.0  # seconds without a sample: the machine has stopped everything, or nearly so
@@ -110,17 +110,21 @@ class Soak:
         table = scenes(style="mixed", strength=1.0, sites=len(SITES), rows=80).to_pandas()
         for site in SITES:
             table[table["site"] == site].to_parquet(self._data(site), index=False)
-        own = (f"output={self.run}", f"data.path={self._data(SITES[0])}", f"train.rounds={rounds}")
+        settings = (
+            f"output={self.run}",
+            f"data.path={self._data(SITES[0])}",
+            f"train.rounds={rounds}",
+        )
         files.write_text(
-            Path(self.config), json.dumps(configs.load(SETTINGS, *MORE, *own).model_dump())
+            Path(self.config), json.dumps(configs.load(SETTINGS, *MORE, *settings).model_dump())
         )
         kits = provision(loopback(SITES, "soak"), self.home)
         for site in SITES:
             enrol(kits[site], self._state(site))
         self.ports = dict(zip(("server", *SITES), free_ports(1 + len(SITES)), strict=True))
         for site in SITES:
-            own_policy = pinned(folder / "sites", SITES, metrics=f"127.0.0.1:{self.ports[site]}")
-            own_policy.rename(self._policy(site))
+            own = {"metrics": f"127.0.0.1:{self.ports[site]}", "train_rows": 4}  # small rounds
+            pinned(folder / "sites", SITES, **own).rename(self._policy(site))
         jobs = [
             {"job_name": f"fedvlm-{kind}", "static_configs": [{"targets": targets}]}
             for kind, targets in (
