@@ -218,12 +218,17 @@ def test_pooled_algorithms_are_refused_before_anything_is_sent(tmp_path):
 
 
 @needed
-def test_a_finished_job_does_not_block_a_run(tmp_path):
+def test_a_finished_or_a_lost_job_does_not_block_a_run(tmp_path):
     from fedvlm.deploy.nvflare.federation import Federation
 
     class Session:
+        alive = ("j1",)
+
         def list_jobs(self):
             return [{"job_id": "j1", "status": "RUNNING"}]
+
+        def get_system_info(self):
+            return SimpleNamespace(job_info=[SimpleNamespace(job_id=job) for job in self.alive])
 
     (tmp_path / "server").mkdir()
     (tmp_path / "project.yml").write_text("server: {address: h}\nsites: [a]")
@@ -235,25 +240,32 @@ def test_a_finished_job_does_not_block_a_run(tmp_path):
     federation, settings = Federation(tmp_path), load({"output": str(tmp_path / "run")})
     with pytest.raises(FedVLMError, match="j1 is under way"):
         federation._clear(Session(), settings, False)
+    Session.alive = ()  # the server that had started it was killed
+    federation._clear(Session(), settings, False)
+    Session.alive = ("j1",)
     files.append_line(job / "events.jsonl", {"event": "done"})
     federation._clear(Session(), settings, False)
 
 
 @needed
-def test_a_job_that_a_killed_server_left_behind_does_not_keep_another_from_its_end(
-    tmp_path, monkeypatch
-):
+def test_a_job_that_ends_meanwhile_does_not_keep_another_from_its_end(tmp_path, monkeypatch):
     from contextlib import contextmanager
 
     from fedvlm.deploy.nvflare.federation import Federation
+
+    alive = ("left", "now")  # not 'lost', whose server was killed
 
     class Session:
         said = "server internal error: Job left is not running."
 
         def list_jobs(self):
-            return [{"job_id": job, "status": "RUNNING"} for job in ("left", "now")]
+            return [{"job_id": job, "status": "RUNNING"} for job in ("lost", "left", "now")]
+
+        def get_system_info(self):
+            return SimpleNamespace(job_info=[SimpleNamespace(job_id=job) for job in alive])
 
         def abort_job(self, job):
+            assert job in alive
             if job == "left":
                 raise RuntimeError(self.said)
 
@@ -268,6 +280,34 @@ def test_a_job_that_a_killed_server_left_behind_does_not_keep_another_from_its_e
     Session.said = "no reply"
     with pytest.raises(FedVLMError, match="job left cannot be ended: no reply"):
         Federation(tmp_path).abort()
+
+
+@needed
+def test_a_server_is_gone_only_after_some_time_without_an_answer(tmp_path, monkeypatch):
+    from nvflare.fuel.flare_api.flare_api import NoConnection
+
+    from fedvlm.deploy.nvflare import federation as runs
+
+    class Session:
+        def __init__(self, *said):
+            self.said = list(said)
+
+        def get_job_meta(self, job):
+            if isinstance(answer := self.said.pop(0), Exception):
+                raise answer
+            return {"status": answer}
+
+    (tmp_path / "server").mkdir()
+    (tmp_path / "project.yml").write_text("server: {address: h}\nsites: [a]")
+    followed = ("j", tmp_path / "events", load({"output": "r"}), runs.Away(), id)
+    federation, late = runs.Federation(tmp_path), NoConnection("late")
+    monkeypatch.setattr(runs, "ASKED", 0.0)
+    session = Session(late, "RUNNING", late, "FINISHED:COMPLETED")
+    assert federation._follow(session, *followed) == "FINISHED:COMPLETED"
+    for error, patience in ((late, 0.0), (RuntimeError("closed"), 60.0)):
+        monkeypatch.setattr(runs, "LOST", patience)
+        with pytest.raises(FedVLMError, match="the server is gone"):
+            federation._follow(Session(error), *followed)
 
 
 def test_a_project_is_read_as_it_is_written(tmp_path):

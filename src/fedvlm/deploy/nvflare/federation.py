@@ -12,13 +12,13 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
+from nvflare.fuel.flare_api.flare_api import NoConnection, Session, new_secure_session
 
 from fedvlm import config as configs
 from fedvlm.algorithms.checks import one_place
 from fedvlm.algorithms.table import find, of_run
 from fedvlm.deploy.digests import digest_of
-from fedvlm.deploy.events import EVENTS, output_of
+from fedvlm.deploy.events import EVENTS, NewLines, output_of
 from fedvlm.deploy.nvflare.processes import read_federation
 from fedvlm.deploy.nvflare.project import ADMIN, Project, admitted, write_job
 from fedvlm.deploy.nvflare.server import RENEW
@@ -38,6 +38,7 @@ Tell = Callable[[dict[str, Any]], None]
 
 CONNECT = 20.0  # seconds to wait for the server's answer
 ASKED = 5.0  # seconds between two requests for the job's status
+LOST = 30.0  # seconds without an answer to them until the server is gone
 AGAIN = 3  # number of jobs in a row without a finished round that is an error
 
 
@@ -87,9 +88,11 @@ class Federation:
         return [site for site in self.sites if site in found]
 
     def jobs(self, session: Session) -> list[dict[str, Any]]:
-        """The jobs that are waiting or running."""
+        """The jobs that wait or run. A killed server lists its jobs as running ever after."""
         found = [dict(job) for job in session.list_jobs()]
-        return [job for job in found if not _ended(str(job.get("status")))]
+        alive = {one.job_id for one in session.get_system_info().job_info}
+        lost = [j for j in found if j.get("status") == "RUNNING" and j["job_id"] not in alive]
+        return [job for job in found if job not in lost and not _ended(str(job.get("status")))]
 
     def status(self) -> dict[str, Any]:
         """The connected sites, and the jobs that are waiting or running."""
@@ -97,10 +100,7 @@ class Federation:
             return {"sites": self.connected(session), "jobs": self.jobs(session)}
 
     def abort(self) -> list[str]:
-        """Ends the waiting and running jobs. Finished rounds stay, and ``--resume`` continues.
-
-        A server that was killed lists its jobs as running ever after; they are left out.
-        """
+        """Ends the waiting and running jobs. Finished rounds stay, and ``--resume`` continues."""
         found = []
         with self.session() as session:
             for job in (str(job["job_id"]) for job in self.jobs(session)):
@@ -184,7 +184,7 @@ class Federation:
         return Results.read(config.output)
 
     def _clear(self, session: Session, config: Config, resume: bool) -> None:
-        """Ends an earlier job of the run that continues. A server lists it even after a crash.
+        """Ends an earlier job of the run that continues.
 
         Raises:
             FedVLMError: another run is under way.
@@ -193,7 +193,7 @@ class Federation:
             folder = next((p.parent for p in self._submitted() if p.read_text() == job), None)
             events = files.read_lines(folder / EVENTS) if folder else []
             if resume and folder and output_of(folder) == config.output:
-                with contextlib.suppress(Exception):  # it may run nowhere
+                with contextlib.suppress(Exception):  # it may have ended
                     session.abort_job(job)
             elif not (events and events[-1]["event"] in OVER):  # else NVFlare is about to end it
                 raise FedVLMError(
@@ -207,10 +207,7 @@ class Federation:
     def _gathered(
         self, session: Session, least: int, wait: float, first: bool, tell: Tell
     ) -> list[str]:
-        """Waits for the admitted sites, and returns the connected ones.
-
-        A later job needs ``least`` only.
-        """
+        """Waits for all admitted sites, a later job for ``least``. Returns the connected ones."""
         until = time.monotonic() + wait
         found: list[str] = []
         while True:
@@ -285,29 +282,31 @@ class Federation:
         Raises:
             FedVLMError: the server's process reports an error, or the server is gone.
         """
-        seen, asked = 0, time.monotonic()
+        new, status = NewLines(events), ""
+        asked = heard = time.monotonic()
         while True:
-            lines = files.read_lines(events)
-            for event in lines[seen:]:
+            for event in map(json.loads, new()):
                 tell(event)
                 away.note(event)
                 if event["event"] == "error":
                     raise FedVLMError(event["why"])
                 if event["event"] in OVER:
                     return str(event["event"])
-            seen = len(lines)
+            if _ended(status):
+                tell({"event": "ended", "status": status})
+                return status
             if time.monotonic() - asked > ASKED:
                 asked = time.monotonic()
                 try:
                     status = str(session.get_job_meta(job).get("status"))
                     if away.since and away.back(session.get_system_info().client_info):
                         files.write_text(events.with_name(RENEW), "")
-                except Exception as error:
-                    raise FedVLMError(f"the server is gone ({error}); {_how(config)}") from None
-                if _ended(status) and len(files.read_lines(events)) == seen:
-                    tell({"event": "ended", "status": status})
-                    return status
-            time.sleep(0.2)
+                    heard = time.monotonic()
+                except Exception as error:  # a busy server may answer too late, once
+                    if not isinstance(error, NoConnection) or time.monotonic() - heard > LOST:
+                        raise FedVLMError(f"the server is gone ({error}); {_how(config)}") from None
+            else:
+                time.sleep(0.2)
 
 
 class Away:
