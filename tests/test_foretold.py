@@ -5,7 +5,7 @@ import torch
 
 from fedvlm.engines import cohort
 from fedvlm.engines.continued import continued
-from fedvlm.models.generate import foretold, greedy
+from fedvlm.models.generate import decoded, foretold, greedy
 from fedvlm.tree import factor
 from pair import engines
 
@@ -116,3 +116,9 @@ def test_an_answer_is_told_where_it_is_certain_to_its_end(
     (found,) = foretold(engine.model, [ids], [lead], tokenizer, most)
     said = tokenizer.decode(ids[:most], skip_special_tokens=True).strip()
     assert found == (said if told else None)
+
+
+def test_no_rows_have_no_texts(prepared):
+    (engine, _), _ = prepared
+    assert decoded([], engine.collator.tokenizer) == []
+    assert decoded([torch.tensor([5])], engine.collator.tokenizer) != []

@@ -1,5 +1,6 @@
 """Mistakes of the first hour: a mistyped path, Ctrl-C too early, a folder that is taken."""
 
+import contextlib
 import signal
 import subprocess
 import sys
@@ -46,8 +47,12 @@ def test_ctrl_c_before_the_run_has_begun_promises_no_resume(tmp_path):
     deadline = time.monotonic() + 60
     while time.monotonic() < deadline and b"torch" not in _maps(process.pid):
         time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    _, errors = process.communicate(timeout=60)
+    errors = ""
+    for _ in range(4):  # Python drops an interrupt that comes inside a destructor, as in imports
+        process.send_signal(signal.SIGINT)
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            _, errors = process.communicate(timeout=15)
+            break
     assert process.returncode == 130
     assert "--resume" not in errors
     assert stops.UNBEGUN.split(";")[0] in errors

@@ -112,7 +112,10 @@ def read(job: Job) -> dict[str, Any] | None:
     return found
 
 
-NEWER = (("data", "split_seed"), ("data", "max_images"), ("eval", "own"), ("train", "patience"))
+NEWER = (
+    *(("data", "split_seed"), ("data", "max_images"), ("train", "patience")),
+    *(("eval", "own"), ("eval", "global_before")),
+)
 """Settings that are newer than the first results, and have changed none by their default."""
 
 

@@ -83,6 +83,13 @@ def silent(tree: Mapping[str, Tensor]) -> bool:
     return not any(t.any() for n, t in tree.items() if factor(n) == "B")
 
 
+def number(value: int) -> Tensor:
+    """A whole number as a tensor, such as a rank or a choice beside an adapter."""
+    import torch
+
+    return torch.tensor(value)
+
+
 def cut(tree: Mapping[str, Tensor], first: int, last: int) -> Tree:
     """The ranks from ``first`` to ``last``, ``last`` excluded: rows of A, columns of B."""
     import torch

@@ -26,7 +26,7 @@ from typing import Any
 
 from fedvlm.algorithms.base import Algorithm, Local, Program, Score, Sent, Train, everything
 from fedvlm.settings.train import TrainConfig
-from fedvlm.tree import Mean, Select, Tree, named, part
+from fedvlm.tree import Mean, Select, Tree, named, number, part
 
 HEAD = "ending."  # of the names of all tensors that belong to the ending
 TUNED, AVERAGE, ROUND = f"{HEAD}tuned", f"{HEAD}average", f"{HEAD}round"
@@ -82,8 +82,6 @@ def averaged(local: Local, weight: Callable[[int], float]) -> Tree:
         local: the client at the start of a round.
         weight: the weight of the model after round ``t``.
     """
-    import torch
-
     ended_rounds, mean = local.visit.round - 1, part(local.mine, AVERAGE)
     if not ended_rounds:
         return {}
@@ -92,7 +90,7 @@ def averaged(local: Local, weight: Callable[[int], float]) -> Tree:
         rest *= 1 - weight(t)
     begin = local.begin
     new = {n: t.lerp(begin[n], 1 - rest) for n, t in mean.items()} if mean else begin
-    return {**named(AVERAGE, new), ROUND: torch.tensor(ended_rounds)}
+    return {**named(AVERAGE, new), ROUND: number(ended_rounds)}
 
 
 def stretches(

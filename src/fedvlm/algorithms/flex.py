@@ -37,7 +37,7 @@ from fedvlm.algorithms.sharing import sharing
 from fedvlm.errors import FedVLMError
 from fedvlm.layers import searcher
 from fedvlm.settings.method import AlgorithmConfig
-from fedvlm.tree import Tree, cut, factorized, pad, pairs, products, rank, split
+from fedvlm.tree import Tree, cut, factorized, number, pad, pairs, products, rank, split
 
 RANK = "rank"
 
@@ -103,10 +103,8 @@ def ranked(algorithm: Algorithm, ranks: Mapping[str, int] | None, largest: int) 
         return r
 
     def send(state: State, visit: Visit) -> Tree:
-        import torch
-
         r = next((r for fits, r in patterns if fits(visit.client)), largest)
-        return {**_only(algorithm.send(state, visit), r), RANK: torch.tensor(r)}
+        return {**_only(algorithm.send(state, visit), r), RANK: number(r)}
 
     def model(initial: Tree, down: Tree, mine: Tree) -> Tree:
         whole = algorithm.model(initial, full(down), full(mine))

@@ -138,7 +138,9 @@ def _generated(
 
 
 def decoded(ids: Any, tokenizer: Any) -> list[str]:
-    """The texts of rows of tokens, stripped."""
+    """The texts of rows of tokens, stripped. (A tokenizer takes an empty list for one row.)"""
+    if not len(ids):
+        return []
     return [t.strip() for t in tokenizer.batch_decode(ids, skip_special_tokens=True)]
 
 
