@@ -105,7 +105,7 @@ def drawn(samples: pd.DataFrame, seen: list[dict[str, Any]], path: Path) -> None
             minutes = (life["time"] - begin) / 60
             style = {"color": f"C{k}", "lw": 0.9, "label": None if number else role}
             axes[0].plot(minutes, life["rss"] / MIB, **style)
-            axes[1].plot(minutes, life["handles"], **style)
+            axes[1].plot(minutes, life["handles"], **style | {"label": None})
     marks = {
         "kill": ("C3", "site killed"),
         "stall": ("0.6", "site stopped"),
@@ -148,6 +148,8 @@ def told(seen: list[dict[str, Any]], lines: list[dict[str, Any]]) -> tuple[str, 
     text.append(f"rounds: {begun['rounds']}; by sites in the sum: {dict(sorted(clients.items()))}")
     text.append(f"void: {dict(voids) or 'none'}")
     ended = [e for e in seen if e["event"] == "ended"]
+    paused = [e["seconds"] for e in seen if e["event"] == "suspended"]
+    text.append(f"without samples, because the machine was stopped or too busy: {paused} s")
     text.append(f"services that ended by themselves: {[(e['service'], e['code']) for e in ended]}")
     if not any(e["event"] == "done" and e["finished"] for e in seen):
         wrong.append("the run is not finished")
