@@ -218,12 +218,17 @@ def test_pooled_algorithms_are_refused_before_anything_is_sent(tmp_path):
 
 
 @needed
-def test_a_finished_job_does_not_block_a_run(tmp_path):
+def test_a_finished_or_a_lost_job_does_not_block_a_run(tmp_path):
     from fedvlm.deploy.nvflare.federation import Federation
 
     class Session:
+        alive = ("j1",)
+
         def list_jobs(self):
             return [{"job_id": "j1", "status": "RUNNING"}]
+
+        def get_system_info(self):
+            return SimpleNamespace(job_info=[SimpleNamespace(job_id=job) for job in self.alive])
 
     (tmp_path / "server").mkdir()
     (tmp_path / "project.yml").write_text("server: {address: h}\nsites: [a]")
@@ -235,25 +240,32 @@ def test_a_finished_job_does_not_block_a_run(tmp_path):
     federation, settings = Federation(tmp_path), load({"output": str(tmp_path / "run")})
     with pytest.raises(FedVLMError, match="j1 is under way"):
         federation._clear(Session(), settings, False)
+    Session.alive = ()  # the server that had started it was killed
+    federation._clear(Session(), settings, False)
+    Session.alive = ("j1",)
     files.append_line(job / "events.jsonl", {"event": "done"})
     federation._clear(Session(), settings, False)
 
 
 @needed
-def test_a_job_that_a_killed_server_left_behind_does_not_keep_another_from_its_end(
-    tmp_path, monkeypatch
-):
+def test_a_job_that_ends_meanwhile_does_not_keep_another_from_its_end(tmp_path, monkeypatch):
     from contextlib import contextmanager
 
     from fedvlm.deploy.nvflare.federation import Federation
+
+    alive = ("left", "now")  # not 'lost', whose server was killed
 
     class Session:
         said = "server internal error: Job left is not running."
 
         def list_jobs(self):
-            return [{"job_id": job, "status": "RUNNING"} for job in ("left", "now")]
+            return [{"job_id": job, "status": "RUNNING"} for job in ("lost", "left", "now")]
+
+        def get_system_info(self):
+            return SimpleNamespace(job_info=[SimpleNamespace(job_id=job) for job in alive])
 
         def abort_job(self, job):
+            assert job in alive
             if job == "left":
                 raise RuntimeError(self.said)
 

@@ -38,6 +38,7 @@ Tell = Callable[[dict[str, Any]], None]
 
 CONNECT = 20.0  # seconds to wait for the server's answer
 ASKED = 5.0  # seconds between two requests for the job's status
+RUNNING = "RUNNING"  # NVFlare's word for a job that has been started
 AGAIN = 3  # number of jobs in a row without a finished round that is an error
 
 
@@ -87,9 +88,18 @@ class Federation:
         return [site for site in self.sites if site in found]
 
     def jobs(self, session: Session) -> list[dict[str, Any]]:
-        """The jobs that are waiting or running."""
+        """The jobs that are waiting or running.
+
+        A server that was killed lists its jobs as running ever after; they are left out.
+        """
         found = [dict(job) for job in session.list_jobs()]
-        return [job for job in found if not _ended(str(job.get("status")))]
+        alive = {one.job_id for one in session.get_system_info().job_info}
+        return [
+            job
+            for job in found
+            if not _ended(status := str(job.get("status")))
+            and (status != RUNNING or job["job_id"] in alive)
+        ]
 
     def status(self) -> dict[str, Any]:
         """The connected sites, and the jobs that are waiting or running."""
@@ -99,7 +109,7 @@ class Federation:
     def abort(self) -> list[str]:
         """Ends the waiting and running jobs. Finished rounds stay, and ``--resume`` continues.
 
-        A server that was killed lists its jobs as running ever after; they are left out.
+        A job that ends by itself meanwhile is left out.
         """
         found = []
         with self.session() as session:
@@ -184,7 +194,7 @@ class Federation:
         return Results.read(config.output)
 
     def _clear(self, session: Session, config: Config, resume: bool) -> None:
-        """Ends an earlier job of the run that continues. A server lists it even after a crash.
+        """Ends an earlier job of the run that continues.
 
         Raises:
             FedVLMError: another run is under way.
@@ -193,7 +203,7 @@ class Federation:
             folder = next((p.parent for p in self._submitted() if p.read_text() == job), None)
             events = files.read_lines(folder / EVENTS) if folder else []
             if resume and folder and output_of(folder) == config.output:
-                with contextlib.suppress(Exception):  # it may run nowhere
+                with contextlib.suppress(Exception):  # it may have ended
                     session.abort_job(job)
             elif not (events and events[-1]["event"] in OVER):  # else NVFlare is about to end it
                 raise FedVLMError(

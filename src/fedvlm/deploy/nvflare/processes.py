@@ -174,7 +174,13 @@ def _check_first(words: list[str], environment: dict[str, str], say: Callable[[s
     """
     command = [sys.executable, "-m", "fedvlm", "site", "check", "--no-answers", *words]
     done = subprocess.run(
-        command, env=environment, capture_output=True, text=True, errors="replace", check=False
+        command,
+        env=environment,
+        capture_output=True,
+        text=True,
+        errors="replace",
+        check=False,
+        preexec_fn=ends_with_parent,
     )
     for line in done.stdout.splitlines():
         say(line)
