@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import time
+import urllib.parse
 import urllib.request
 from pathlib import Path
 
@@ -170,6 +171,12 @@ def test_prometheus_asks_on_the_loopback_address_unless_another_is_given(home):
             monitor.place(wrong)
 
 
+def queries():
+    """All queries of the dashboard."""
+    panels = json.loads((EXAMPLES / "dashboard.json").read_text())["panels"]
+    return [target["expr"] for panel in panels for target in panel["targets"]]
+
+
 def test_the_examples_name_only_what_fedvlm_exports(home, tmp_path):
     names = {key[0] for key in values(exported(monitor.ServerNumbers(home, SITES)))}
     (site := tmp_path / "site").mkdir()
@@ -183,9 +190,7 @@ def test_the_examples_name_only_what_fedvlm_exports(home, tmp_path):
     names |= ends
     rules = yaml.safe_load((EXAMPLES / "alerts.yml").read_text())
     alerts = [rule["expr"] for group in rules["groups"] for rule in group["rules"]]
-    panels = json.loads((EXAMPLES / "dashboard.json").read_text())["panels"]
-    drawn = [target["expr"] for panel in panels for target in panel["targets"]]
-    used = set(re.findall(r"\bfedvlm_\w+", " ".join(alerts + drawn)))
+    used = set(re.findall(r"\bfedvlm_\w+", " ".join(alerts + queries())))
     assert len(used) > 15
     assert used <= names, used - names
     unused = {n for n in names if n.endswith("_total") or "_created" in n} - used
@@ -206,3 +211,44 @@ def test_prometheus_accepts_the_rules_and_the_numbers(home):
         ["promtool", "check", "metrics"], input=text, capture_output=True, text=True, check=False
     )
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.skipif(shutil.which("prometheus") is None, reason="needs prometheus (apt: prometheus)")
+def test_every_query_of_the_dashboard_has_an_answer_from_prometheus(home, tmp_path):
+    pytest.importorskip("nvflare", reason="needs NVFlare: pip install 'fedvlm[deploy]'")
+    from fedvlm.deploy.nvflare.demo import free_ports, loopback
+    from fedvlm.deploy.nvflare.project import provision
+
+    provision(loopback(SITES), home)  # its certificates
+    log = AuditLog(tmp_path / "site" / "audit.jsonl")
+    log.note("request", do="train", bytes_down=1)
+    log.note("answer", do="train", decision="done", round=1, bytes_up=1)
+    *ports, own = free_ports(3)
+    sources = (monitor.ServerNumbers(home, SITES), monitor.SiteNumbers(tmp_path / "site"))
+    for source, port in zip(sources, ports, strict=True):
+        monitor.publish(source, str(port))
+    targets = [{"targets": [f"127.0.0.1:{port}" for port in ports]}]
+    asked = {"job_name": "fedvlm", "scrape_interval": "1s", "static_configs": targets}
+    files.write_text(tmp_path / "asked.yml", json.dumps({"scrape_configs": [asked]}))
+    command = ["prometheus", f"--config.file={tmp_path / 'asked.yml'}"]
+    command += [f"--storage.tsdb.path={tmp_path / 'kept'}", f"--web.listen-address=127.0.0.1:{own}"]
+    left, until = queries(), time.monotonic() + 60
+    with subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
+        try:
+            while left and time.monotonic() < until:
+                time.sleep(0.5)
+                left = [query for query in left if not answered(own, query)]
+        finally:
+            process.terminate()
+    assert not left
+
+
+def answered(port, query):
+    """Whether Prometheus has numbers for a query."""
+    words = urllib.parse.urlencode({"query": query})
+    address = f"http://127.0.0.1:{port}/api/v1/query?{words}"
+    try:
+        with urllib.request.urlopen(address, timeout=10) as answer:
+            return bool(json.load(answer)["data"]["result"])
+    except OSError:  # it has not started yet
+        return False
