@@ -11,6 +11,26 @@ from fedvlm.store import files
 EVENTS = "events.jsonl"
 
 
+class NewLines:
+    """What another process has added to a file since the last call, as whole lines.
+
+    Args:
+        path: the file, which may not be there yet.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self._at = path, 0
+
+    def __call__(self) -> list[bytes]:
+        if not self.path.exists():
+            return []
+        with open(self.path, "rb") as file:
+            file.seek(self._at)
+            whole, end, _ = file.read().rpartition(b"\n")
+        self._at += len(whole + end)
+        return [line for line in whole.splitlines() if line]
+
+
 def output_of(job: Path) -> str:
     """The folder for the results of a job.
 

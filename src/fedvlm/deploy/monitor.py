@@ -18,6 +18,7 @@ from typing import Any
 
 from fedvlm.deploy import overview
 from fedvlm.deploy.auditlog import NAME
+from fedvlm.deploy.events import NewLines
 from fedvlm.errors import ConfigError, FedVLMError, shown
 
 HOST = "127.0.0.1"
@@ -162,7 +163,7 @@ class SiteNumbers:
 
     def __init__(self, state: Path):
         self.state = state
-        self._at = 0
+        self._new = NewLines(state / NAME)
         self._answers: Counter[tuple[str, str]] = Counter()
         self._bytes: Counter[tuple[str]] = Counter()
         self._last: float | None = None
@@ -210,14 +211,7 @@ class SiteNumbers:
 
     def _read(self) -> None:
         """Reads the new lines of the audit log."""
-        path = self.state / NAME
-        if not path.exists():
-            return
-        with open(path, "rb") as file:
-            file.seek(self._at)
-            whole, end, _ = file.read().rpartition(b"\n")
-        self._at += len(whole + end)
-        for line in whole.splitlines():
+        for line in self._new():
             if found := _line(line):
                 self._note(found)
 

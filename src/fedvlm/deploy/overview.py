@@ -11,12 +11,12 @@ import json
 import shutil
 import time
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from fedvlm.deploy.events import EVENTS
+from fedvlm.deploy.events import EVENTS, NewLines
 from fedvlm.errors import brief
 
 SEEN = "seen.json"
@@ -151,7 +151,7 @@ class Overview:
         self.folder, self.totals, self.run = folder, Totals(), RunNow()
         self.sites = {name: SiteNow(name) for name in names}
         self.written: float | None = None
-        self._at: dict[Path, int] = {}
+        self._jobs: dict[Path, NewLines] = {}
         self._taking_part: list[str] = []
         self._sampled = False  # a round has some of the sites only, and nobody says which
 
@@ -159,12 +159,11 @@ class Overview:
         """Reads what is new, and returns itself."""
         self._present()
         for job in sorted((self.folder / "runs").glob("*/job.json")):
-            lines = list(self._new(job.parent / EVENTS))
-            if job.parent not in self._at:
-                self._at[job.parent] = 0
+            if job not in self._jobs:
+                self._jobs[job] = NewLines(job.with_name(EVENTS))
                 self._begin(json.loads(job.read_text()))
-            for event in lines:
-                self._note(event)
+            for line in self._jobs[job]():
+                self._note(json.loads(line))
         return self
 
     @property
@@ -190,16 +189,6 @@ class Overview:
             site.seen = about.get("seen")
             recent = site.seen is not None and time.time() - site.seen < HEARD
             site.connected = self.alive and bool(about.get("connected")) and recent
-
-    def _new(self, path: Path) -> Iterator[dict[str, Any]]:
-        """The whole lines of a file since the last call."""
-        if not path.exists():
-            return
-        with open(path, "rb") as file:
-            file.seek(self._at.get(path, 0))
-            whole, end, _ = file.read().rpartition(b"\n")
-        self._at[path] = self._at.get(path, 0) + len(whole + end)
-        yield from (json.loads(line) for line in whole.splitlines() if line)
 
     def _begin(self, job: Mapping[str, Any]) -> None:
         """Another job: of the same run, or of a new one."""

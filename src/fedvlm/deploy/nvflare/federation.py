@@ -18,7 +18,7 @@ from fedvlm import config as configs
 from fedvlm.algorithms.checks import one_place
 from fedvlm.algorithms.table import find, of_run
 from fedvlm.deploy.digests import digest_of
-from fedvlm.deploy.events import EVENTS, output_of
+from fedvlm.deploy.events import EVENTS, NewLines, output_of
 from fedvlm.deploy.nvflare.processes import read_federation
 from fedvlm.deploy.nvflare.project import ADMIN, Project, admitted, write_job
 from fedvlm.deploy.nvflare.server import RENEW
@@ -38,7 +38,6 @@ Tell = Callable[[dict[str, Any]], None]
 
 CONNECT = 20.0  # seconds to wait for the server's answer
 ASKED = 5.0  # seconds between two requests for the job's status
-RUNNING = "RUNNING"  # NVFlare's word for a job that has been started
 AGAIN = 3  # number of jobs in a row without a finished round that is an error
 
 
@@ -88,18 +87,11 @@ class Federation:
         return [site for site in self.sites if site in found]
 
     def jobs(self, session: Session) -> list[dict[str, Any]]:
-        """The jobs that are waiting or running.
-
-        A server that was killed lists its jobs as running ever after; they are left out.
-        """
+        """The jobs that wait or run. A killed server lists its jobs as running ever after."""
         found = [dict(job) for job in session.list_jobs()]
         alive = {one.job_id for one in session.get_system_info().job_info}
-        return [
-            job
-            for job in found
-            if not _ended(status := str(job.get("status")))
-            and (status != RUNNING or job["job_id"] in alive)
-        ]
+        lost = [j for j in found if j.get("status") == "RUNNING" and j["job_id"] not in alive]
+        return [job for job in found if job not in lost and not _ended(str(job.get("status")))]
 
     def status(self) -> dict[str, Any]:
         """The connected sites, and the jobs that are waiting or running."""
@@ -107,10 +99,7 @@ class Federation:
             return {"sites": self.connected(session), "jobs": self.jobs(session)}
 
     def abort(self) -> list[str]:
-        """Ends the waiting and running jobs. Finished rounds stay, and ``--resume`` continues.
-
-        A job that ends by itself meanwhile is left out.
-        """
+        """Ends the waiting and running jobs. Finished rounds stay, and ``--resume`` continues."""
         found = []
         with self.session() as session:
             for job in (str(job["job_id"]) for job in self.jobs(session)):
@@ -295,17 +284,18 @@ class Federation:
         Raises:
             FedVLMError: the server's process reports an error, or the server is gone.
         """
-        seen, asked = 0, time.monotonic()
+        new, status, asked = NewLines(events), "", time.monotonic()
         while True:
-            lines = files.read_lines(events)
-            for event in lines[seen:]:
+            for event in map(json.loads, new()):
                 tell(event)
                 away.note(event)
                 if event["event"] == "error":
                     raise FedVLMError(event["why"])
                 if event["event"] in OVER:
                     return str(event["event"])
-            seen = len(lines)
+            if _ended(status):
+                tell({"event": "ended", "status": status})
+                return status
             if time.monotonic() - asked > ASKED:
                 asked = time.monotonic()
                 try:
@@ -314,10 +304,8 @@ class Federation:
                         files.write_text(events.with_name(RENEW), "")
                 except Exception as error:
                     raise FedVLMError(f"the server is gone ({error}); {_how(config)}") from None
-                if _ended(status) and len(files.read_lines(events)) == seen:
-                    tell({"event": "ended", "status": status})
-                    return status
-            time.sleep(0.2)
+            else:
+                time.sleep(0.2)
 
 
 class Away:
