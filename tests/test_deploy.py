@@ -282,6 +282,34 @@ def test_a_job_that_ends_meanwhile_does_not_keep_another_from_its_end(tmp_path, 
         Federation(tmp_path).abort()
 
 
+@needed
+def test_a_server_is_gone_only_after_some_time_without_an_answer(tmp_path, monkeypatch):
+    from nvflare.fuel.flare_api.flare_api import NoConnection
+
+    from fedvlm.deploy.nvflare import federation as runs
+
+    class Session:
+        def __init__(self, *said):
+            self.said = list(said)
+
+        def get_job_meta(self, job):
+            if isinstance(answer := self.said.pop(0), Exception):
+                raise answer
+            return {"status": answer}
+
+    (tmp_path / "server").mkdir()
+    (tmp_path / "project.yml").write_text("server: {address: h}\nsites: [a]")
+    followed = ("j", tmp_path / "events", load({"output": "r"}), runs.Away(), id)
+    federation, late = runs.Federation(tmp_path), NoConnection("late")
+    monkeypatch.setattr(runs, "ASKED", 0.0)
+    session = Session(late, "RUNNING", late, "FINISHED:COMPLETED")
+    assert federation._follow(session, *followed) == "FINISHED:COMPLETED"
+    for error, patience in ((late, 0.0), (RuntimeError("closed"), 60.0)):
+        monkeypatch.setattr(runs, "LOST", patience)
+        with pytest.raises(FedVLMError, match="the server is gone"):
+            federation._follow(Session(error), *followed)
+
+
 def test_a_project_is_read_as_it_is_written(tmp_path):
     from fedvlm.deploy.nvflare.project import Project, read_project
 

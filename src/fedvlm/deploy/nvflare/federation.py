@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-from nvflare.fuel.flare_api.flare_api import Session, new_secure_session
+from nvflare.fuel.flare_api.flare_api import NoConnection, Session, new_secure_session
 
 from fedvlm import config as configs
 from fedvlm.algorithms.checks import one_place
@@ -38,6 +38,7 @@ Tell = Callable[[dict[str, Any]], None]
 
 CONNECT = 20.0  # seconds to wait for the server's answer
 ASKED = 5.0  # seconds between two requests for the job's status
+LOST = 30.0  # seconds without an answer to them until the server is gone
 AGAIN = 3  # number of jobs in a row without a finished round that is an error
 
 
@@ -206,10 +207,7 @@ class Federation:
     def _gathered(
         self, session: Session, least: int, wait: float, first: bool, tell: Tell
     ) -> list[str]:
-        """Waits for the admitted sites, and returns the connected ones.
-
-        A later job needs ``least`` only.
-        """
+        """Waits for all admitted sites, a later job for ``least``. Returns the connected ones."""
         until = time.monotonic() + wait
         found: list[str] = []
         while True:
@@ -284,7 +282,8 @@ class Federation:
         Raises:
             FedVLMError: the server's process reports an error, or the server is gone.
         """
-        new, status, asked = NewLines(events), "", time.monotonic()
+        new, status = NewLines(events), ""
+        asked = heard = time.monotonic()
         while True:
             for event in map(json.loads, new()):
                 tell(event)
@@ -302,8 +301,10 @@ class Federation:
                     status = str(session.get_job_meta(job).get("status"))
                     if away.since and away.back(session.get_system_info().client_info):
                         files.write_text(events.with_name(RENEW), "")
-                except Exception as error:
-                    raise FedVLMError(f"the server is gone ({error}); {_how(config)}") from None
+                    heard = time.monotonic()
+                except Exception as error:  # a busy server may answer too late, once
+                    if not isinstance(error, NoConnection) or time.monotonic() - heard > LOST:
+                        raise FedVLMError(f"the server is gone ({error}); {_how(config)}") from None
             else:
                 time.sleep(0.2)
 
