@@ -87,6 +87,7 @@ def test_prometheus_reads_the_state_of_all_runs_and_of_the_newest_one(home):
     assert found["fedvlm_bytes_total", "north", "down"] == 40
     assert found["fedvlm_failures_total", "not_finite", "west"] == 1
     assert found["fedvlm_failures_total", "refused", "south"] == 1
+    assert found["fedvlm_failures_total", "too_large", "west"] == 0, "the first one is an increase"
     assert found["fedvlm_site_seconds_total", "training", "north"] == 3
     assert found["fedvlm_site_connected", "north"] == 1
     assert found["fedvlm_site_connected", "west"] == 0, "a connection without a heartbeat"
@@ -153,6 +154,7 @@ def test_a_site_tells_its_own_prometheus_what_it_has_answered(tmp_path):
     assert "evil" not in text
     assert found["fedvlm_site_answers_total", "done", "train"] == 1
     assert found["fedvlm_site_answers_total", "other", "other"] == 1
+    assert found["fedvlm_site_answers_total", "failed", "train"] == 0
     assert (found["fedvlm_site_bytes_total", "up"], found["fedvlm_site_trained_round",]) == (7, 3)
 
 

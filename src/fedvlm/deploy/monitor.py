@@ -13,6 +13,7 @@ from collections import Counter
 from collections.abc import Iterator
 from datetime import datetime
 from importlib.util import find_spec
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -131,7 +132,8 @@ class ServerNumbers:
         yield counter("rounds", "Finished rounds", {(): totals.rounds})
         yield counter("round_seconds", "Time of finished rounds", {(): totals.round_seconds})
         what = "Rounds in which a site's work did not count"
-        yield counter("failures", what, totals.failures, "site", "reason")
+        none = dict.fromkeys(product(known.sites, overview.REASONS), 0)  # 0 to 1 is an increase
+        yield counter("failures", what, none | totals.failures, "site", "reason")
         yield counter("bytes", "Bytes of uploads and downloads", totals.bytes, "site", "way")
         what = "Time of rounds at a site, and of its transfers"
         yield counter("site_seconds", what, totals.seconds, "site", "phase")
@@ -164,7 +166,7 @@ class SiteNumbers:
     def __init__(self, state: Path):
         self.state = state
         self._new = NewLines(state / NAME)
-        self._answers: Counter[tuple[str, str]] = Counter()
+        self._answers = Counter(dict.fromkeys(product(REQUESTS, DECISIONS), 0))
         self._bytes: Counter[tuple[str]] = Counter()
         self._last: float | None = None
         self._round: int | None = None
