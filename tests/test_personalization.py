@@ -329,5 +329,7 @@ def test_todays_settings_are_those_of_the_published_runs(tmp_path):
     record.unpack(personalization.RESULTS / record.NAME, tmp_path)
     form = dataclasses.replace(plans.main(), seeds=(0,))
     rates = record.read_rates(tmp_path)
-    found = [runs.read(job) for job in plans.runs(form, rates, tmp_path) if job.record.exists()]
+    jobs = plans.runs(form, rates, tmp_path)
+    here = [job for job in jobs if job.cell.regime != "photos"]  # their path differs by machine
+    found = [runs.read(job) for job in here if job.record.exists()]
     assert len(found) >= 6, "the last one would be refused, had a new setting changed its digest"
