@@ -199,7 +199,7 @@ def test_an_operator_without_the_pinned_keys_is_refused(tmp_path):
 
 
 def test_a_download_that_differs_for_one_site_is_refused(tmp_path):
-    from fedvlm.deploy.remote import write
+    from fedvlm.deploy.downloads import write
     from fedvlm.tree import read
 
     def differ(site, header, blob):

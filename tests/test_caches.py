@@ -11,7 +11,8 @@ from filelock import FileLock
 import fedvlm
 from fedvlm.config import load
 from fedvlm.deploy import statefolder
-from fedvlm.deploy.remote import as_sent, write
+from fedvlm.deploy.downloads import write
+from fedvlm.deploy.remote import as_sent
 from fedvlm.deploy.supervisor import Supervisor
 from fedvlm.errors import FedVLMError
 from fedvlm.tree import read

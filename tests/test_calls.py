@@ -176,7 +176,7 @@ def test_clients_that_are_sent_the_same_share_its_bytes():
     import torch
     from safetensors.torch import load
 
-    from fedvlm.deploy.remote import Written
+    from fedvlm.deploy.downloads import Written
 
     written, a, b = Written(), torch.ones(3), torch.zeros(2)
     first = written({"a": a, "b": b})

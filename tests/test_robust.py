@@ -15,7 +15,8 @@ from fedvlm.algorithms.similarity import similar
 from fedvlm.cli.deploy import line as shown
 from fedvlm.cli.live import describe
 from fedvlm.config import load
-from fedvlm.deploy.remote import Remote, write
+from fedvlm.deploy.downloads import write
+from fedvlm.deploy.remote import Remote
 from fedvlm.deploy.weights import Limits
 from fedvlm.engines.cohort import CohortEngine
 from fedvlm.engines.wire import Forms, Reply, norm

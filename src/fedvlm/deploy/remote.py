@@ -22,6 +22,7 @@ from typing import Any
 from fedvlm.algorithms.base import Algorithm
 from fedvlm.algorithms.table import of_run
 from fedvlm.deploy.blind import Sums
+from fedvlm.deploy.downloads import Written
 from fedvlm.deploy.unanswered import Bench, Declined, Exhausted, Gone, Unanswered
 from fedvlm.deploy.weights import Limits as Limits
 from fedvlm.deploy.weights import described, weighed
@@ -45,6 +46,8 @@ The tensors may be left for a second call. Then the header has ``kept``, the num
 """
 
 PING = 5.0  # seconds for a site that failed to report that it is back
+AGAIN = 4  # more questions for a site that is gone in the last step of a run
+PAUSE = 10.0  # seconds before each of them
 FETCH = 60.0  # least seconds for fetching the tensors of an answer, even after a slow answer
 
 MALFORMED = (KeyError, TypeError, ValueError, OverflowError, RecursionError)
@@ -160,9 +163,8 @@ class Remote:
     def train(self, tasks: Sequence[Task]) -> Iterator[Reply | Summed]:
         self._round = tasks[0].round if tasks else self._round
         due = {t.client: t for t in tasks if self._bench[t.client].until <= self._round}
-        if len(due) < max(
-            self.limits.min_sites, LEAST if self._sums else 1
-        ):  # ask all sites rather than end the run
+        least = max(self.limits.min_sites, LEAST if self._sums else 1)
+        if len(due) < least:  # ask all sites rather than end the run
             due = {t.client: t for t in tasks}
         for site in (t.client for t in tasks if t.client not in due):
             self.tell({"event": "benched", "site": site, "round": self._round})
@@ -224,16 +226,22 @@ class Remote:
                 text = json.dumps(self._peft, indent=2, sort_keys=True)
                 (folder / "adapter_config.json").write_text(text + "\n")
         else:
-            list(self._about(models, {"do": "export", "name": "personal"}))
+            list(self._about(models, {"do": "export", "name": "personal"}, last=True))
 
     # -- asking
 
-    def _about(self, models: Models, header: dict[str, Any], checked: Any = None) -> Iterator[Any]:
-        """Asks each client about its model; skips sites that are left out for now."""
+    def _about(
+        self, models: Models, header: dict[str, Any], checked: Any = None, last: bool = False
+    ) -> Iterator[Any]:
+        """Asks each client about its model; skips sites that are left out for now.
+
+        Where this is the ``last`` question of a run, no site is skipped, and those that are gone
+        are asked up to ``AGAIN`` more times, after the others.
+        """
         due = {
             visit.client: (visit, down)
             for visit, down in models.downs
-            if self._bench[visit.client].until <= self._round
+            if last or self._bench[visit.client].until <= self._round
         }
         written = Written()
 
@@ -242,7 +250,17 @@ class Remote:
             about = {**header, "kind": models.kind, "round": visit.round}
             return about, written(down), self.limits.score_s
 
-        return self.each(list(due), asked, checked)
+        left = list(due)
+        for more in range(AGAIN if last else 0, -1, -1):
+            gone = []
+            for site, found in self.each(left, asked, checked):
+                if more and isinstance(found, Gone):
+                    gone.append(site)
+                else:
+                    yield site, found
+            left = gone
+            if left:
+                time.sleep(PAUSE)
 
     def _arrived(self, tasks: Mapping[str, Task]) -> Any:
         """The check of every reply to a training request; it gives the reply with its upload."""
@@ -377,24 +395,3 @@ def as_sent(config: Config) -> dict[str, Any]:
 
 def _uncounted(error: Exception) -> Unanswered:
     return Unanswered(f"its answer is invalid: {error!r:.500}")
-
-
-class Written:
-    """Downloads as bytes; consecutive clients with the same tensors share the bytes."""
-
-    def __init__(self) -> None:
-        self._last: Tree = {}
-        self._bytes = b""
-
-    def __call__(self, tree: Tree) -> bytes:
-        known = self._last
-        if tree.keys() != known.keys() or any(t is not known[n] for n, t in tree.items()):
-            self._last, self._bytes = tree, write(tree)
-        return self._bytes
-
-
-def write(tree: Tree) -> bytes:
-    """A message's tensors as a safetensors file; empty without tensors."""
-    from safetensors.torch import save
-
-    return save({n: t.contiguous() for n, t in tree.items()}) if tree else b""
