@@ -1,10 +1,11 @@
-"""Plans every recipe of examples/recipes, and writes the tables of the README.md beside them.
+"""Writes every recipe of examples/recipes, and the tables of their plans in the README.md there.
 
-    python scripts/recipes.py            # renew the tables
+    python scripts/recipes.py            # renew the recipes and the tables
     python scripts/recipes.py --check    # exit 1 where they are not current
 
-The plan is that of ``fedvlm run RECIPE --dry-run``. The model's sizes come from a config.json in
-examples/recipes/models, so neither the hub nor weights are needed.
+The recipes are those of ``_recipes.py``. A plan is that of ``fedvlm run RECIPE --dry-run``. The
+model's sizes come from a config.json in examples/recipes/models, so neither the hub nor weights
+are needed.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from unittest import mock
 
+import _recipes
 from fedvlm.cli.tables import size
 from fedvlm.config import load
 from fedvlm.models import load as loading
@@ -25,19 +27,6 @@ from fedvlm.settings.sections import Config
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "recipes"
 PAGE = FOLDER / "README.md"
 MARKS = "<!-- written by scripts/recipes.py: {} -->", "<!-- end of {} -->"
-DATA = {  # name and rows of the split train, by the cards on the hub
-    "flaviagiammarino/vqa-rad": ("VQA-RAD", 1_793),
-    "flaviagiammarino/path-vqa": ("PathVQA", 19_654),
-    "openbmb/RLAIF-V-Dataset": ("RLAIF-V", 83_132),
-}
-LICENCES = {
-    "HuggingFaceTB/SmolVLM-256M-Instruct": "Apache-2.0",
-    "HuggingFaceTB/SmolVLM-500M-Instruct": "Apache-2.0",
-    "Qwen/Qwen2.5-VL-3B-Instruct": "Qwen Research Licence",
-    "google/paligemma2-3b-pt-224": "Gemma terms, gated",
-    "google/gemma-3-4b-it": "Gemma terms, gated",
-    "florence-community/Florence-2-base": "MIT",
-}
 RUN: dict[str, str] = {}  # recipe -> what was run of it, with a date; the others were never run
 RECIPES = (
     "recipe",
@@ -78,13 +67,14 @@ def plan(recipe: Path) -> tuple[Config, Forecast]:
 
 def row(recipe: Path, config: Config, found: Forecast) -> list[str]:
     """A recipe's row of the table."""
-    name, rows = DATA[config.data.path or ""]
+    task = next(t for t in _recipes.TASKS if t.name == config.data.path)
+    name = task.title.partition("(")[2].partition(")")[0]
     size_of = found.size
     assert size_of is not None
     return [
         f"[{recipe.stem}]({recipe.name})",
         name if config.objective.name == "sft" else f"{name}, DPO",
-        f"{min(rows, config.data.max_rows or rows):,}",
+        f"{min(task.rows, config.data.max_rows or task.rows):,}",
         str(found.clients),
         f"{found.all_steps:,}",
         size(found.sent["up"].median * (found.cohort or 0)),
@@ -97,6 +87,7 @@ def model_row(config: Config, found: Forecast) -> list[str]:
     """A model's row of the table."""
     name, size_of = config.model.name, found.size
     assert size_of is not None
+    model = next(m for m in _recipes.MODELS if m.name == name)
     bits = "" if config.model.quantization == "none" else f", {config.model.quantization}"
     return [
         f"[{name.rpartition('/')[2]}](https://huggingface.co/{name}){bits}",
@@ -104,7 +95,7 @@ def model_row(config: Config, found: Forecast) -> list[str]:
         size(size_of.weights),
         size(size_of.each),
         size(found.sent["up"].median),
-        LICENCES[name],
+        model.short,
     ]
 
 
@@ -133,8 +124,15 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--check", action="store_true", help="write nothing")
     check = parser.parse_args().check
+    wanted = {FOLDER / f"{name}.yaml": text for name, text in _recipes.texts().items()}
+    current = wanted == {path: path.read_text(encoding="utf-8") for path in recipes()}
+    if not check:
+        for path in recipes():
+            path.unlink()
+        for path, text in wanted.items():
+            path.write_text(text, encoding="utf-8")
     text = page()
-    current = text == PAGE.read_text(encoding="utf-8")
+    current = current and text == PAGE.read_text(encoding="utf-8")
     if not check:
         PAGE.write_text(text, encoding="utf-8")
     return int(check and not current)
