@@ -26,10 +26,12 @@ PINS_HEADER := \# Every package of .[dev], as tested. Renewed by `make pins`.
 LOCK_HEADER := \# What .[clusters,deploy,dicom,privacy] brings along, with hashes. Renewed by `make pins`.
 # Tools that look at the environment from outside, in one of their own.
 TOOLS := $(VENV)/tools
+# The trackers bring 40 packages, some of which refuse our pins.
+TRACKERS := $(VENV)/trackers
 CYCLONEDX := cyclonedx-bom==7.5.0
 UV := uv==0.13.9
 PIP_AUDIT := pip-audit==2.10.1
-.PHONY: help demo test check bench families docs pins sbom audit clean
+.PHONY: help demo test check bench families trackers docs pins sbom audit clean
 .DELETE_ON_ERROR:
 
 help: ## print this list
@@ -67,6 +69,10 @@ bench: $(VENV)/.stamp-run ## run every benchmark briefly (QUICK= for the full le
 families: export HF_HUB_OFFLINE = 1
 families: $(VENV)/.stamp-dev ## renew docs/families.md by testing every model family
 	$(BIN)/python -m pytest tests/test_families.py --families-table docs/families.md
+
+trackers: export HF_HUB_OFFLINE = 1
+trackers: $(TRACKERS)/.stamp ## test report_to with the newest trackers, in an environment of their own
+	$(TRACKERS)/bin/python -m pytest -rs tests/test_trackers.py
 
 docs: $(VENV)/.stamp-docs ## set up, then build the documentation site into site/
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --strict --quiet
@@ -141,6 +147,13 @@ $(VENV)/.stamp-docs: pyproject.toml constraints.txt $(VENV)/.stamp-torch
 $(TOOLS)/.stamp: | $(VENV)/.stamp-venv
 	"$(PYTHON)" -m venv $(TOOLS)
 	$(TOOLS)/bin/python -m pip install --quiet '$(CYCLONEDX)' '$(UV)' '$(PIP_AUDIT)'
+	@touch $@
+
+$(TRACKERS)/.stamp: pyproject.toml | $(VENV)/.stamp-venv
+	"$(PYTHON)" -m venv $(TRACKERS)
+	$(TRACKERS)/bin/python -m pip install --quiet '$(TORCH)' \
+	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
+	$(TRACKERS)/bin/python -m pip install --quiet -e '.[trackers]' pytest hypothesis
 	@touch $@
 
 # What tests import is compiled here once, and not by all workers of the tests at the same time.

@@ -172,8 +172,19 @@ def test_wandb_writes_an_offline_run_that_a_resumed_run_continues(tmp_path, monk
     )
 
 
-def test_trackio_has_every_round(tmp_path, monkeypatch):
+def test_trackio_has_every_round_and_a_resumed_run_is_one_run(tmp_path, monkeypatch):
+    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))  # read when it is imported
     pytest.importorskip("trackio", reason="needs trackio: pip install 'fedvlm[trackers]'")
-    monkeypatch.setenv("TRACKIO_DIR", str(tmp_path / "trackio"))
-    run(tmp_path, "report_to=[trackio]")
-    assert [p for p in Path(tmp_path / "trackio").rglob("*") if p.is_file()]
+    from trackio.sqlite_storage import SQLiteStorage
+
+    with pytest.raises(RuntimeError, match="enough"):
+        run(tmp_path, "report_to=[trackio]", callbacks=[Told(dies_in=1)])
+    fedvlm.resume(tmp_path / "run")
+    (name,) = SQLiteStorage.get_runs("fedvlm")
+    found = {log["step"]: log for log in SQLiteStorage.get_logs("fedvlm", name)}
+    assert list(found) == [line["round"] for line in lines(tmp_path)]
+    for line in lines(tmp_path):
+        for number, value in values_of(line, 0.0).items():
+            if number != "seconds":
+                assert found[line["round"]][number] == pytest.approx(value), number
+    assert SQLiteStorage.get_run_config("fedvlm", name)["algorithm"]["name"] == "lora"
