@@ -153,7 +153,7 @@ $(TRACKERS)/.stamp: pyproject.toml | $(VENV)/.stamp-venv
 	"$(PYTHON)" -m venv $(TRACKERS)
 	$(TRACKERS)/bin/python -m pip install --quiet '$(TORCH)' \
 	  $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX))
-	$(TRACKERS)/bin/python -m pip install --quiet -e '.[trackers]' pytest hypothesis
+	$(TRACKERS)/bin/python -m pip install --quiet -e '.[privacy,trackers]' pytest hypothesis
 	@touch $@
 
 # What tests import is compiled here once, and not by all workers of the tests at the same time.

@@ -5,8 +5,8 @@
 A server and five sites as real processes on this machine, with mutual TLS, secure aggregation,
 pinned keys, and numbers for Prometheus. A seed chooses the faults: a site is killed, all its
 processes at once, and started again by the same command, as systemd does it; or a site is stopped
-(SIGSTOP) for 20 to 60 s; or the server is killed, started again, and the run resumed. In a quiet
-part nothing happens, so that processes grow old.
+(SIGSTOP) for 20 to 60 s; or the server is killed and started again, and `deploy run` goes on. In
+a quiet part nothing happens, so that processes grow old.
 
 FOLDER gets ``samples.csv`` (every 10 s: memory, handles, threads and processor time of each
 process), ``faults.json`` and everything else; ``soaked.py`` reads them, prints tables, draws
@@ -231,7 +231,7 @@ class Soak:
     def commit(self, fault: Fault) -> None:
         """Lets a fault happen, and waits until all sites take part again."""
         before, began = self.newest().get("round", 0), time.monotonic()
-        self._down |= {fault.site, "run"} if fault.kind == "server" else {fault.site}
+        self._down.add(fault.site)
         if fault.kind == "stall":
             hit = self.signal(fault.site, signal.SIGSTOP)
             time.sleep(fault.seconds)
@@ -241,9 +241,6 @@ class Soak:
             self.started.processes[fault.site].wait()
             time.sleep(fault.seconds)
             self.serve(fault.site)
-        if fault.kind == "server":  # the command says that the server is gone
-            self.note(event="run", code=self.started.processes["run"].wait(PATIENCE))
-            self.begin("--resume", str(self.run))
         self._down.clear()
         after = self.newest().get("round", 0) + 1  # this round may have begun before
         well = self.wait(lambda: self.whole(after), PATIENCE)

@@ -286,6 +286,7 @@ def test_a_job_that_ends_meanwhile_does_not_keep_another_from_its_end(tmp_path, 
 def test_a_server_is_gone_only_after_some_time_without_an_answer(tmp_path, monkeypatch):
     from nvflare.fuel.flare_api.flare_api import NoConnection
 
+    from fedvlm.deploy.nvflare import away
     from fedvlm.deploy.nvflare import federation as runs
 
     class Session:
@@ -297,6 +298,9 @@ def test_a_server_is_gone_only_after_some_time_without_an_answer(tmp_path, monke
                 raise answer
             return {"status": answer}
 
+        def get_system_info(self):
+            return SimpleNamespace(job_info=[], client_info=[])
+
     (tmp_path / "server").mkdir()
     (tmp_path / "project.yml").write_text("server: {address: h}\nsites: [a]")
     followed = ("j", tmp_path / "events", load({"output": "r"}), runs.Away(), id)
@@ -304,6 +308,8 @@ def test_a_server_is_gone_only_after_some_time_without_an_answer(tmp_path, monke
     monkeypatch.setattr(runs, "ASKED", 0.0)
     session = Session(late, "RUNNING", late, "FINISHED:COMPLETED")
     assert federation._follow(session, *followed) == "FINISHED:COMPLETED"
+    monkeypatch.setattr(away, "LOST", -1.0)
+    assert federation._follow(Session("SUBMITTED", "RUNNING"), *followed).startswith("ABANDONED")
     for error, patience in ((late, 0.0), (RuntimeError("closed"), 60.0)):
         monkeypatch.setattr(runs, "LOST", patience)
         with pytest.raises(FedVLMError, match="the server is gone"):
@@ -320,7 +326,7 @@ def test_a_project_is_read_as_it_is_written(tmp_path):
 
 @needed
 def test_a_site_that_reconnects_is_let_in_a_limited_number_of_times():
-    from fedvlm.deploy.nvflare.federation import AGAIN, Away
+    from fedvlm.deploy.nvflare.away import AGAIN, Away
 
     def heard(when):
         return [SimpleNamespace(name="a", last_connect_time=when)]

@@ -3,7 +3,6 @@
 import contextlib
 import json
 import logging
-from pathlib import Path
 
 import pytest
 
@@ -124,6 +123,8 @@ def test_tensorboard_has_every_number_of_every_round(tmp_path):
     found = EventAccumulator(str(tmp_path / "run" / "tensorboard")).Reload()
     wanted = {n for line in lines(tmp_path) for n in values_of(line, 1.0)}
     assert set(found.Tags()["scalars"]) == wanted
+    (settings,) = found.Tensors("settings/text_summary")
+    assert b"    algorithm.name: lora\n" in settings.tensor_proto.string_val[0]
     up = {event.step: event.value for event in found.Scalars("bytes_up")}
     assert up == {x["round"]: sum(x["bytes_up"].values()) for x in lines(tmp_path)[1:]}
 
@@ -188,3 +189,6 @@ def test_trackio_has_every_round_and_a_resumed_run_is_one_run(tmp_path, monkeypa
             if number != "seconds":
                 assert found[line["round"]][number] == pytest.approx(value), number
     assert SQLiteStorage.get_run_config("fedvlm", name)["algorithm"]["name"] == "lora"
+    (artifact,) = SQLiteStorage.list_artifacts("fedvlm")
+    files = SQLiteStorage.get_artifact_manifest("fedvlm", artifact["name"], "latest")
+    assert {"config.yaml", "table.csv"} <= {file["path"] for file in files["manifest"]}

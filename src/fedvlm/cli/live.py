@@ -136,7 +136,7 @@ def describe(line: dict[str, Any], config: Config) -> str:
     last = "local tuning" if config.train.tuning else "average"
     head = f"round {number:>3}/{rounds}" if number <= rounds else f"{last:<13}"
     parts = []
-    if (number <= rounds or config.train.tuning) and (losses := line.get("train_loss")):
+    if losses := line.get("train_loss"):
         parts.append(
             f"{counted(len(losses), 'client')}, loss {sum(losses.values()) / len(losses):.3f}"
         )

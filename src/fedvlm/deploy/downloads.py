@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from safetensors.torch import save
-
 from fedvlm.tree import Tree
 
 
@@ -23,4 +21,6 @@ class Written:
 
 def write(tree: Tree) -> bytes:
     """A message's tensors as a safetensors file; empty without tensors."""
+    from safetensors.torch import save  # torch, which the server's commands do without
+
     return save({n: t.contiguous() for n, t in tree.items()}) if tree else b""

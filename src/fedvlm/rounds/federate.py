@@ -289,6 +289,8 @@ def drive(
                 config.wire.secure,
                 config.eval.global_before,
             )
+            if round_.final and not config.train.tuning:
+                line["train_loss"] = {}  # nobody has trained: a loss of 0 would be none
             if budget:
                 line["epsilon"] = round(budget.epsilon([*store.lines(), line]), 6)
             line |= patience.told(round_, state)

@@ -220,7 +220,10 @@ class TensorBoard(Tracker):
     def open(self, number: str) -> Any:
         from torch.utils.tensorboard import SummaryWriter
 
-        return SummaryWriter(str(self.folder / "tensorboard"))
+        writer = SummaryWriter(str(self.folder / "tensorboard"))
+        settings = dotted(self.config.model_dump())  # indented lines are shown as they are
+        writer.add_text("settings", "".join(f"    {name}: {value}\n" for name, value in settings))
+        return writer
 
     def log(self, values: dict[str, float], step: int) -> None:
         for name, value in values.items():
@@ -246,6 +249,14 @@ class Trackio(Tracker):
 
     def log(self, values: dict[str, float], step: int) -> None:
         self.run.log(values, step=step)
+
+    def keep(self, files: Iterable[Path]) -> None:
+        import trackio
+
+        found = trackio.Artifact(f"run-{self._number()}", type="run")
+        for path in files:
+            found.add_file(path)
+        self.run.log_artifact(found)
 
     def close(self, whole: bool) -> None:
         self.run.finish()

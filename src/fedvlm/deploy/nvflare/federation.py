@@ -7,8 +7,7 @@ import io
 import json
 import time
 import uuid
-from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,7 @@ from fedvlm.algorithms.checks import one_place
 from fedvlm.algorithms.table import find, of_run
 from fedvlm.deploy.digests import digest_of
 from fedvlm.deploy.events import EVENTS, NewLines, output_of
+from fedvlm.deploy.nvflare.away import AGAIN, LOST, Away, Dropped
 from fedvlm.deploy.nvflare.processes import read_federation
 from fedvlm.deploy.nvflare.project import ADMIN, Project, admitted, write_job
 from fedvlm.deploy.nvflare.server import RENEW
@@ -38,8 +38,6 @@ Tell = Callable[[dict[str, Any]], None]
 
 CONNECT = 20.0  # seconds to wait for the server's answer
 ASKED = 5.0  # seconds between two requests for the job's status
-LOST = 30.0  # seconds without an answer to them until the server is gone
-AGAIN = 3  # number of jobs in a row without a finished round that is an error
 
 
 class Federation:
@@ -282,7 +280,7 @@ class Federation:
         Raises:
             FedVLMError: the server's process reports an error, or the server is gone.
         """
-        new, status = NewLines(events), ""
+        new, status, dropped = NewLines(events), "", Dropped()
         asked = heard = time.monotonic()
         while True:
             for event in map(json.loads, new()):
@@ -299,53 +297,17 @@ class Federation:
                 asked = time.monotonic()
                 try:
                     status = str(session.get_job_meta(job).get("status"))
-                    if away.since and away.back(session.get_system_info().client_info):
-                        files.write_text(events.with_name(RENEW), "")
+                    system = session.get_system_info()
                     heard = time.monotonic()
+                    if dropped(job, status, system.job_info):
+                        status = "ABANDONED by a server that was started again"
+                    elif away.since and away.back(system.client_info):
+                        files.write_text(events.with_name(RENEW), "")
                 except Exception as error:  # a busy server may answer too late, once
                     if not isinstance(error, NoConnection) or time.monotonic() - heard > LOST:
                         raise FedVLMError(f"the server is gone ({error}); {_how(config)}") from None
             else:
                 time.sleep(0.2)
-
-
-class Away:
-    """The sites that are lost. A site that is back may take part in the next job.
-
-    Attributes:
-        since: site -> time at which it gave no answer, in seconds since 1970.
-    """
-
-    def __init__(self) -> None:
-        self.since: dict[str, float] = {}
-        self._tried: Counter[str] = Counter()
-
-    def note(self, event: dict[str, Any]) -> None:
-        """Takes note of one event of a job."""
-        site = event.get("site", "")
-        if event["event"] == "failed" and event.get("gone"):
-            self.since[site] = event["time"]
-        elif event["event"] in ("opened", "trained"):
-            self.since.pop(site, None)
-        if event["event"] == "trained":
-            self._tried.pop(site, None)
-
-    def back(self, clients: Sequence[Any]) -> list[str]:
-        """The sites that have connected again. A site is returned ``AGAIN`` times at most.
-
-        A finished training step sets a site's count back to zero.
-
-        Args:
-            clients: the clients that NVFlare's server lists, each with ``name`` and
-                ``last_connect_time``.
-        """
-        heard = {client.name: client.last_connect_time or 0 for client in clients}
-        found = [site for site, since in self.since.items() if heard.get(site, 0) > since]
-        found = [site for site in found if self._tried[site] < AGAIN]
-        self._tried.update(found)
-        for site in found:
-            del self.since[site]
-        return found
 
 
 def begun(folder: str | Path) -> bool:
