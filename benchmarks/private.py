@@ -11,8 +11,9 @@ prints what is there.
 
 - scenes: the bundled scenes, style label, three sites of 600 rows, 6 rounds of 5 steps.
 - photos: CIFAR-10 photographs with questions by `origin_dataset`, 3,000 rows.
-- vqarad: 1,300 radiology questions by organ (three sites), the model of 140 M parameters in
-  runs/smol, batches of 16, learning rate 0.002; scores are token F1.
+- vqarad: 3,515 radiology questions by organ (three sites), the model of 140 M parameters in
+  runs/smol, LoRA of rank 2 on the queries and values of its last ten layers, 5 rounds of 2 steps,
+  batches of 16, learning rate 0.01; scores are token F1.
 
 The last line is `RATIO <number> <what>`.
 """
@@ -32,6 +33,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import fedvlm
 from _common import ROOT, environment
+from fedvlm.models.frozen import handed_on
 
 CELLS: dict[str, dict[str, Any]] = {
     "scenes": {"data": {"scenes": {"style": "label", "sites": 3, "rows": 600}}},
@@ -40,16 +42,22 @@ CELLS: dict[str, dict[str, Any]] = {
         "partition": {"kind": "column", "column": "origin_dataset"},
     },
     "vqarad": {
-        "data": {
-            "path": str(ROOT.parent / "shared/data/vqarad.parquet"),
-            "max_rows": 1300,
-            "val_fraction": 0.1,
-        },
+        "data": {"path": str(ROOT.parent / "shared/data/vqarad.parquet"), "val_fraction": 0.1},
         "partition": {"kind": "column", "column": "site"},
         "model": {"name": str(ROOT / "runs/smol")},
-        "lora": {"target": r"text_model\.layers\.2\d\.", "rank": 4, "alpha": 8},
-        "train": {"rounds": 6, "local_steps": 5, "batch_size": 16, "lr": 0.002},
-        "eval": {"every": 0, "max_rows": 64, "max_new_tokens": 6, "metric": "token_f1"},
+        "lora": {
+            "target": r"text_model\.layers\.2\d\.self_attn\.(q|v)_proj",
+            "rank": 2,
+            "alpha": 4,
+        },
+        "train": {"rounds": 5, "local_steps": 2, "batch_size": 16, "lr": 0.01},
+        "eval": {
+            "every": 0,
+            "max_rows": 32,
+            "max_new_tokens": 6,
+            "metric": "token_f1",
+            "global_before": False,
+        },
     },
 }
 COMMON = {
@@ -183,4 +191,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with handed_on():  # the untuned model's answers, and the features of the pictures
+        main()
