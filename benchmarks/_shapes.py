@@ -17,6 +17,7 @@ import torch
 import transformers as hf
 
 import fedvlm
+from fedvlm.algorithms.table import of_run
 from fedvlm.batches.collate import Collator
 from fedvlm.batches.prompts import Features
 from fedvlm.data.partition import Split
@@ -162,7 +163,7 @@ def engine(
     adapted = drop_dead(adapted, config.lora, config.seed, loss)
     store = Store(config.output)
     return engine_class(config.engine, adapted)(
-        adapted, collator, partition, config, store
+        adapted, collator, partition, config, store, of_run(config)
     ), partition
 
 

@@ -33,10 +33,13 @@ print(json.dumps({" ".join(words): run(*words) for words in json.loads(sys.argv[
 """
 
 
+SMALL = "gpu.py --device cpu --quick --repeats 1 --model smolvlm-500m --target language"
+
+
 @pytest.fixture(scope="module")
 def ran():
     """Command -> exit code, output: all scripts run one after the other in one process."""
-    commands = [[name, "--help"] for name in SCRIPTS] + [["gpu.py"]]
+    commands = [[name, "--help"] for name in SCRIPTS] + [["gpu.py"], SMALL.split()]
     environment = {**os.environ, "PYTHONPATH": str(ROOT / "src"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         [sys.executable, "-c", RUN, json.dumps(commands)],
@@ -63,3 +66,9 @@ def test_the_gpu_benchmark_ends_in_peace_where_there_is_no_gpu(ran):
     code, out = ran["gpu.py"]
     assert code == 0, code
     assert "no GPU" in out
+
+
+def test_the_gpu_benchmark_works_on_small_shapes_without_a_gpu(ran):
+    code, out = ran[SMALL]
+    assert code == 0, code
+    assert float(out.splitlines()[-1].split()[1]) > 0, out
