@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+from pathlib import Path
 
 import pytest
 
@@ -106,6 +107,40 @@ def test_a_tracker_that_fails_is_a_warning_and_the_run_is_whole(tmp_path, monkey
     assert results.metrics
     (warning,) = [r.getMessage() for r in caplog.records if "report_to" in r.getMessage()]
     assert "the run goes on: OSError: no network" in warning
+
+
+def test_no_file_with_rows_goes_to_a_tracker(tmp_path, monkeypatch):
+    kept = []
+
+    class Keeping(trackers.Tracker):
+        name = package = "json"
+        open = log = close = lambda self, *given: None
+
+        def keep(self, files):
+            kept.extend(files)
+
+    monkeypatch.setattr(Keeping, "open", lambda self, number: self)
+    monkeypatch.setitem(trackers.TRACKERS, "wandb", Keeping)
+    results = run(tmp_path, "report_to=[wandb]", callbacks=[Reported()])
+    assert (results.folder / "report.html").exists()
+    words = [row["question"] for row in fedvlm.scenes(sites=2, rows=12)]
+    for path in kept:
+        assert not [w for w in words if w.encode() in path.read_bytes()], path
+    assert {path.name for path in kept} >= {"config.yaml", "table.csv"}
+
+
+class Reported(fedvlm.Callback):
+    """Leaves the report of an earlier end, as a run that is given more rounds has it."""
+
+    def round(self, line, seconds):
+        folder = Path(self.config.output)
+        questions = [row["question"] for row in fedvlm.scenes(sites=2, rows=12)]
+        (folder / "report.html").write_text("\n".join(questions))
+
+    @contextlib.contextmanager
+    def started(self, config):
+        self.config = config
+        yield
 
 
 # -- the real clients

@@ -28,7 +28,7 @@ from fedvlm.store.files import slugs, write_text
 KNOWN = "trackers.json"
 """The file in a run's folder with the trackers' own numbers of the run, for resuming."""
 PROJECT = "fedvlm"
-FILES = ("config.yaml", "table.csv", "table.json", "groups.csv", "curves.png", "report.html")
+FILES = ("config.yaml", "table.csv", "table.json", "groups.csv", "curves.png")
 
 logger = logging.getLogger("fedvlm")
 
