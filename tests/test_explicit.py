@@ -103,7 +103,10 @@ def test_inline_lists_survive_the_saved_configuration(tmp_path):
     ("lists", "said"),
     [
         ({"a": [0, 1, 2, 3, 4], "b": [5, 6]}, r"leaves out 3 of 10 rows, the first is row 7"),
-        ({"a": [0, 1, 2, 3, 4], "b": [5, 6, 7, 8, 9, 17, 10]}, r"names 2 rows .* row 17: .*9"),
+        (
+            {"a": [0, 1, 2, 3, 4], "b": [5, 6, 7, 8, 9, 17, 10]},
+            r"names 2 missing rows.* row 17: .*9",
+        ),
         ({"a": [0, 1, 2, 3, 4, 5, 6, 7, 8], "b": [9]}, r"1 of 2 clients .* 2 rows: b \(1\)"),
     ],
 )
@@ -115,7 +118,7 @@ def test_lists_that_do_not_fit_the_data_are_refused(lists, said):
 def test_listed_rows_that_were_skipped_are_no_mistake(caplog):
     rows = table(8).select([0, 1, 2, 3, 5, 6, 7])
     lists = {"a": [0, 1, 2, 3], "b": [4, 5, 6, 7]}
-    with pytest.raises(DataError, match="names 1 rows that do not exist, the first is row 4"):
+    with pytest.raises(DataError, match="names 1 missing row, the first is row 4"):
         make_partition(rows, config(kind="explicit", lists=lists, min_rows=2))
     asked = config(0, {"on_error": "skip"}, kind="explicit", lists=lists, min_rows=2)
     with caplog.at_level(logging.WARNING, logger="fedvlm"):

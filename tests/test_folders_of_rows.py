@@ -70,7 +70,7 @@ def test_metadata_below_a_folder_with_metadata_is_named(tmp_path, caplog):
     hospital(tmp_path / "south", "blue")
     with caplog.at_level(logging.WARNING, logger="fedvlm"):
         assert load(tmp_path)["answer"][:] == ["red"]
-    assert "left out 1 .jsonl files ('metadata.jsonl')" in warnings(caplog)
+    assert "left out 1 .jsonl file ('metadata.jsonl')" in warnings(caplog)
 
 
 def test_files_of_rows_that_are_not_read_are_named(tmp_path, caplog):
@@ -81,7 +81,7 @@ def test_files_of_rows_that_are_not_read_are_named(tmp_path, caplog):
     with caplog.at_level(logging.WARNING, logger="fedvlm"):
         load(tmp_path)
     for ending in (".tsv", ".csv.gz", ".xlsx", ".pq", ".arrow", ".feather"):
-        assert f"1 {ending} files" in warnings(caplog)
+        assert f"1 {ending} file" in warnings(caplog)
 
 
 @pytest.mark.parametrize(("suffix", "like"), [("ndjson", "jsonl"), ("tsv", "csv")])
@@ -244,7 +244,7 @@ def test_files_of_other_kinds_in_the_folder_are_counted(tmp_path, caplog):
     write(tmp_path / "b.csv", rows_of("ab"))
     with caplog.at_level(logging.WARNING, logger="fedvlm"):
         assert len(load(tmp_path)) == 2
-    assert "read 1 files, such as 'a.parquet'; left out 1 .csv files" in warnings(caplog)
+    assert "read 1 file, such as 'a.parquet'; left out 1 .csv file" in warnings(caplog)
 
 
 def test_links_that_lead_nowhere_and_twins_of_a_file_are_no_rows(tmp_path, caplog):

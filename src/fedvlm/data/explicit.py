@@ -11,7 +11,7 @@ import numpy as np
 
 from fedvlm import documents
 from fedvlm.data.assign import by_owner
-from fedvlm.errors import DataError
+from fedvlm.errors import DataError, counted
 from fedvlm.settings.sections import checked
 
 logger = logging.getLogger("fedvlm")
@@ -53,7 +53,7 @@ def by_lists(
     absent = listed[~np.isin(listed, numbers)]
     if len(absent) and not some_left_out:
         raise DataError(
-            f"partition.lists names {len(absent)} rows that do not exist, the first is row "
+            f"partition.lists names {counted(len(absent), 'missing row')}, the first is row "
             f"{absent[0]}: the rows of the data are {numbers.min()} to {numbers.max()}"
         )
     missing = np.unique(numbers[~np.isin(numbers, listed)])

@@ -8,7 +8,7 @@ import re
 from collections.abc import Collection, Sequence
 from pathlib import Path
 
-from fedvlm.errors import DataError, brief
+from fedvlm.errors import DataError, brief, counted
 
 logger = logging.getLogger("fedvlm")
 
@@ -183,12 +183,13 @@ def _report_left_out(
     for path in others:
         if ending := _ending(path):
             kinds.setdefault(ending, []).append(path)
-    parts = [f"{len(found)} {ending} files ({_named(found, 2)})" for ending, found in kinds.items()]
-    parts += [f"{len(saved)} saved data sets ({_named(sorted(saved), 2)})"] if saved else []
+    groups = [(f"{ending} file", found) for ending, found in kinds.items()]
+    groups += [("saved data set", sorted(saved))] if saved else []
+    parts = [f"{counted(len(found), what)} ({_named(found, 2)})" for what, found in groups]
     if parts:
         logger.warning(
-            "read %d files, such as '%s'; left out %s in the same folder",
-            len(chosen),
+            "read %s, such as '%s'; left out %s in the same folder",
+            counted(len(chosen), "file"),
             chosen[0].name,
             ", ".join(sorted(parts)[:8]),
         )

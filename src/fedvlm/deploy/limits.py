@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 from pydantic import Field
 
 from fedvlm.deploy import digests
-from fedvlm.errors import FedVLMError
+from fedvlm.errors import FedVLMError, counted
 from fedvlm.metrics import METRICS, rounded
 from fedvlm.settings.method import Positive, Section
 from fedvlm.settings.sections import Config
@@ -187,9 +187,13 @@ def admitted(policy: Budgets, config: Config, split: Split) -> Split:
     steps = train.rounds * train.steps(len(split.train)) + train.tuning
     wrong = []
     if len(split.train) < policy.train_rows:
-        wrong.append(f"the site has fewer than {policy.train_rows} rows to train on (train_rows)")
+        wrong.append(
+            f"the site has fewer than {counted(policy.train_rows, 'row')} to train on (train_rows)"
+        )
     if not count:
-        wrong.append(f"the site has fewer than {least} rows in '{part}' to score (scored_rows)")
+        wrong.append(
+            f"the site has fewer than {counted(least, 'row')} in '{part}' to score (scored_rows)"
+        )
     if policy.steps is not None and steps > policy.steps:
         wrong.append(f"it asks for more than {policy.steps} optimizer steps (steps)")
     if wrong:

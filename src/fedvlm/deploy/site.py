@@ -25,7 +25,7 @@ from fedvlm.deploy.policy import Policy, Refused
 from fedvlm.deploy.sitestore import SiteStore, Version, on_a_full_disk
 from fedvlm.engines.base import Models, Scores
 from fedvlm.engines.wire import Task
-from fedvlm.errors import FedVLMError
+from fedvlm.errors import FedVLMError, counted
 from fedvlm.metrics import average
 from fedvlm.privacy.plan import Unplanned
 from fedvlm.rounds import prepare as preparing
@@ -284,7 +284,7 @@ class Site:
         """
         last = self.config.train.rounds + self.algorithm.final
         if not 0 <= round_ <= last:
-            raise Refused(f"there is no round {round_}: this run has {last} rounds")
+            raise Refused(f"there is no round {round_}: this run has {counted(last, 'round')}")
         if not 0 < sampled <= 1:
             raise Refused(
                 f"a cohort's share of all examples must be in (0, 1], got {sampled!r:.40}"

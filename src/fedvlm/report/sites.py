@@ -9,7 +9,7 @@ from typing import Any
 
 from fedvlm.algorithms.table import find
 from fedvlm.data.partition import SPLITS, Partition
-from fedvlm.errors import brief
+from fedvlm.errors import brief, counted
 from fedvlm.metrics import size
 from fedvlm.report import charts
 from fedvlm.report.folder import Compared, Run
@@ -154,7 +154,9 @@ def _rounds(run: Run, site: str) -> int:
 def _time(run: Run) -> Sequence[str]:
     seconds = [line["seconds"] for line in run.timing if "seconds" in line]
     if seconds:
-        yield_ = [f"{duration(sum(seconds))} for {len(seconds)} rounds, scoring included."]
+        yield_ = [
+            f"{duration(sum(seconds))} for {counted(len(seconds), 'round')}, scoring included."
+        ]
     else:
         yield_ = ["The seconds of the rounds are not known (timing.jsonl)."]
     steps = sum(sum(line.get("steps", {}).values()) for line in run.lines)
