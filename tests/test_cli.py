@@ -56,7 +56,7 @@ from fedvlm.cli.app import app
 from typer.testing import CliRunner
 for name in sys.argv[1:]:
     assert CliRunner().invoke(app, [name, "--help"]).exit_code == 0
-heavy = {"torch", "transformers", "datasets", "peft", "matplotlib", "sklearn"}
+heavy = {"torch", "transformers", "datasets", "peft", "matplotlib", "sklearn", "numpy"}
 assert not heavy & set(sys.modules), heavy & set(sys.modules)
 """
 

@@ -1,5 +1,8 @@
 """The last step of a deployed run, in which each site writes its own model."""
 
+import subprocess
+import sys
+
 import pytest
 
 from fedvlm.algorithms.base import Visit
@@ -72,3 +75,10 @@ def test_a_site_that_answers_with_an_error_is_not_asked_again():
             return super().__call__(site, header, blob, limit)
 
     assert ended(Failing()) == ["south"]
+
+
+def test_the_commands_at_the_server_do_without_torch():
+    """They run for months; torch takes 250 MB of memory."""
+    code = "import sys, fedvlm.deploy.remote; print('torch' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout == "False\n", done.stderr
