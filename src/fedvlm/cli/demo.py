@@ -14,7 +14,7 @@ SETTINGS = {
     },
     "lora": {"target": "language"},
     "train": {"rounds": 12, "local_steps": 10, "batch_size": 4, "lr": 5e-3},
-    "eval": {"every": 6, "max_rows": 50, "max_new_tokens": 18, "global_before": False},
+    "eval": {"every": 4, "max_rows": 50, "max_new_tokens": 18, "global_before": False},
 }
 
 INTRODUCTION = """\
