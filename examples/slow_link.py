@@ -193,7 +193,7 @@ def report(
     seconds = {line["round"]: line["seconds"] for line in run.timing() if "seconds" in line}
     missed = [line["round"] for line in run.lines() if LOST in line.get("missing", ())]
     assert {s for line in run.lines() for s in line.get("missing", ())} <= {LOST}
-    assert run.lines()[-1]["train_loss"].keys() == set(SITES), "all sites have trained in the end"
+    assert run.lines()[-2]["train_loss"].keys() == set(SITES), "all sites have trained in the end"
     assert lines[PROXIED].asked, f"{PROXIED} has not used the proxy"
     assert meanwhile >= number, "the others have gone on during the cut"
     print(f"\nan upload has {size / 1e6:.2f} MB; {PROXIED} made {lines[PROXIED].asked} connections")

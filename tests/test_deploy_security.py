@@ -310,8 +310,10 @@ def test_a_run_among_intruders_is_that_of_its_own_sites(seen):
     lines = store.Store(folder / "run").lines()
     assert [line["round"] for line in lines] == [0, 1, 2, 3], "the last round averages"
     assert not [line for line in lines if line.get("missing") or line.get("rejected")]
-    for line in lines[1:]:
+    *rounds, last = lines[1:]
+    for line in rounds:
         assert line["train_loss"].keys() == set(SITES)
+    assert last["train_loss"] == {}, "nobody trains in the last round"
 
 
 def test_the_network_sees_tls_records_and_nothing_else(seen):
