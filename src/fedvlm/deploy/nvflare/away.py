@@ -50,23 +50,27 @@ class Away:
         return found
 
 
-class Dropped:
-    """Tells when a server no longer works on a job that it lists as running.
+def held(job: str, status: str, working: Sequence[Any]) -> bool:
+    """Whether the server works on a job, or says that the job waits or has ended.
 
     A server that is killed and started again lists its jobs as running ever after.
+
+    Args:
+        job: its id.
+        status: what the server says of it.
+        working: the jobs that the server works on, each with ``job_id``.
     """
+    return status != "RUNNING" or job in {one.job_id for one in working}
+
+
+class Dropped:
+    """Tells when a server no longer works on a job that it lists as running."""
 
     def __init__(self) -> None:
         self._held = time.monotonic()
 
     def __call__(self, job: str, status: str, working: Sequence[Any]) -> bool:
-        """Whether the server has not worked on the job for ``LOST`` seconds.
-
-        Args:
-            job: its id.
-            status: what the server says of it.
-            working: the jobs that the server works on, each with ``job_id``.
-        """
-        if status != "RUNNING" or job in {one.job_id for one in working}:
+        """Whether the job was not :func:`held` for ``LOST`` seconds; the same arguments."""
+        if held(job, status, working):
             self._held = time.monotonic()
         return time.monotonic() - self._held > LOST

@@ -18,7 +18,7 @@ from fedvlm.algorithms.checks import one_place
 from fedvlm.algorithms.table import find, of_run
 from fedvlm.deploy.digests import digest_of
 from fedvlm.deploy.events import EVENTS, NewLines, output_of
-from fedvlm.deploy.nvflare.away import AGAIN, LOST, Away, Dropped
+from fedvlm.deploy.nvflare.away import AGAIN, LOST, Away, Dropped, held
 from fedvlm.deploy.nvflare.processes import read_federation
 from fedvlm.deploy.nvflare.project import ADMIN, Project, admitted, write_job
 from fedvlm.deploy.nvflare.server import RENEW
@@ -88,9 +88,9 @@ class Federation:
     def jobs(self, session: Session) -> list[dict[str, Any]]:
         """The jobs that wait or run. A killed server lists its jobs as running ever after."""
         found = [dict(job) for job in session.list_jobs()]
-        alive = {one.job_id for one in session.get_system_info().job_info}
-        lost = [j for j in found if j.get("status") == "RUNNING" and j["job_id"] not in alive]
-        return [job for job in found if job not in lost and not _ended(str(job.get("status")))]
+        working = session.get_system_info().job_info
+        states = [(job, str(job.get("status"))) for job in found]
+        return [j for j, s in states if held(j["job_id"], s, working) and not _ended(s)]
 
     def status(self) -> dict[str, Any]:
         """The connected sites, and the jobs that are waiting or running."""
