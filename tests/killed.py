@@ -1,5 +1,7 @@
 """``python killed.py STATE KILLS``: a site that trains, and is killed at random moments.
 
+A kill comes after none to three replies, and then at a random moment of the next rounds.
+
 The site's real code does a round, except that "training" draws 16 random bytes, and that the
 accountant, which takes most of the time, finds every sum to be 0. The reply goes into a pipe, as
 over a network. The output is JSON: round -> the distinct replies that arrived, round -> its
@@ -80,17 +82,18 @@ def main(state, kills):
     warm.train(1, {"down": torch.ones(1)})
     usual = time.perf_counter() - began
     arrived, first, chance, counts = set(), 1, random.Random(), []
-    for _ in range(kills):
+    for kill in range(kills):
         read, write = os.pipe()
         child = os.fork()
         if not child:
             work(state, write, first)
         os.close(write)
-        time.sleep(usual * chance.uniform(0.5, 5))
-        os.kill(child, signal.SIGKILL)
-        os.waitpid(child, 0)
         with os.fdopen(read) as replies:
-            found = [json.loads(line) for line in replies if line.endswith("\n")]
+            whole = [replies.readline() for _ in range(kill % 4)]  # however slow the machine is
+            time.sleep(usual * chance.uniform(0, 2))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            found = [json.loads(line) for line in (*whole, *replies) if line.endswith("\n")]
         counts.append(len(found))
         arrived |= {tuple(reply) for reply in found}
         first = max([first, *(round_ for round_, _ in found)])  # asked again, and then on
