@@ -96,7 +96,7 @@ def ran(
     began = time.perf_counter()
     folder = output / path.stem
     begun = (folder / "config.yaml").exists()  # by an earlier start, which was killed
-    results = fedvlm.run(settings, f"output={folder}", resume=begun)
+    results = fedvlm.run(settings, f"output={folder}", resume=begun, report=False)
     table = results.table
     found = {
         "scores": {m: results.scores(m) for m in ("untuned", *SHOWN)},

@@ -74,7 +74,7 @@ def main() -> None:
     print(environment())
     with tempfile.TemporaryDirectory() as folder:
         output = f"output={folder}/run"
-        fedvlm.run(settings, *own, output)
+        fedvlm.run(settings, *own, output, report=False)
         opened = open_run(f"{folder}/run")
         config = fedvlm.load_config(settings, *own, f"output={folder}/again")
         engine = prepare(config)[0]

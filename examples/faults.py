@@ -199,7 +199,8 @@ def check(faults: Faults) -> None:
     assert not [line for line in lines if line.get("rejected")]
     assert {site for line in lines for site in line.get("missing", ())} <= {"west"}
     assert not [line["round"] for line in lines[:9] if line.get("missing")]
-    here = fedvlm.run(faults.settings, f"output={faults.folder / 'here'}", "train.rounds=9")
+    output = f"output={faults.folder / 'here'}"
+    here = fedvlm.run(faults.settings, output, "train.rounds=9", report=False)
     same = [line["train_loss"] for line in store.Store(here.folder).lines()[1:9]]
     assert [line["train_loss"] for line in lines[1:9]] == same, "as in one process, to the bit"
     assert lines[-2]["train_loss"].keys() == set(SITES), "nobody trains in the last line"

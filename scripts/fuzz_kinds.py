@@ -259,7 +259,7 @@ def _make_runs(folder: Path) -> None:
             if line["round"] == 1:
                 raise KeyboardInterrupt
 
-    fedvlm.run(None, *SMALL, f"output={folder / 'finished'}")
+    fedvlm.run(None, *SMALL, f"output={folder / 'finished'}", report=False)
     with contextlib.suppress(KeyboardInterrupt):
         fedvlm.run(None, *SMALL, f"output={folder / 'unfinished'}", progress=Stop())
     for which in ("finished", "unfinished"):

@@ -58,6 +58,17 @@ def pictures(no_pictures):
     return drawn
 
 
+@pytest.fixture(scope="session", autouse=True)
+def _no_reports():
+    """Runs from Python write no report, unless a test asks with ``report=True``."""
+    from fedvlm.report import runs
+
+    with pytest.MonkeyPatch.context() as patch:
+        for function in (runs.run, runs.resume, runs.compare):
+            patch.setitem(function.__kwdefaults__, "report", False)
+        yield
+
+
 @pytest.fixture
 def small(tmp_path):
     """Settings of a run that takes a second: three sites, two rounds, the smallest model."""

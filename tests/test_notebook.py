@@ -46,7 +46,8 @@ def test_the_cells_run(tmp_path, warm):
     assert done.returncode == 0, done.stdout + done.stderr
     kinds = re.findall("^shown: (.+)$", done.stdout, re.MULTILINE)
     assert kinds == ["tuple", "Image", "Results", "DataFrame", "Figure", "DataFrame", "dict"]
-    assert (tmp_path / "runs" / "quickstart" / "table.json").exists()
+    for name in ("table.json", "report.html"):
+        assert (tmp_path / "runs" / "quickstart" / name).exists()
 
 
 def test_the_outputs_are_stored_small_and_without_paths_of_a_machine():

@@ -331,6 +331,35 @@ def test_a_deployed_run_has_no_rows_and_no_epsilon(tmp_path):
     assert "the server sees the upload of each site" in page.text
 
 
+# The functions
+
+
+def test_run_and_resume_write_the_report_and_a_failure_is_a_warning(small, caplog, monkeypatch):
+    begun = fedvlm.run(small, "train.rounds=1", report=True)
+    report = begun.folder / "report.html"
+    assert "planned before: 1" not in Parsed(report).text
+    assert "unfinished" not in Parsed(report).text
+    fedvlm.resume(begun.folder, "train.rounds=2", report=True)
+    assert "planned before: 1" in Parsed(report).text
+    report.unlink()
+    fedvlm.resume(begun.folder, report=False)
+    assert not report.exists()
+
+    monkeypatch.setattr(write, "write_report", lambda folder: 1 / 0)
+    with caplog.at_level("WARNING"):
+        results = fedvlm.resume(begun.folder, report=True)
+    assert results.scores()
+    assert f"'fedvlm report {begun.folder}' makes it again" in caplog.text
+
+
+def test_a_comparison_of_objects_writes_its_report_and_those_of_its_runs(small):
+    contenders = [("mine", fedvlm.sharing({"language": "B"})), "local"]
+    found = fedvlm.compare(contenders, small, "train.rounds=1", "eval.every=0", report=True)
+    assert "mine" in Parsed(found.folder / "report.html").text
+    runs = sorted(path.parent.name for path in found.folder.glob("*/report.html"))
+    assert runs == ["local-seed-0", "mine-seed-0"]
+
+
 # The commands
 
 

@@ -13,9 +13,9 @@ from fedvlm.version import __version__ as __version__
 
 # Loaded on first use: importing fedvlm, or asking the command line for help, stays instant.
 _HOMES = {
-    "run": "fedvlm.rounds.federate",
-    "resume": "fedvlm.rounds.federate",
-    "compare": "fedvlm.rounds.comparison",
+    "run": "fedvlm.report.runs",
+    "resume": "fedvlm.report.runs",
+    "compare": "fedvlm.report.runs",
     "simulate": "fedvlm.engines.simulate",
     "export": "fedvlm.after.export",
     "predict": "fedvlm.after.predict",
@@ -108,9 +108,9 @@ if TYPE_CHECKING:
     from fedvlm.data.scenes import scenes
     from fedvlm.engines.simulate import simulate
     from fedvlm.errors import ConfigError, DataError, FedVLMError
+    from fedvlm.report.runs import compare, resume, run
     from fedvlm.report.write import write_report
-    from fedvlm.rounds.comparison import Comparison, compare
-    from fedvlm.rounds.federate import resume, run
+    from fedvlm.rounds.comparison import Comparison
     from fedvlm.rounds.progress import Progress as Callback
     from fedvlm.rounds.results import Results
     from fedvlm.settings.method import AlgorithmConfig

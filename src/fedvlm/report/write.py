@@ -58,7 +58,7 @@ def after(folder: str | Path, done: Callable[[Path], object] = lambda path: None
         logger.warning("'%s' was not written (%.300s); %s", Path(folder) / REPORT, reason, again)
 
 
-def after_comparison(folder: Path, done: Callable[[Path], object]) -> None:
+def after_comparison(folder: Path, done: Callable[[Path], object] = lambda path: None) -> None:
     """As :func:`after`, for a comparison and those of its runs that have no report yet."""
     after(folder, done)
     for table in sorted(folder.glob(f"*/{DONE}")):

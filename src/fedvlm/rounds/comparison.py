@@ -87,24 +87,7 @@ def compare(
     jobs: int = 1,
     tell: Tell | None = None,
 ) -> Comparison:
-    """Runs every algorithm with every seed; finished runs are skipped, unfinished ones continued.
-
-    For one seed, all algorithms get the same rows, clients, splits, cohorts, batches and initial
-    adapter. A setting of the section ``algorithm`` applies to the algorithms that have it.
-
-    Args:
-        algorithms: names, see ``fedvlm algorithms``; or objects, as ``(label, algorithm)``.
-        config: as for :func:`fedvlm.run`; ``output`` is the folder of the comparison.
-        *overrides: dotted assignments.
-        data: the rows as an object, as for :func:`fedvlm.run`.
-        seeds: number of seeds: ``config.seed``, ``config.seed + 1``, ...
-        jobs: runs at a time, each in its own process with one thread. Objects need jobs=1, because
-            they do not cross processes.
-        tell: called with (run, metrics line, seconds) after every round.
-
-    Raises:
-        FedVLMError: as :func:`fedvlm.run`; or the folder holds other runs.
-    """
+    """As :func:`fedvlm.compare`, which describes the arguments, without the reports."""
     runs = planned(algorithms, config, *overrides, seeds=seeds, jobs=jobs)
     if data is not None:
         first = next(iter(runs.values()))

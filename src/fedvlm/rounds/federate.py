@@ -63,34 +63,7 @@ def run(
     progress: Progress | None = None,
     callbacks: Sequence[Progress] = (),
 ) -> Results:
-    """Runs one federated fine-tuning, from data to a folder with all results.
-
-    Where ``torchrun`` has started several processes, each process calls this function, and the
-    processes share the clients. ``progress`` gets the events of the first process.
-
-    Args:
-        config: path of a YAML file, a nested dict, a ``Config``, or None for the defaults.
-        *overrides: dotted assignments, such as ``"train.rounds=20"``.
-        data: the rows as an object, instead of ``data.path``: a ``datasets.Dataset`` or
-            ``DatasetDict``, a pandas ``DataFrame``, or a list of dicts. They are written to
-            ``rows-DIGEST.parquet`` in the parent folder of ``output``.
-        algorithm: your own algorithm; then leave out the section ``algorithm``.
-        metrics: your own metrics, name -> ``function(prediction, reference) -> float`` in [0, 1];
-            a parameter named ``question`` gets the question. ``eval.metric`` may choose one.
-        model: the frozen model and its processor, instead of ``model.name``; they stay unchanged.
-        resume: continue the unfinished run in ``config.output``.
-        progress: gets the run's events; None: no output.
-        callbacks: more receivers of the run's events, see :class:`fedvlm.Callback`.
-
-    Returns:
-        The results: scores per client and their summary, the bytes, the folder.
-
-    Raises:
-        ConfigError: the configuration is wrong; the error lists all mistakes.
-        DataError: the data do not allow this configuration.
-        FedVLMError: the model, the device or the output folder cannot be used.
-    """
-
+    """The run of :func:`fedvlm.run`, which describes the arguments, without its report."""
     objects = Objects.of(algorithm, metrics, model)
     return _run(objects, objects.settings(config, *overrides), data, resume, progress, callbacks)
 
@@ -143,22 +116,7 @@ def resume(
     metrics: Mapping[str, Function] | None = None,
     model: tuple[Any, Any] | None = None,
 ) -> Results:
-    """Continues the run in ``folder``; the result is bit-identical to an uninterrupted run's.
-
-    Args:
-        folder: the folder of the run.
-        *overrides: ``data.path=...`` or ``model.name=...``, if the data or the model have moved;
-            ``train.rounds=...`` for another number of rounds, also of a finished run.
-        progress: gets the run's events; None: no output.
-        callbacks: more receivers of the run's events.
-        algorithm: the object, if the run was started with one.
-        metrics: the same functions, if the run was started with some.
-        model: the same model and processor, if the run was started with them.
-
-    Raises:
-        ConfigError: another setting is overridden.
-        FedVLMError: the folder holds no run, or the data or the model have changed.
-    """
+    """As :func:`fedvlm.resume`, which describes the arguments, without the report."""
     more.check_moved(overrides)
     stores.check_whole(folder)
     if not stores.is_run(folder):
