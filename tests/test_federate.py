@@ -19,6 +19,7 @@ from fedvlm.algorithms.base import Visit
 from fedvlm.algorithms.table import build
 from fedvlm.batches.draw import Length, batches
 from fedvlm.batches.objectives import sft_terms
+from fedvlm.cli.tables import print_run
 from fedvlm.config import load
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.models import lora
@@ -164,6 +165,22 @@ def test_the_global_model_of_the_round_before_may_be_left_out(finished, tmp_path
     models = dict(whole.table["models"])
     del models["global_before"]
     assert less.table["models"] == models
+
+
+@pytest.mark.parametrize("name", ["plora", "lora ended"])
+def test_the_personal_models_before_the_aggregation_may_be_left_out(
+    name, finished, tmp_path, capsys
+):
+    whole, output = finished[name], f"output={tmp_path / 'run'}"
+    less = federate.run(whole.folder / "config.yaml", output, "eval.personal_before=false")
+    expected = [evaluation(whole, n) for n in range(1, len(store.Store(whole.folder).lines()))]
+    ended = name == "lora ended"
+    for found in expected[:-1] if ended else expected:
+        del found["personal_before"]
+    assert [evaluation(less, n + 1) for n in range(len(expected))] == expected
+    assert ("personal_before" in less.table["models"]) == ended
+    print_run(less)
+    assert ("personal before the last aggregation" in capsys.readouterr().out) == ended
 
 
 def test_local_tuning_changes_the_personal_models_alone(finished):

@@ -56,10 +56,11 @@ def print_run(results: Results) -> None:
         console.print(_groups(results))
         if found := _groups_by_client(results):
             console.print(found)
-    before = results.summary("personal_before")["mean"]
+    if "personal_before" in table["models"]:
+        before = number(first, results.summary("personal_before")["mean"])
+        sent = f"personal before the last aggregation: {before}   ·   {sent}"
     console.print(
-        f"{INTERVALS}\npersonal before the last aggregation: {number(first, before)}"
-        f"   ·   {sent}"
+        f"{INTERVALS}\n{sent}"
         f"\nall results are in {results.folder}: table.csv, curves.png, answers/, adapters/",
         **PLAIN,
     )

@@ -332,7 +332,7 @@ def _row(name: str, found: Sequence[Results]) -> dict[str, Any]:
         "rows": found[0].table["models"]["personal"].get("rows"),
         "worst10": mean([r.summary("personal")["worst10"] for r in found]),
         "spread": mean([r.summary("personal")["std"] for r in found]),
-        "personal_before": mean([r.summary("personal_before")["mean"] for r in found]),
+        "personal_before": _before(found),
         "global": mean([r.summary("global")["mean"] for r in found]),
         "untuned": mean([r.summary("untuned")["mean"] for r in found]),
         "steps": steps(found),
@@ -341,3 +341,10 @@ def _row(name: str, found: Sequence[Results]) -> dict[str, Any]:
         "bytes_down": mean([r.table["bytes"]["bytes_down"]["total"] for r in found]),
         "seconds": mean([sum(line.get("seconds", 0.0) for line in t) for t in timing]),
     }
+
+
+def _before(found: Sequence[Results]) -> float | None:
+    """The mean of the personal models before the last aggregation; None without their scores."""
+    if not all("personal_before" in r.table["models"] for r in found):
+        return None
+    return mean([r.summary("personal_before")["mean"] for r in found])

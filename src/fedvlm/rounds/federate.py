@@ -42,6 +42,7 @@ from fedvlm.rounds.schedule import Round
 from fedvlm.rounds.seen import watched
 from fedvlm.rounds.trackers import tracked
 from fedvlm.settings.aggregate import AggregateConfig
+from fedvlm.settings.scoring import EvalConfig
 from fedvlm.settings.sections import Config
 from fedvlm.store import run as stores
 from fedvlm.store.made import settings_of
@@ -245,7 +246,7 @@ def drive(
                 config.aggregate,
                 noisy,
                 config.wire.secure,
-                config.eval.global_before,
+                config.eval,
             )
             if round_.final and not config.train.tuning:
                 line["train_loss"] = {}  # nobody has trained: a loss of 0 would be none
@@ -275,17 +276,21 @@ def one_round(
     aggregate: AggregateConfig | None = None,
     noisy: NoisyMean | None = None,
     summed: bool = False,
-    global_before: bool = True,
+    scoring: EvalConfig | None = None,
 ) -> tuple[State, dict[str, Any]]:
     """One round: downloads, local training, aggregation, and the scores of ``clients``.
 
-    With ``summed``, the engine gives one secure sum instead of uploads. Without ``global_before``,
-    the global model of the round before is not scored.
+    With ``summed``, the engine gives one secure sum instead of uploads. ``scoring`` may leave out
+    the scores of models before the aggregation. An ending has none, so its personal models, which
+    are scored anyway, stand for those before it.
 
     Returns:
         The server's next state, and the round's line of metrics.
     """
-    rated, visits = frozenset(clients), round_.visits(weights)
+    scoring = scoring or EvalConfig()
+    personal_before = scoring.personal_before or round_.final
+    rated = frozenset(clients if personal_before else ())
+    visits = round_.visits(weights)
     down = {c: engine.algorithm.send(state, visit) for c, visit in visits.items()}
     tasks = [Task(visit, down[c], c in rated) for c, visit in visits.items()]
     single = Fold(visits, down, forms, aggregate, noisy)
@@ -318,12 +323,13 @@ def one_round(
     if missing := [c for c in round_.cohort if c not in fold.answered]:
         line["missing"] = missing
     if clients:
-        idle = [c for c in clients if c not in before]
         # ``old`` is the state after the round before: a site answers again what it answered then.
-        earlier = Round(round_.number - 1)
-        before |= engine.score(personal_models(engine, earlier, old, idle))
-        evaluation = {"personal_before": {c: before[c] for c in clients if c in before}}
-        if global_before:
+        earlier, evaluation = Round(round_.number - 1), {}
+        if personal_before:
+            idle = [c for c in clients if c not in before]
+            before |= engine.score(personal_models(engine, earlier, old, idle))
+            evaluation["personal_before"] = {c: before[c] for c in clients if c in before}
+        if scoring.global_before:
             last = global_models(engine, earlier, old, clients)
             evaluation["global_before"] = engine.score(last)
         personal, everyone = _score_all(engine, round_, state, clients)

@@ -48,6 +48,9 @@ class EvalConfig(Section):
     global_before: bool = Field(
         True, description="score the global model of the round before too, for the tables"
     )
+    personal_before: bool = Field(
+        True, description="score the personal models before the aggregation too, for the tables"
+    )
     group_by: str = Field(
         "origin_dataset",
         description="column for tables of scores by its values, such as closed and open questions, "
