@@ -17,6 +17,7 @@ import fedvlm
 import smallest
 from fedvlm import processes
 from fedvlm.cli.app import app, main
+from fedvlm.cli.report import reported_early
 from fedvlm.rounds import comparison
 from fedvlm.store import run as store
 from stopping import refused
@@ -263,10 +264,17 @@ def test_compare_in_two_processes_gives_the_same_scores(tmp_path):
     names = ["plora", "local"]
     settings = [*SMALL, "train.rounds=2"]
     alone = fedvlm.compare(names, None, f"output={tmp_path / 'a'}", *settings)
-    told = []
-    both = fedvlm.compare(
-        names, None, f"output={tmp_path / 'b'}", *settings, jobs=2, tell=told.append
+    told, reports = [], []
+
+    def idle(folders):
+        reported_early(folders)
+        reports.extend(folder / "report.html" for folder in folders)
+
+    both = comparison.compare(
+        names, None, f"output={tmp_path / 'b'}", *settings, jobs=2, tell=told.append, idle=idle
     )
+    assert 1 <= len(reports) <= 2, "one run is done, and at times the other one as well"
+    assert all(report.exists() for report in reports)
     clock = "seconds"
     assert [{**r, clock: 0} for r in alone.rows] == [{**r, clock: 0} for r in both.rows]
     assert {(name, line["round"]) for name, line, _ in told} == {

@@ -14,6 +14,7 @@ from fedvlm.after import opened
 from fedvlm.after.inputs import from_images, rows_to_ask
 from fedvlm.after.opened import open_run
 from fedvlm.after.predict import predict_many
+from fedvlm.cli.demo import Picture
 from fedvlm.data.sources import load_rows, open_image
 from fedvlm.errors import DataError, FedVLMError
 from fedvlm.settings.sections import DataConfig
@@ -247,3 +248,19 @@ def test_data_without_answers_cannot_be_scored(finished_run, new_rows, tmp_path)
     frame.to_parquet(tmp_path / "bare.parquet", index=False)
     with pytest.raises(DataError, match="no column 'chosen' for the answer"):
         fedvlm.evaluate(finished_run, tmp_path / "bare.parquet")
+
+
+def test_the_demo_asks_early_and_at_the_end_only_where_that_failed(
+    own_run, tmp_path, capsys, monkeypatch
+):
+    run = own_run.rename(tmp_path / "auto-seed-0")
+    early, late = Picture(), Picture()
+    early.ask_early([tmp_path / "local-seed-0", run])
+    late.ask_early([tmp_path / "auto-seed-1"])
+    late.print(run)
+    expected = capsys.readouterr().out
+    assert "held out by site-" in " ".join(expected.split())
+    monkeypatch.setattr("fedvlm.after.predict.side_by_side", lambda run: pytest.fail("asked again"))
+    early.print(run)
+    assert capsys.readouterr().out == expected
+    assert (tmp_path / "picture.png").exists()

@@ -8,6 +8,7 @@ import os
 import sys
 import time
 import traceback
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
@@ -24,7 +25,7 @@ from fedvlm.cli import push as cli_push
 from fedvlm.cli import report as cli_report
 from fedvlm.cli import site as cli_site
 from fedvlm.cli.options import QuietOption, SetOption, Words, parse
-from fedvlm.cli.report import reported, reported_all
+from fedvlm.cli.report import reported, reported_all, reported_early
 from fedvlm.cli.stops import interruptible, say_finished, taken
 from fedvlm.errors import ConfigError, FedVLMError, cut, one_record, shown
 from fedvlm.version import __version__
@@ -167,7 +168,7 @@ def demo(
 ) -> None:
     """Compare personalized LoRA with baselines on eight sites."""
     from fedvlm import config as configs
-    from fedvlm.cli.demo import ALGORITHMS, INTRODUCTION, SETTINGS, print_demo
+    from fedvlm.cli.demo import ALGORITHMS, INTRODUCTION, SETTINGS, Picture
 
     source, overrides = parse(words)
     if source:
@@ -179,8 +180,9 @@ def demo(
         typer.echo(INTRODUCTION)
     began = time.monotonic()
     jobs = jobs or min(4, os.cpu_count() or 1)
-    runs = _compare(list(ALGORITHMS), settings, seeds, jobs, quiet)
-    print_demo(Path(next(iter(runs.values())).output))  # of the first algorithm and seed
+    picture = Picture()
+    runs = _compare(list(ALGORITHMS), settings, seeds, jobs, quiet, picture.ask_early)
+    picture.print(Path(next(iter(runs.values())).output))  # of the first algorithm and seed
     typer.echo(f"the demo took {time.monotonic() - began:.0f} s")
 
 
@@ -369,18 +371,30 @@ def _stop(message: object) -> int:
 
 
 def _compare(
-    names: list[str], tree: dict[str, Any], seeds: int, jobs: int, quiet: bool
+    names: list[str],
+    tree: dict[str, Any],
+    seeds: int,
+    jobs: int,
+    quiet: bool,
+    idle: Callable[[Sequence[Path]], None] = lambda folders: None,
 ) -> dict[str, Config]:
-    """Runs a comparison and prints it; returns the settings of its runs by name."""
+    """Runs a comparison and prints it; returns the settings of its runs by name.
+
+    The last runs may leave cores idle: then come the reports of the others, and ``idle``.
+    """
     from fedvlm.cli.board import board
     from fedvlm.cli.tables import print_comparison
     from fedvlm.rounds.comparison import compare as run_comparison
     from fedvlm.rounds.contenders import planned
 
+    def ahead(folders: Sequence[Path]) -> None:
+        reported_early(folders)
+        idle(folders)
+
     runs = planned(names, tree, seeds=seeds, jobs=jobs)
     again = "the same command"
     with interruptible(again), board(runs, quiet) as tell:
-        comparison = run_comparison(names, tree, seeds=seeds, jobs=jobs, tell=tell)
+        comparison = run_comparison(names, tree, seeds=seeds, jobs=jobs, tell=tell, idle=ahead)
     print_comparison(comparison)
     reported_all(comparison.folder)
     return runs

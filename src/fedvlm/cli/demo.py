@@ -2,7 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from fedvlm.after.predict import SideBySide
 
 ALGORITHMS = ("auto", "fedsa", "lora", "plora", "local")
 """In this order, one of two processes runs the two longest, and the other one the three others."""
@@ -42,13 +48,30 @@ answers of all models to one picture.
 """
 
 
-def print_demo(run: Path) -> None:
-    """Prints the answers of a run's models to one held-out picture, and saves the picture."""
-    from fedvlm.after.predict import side_by_side
-    from fedvlm.cli.aftertables import print_side_by_side
-    from fedvlm.store.files import write_bytes
+class Picture:
+    """The answers of a run's models to one held-out picture."""
 
-    found = side_by_side(run)
-    picture = run.parent / "picture.png"
-    write_bytes(picture, found.image)
-    print_side_by_side(found, picture, run.name)
+    def __init__(self) -> None:
+        self._found: dict[Path, SideBySide] = {}
+
+    def ask_early(self, folders: Sequence[Path]) -> None:
+        """Asks the models of the first run, if it is done, while other runs go on.
+
+        A failure is left to :meth:`print`: it must not end the other runs.
+        """
+        from fedvlm.after.predict import side_by_side
+
+        first = [folder for folder in folders if folder.name.startswith(f"{ALGORITHMS[0]}-")][:1]
+        with contextlib.suppress(Exception):
+            self._found |= {folder: side_by_side(folder) for folder in first}
+
+    def print(self, run: Path) -> None:
+        """Prints the answers, and saves the picture beside the run's folder."""
+        from fedvlm.after.predict import side_by_side
+        from fedvlm.cli.aftertables import print_side_by_side
+        from fedvlm.store.files import write_bytes
+
+        found = self._found.get(run) or side_by_side(run)
+        picture = run.parent / "picture.png"
+        write_bytes(picture, found.image)
+        print_side_by_side(found, picture, run.name)

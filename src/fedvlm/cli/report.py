@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -77,6 +78,13 @@ def reported(folder: Path) -> None:
     from fedvlm.report.write import after
 
     after(folder, _told)
+
+
+def reported_early(folders: Sequence[Path]) -> None:
+    """Writes the reports of the runs of a comparison that are done, while others go on."""
+    from fedvlm.report.write import after_runs
+
+    after_runs(folders)
 
 
 def reported_all(folder: Path) -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import base64
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
 
@@ -61,9 +61,14 @@ def after(folder: str | Path, done: Callable[[Path], object] = lambda path: None
 def after_comparison(folder: Path, done: Callable[[Path], object] = lambda path: None) -> None:
     """As :func:`after`, for a comparison and those of its runs that have no report yet."""
     after(folder, done)
-    for table in sorted(folder.glob(f"*/{DONE}")):
-        if not (table.parent / REPORT).exists():
-            after(table.parent)
+    after_runs([table.parent for table in sorted(folder.glob(f"*/{DONE}"))])
+
+
+def after_runs(folders: Sequence[Path]) -> None:
+    """As :func:`after`, for those finished runs of a comparison that have no report yet."""
+    for folder in folders:
+        if not (folder / REPORT).exists():
+            after(folder)
 
 
 def html(shown: Page) -> str:

@@ -39,6 +39,7 @@ if TYPE_CHECKING:
 Event = tuple[str, dict[str, Any], float]
 Tell = Callable[[Event], None]
 Work = Callable[[str, Config, Tell], None]
+Idle = Callable[[Sequence[Path]], None]
 
 
 @dataclass(frozen=True, repr=False)
@@ -86,8 +87,14 @@ def compare(
     seeds: int = 1,
     jobs: int = 1,
     tell: Tell | None = None,
+    idle: Idle | None = None,
 ) -> Comparison:
-    """As :func:`fedvlm.compare`, which describes the arguments, without the reports."""
+    """As :func:`fedvlm.compare`, which describes the other arguments, without the reports.
+
+    Args:
+        idle: called once in this process with the folders of the runs done so far, where fewer runs
+            are left than ``jobs``: a core has nothing else to do.
+    """
     runs = planned(algorithms, config, *overrides, seeds=seeds, jobs=jobs)
     if data is not None:
         first = next(iter(runs.values()))
@@ -107,11 +114,17 @@ def compare(
         def work(name: str, config: Config, tell: Tell) -> None:
             run_one(name, config, tell, objects.get(_label(config)))
 
-    each(work, left, jobs, tell)
+    each(work, left, jobs, tell, idle)
     return _conclude(folder, runs)
 
 
-def each(work: Work, runs: Mapping[str, Config], jobs: int = 1, tell: Tell | None = None) -> None:
+def each(
+    work: Work,
+    runs: Mapping[str, Config],
+    jobs: int = 1,
+    tell: Tell | None = None,
+    idle: Idle | None = None,
+) -> None:
     """Calls ``work``, such as :func:`run_one`, for every run, ``jobs`` at a time.
 
     In each process, the first run computes the image features that no run changes, and the
@@ -124,6 +137,7 @@ def each(work: Work, runs: Mapping[str, Config], jobs: int = 1, tell: Tell | Non
         runs: name -> settings.
         jobs: runs at a time.
         tell: called with (run, metrics line, seconds) after every round.
+        idle: as for :func:`compare`; not called with one job.
     """
     tell = tell or (lambda event: None)
     if jobs == 1:
@@ -133,7 +147,7 @@ def each(work: Work, runs: Mapping[str, Config], jobs: int = 1, tell: Tell | Non
             for name, c in runs.items():
                 work(name, c, tell)
     elif runs:
-        _in_processes(work, runs, jobs, tell)
+        _in_processes(work, runs, jobs, tell, idle or (lambda folders: None))
 
 
 def _check_ours(folder: Path, runs: Mapping[str, Config]) -> None:
@@ -223,7 +237,9 @@ def run_one(name: str, config: Config, tell: Tell, algorithm: Algorithm | None =
         run(config, algorithm=algorithm, progress=progress)
 
 
-def _in_processes(work: Work, runs: Mapping[str, Config], jobs: int, tell: Tell) -> None:
+def _in_processes(
+    work: Work, runs: Mapping[str, Config], jobs: int, tell: Tell, idle: Idle
+) -> None:
     import multiprocessing
     import threading
     from multiprocessing.managers import SyncManager
@@ -240,10 +256,12 @@ def _in_processes(work: Work, runs: Mapping[str, Config], jobs: int, tell: Tell)
 
         listener = threading.Thread(target=forward, daemon=True)
         listener.start()
-        futures = [pool.submit(work, n, c, events.put) for n, c in runs.items()]
+        futures = {pool.submit(work, n, c, events.put): c for n, c in runs.items()}
         try:
-            for future in as_completed(futures):
+            for left, future in zip(reversed(range(len(runs))), as_completed(futures), strict=True):
                 future.result()
+                if left == jobs - 1:
+                    idle([Path(c.output) for done, c in futures.items() if done.done()])
         finally:
             events.put(None)
             listener.join()
