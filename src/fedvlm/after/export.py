@@ -219,14 +219,16 @@ def _merge(run: Opened, tree: Tree, target: Path) -> None:
     The model is loaded anew each time: removing a merged adapter is not exact, and two models at
     once may not fit in memory.
     """
-    fresh = Opened(run.folder, run.config)
+    section = run.config.model
+    if section.device_map != "none":  # PEFT merges into weights that are in memory
+        section = section.model_copy(update={"device_map": "none", "device": "cpu"})
+    fresh = Opened(run.folder, run.config.model_copy(update={"model": section}))
     model, expected = fresh.write(tree), fresh.probe(tree)
     merged = model.merge_and_unload(safe_merge=True)
     with files.disk_errors():
         merged.save_pretrained(target)
     fresh.base.processor.save_pretrained(target)
     del model, merged, fresh
-    section = run.config.model
     settings = section.model_copy(update={"name": str(target)})
     again = Opened(run.folder, run.config.model_copy(update={"model": settings}))
     difference = float((again.probe(None) - expected).abs().max())

@@ -26,6 +26,8 @@ logger = logging.getLogger("fedvlm")
 SETTABLE = ("model", "data", "engine", "eval")
 """Sections of a run's configuration in which a site may set its own values. The section ``data``
 never comes from the server: what a site does not set has fedvlm's default."""
+HERE = {"device": "auto", "device_map": "none", "device_memory": None}
+"""The place of the model at a site, which the server does not choose either."""
 
 
 class Allowed(Section):
@@ -111,7 +113,7 @@ class Policy(limits.Budgets, Protection, peers.Peers):
         """The settings as they hold at this site; see :meth:`localized`."""
         tree = config.model_dump()
         tree["output"] = output
-        tree["model"] |= {"name": model, "device": "auto"}
+        tree["model"] |= {"name": model, **HERE}
         tree["data"] = {"path": data, "split_seed": 0}
         tree["privacy"] = self.privacy(config)
         tree["eval"]["group_by"] = EvalConfig().group_by

@@ -135,7 +135,8 @@ def continued(
         rows = beside({c: np.array(own) for c, own in blocks.items()})[0].tolist()
         if not place or 2 * len(rows) <= len(place):
             at = torch.tensor([place.index(n) for n in rows] if place else rows, device=device)
-            cache.batch_select_indices(at)
+            for layer in cache.layers:  # each on the device of its keys
+                layer.batch_select_indices(at.to(layer.keys.device))
             mask, place = mask[at], rows
             use(list(blocks), len(rows))
         ahead = [lengths[n] - len(answers[n]) + len(said[n]) - 1 for n in place]

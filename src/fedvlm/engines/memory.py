@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from fedvlm import processes
 from fedvlm.models.spool import nbytes
+from fedvlm.models.spread import held
 from fedvlm.tree import Tree
 
 COPIES = 8  # of an adapter: factors, gradients, two moments, copies from its begin and its end
@@ -34,21 +35,32 @@ def clients_in_a_pass(
 
     Args:
         memory: MiB that a pass may add to the model. ``auto``: half of the machine's memory, or
-            four fifths of the GPU's memory less the model.
+            four fifths of the GPUs' memory less the model.
         model: the frozen model.
         adapter: the adapter of one client.
         activations: bytes that the batch of one client keeps for its backward pass.
         most: the largest pass that is faster than smaller ones; None: as measured for clients.
     """
-    device = next(model.parameters()).device
-    room = budget(memory, device, nbytes(list(model.parameters())))
+    weights = held(model) or {torch.device("cpu"): 0}
+    gpus = {device: size for device, size in weights.items() if device.type == "cuda"}
     each = SPARE * activations + COPIES * nbytes(dict(adapter))
-    return fitting(room, device, each, most)
+    return fitting(room(memory, gpus or weights), next(iter(gpus or weights)), each, most)
 
 
 def fitting(room: int, device: torch.device, each: float, most: int | None = None) -> int:
     """The number of clients of ``each`` bytes that fit into ``room`` bytes; at least 1."""
     return max(1, min(most or MOST.get(device.type, MOST["cpu"]), int(room / each)))
+
+
+def room(memory: int | Literal["auto"], weights: Mapping[torch.device, int]) -> int:
+    """Bytes that a pass may add to a model over some devices; the fullest decides for each.
+
+    Args:
+        memory: see :func:`clients_in_a_pass`.
+        weights: bytes of the frozen weights by device.
+    """
+    rooms = [budget(memory, device, size) for device, size in weights.items()]
+    return rooms[0] if memory != "auto" else len(rooms) * min(rooms)
 
 
 def budget(memory: int | Literal["auto"], device: torch.device, weights: int) -> int:

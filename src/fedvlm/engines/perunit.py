@@ -65,7 +65,8 @@ class PerUnit(Shell):
         ask, plan = member.wanted, self.plans[member.task.client]
         limit, losses = self.config.train.max_grad_norm, []
         samples, most = self._samples(member), self._most_units
-        params = {n: nn.Parameter(t[None].to(self.device, copy=True)) for n, t in ask.begin.items()}
+        at = self.stack.places(self.device)
+        params = {n: nn.Parameter(t[None].to(at[n], copy=True)) for n, t in ask.begin.items()}
         trained = {n: p for n, p in params.items() if ask.trains(n)}
         session, extras = self._session([member], trained), Extras([ask], trained)
         streams = Streams([derive(*self._seed(member), "dropout")])
@@ -121,7 +122,8 @@ class PerUnit(Shell):
         except Ragged:
             self._packed = True
             return torch.cat([self._add([unit], adapter, most, total) for unit in units])
-        norms = torch.stack([torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads.values()])
+        each = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads.values()]
+        norms = torch.stack([n.to(losses.device) for n in each])
         norms = torch.linalg.vector_norm(norms, dim=0)  # [units]
         finite = norms.isfinite() & losses.isfinite()
         scale = torch.where(finite, (most / norms).clamp(max=1.0), 0.0)

@@ -93,10 +93,12 @@ def clip(stacked: Sequence[Tensor], limit: float) -> None:
     """
     grads = [p.grad for p in stacked if p.grad is not None]
     each = [torch.linalg.vector_norm(g.flatten(1), dim=1) for g in grads]
-    norms = torch.linalg.vector_norm(torch.stack(each), dim=0)  # [clients]
+    first = each[0].device
+    norms = torch.linalg.vector_norm(torch.stack([n.to(first) for n in each]), dim=0)  # [clients]
     scale = (limit / (norms + 1e-6)).clamp(max=1.0)
+    scales = {device: scale.to(device) for device in {g.device for g in grads}}
     for g in grads:
-        g.mul_(scale.view(-1, *[1] * (g.dim() - 1)))
+        g.mul_(scales[g.device].view(-1, *[1] * (g.dim() - 1)))
 
 
 def make_optimizer(

@@ -12,7 +12,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedvlm import hub, processes
@@ -21,6 +21,7 @@ from fedvlm.models.folder import ADAPTER, check_folder, check_size, mark, refuse
 from fedvlm.models.names import HANDED, refuse_foreign_release, refuse_handed, refuse_own_code
 from fedvlm.models.pin import still_allowed
 from fedvlm.models.processors import load_processor, read_json
+from fedvlm.models.spread import arranged, placement
 from fedvlm.settings.sections import ModelConfig
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -46,7 +47,7 @@ def load_model(config: ModelConfig) -> Loaded:
     """
     device = pick_device(config.device)
     source, local = _found(config, weights=True)
-    quantized = quantization(config.quantization, device)
+    quantized, spread = quantization(config.quantization, device), placement(config)
     from transformers import AutoModelForImageTextToText
 
     with hub.asked(source, local=local) as refusal:
@@ -68,6 +69,7 @@ def load_model(config: ModelConfig) -> Loaded:
                 output_loading_info=True,
                 **options,
                 **quantized,
+                **spread,
             )
         except FedVLMError:
             raise
@@ -83,6 +85,8 @@ def load_model(config: ModelConfig) -> Loaded:
 
         # Modules that stay unquantized, such as norms, compute in float32.
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
+    elif spread:
+        device = arranged(model, config)
     else:
         model.to(device)
     if config.gradient_checkpointing:
@@ -100,6 +104,7 @@ def load_shapes(config: ModelConfig) -> Any:
     device = pick_device(config.device)
     source, local = _found(config, weights=False)
     quantization(config.quantization, device)
+    placement(config)
     from transformers import AutoModelForImageTextToText
 
     with hub.asked(source, local=local) as refusal:
@@ -263,8 +268,8 @@ def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
     """Refuses a checkpoint that lacks weights of the model: such weights would be random."""
     lacking = set(report["missing_keys"])
     weights = dict(model.named_parameters(remove_duplicate=False))
-    loaded = {w.data_ptr() for n, w in weights.items() if n not in lacking}
-    missing = sorted(n for n in lacking & set(weights) if weights[n].data_ptr() not in loaded)
+    loaded = {_place(w) for n, w in weights.items() if n not in lacking}
+    missing = sorted(n for n in lacking & set(weights) if _place(weights[n]) not in loaded)
     if missing:
         more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
         raise FedVLMError(
@@ -278,6 +283,11 @@ def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
             "%s: %d weights are not used by %s (%s, ...)",
             brief(name), len(unexpected), type(model).__name__, brief(", ".join(unexpected[:3])),
         )  # fmt: skip
+
+
+def _place(weight: Tensor) -> int:
+    """The same for tied weights only; a weight in a store of accelerate has no memory here."""
+    return id(weight) if weight.is_meta else weight.data_ptr()
 
 
 def locate(name: str) -> tuple[str, bool]:
@@ -360,7 +370,8 @@ def quiet_transformers() -> None:
 
     hf_logging.set_verbosity_error()
     hf_logging.disable_progress_bar()
-    logging.getLogger("transformers").setLevel(logging.ERROR)
+    for name in ("transformers", "accelerate"):
+        logging.getLogger(name).setLevel(logging.ERROR)
     warnings.filterwarnings("ignore", module="transformers")
 
 

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from fedvlm.errors import FedVLMError
 from fedvlm.layers import part, searcher
+from fedvlm.models.spread import standing_in
 from fedvlm.seeds import derive
 from fedvlm.settings.sections import LoraConfig
 from fedvlm.store.files import save_stacked
@@ -112,7 +113,7 @@ def _attach_ranks(
         use_rslora=config.rslora,
         target_modules=modules,
     )
-    with torch.random.fork_rng():
+    with torch.random.fork_rng(), standing_in(model):
         torch.manual_seed(derive(seed, "adapter"))
         return peft.get_peft_model(model, lora)
 

@@ -20,6 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedvlm.models.spread import place_of
 from fedvlm.tree import Select, Tree
 
 THIN = 7.5  # time per operation of a rank-8 product over a wide product's, on 2 CPU cores
@@ -76,7 +77,7 @@ class StackedLora(nn.Module):
         """
         if x.device.type != "cpu" or not isinstance(self.base_layer, nn.Linear):
             return False
-        if x.dtype != self.a.dtype or self.weight.dtype != x.dtype:
+        if x.dtype != self.a.dtype or self.weight.dtype != x.dtype or self.weight.is_meta:
             return False
         out, into = self.weight.shape
         entries, rank = x.numel() // into // clients, self.a.shape[1]
@@ -129,7 +130,7 @@ class Stack:
         self.active: list[int] = []
         self._count = self._rows = 0  # active clients; rows of all active clients together
         self._uniform = functools.cache(lambda: True)
-        self._active: Tensor | None = None
+        self._active: dict[torch.device, Tensor] | None = None
         self.spreads = False
         self.layers: dict[str, StackedLora] = {}
         for name, layer in list(model.named_modules()):
@@ -141,25 +142,36 @@ class Stack:
                 self.layers[name] = stacked
 
     def load(self, trees: Sequence[Mapping[str, Tensor]], device: torch.device) -> None:
-        """Loads the adapters of some clients, replacing the previous adapters."""
-        self._active = None
+        """Loads the adapters of some clients, replacing the previous adapters.
+
+        Args:
+            trees: the adapters.
+            device: the device of the model. Where it is spread over several, a factor goes to the
+                device of its layer.
+        """
+        self._active, places = None, self.places(device)
         names = list(trees[0])
         same = len(trees) == self.clients and self.params.keys() == set(names) and not self.spreads
         self.spreads = False
         with torch.no_grad():
             for name in names:
-                stacked = torch.stack([tree[name] for tree in trees]).to(device)
+                stacked = torch.stack([tree[name] for tree in trees]).to(places[name])
                 if same:
                     self.params[name].copy_(stacked)
                 else:
                     self.params[name] = nn.Parameter(stacked)
         self._place()
 
+    def places(self, device: torch.device) -> dict[str, torch.device]:
+        """The device of each factor, see :meth:`load`."""
+        found = {name: place_of(layer.base_layer, device) for name, layer in self.layers.items()}
+        return {f"{name}.lora_{f}.weight": found[name] for name in found for f in "AB"}
+
     def spread(self, tree: Mapping[str, Tensor], places: int, trains: Select) -> None:
         """Loads one adapter for several places, without copies; each place has its own gradient.
 
         Args:
-            tree: the adapter, on the device of the model.
+            tree: the adapter, each factor on the device of its layer.
             places: the number of places.
             trains: selects the factors that get a gradient.
         """
@@ -188,8 +200,8 @@ class Stack:
         """Sets the clients of the next batches: in this order, with equally many rows each."""
         self._count = len(clients)
         whole = list(clients) == list(range(self.clients))
-        device = next(iter(self.params.values())).device
-        self._active = None if whole else torch.tensor(clients, device=device)
+        devices = {p.device for p in self.params.values()}
+        self._active = None if whole else {d: torch.tensor(clients, device=d) for d in devices}
         self.active = list(clients)
 
     def narrow(self, clients: Sequence[int], rows: int) -> None:
@@ -210,7 +222,7 @@ class Stack:
 
     def chosen(self, stacked: Tensor) -> Tensor:
         """The active clients' factors."""
-        return stacked if self._active is None else stacked[self._active]
+        return stacked if self._active is None else stacked[self._active[stacked.device]]
 
     def blocks(self, x: Tensor) -> Tensor:
         """``[copies * clients * n, ..., in]`` -> ``[clients, copies * entries, in]``.

@@ -87,7 +87,7 @@ def measure(config: Config, model: Any, adapter: Tree, stretches: Iterable[Train
     weights = _weight_bytes(model, frozen, PACKED[config.model.quantization])
     alone = engine_class(config.engine, model) is ReferenceEngine
     device = pick_device(config.model.device)
-    room = memory.budget(config.engine.memory, device, weights)
+    room = memory.room(config.engine.memory, _by_device(config, device, weights))
     each = memory.COPIES * nbytes([adapter])
     most = config.engine.clients or memory.fitting(room, device, each)
     return Footprint(
@@ -99,6 +99,18 @@ def measure(config: Config, model: Any, adapter: Tree, stretches: Iterable[Train
         most=1 if alone else most,
         each=each,
     )
+
+
+def _by_device(config: Config, device: torch.device, weights: int) -> dict[torch.device, int]:
+    """Bytes of the frozen weights by device; ``device_map=auto`` fills all GPUs evenly."""
+    import torch
+
+    from fedvlm.models.spread import most_of
+
+    if config.model.device_map == "none" or device.type != "cuda":
+        return {device: weights}
+    gpus = [torch.device("cuda", n) for n in range(torch.cuda.device_count())]
+    return {gpu: min(weights // len(gpus), most_of(config.model, gpu.index)) for gpu in gpus}
 
 
 def _weight_bytes(model: Any, frozen: Tree, packed: float | None) -> int:

@@ -19,7 +19,7 @@ from fedvlm.engines.wire import Forms, Task
 from fedvlm.errors import FedVLMError
 from fedvlm.privacy import accountant
 from fedvlm.processes import peak_memory
-from fedvlm.rounds import more, noisymean, robust, secure
+from fedvlm.rounds import more, noisymean, placed, robust, secure
 from fedvlm.rounds.beginning import begin, check_same, described
 from fedvlm.rounds.budget import Budget, budget_of
 from fedvlm.rounds.fold import Fold
@@ -148,6 +148,7 @@ def check(settings: Config, algorithm: Algorithm) -> None:
     Raises:
         ConfigError: names the setting.
     """
+    placed.check(settings)
     robust.check(settings, algorithm)
     secure.check(settings, algorithm)
     noisymean.check(settings, algorithm)

@@ -72,13 +72,14 @@ class Objects:
                     "(model=...): leave one of them out"
                 ]
             )
-        if config.model.quantization != "none":
-            raise ConfigError(
-                [
-                    f"model.quantization={config.model.quantization}: a model that is handed over "
-                    "(model=...) stays as it is; leave this setting out, or set model.name"
-                ]
-            )
+        for key in ("quantization", "device_map"):
+            if (value := getattr(config.model, key)) != "none":
+                raise ConfigError(
+                    [
+                        f"model.{key}={shown(value, quotes=False)}: a model that is handed over "
+                        "(model=...) stays as it is; leave this setting out, or set model.name"
+                    ]
+                )
         return config.model_copy(update={"model": config.model.model_copy(update=self.named)})
 
     def loaded(self, config: ModelConfig) -> Loaded:

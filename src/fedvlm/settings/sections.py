@@ -16,6 +16,7 @@ from fedvlm.settings.aggregate import AggregateConfig
 from fedvlm.settings.method import AlgorithmConfig as AlgorithmConfig
 from fedvlm.settings.method import Filled, Fraction, Positive, Ratio, Section, Whole
 from fedvlm.settings.method import LoraConfig as LoraConfig
+from fedvlm.settings.model import ModelConfig as ModelConfig
 from fedvlm.settings.pictures import Formats, Window
 from fedvlm.settings.privacy import PrivacyConfig
 from fedvlm.settings.scoring import EvalConfig as EvalConfig
@@ -180,25 +181,6 @@ class PartitionConfig(Section):
         if wrong:
             raise ValueError("; ".join(wrong))
         return self
-
-
-class ModelConfig(Section):
-    """The frozen vision-language model."""
-
-    name: Filled = Field(
-        "tiny", description="bundled 'tiny', a local folder, org/name or org/name@revision"
-    )
-    dtype: Literal["float32", "bfloat16", "float16", "float64"] = Field(
-        "float32", description="type of the frozen weights; float64: for exact comparisons"
-    )
-    device: str = Field("auto", description="auto, cpu, cuda, cuda:1, mps")
-    quantization: Literal["none", "8bit", "4bit"] = Field(
-        "none",
-        description="frozen weights quantized by bitsandbytes; 4bit: NF4, double quantization",
-    )
-    gradient_checkpointing: bool = Field(
-        False, description="recompute activations in the backward pass: less memory, slower"
-    )
 
 
 class ObjectiveConfig(Section):
