@@ -18,8 +18,10 @@ from fedvlm.engines.sharded import Outcome, ScorePart, TrainPart, parts
 from fedvlm.engines.wire import Reply, Task
 from fedvlm.errors import ConfigError, DataError
 from fedvlm.models import load as loading
+from fedvlm.models.shards import blocks_of
 from fedvlm.rounds import federate
 from fedvlm.rounds.results import Results
+from fedvlm.settings.sections import ModelConfig
 from fedvlm.store import files
 from fedvlm.store import run as store
 from test_cli import call
@@ -43,6 +45,8 @@ RUNS = {
     "plora": (*SETTINGS, "algorithm.name=plora", "train.optimizer=sgd"),
     # Passes of two clients and of one client: then process 0 has nothing to do.
     "odd": (*SAME_PASSES, "train.rounds=1", "train.clients_per_round=3"),
+    # In two processes, each holds a share of the base. One gathers weights for the other.
+    "shares": (*SAME_PASSES, "train.clients_per_round=3", "model.shard=true"),
 }
 
 # Process 1 dies in round 2, after it has written its clients' personal states.
@@ -70,7 +74,16 @@ import psutil
 import fedvlm
 from fedvlm.cli.app import main
 from fedvlm.engines.shell import Shell
+from fedvlm.models.spread import local
 
+prepared = Shell.__init__
+
+def noted(self, model, *args):
+    frozen = [local(p) for n, p in model.named_parameters() if ".lora_" not in n]
+    print(f"process {os.environ['RANK']} holds:", sum(p.nbytes for p in frozen), flush=True)
+    prepared(self, model, *args)
+
+Shell.__init__ = noted
 killed, runs, failing = json.loads(sys.argv[1])
 results = [fedvlm.resume(killed), *(fedvlm.run(None, *words) for words in runs)]
 if os.environ["RANK"] == "1":
@@ -130,7 +143,7 @@ def two(folder, killed, launch):
     script.write_text(SEVERAL)
     resumed = shutil.copytree(killed[0], folder / "two" / "resumed")
     runs = [(*words, f"output={folder / 'two' / name}") for name, words in RUNS.items()]
-    failing = (*RUNS["plora"], f"output={folder / 'two' / 'failing'}")
+    failing = (*RUNS["shares"], f"output={folder / 'two' / 'failing'}")
     return launch(script, json.dumps([str(resumed), runs, failing]))
 
 
@@ -168,7 +181,7 @@ def assert_told_the_same(found, expected):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "atol"), [("plora", 1e-6), ("odd", 0.0)])
+@pytest.mark.parametrize(("name", "atol"), [("plora", 1e-6), ("odd", 0.0), ("shares", 0.0)])
 def test_two_processes_train_what_one_trains(folder, two, name, atol):
     found, expected = folder / "two" / name, folder / "one" / name
     assert_close(tensors_of(found), tensors_of(expected), atol)
@@ -183,6 +196,20 @@ def test_every_process_knows_the_results(folder, two):
     names = ("resumed", *RUNS)
     expected = [federate.Results.read(folder / "two" / name).scores() for name in names]
     assert json.loads(line.partition(": ")[2]) == expected
+
+
+@pytest.mark.slow
+def test_each_of_two_processes_holds_half_of_the_weights_of_all_layers(folder, two):
+    model = loading.load_model(ModelConfig(name=smallest.model())).model
+    whole = sum(p.nbytes for p in model.parameters())
+    blocks = sum(p.nbytes for block in blocks_of(model) for p in block.parameters())
+    assert blocks > 0.9 * whole
+    held = [
+        [int(line.partition(": ")[2]) for line in two[1].splitlines() if line.startswith(begin)]
+        for begin in ("process 0 holds: ", "process 1 holds: ")
+    ]
+    for own in held:  # the resumed run, then RUNS, then the run that fails
+        assert own == [whole] * 3 + [whole - blocks // 2] * 2
 
 
 @pytest.mark.slow

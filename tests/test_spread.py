@@ -85,6 +85,14 @@ def test_auto_is_the_cpu_where_there_is_no_gpu(caplog, monkeypatch):
     assert "there is no GPU here" in caplog.text
 
 
+def test_one_process_holds_the_whole_base_and_a_warning_tells_so(caplog):
+    with caplog.at_level(logging.WARNING, "fedvlm"):
+        shared = load_model(ModelConfig(name=smallest.model(), shard=True)).model
+    whole = load_model(ModelConfig(name=smallest.model())).model
+    assert spread.held(shared) == spread.held(whole)
+    assert "model.shard: there is one process" in caplog.text
+
+
 def test_auto_leaves_room_on_every_gpu(monkeypatch):
     class Card:
         total_memory = 10 * 2**30
@@ -109,6 +117,8 @@ def test_auto_leaves_room_on_every_gpu(monkeypatch):
         (["model.device_map={lm_head: gpu}"], "puts 'lm_head' on 'gpu'; a place is the number"),
         (["model.device_map=auto", "model.device=cpu"], "leave out device=cpu"),
         (["model.device_map=auto", "model.quantization=4bit"], "quantization=4bit is not tested"),
+        (["model.device_map=auto", "model.shard=true"], "shard is for several processes"),
+        (["model.shard=true", "model.quantization=8bit"], "quantization=8bit is not tested"),
         (["model.device_memory=9"], "device_memory=9 has a meaning for device_map=auto only"),
     ],
 )

@@ -115,7 +115,7 @@ def read(job: Job) -> dict[str, Any] | None:
 NEWER = (
     *(("data", "split_seed"), ("data", "max_images"), ("train", "patience")),
     *(("eval", "own"), ("eval", "global_before"), ("eval", "personal_before")),
-    *(("model", "device_map"), ("model", "device_memory")),
+    *(("model", "device_map"), ("model", "device_memory"), ("model", "shard")),
 )
 """Settings that are newer than the first results, and have changed none by their default."""
 

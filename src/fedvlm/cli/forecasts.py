@@ -97,11 +97,12 @@ def _memory(plan: Forecast) -> Iterator[tuple[str, str]]:
     if found is None:
         yield "memory", UNKNOWN
         return
+    divided = " divided among the processes" if plan.config.model.shard else ""
     yield (
         "memory",
-        f"{size(found.weights)} for the frozen weights, and at most {size(found.room)} for the "
-        f"clients of one pass: {size(found.each)} per client for adapter and optimizer, plus its "
-        "batch, which is measured when the run begins",
+        f"{size(found.weights)} for the frozen weights{divided}, and at most {size(found.room)} "
+        f"for the clients of one pass: {size(found.each)} per client for adapter and optimizer, "
+        "plus its batch, which is measured when the run begins",
     )
     yield "engine", f"{found.engine}, at most {counted(found.most, 'client')} per pass"
 

@@ -26,7 +26,7 @@ logger = logging.getLogger("fedvlm")
 SETTABLE = ("model", "data", "engine", "eval")
 """Sections of a run's configuration in which a site may set its own values. The section ``data``
 never comes from the server: what a site does not set has fedvlm's default."""
-HERE = {"device": "auto", "device_map": "none", "device_memory": None}
+HERE = {"device": "auto", "device_map": "none", "device_memory": None, "shard": False}
 """The place of the model at a site, which the server does not choose either."""
 
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from fedvlm import processes
 from fedvlm.models.spool import nbytes
-from fedvlm.models.spread import held
+from fedvlm.models.spread import held, local
 from fedvlm.tree import Tree
 
 COPIES = 8  # of an adapter: factors, gradients, two moments, copies from its begin and its end
@@ -85,16 +85,19 @@ def total(device: torch.device) -> int:
 
 def kept_for_backward(model: Any, forward: Callable[[], Any]) -> int:
     """Bytes that ``forward`` keeps for a backward pass, without the model's own parameters."""
-    own = {p.untyped_storage().data_ptr() for p in (*model.parameters(), *model.buffers())}
-    kept: dict[int, int] = {}
+    weights = (*map(local, model.parameters()), *model.buffers())
+    own = {p.untyped_storage().data_ptr() for p in weights}
+    kept: dict[int, Any] = {}
 
     def note(tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         if storage.data_ptr() not in own:
-            kept[storage.data_ptr()] = storage.nbytes()
+            kept[storage._cdata] = storage
         return tensor.detach()  # a graph that holds its own outputs is never freed
 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
         result = forward()  # its graph holds the kept tensors until they are counted
+    # A sharded weight has left its memory by now.
+    total = sum(storage.nbytes() for storage in kept.values())
     del result
-    return sum(kept.values())
+    return total

@@ -1,4 +1,4 @@
-"""One run on several devices: one process for each device, each with a whole base model.
+"""One run on several devices: one process for each device, with a whole base or a share of it.
 
 Process 0 runs the round loop. It gives every process a part of the next clients to train or to
 score, does its own part, and takes the replies in the order of the cohort. So the server folds the
@@ -25,6 +25,7 @@ from fedvlm.engines.portable import portable
 from fedvlm.engines.shell import Shell
 from fedvlm.engines.wire import Reply, Task
 from fedvlm.errors import FedVLMError
+from fedvlm.models.spread import settle
 from fedvlm.tree import Tree
 
 T = TypeVar("T")
@@ -105,7 +106,8 @@ class Sharded:
         return self._scored(self._made(models), texts=True)
 
     def validate(self, models: Models) -> dict[str, float]:
-        return self.engine.validate(models)
+        nothing = [ScorePart([], texts=False)] * self.group.size  # others may hold weights
+        return self._share(nothing, lambda _: self.engine.validate(models))[0]
 
     def export(self, models: Models, folders: Mapping[str, Path]) -> None:
         self.engine.export(models, folders)
@@ -139,21 +141,28 @@ class Sharded:
         for rank, order in enumerate(orders[1:], 1):
             self.group.send(order, rank)
         own = attempt(lambda: work(orders[0]))
+        settle(self.engine.model)
         return _results(own, self.group)
 
 
-def together(group: Group, prepare: Callable[[], T], same: Callable[[T], str]) -> T:
+def together(
+    group: Group, prepare: Callable[[], T], same: Callable[[T], str], apart: bool = True
+) -> T:
     """Prepares every process and returns this process's result; process 0 waits for all.
 
     Args:
         group: all processes.
         prepare: prepares one process.
         same: describes a result; the descriptions of all processes must be equal.
+        apart: whether a process can prepare without the others. If not, a process that fails ends
+            at once, because the others wait for it.
 
     Raises:
         FedVLMError: a process failed, or has other data or another model.
     """
     own = attempt(prepare)
+    if not apart:
+        own.get()
     described = attempt(lambda: same(own.get()))
     if group.rank:
         group.send(described.portable(group.rank), 0)
@@ -190,7 +199,9 @@ def serve(group: Group, engine: Shell) -> None:
         return order.perform(engine)
 
     while not isinstance(order := group.receive(0), End):
-        group.send(attempt(partial(perform, order)).portable(group.rank), 0)
+        done = attempt(partial(perform, order))
+        settle(engine.model)
+        group.send(done.portable(group.rank), 0)
     if order.error:
         raise order.error
 

@@ -12,7 +12,7 @@ from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from fedvlm import hub, processes
@@ -22,6 +22,7 @@ from fedvlm.models.names import HANDED, refuse_foreign_release, refuse_handed, r
 from fedvlm.models.pin import still_allowed
 from fedvlm.models.processors import load_processor, read_json
 from fedvlm.models.spread import arranged, placement
+from fedvlm.models.weights import check_weights
 from fedvlm.settings.sections import ModelConfig
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -45,6 +46,23 @@ def load_model(config: ModelConfig) -> Loaded:
         FedVLMError: the folder, hub model or device does not exist, the hub cannot be reached, the
             model needs custom code or lacks weights, or a setting is not available here.
     """
+    if not config.shard:
+        return _loaded(config)
+    if processes.size() == 1:
+        logging.getLogger("fedvlm").warning(
+            "model.shard: there is one process, which holds the whole base; torchrun starts several"
+        )
+        return _loaded(config)
+    from fedvlm.models.shards import in_turn, sharded
+
+    with in_turn(pick_device(config.device)) as groups:
+        loaded = _loaded(config, apart=False)
+        sharded(loaded.model, loaded.device, groups)
+    return loaded
+
+
+def _loaded(config: ModelConfig, apart: bool = True) -> Loaded:
+    """The model, on its device; on the CPU, if processes are to share its weights."""
     device = pick_device(config.device)
     source, local = _found(config, weights=True)
     quantized, spread = quantization(config.quantization, device), placement(config)
@@ -77,7 +95,7 @@ def load_model(config: ModelConfig) -> Loaded:
             raise _why(config.name, local, error, refusal) from error
     model, report = loaded
     still_allowed(source)
-    _check_weights(config.name, model, report)
+    check_weights(config.name, model, report)
     model.requires_grad_(False)
     freeze_statistics(model)
     if quantized:
@@ -87,7 +105,7 @@ def load_model(config: ModelConfig) -> Loaded:
         model = prepare_model_for_kbit_training(model, use_gradient_checkpointing=False)
     elif spread:
         device = arranged(model, config)
-    else:
+    elif apart:
         model.to(device)
     if config.gradient_checkpointing:
         checkpoint_activations(model)
@@ -262,32 +280,6 @@ def checkpoint_activations(model: Any) -> None:
 
 def _nothing() -> None:
     return None
-
-
-def _check_weights(name: str, model: Any, report: dict[str, Any]) -> None:
-    """Refuses a checkpoint that lacks weights of the model: such weights would be random."""
-    lacking = set(report["missing_keys"])
-    weights = dict(model.named_parameters(remove_duplicate=False))
-    loaded = {_place(w) for n, w in weights.items() if n not in lacking}
-    missing = sorted(n for n in lacking & set(weights) if _place(weights[n]) not in loaded)
-    if missing:
-        more = f" and {len(missing) - 3} more" if len(missing) > 3 else ""
-        raise FedVLMError(
-            f"model.name: '{brief(name)}' lacks {len(missing)} weights of {type(model).__name__} "
-            f"({', '.join(missing[:3])}{more}), which would be random; use a checkpoint with all "
-            "weights in transformers' own format"
-        )
-    unexpected = sorted(report["unexpected_keys"])
-    if unexpected:
-        logging.getLogger("fedvlm").warning(
-            "%s: %d weights are not used by %s (%s, ...)",
-            brief(name), len(unexpected), type(model).__name__, brief(", ".join(unexpected[:3])),
-        )  # fmt: skip
-
-
-def _place(weight: Tensor) -> int:
-    """The same for tied weights only; a weight in a store of accelerate has no memory here."""
-    return id(weight) if weight.is_meta else weight.data_ptr()
 
 
 def locate(name: str) -> tuple[str, bool]:

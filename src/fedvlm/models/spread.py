@@ -142,12 +142,20 @@ def place_of(layer: nn.Module, otherwise: torch.device) -> torch.device:
 
 
 def held(model: nn.Module) -> dict[torch.device, int]:
-    """Bytes of a model's parameters by device, without those in a store of weights."""
+    """Bytes of a model's parameters by device.
+
+    Weights in a store do not count, and of sharded weights only the share of this process.
+    """
     found: dict[torch.device, int] = {}
-    for p in model.parameters():
+    for p in map(local, model.parameters()):
         if p.device.type != "meta":
             found[p.device] = found.get(p.device, 0) + p.numel() * p.element_size()
     return found
+
+
+def local(weight: Any) -> Tensor:
+    """The share of a weight in this process, which usually is all of it."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 @contextlib.contextmanager
@@ -170,3 +178,13 @@ def standing_in(model: nn.Module) -> Iterator[None]:
     finally:
         for module, name, p in stored:
             module._parameters[name] = p
+
+
+def settle(model: Any) -> None:
+    """Ends a part of a run in this process; see :class:`fedvlm.models.shards.Lockstep`.
+
+    It does nothing for a model that is whole in every process.
+    """
+    lockstep = getattr(model, "lockstep", None)
+    if lockstep is not None:
+        lockstep.settle()

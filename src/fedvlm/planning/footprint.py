@@ -102,11 +102,16 @@ def measure(config: Config, model: Any, adapter: Tree, stretches: Iterable[Train
 
 
 def _by_device(config: Config, device: torch.device, weights: int) -> dict[torch.device, int]:
-    """Bytes of the frozen weights by device; ``device_map=auto`` fills all GPUs evenly."""
+    """Bytes of the frozen weights by device.
+
+    ``device_map=auto`` fills all GPUs evenly. ``shard`` is planned with a process for each GPU.
+    """
     import torch
 
     from fedvlm.models.spread import most_of
 
+    if device.type == "cuda" and config.model.shard:
+        return {device: weights // torch.cuda.device_count()}
     if config.model.device_map == "none" or device.type != "cuda":
         return {device: weights}
     gpus = [torch.device("cuda", n) for n in range(torch.cuda.device_count())]

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -162,17 +163,13 @@ All = tuple[Engine, "Partition", stores.Store, dict[str, str], Budget | None]
 
 def _prepare_all(config: Config, group: Group, progress: Progress, objects: Objects) -> All:
     """Prepares the run in all processes; see :func:`prepare` and :func:`described`."""
-
-    def prepared() -> tuple[Prepared, dict[str, str]]:
-        found = prepare(config, progress, objects=objects)
-        return found, described(config, found[0].collator.rows, found[1], budget_of(found[0]))
-
     if group.size == 1:
-        found, texts = prepared()
+        found, texts = _prepared(config, objects, progress)
         return *found, texts, budget_of(found[0])
     from fedvlm.engines.sharded import Sharded, together
 
-    (engine, partition, store), texts = together(group, prepared, _same)
+    work = partial(_prepared, config, objects, progress)
+    (engine, partition, store), texts = together(group, work, _same, not config.model.shard)
     return Sharded(engine, group), partition, store, texts, budget_of(engine)
 
 
@@ -180,13 +177,20 @@ def _follow(config: Config, group: Group, objects: Objects) -> Results:
     """A run in a process other than the first, which does the parts that process 0 sends."""
     from fedvlm.engines.sharded import serve, together
 
-    def prepared() -> tuple[Prepared, dict[str, str]]:
-        found = prepare(config, objects=objects)
-        return found, described(config, found[0].collator.rows, found[1], budget_of(found[0]))
-
-    (engine, _, _), _ = together(group, prepared, _same)
+    work = partial(_prepared, config, objects, None)
+    (engine, _, _), _ = together(group, work, _same, not config.model.shard)
     serve(group, engine)
     return Results.read(config.output)
+
+
+def _prepared(
+    config: Config, objects: Objects, progress: Progress | None
+) -> tuple[Prepared, dict[str, str]]:
+    found = prepare(config, progress, objects=objects)
+    from fedvlm.models.spread import settle
+
+    settle(found[0].model)
+    return found, described(config, found[0].collator.rows, found[1], budget_of(found[0]))
 
 
 def _same(prepared: tuple[Prepared, dict[str, str]]) -> str:

@@ -72,8 +72,8 @@ class Objects:
                     "(model=...): leave one of them out"
                 ]
             )
-        for key in ("quantization", "device_map"):
-            if (value := getattr(config.model, key)) != "none":
+        for key in ("quantization", "device_map", "shard"):
+            if (value := getattr(config.model, key)) not in ("none", False):
                 raise ConfigError(
                     [
                         f"model.{key}={shown(value, quotes=False)}: a model that is handed over "

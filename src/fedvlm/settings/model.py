@@ -50,6 +50,10 @@ class ModelConfig(Section):
         None,
         description="device_map=auto: most MiB of weights on a GPU; empty: three fifths of it",
     )
+    shard: bool = Field(
+        False,
+        description="with torchrun: each process holds a share of the frozen weights, by FSDP2",
+    )
     quantization: Literal["none", "8bit", "4bit"] = Field(
         "none",
         description="frozen weights quantized by bitsandbytes; 4bit: NF4, double quantization",
@@ -71,6 +75,15 @@ class ModelConfig(Section):
         if self.device_map != "none" and self.quantization != "none":
             wrong.append(
                 f"device_map with quantization={self.quantization} is not tested: leave one out"
+            )
+        if self.shard and self.device_map != "none":
+            wrong.append(
+                "shard is for several processes, and device_map for the devices of one: leave one "
+                "of them out"
+            )
+        if self.shard and self.quantization != "none":
+            wrong.append(
+                f"shard with quantization={self.quantization} is not tested: leave one out"
             )
         if wrong:
             raise ValueError("; ".join(wrong))
