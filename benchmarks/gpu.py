@@ -17,6 +17,10 @@ memory: the weights of the model plus the memory of a step. The pictures are on 
 start. With `language` only the cohort engine caches the features of the vision tower. The last line
 is `RATIO <number> <what>`.
 
+`--kept` trains nothing. It prints the memory of a pass as the engine measures it before a run: the
+weights, and for each client its adapter and the bytes that its batch keeps for the backward pass.
+This works on a CPU too.
+
 Without a GPU the script prints a line and ends. `--device cpu --quick` runs it on small shapes, as
 a test of the script itself.
 """
@@ -33,6 +37,7 @@ from typing import Any
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
+import numpy as np
 import torch
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
@@ -41,6 +46,7 @@ import _shapes
 import _sides
 from _common import Work, environment, paired, ratio, seconds
 from _profile import profile, show
+from fedvlm.engines import memory
 
 PEAK = {"H100": 989.4e12, "H200": 989.4e12}  # dense bf16 operations a second, from the data sheet
 GB = 1e9
@@ -98,6 +104,29 @@ def peak(work: Work) -> float:
     work()
     torch.cuda.synchronize()
     return torch.cuda.max_memory_allocated() - before
+
+
+def kept(name: str, batch: int, target: str, options: argparse.Namespace) -> None:
+    """Prints a row of memory, as the engine measures it on one step of two clients."""
+    shape, device = _shapes.SHAPES[name](), torch.device(options.device)
+    model = _shapes.build(shape, device, torch.bfloat16)
+    weights = sum(p.nbytes for p in model.parameters())
+    made, partition = _shapes.engine("cohort", model, shape, 2, 2, batch, 1, target)
+    made.stack.load([made.adapter] * 2, made.device)
+    for p in made.stack.params.values():
+        p.requires_grad_(True)
+    made.stack.activate([0, 1])
+    made.model.train()
+    rows = np.concatenate([partition.splits[c].train[:batch] for c in partition.clients])
+    batches = memory.kept_for_backward(made.model, lambda: made._terms(rows).loss) // 2
+    each = memory.COPIES * sum(t.nbytes for t in made.adapter.values())
+    bare, whole = (weights + options.clients * (each + n * batches) for n in (0, 1))
+    spare = weights + options.clients * (each + memory.SPARE * batches)
+    print(
+        f"{name:<17}{target:>11}{options.clients:>8}{batch:>6}"
+        + "".join(f"{n / GB:>12.2f}" for n in (weights, each, batches, bare, whole, spare)),
+        flush=True,
+    )
 
 
 def compare(
@@ -164,6 +193,7 @@ def main() -> None:
     parser.add_argument(
         "--profile", action="store_true", help="print the cohort engine's time by kind"
     )
+    parser.add_argument("--kept", action="store_true", help="print the planned memory instead")
     parser.add_argument("--device", choices=["cuda", "cpu"], default="cuda")
     options = parser.parse_args()
     if options.device == "cuda" and not torch.cuda.is_available():
@@ -172,6 +202,15 @@ def main() -> None:
     models = options.model.split(",")
     if unknown := set(models) - set(_shapes.SHAPES):
         parser.error(f"no such model: {', '.join(sorted(unknown))}")
+    if options.kept:
+        heads = ("weights", "a client", "its batch", "all but", "all", "and spare")
+        print(environment())
+        print(f"{'model':<17}{'LoRA':>11}{'clients':>8}{'batch':>6}", *(f"{h:>11}" for h in heads))
+        for name in models:
+            for target in options.target.split(","):
+                for batch in map(int, options.batch.split(",")):
+                    kept(name, batch, target, options)
+        return
     if options.device == "cpu":
         options.steps, options.clients = 1, min(4, options.clients)
     targets, batches = options.target.split(","), [int(b) for b in options.batch.split(",")]

@@ -187,6 +187,13 @@ def test_what_the_run_would_refuse_the_dry_run_refuses(word, said, capsys, monke
     assert said in errors
 
 
+def test_a_dry_run_says_where_a_client_does_not_fit(capsys, monkeypatch):
+    monkeypatch.setattr(memory, "budget", lambda *_: -1)  # the weights are larger than the GPU
+    code, output, _ = call(capsys, monkeypatch, "run", "--dry-run", *SMALL)
+    assert code == 0
+    assert "A pass of one client may not fit" in " ".join(output.replace("│", " ").split())
+
+
 def test_resume_has_no_dry_run(capsys, monkeypatch):
     code, _, errors = call(capsys, monkeypatch, "run", "--resume", "x", "--dry-run")
     assert code == 2

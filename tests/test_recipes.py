@@ -11,6 +11,7 @@ import pytest
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
 
 import _recipes
+import memory
 import recipes
 from fedvlm.config import load
 
@@ -75,3 +76,23 @@ def test_a_recipe_says_what_it_takes_and_what_was_never_run(path):
     assert config.model.name in head
     assert ("gated" in head) == config.model.name.startswith("google/")
     assert ("\n# Never run:" in head) == (path.stem not in recipes.RUN)
+
+
+def test_the_page_on_memory_has_the_plan_of_the_published_sizes():
+    """By the hub: 7,063,427,072 and 2,246,272,880 parameters."""
+    name, page = "llava-1.5-7b-hf", memory.PAGE.read_text(encoding="utf-8").splitlines()
+    assert memory.plan(name, "bf16").parameters == 7_063_427_072
+    assert memory.plan("SmolVLM-Instruct", "bf16").parameters == 2_246_272_880
+    for row in (*memory.one_gpu(name), *memory.several_gpus(name)):
+        assert f"| {' | '.join(row)} |" in page
+
+
+def test_a_cell_has_the_clients_that_have_room_for_a_batch():
+    gib, each = 2**30, 10**8
+    free = int(0.8 * 10 * gib)  # of each GPU
+    assert memory.cell(each, [free - 5 * (each + 10**9)], 10) == "5: 1.0"
+    assert memory.cell(each, [free - each - 10**9 + 10], 10) == "no"
+    assert (
+        memory.cell(each, [0, free - 2 * (each + 10**9)], 10) == "4: 1.0"
+    )  # the fuller one decides
+    assert memory.cell(each, [0], 100) == f"16: {(0.8 * 100 * gib / 16 - each) / 1e9:.1f}"

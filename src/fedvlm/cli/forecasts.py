@@ -98,6 +98,15 @@ def _memory(plan: Forecast) -> Iterator[tuple[str, str]]:
         yield "memory", UNKNOWN
         return
     divided = " divided among the processes" if plan.config.model.shard else ""
+    if found.room < found.each:
+        yield (
+            "memory",
+            f"{size(found.weights)} for the frozen weights{divided}, which leaves too little for a "
+            f"client: {size(found.each)} for adapter and optimizer, plus its batch. A pass of one "
+            "client may not fit; see docs/memory.md",
+        )
+        yield "engine", f"{found.engine}, 1 client per pass"
+        return
     yield (
         "memory",
         f"{size(found.weights)} for the frozen weights{divided}, and at most {size(found.room)} "
