@@ -7,7 +7,7 @@ the module and the factor. ``lora_A`` is ``[rank, in]``, ``lora_B`` is ``[out, r
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, lru_cache
 from typing import TYPE_CHECKING, Literal
 
@@ -18,7 +18,11 @@ if TYPE_CHECKING:
 
 Tree = dict[str, "Tensor"]
 Select = Callable[[str], bool]
+Described = tuple[tuple[str, ...], tuple["Size", ...], tuple["dtype", ...]]
+"""Names, shapes and types of a tree's tensors."""
 
+SMALL = 2**12  # elements of a tensor for which an operation takes less time than its call
+LONG = 2**16  # elements of a vector whose norm is exact to 1e-6 in single precision
 HEAD = 2**22  # bytes of the longest head of a received file: about 30,000 tensors
 
 
@@ -64,18 +68,43 @@ def change(down: Mapping[str, Tensor], up: Mapping[str, Tensor]) -> Tree:
 
 def named(prefix: str, tree: Mapping[str, Tensor]) -> Tree:
     """The tensors renamed to ``prefix/name``, so they can travel beside factors of these names."""
-    return {f"{prefix}/{n}": t for n, t in tree.items()}
+    return dict(zip(_named(prefix, tuple(tree)), tree.values(), strict=True))
+
+
+@lru_cache(256)
+def _named(prefix: str, names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(f"{prefix}/{name}" for name in names)
 
 
 def part(tree: Mapping[str, Tensor], prefix: str) -> Tree:
     """The tensors that :func:`named` put under the prefix, with their former names."""
-    head = f"{prefix}/"
-    return {n.removeprefix(head): t for n, t in tree.items() if n.startswith(head)}
+    return {short: tree[name] for name, short in _under(tuple(tree), f"{prefix}/")}
+
+
+@lru_cache(256)
+def _under(names: tuple[str, ...], head: str) -> tuple[tuple[str, str], ...]:
+    """The names that begin with the head, and their rests; trees often share their names."""
+    return tuple((name, name.removeprefix(head)) for name in names if name.startswith(head))
+
+
+def outside(tree: Mapping[str, Tensor], head: str) -> Tree:
+    """The tensors whose names do not begin with the head."""
+    return {name: tree[name] for name in _others(tuple(tree), head)}
+
+
+@lru_cache(256)
+def _others(names: tuple[str, ...], head: str) -> tuple[str, ...]:
+    return tuple(name for name in names if not name.startswith(head))
 
 
 def plain(tree: Mapping[str, Tensor]) -> Tree:
     """The factors, without the tensors that :func:`named` put beside them."""
-    return {n: t for n, t in tree.items() if "/" not in n}
+    return {name: tree[name] for name in _plain(tuple(tree))}
+
+
+@lru_cache(256)
+def _plain(names: tuple[str, ...]) -> tuple[str, ...]:
+    return tuple(name for name in names if "/" not in name)
 
 
 def silent(tree: Mapping[str, Tensor]) -> bool:
@@ -157,36 +186,79 @@ def factorized(matrices: Mapping[str, Tensor], like: Mapping[str, Tensor], ranks
     return {n: found[n].to(t.dtype).contiguous() for n, t in like.items()}
 
 
+def described(tree: Mapping[str, Tensor]) -> Described:
+    """Names, shapes and types of the tensors, in their order: a key for trees of one form."""
+    tensors = tree.values()
+    return tuple(tree), tuple([t.shape for t in tensors]), tuple([t.dtype for t in tensors])
+
+
+def grouped(tree: Mapping[str, Tensor]) -> list[list[str]]:
+    """The names of tensors that make one vector: small ones of a type, up to :data:`LONG`."""
+    found: list[list[str]] = []
+    open_: dict[dtype, tuple[list[str], int]] = {}  # the vector of a type, and its elements so far
+    for name, tensor in tree.items():
+        size, kind = tensor.numel(), tensor.dtype
+        names, taken = open_.get(kind, ([], LONG))
+        if size > SMALL or taken + size > LONG:
+            found.append(names := [])
+            taken = 0
+        names.append(name)
+        if size <= SMALL:
+            open_[kind] = names, taken + size
+    return found
+
+
+def joined(tensors: Sequence[Tensor]) -> Tensor:
+    """The elements of some tensors, one after another; a view of a single tensor."""
+    from torch._utils import _flatten_dense_tensors
+
+    return tensors[0].reshape(-1) if len(tensors) == 1 else _flatten_dense_tensors(tensors)
+
+
 class Mean:
     """A weighted mean that folds one tree at a time. Its memory does not grow with their number."""
 
     def __init__(self) -> None:
         self.total = 0.0
-        self._sum: Tree = {}
+        self._shapes: dict[str, Size] = {}
+        self._groups: list[list[str]] = []
+        self._sum: list[Tensor] = []  # a vector for each group
 
     def add(self, tree: Mapping[str, Tensor], weight: float) -> None:
         """Folds one upload into the mean.
 
         Raises:
-            ValueError: the names differ from earlier uploads, or the weight is not positive.
+            ValueError: names or shapes differ from earlier uploads, or the weight is not positive.
         """
+        import torch
+
         if weight <= 0:
             raise ValueError(f"a weight must be positive, got {weight}")
-        if self.total and tree.keys() != self._sum.keys():
-            odd = sorted(tree.keys() ^ self._sum.keys())[:3]
+        if not self.total:
+            self._shapes = {name: tensor.shape for name, tensor in tree.items()}
+            self._groups = grouped(tree)
+        elif tree.keys() != self._shapes.keys():
+            odd = sorted(tree.keys() ^ self._shapes.keys())[:3]
             raise ValueError(f"uploads differ in their tensors, for example {odd}")
-        if self._sum:
-            import torch
-
-            tensors = [wide(tree[name]) for name in self._sum]
-            torch._foreach_add_(list(self._sum.values()), tensors, alpha=weight)
+        elif odd := [name for name, shape in self._shapes.items() if tree[name].shape != shape]:
+            raise ValueError(
+                f"uploads differ in the shapes of their tensors, for example {odd[:3]}"
+            )
+        found = [wide(joined([tree[name] for name in names])) for names in self._groups]
+        if self.total:
+            torch._foreach_add_(self._sum, found, alpha=weight)
         else:
-            self._sum = {name: wide(tensor) * weight for name, tensor in tree.items()}
+            self._sum = [vector * weight for vector in found]
         self.total += weight
 
     def tree(self) -> Tree:
         """The mean of the folded trees; empty before the first one."""
-        return {n: t / self.total for n, t in self._sum.items()}
+        found: Tree = {}
+        for names, vector in zip(self._groups, self._sum, strict=True):
+            shapes = [self._shapes[name] for name in names]
+            parts = (vector / self.total).split([shape.numel() for shape in shapes])
+            found |= {n: t.view(s) for n, t, s in zip(names, parts, shapes, strict=True)}
+        return {name: found[name] for name in self._shapes}
 
 
 def wide(tensor: Tensor) -> Tensor:
@@ -238,17 +310,17 @@ def read(blob: bytes | bytearray) -> Tree:
 
 def saved_bytes(tree: Mapping[str, Tensor]) -> int:
     """Bytes of the tensors as a safetensors file; 0 for an empty tree."""
-    form = tuple((name, tree[name].dtype, tree[name].shape) for name in sorted(tree))
-    return _saved_bytes(form) if form else 0
+    return _saved_bytes(described(tree)) if tree else 0
 
 
 @lru_cache
-def _saved_bytes(form: tuple[tuple[str, dtype, Size], ...]) -> int:
+def _saved_bytes(form: Described) -> int:
     """Bytes of a file with tensors of this form. Messages often share a form, so it is cached."""
     import torch
     from safetensors.torch import save
 
-    return len(save({name: torch.empty(shape, dtype=kind) for name, kind, shape in form}))
+    made = (torch.empty(shape, dtype=kind) for shape, kind in zip(*form[1:], strict=True))
+    return len(save(dict(zip(form[0], made, strict=True))))
 
 
 def nbytes(trees: Iterable[Mapping[str, Tensor]]) -> int:

@@ -26,7 +26,7 @@ from typing import Any
 
 from fedvlm.algorithms.base import Algorithm, Local, Program, Score, Sent, Train, everything
 from fedvlm.settings.train import TrainConfig
-from fedvlm.tree import Mean, Select, Tree, named, number, part
+from fedvlm.tree import Mean, Select, Tree, named, number, outside, part
 
 HEAD = "ending."  # of the names of all tensors that belong to the ending
 TUNED, AVERAGE, ROUND = f"{HEAD}tuned", f"{HEAD}average", f"{HEAD}round"
@@ -72,7 +72,7 @@ def ended(algorithm: Algorithm, train: TrainConfig) -> Algorithm:
 
 def without(mine: Tree) -> Tree:
     """A client's kept tensors without those of the ending."""
-    return {name: tensor for name, tensor in mine.items() if not name.startswith(HEAD)}
+    return outside(mine, HEAD)
 
 
 def averaged(local: Local, weight: Callable[[int], float]) -> Tree:
@@ -88,8 +88,13 @@ def averaged(local: Local, weight: Callable[[int], float]) -> Tree:
     last, rest = (int(local.mine[ROUND]) if mean else 0), 1.0
     for t in range(last + 1, ended_rounds + 1):
         rest *= 1 - weight(t)
-    begin = local.begin
-    new = {n: t.lerp(begin[n], 1 - rest) for n, t in mean.items()} if mean else begin
+    new = local.begin
+    if mean:
+        import torch
+
+        ends = [new[name] for name in mean]
+        moved = torch._foreach_lerp(list(mean.values()), ends, 1 - rest)
+        new = dict(zip(mean, moved, strict=True))
     return {**named(AVERAGE, new), ROUND: number(ended_rounds)}
 
 

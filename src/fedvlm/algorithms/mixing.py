@@ -107,8 +107,15 @@ def apfl(mix: Mix, *, server_lr: float = 1.0) -> Algorithm:
 
 def blend(mix: Mix, down: Tree, mine: Tree) -> Tree:
     """``mix * down + (1 - mix) * mine``; a factor in only one of the two is unchanged."""
+    import torch
+
     mixed = {**down, **mine}
-    for name in down.keys() & mine.keys():
-        shared = mix[factor(name)]
-        mixed[name] = shared * down[name] + (1 - shared) * mine[name]
+    for kind, shared in mix.items():
+        names = [name for name in mine if name in down and factor(name) == kind]
+        if names and shared == 1:
+            mixed |= {name: down[name] for name in names}
+        elif names and shared:
+            parts = torch._foreach_mul([down[name] for name in names], shared)
+            torch._foreach_add_(parts, torch._foreach_mul([mine[n] for n in names], 1 - shared))
+            mixed |= zip(names, parts, strict=True)
     return mixed

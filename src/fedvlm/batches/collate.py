@@ -170,7 +170,11 @@ class Collator:
             labels = [answer for _, answer in batch]
         else:
             inputs = self._inputs([f for f, _ in batch], [[a] for _, a in batch], left=False)
-            labels = [torch.cat((torch.full_like(f.prompt, IGNORE), a)) for f, a in batch]
+            prompts = torch.tensor([len(f.prompt) for f, _ in batch])[:, None]
+            ids = inputs["input_ids"]
+            asked = torch.arange(ids.shape[1]) < prompts
+            padded = inputs["attention_mask"] == 0
+            return self._to_device({**inputs, "labels": ids.masked_fill(asked | padded, IGNORE)})
         return self._to_device({**inputs, "labels": _stack(labels, IGNORE, left=False)})
 
     def prompts(self, indices: Iterable[int]) -> dict[str, Tensor]:
@@ -188,7 +192,7 @@ class Collator:
         ids = [torch.cat((f.prompt, *a)) for f, a in zip(rows, answers, strict=True)]
         inputs = {
             "input_ids": _stack(ids, self._pad_id, left=left),
-            "attention_mask": _stack([torch.ones_like(t) for t in ids], 0, left=left),
+            "attention_mask": _mask([len(t) for t in ids], left=left),
         }
         for name in rows[0].aligned:
             fill = self.prompter.answer_type(name)
@@ -215,6 +219,13 @@ def _stack(rows: Sequence[Tensor], value: int, *, left: bool) -> Tensor:
     return torch.nn.utils.rnn.pad_sequence(
         list(rows), batch_first=True, padding_value=value, padding_side=side
     )
+
+
+def _mask(lengths: Sequence[int], *, left: bool) -> Tensor:
+    """1 at the tokens of rows of these lengths and 0 at the padding, ``[rows, tokens]``."""
+    most, counts = max(lengths), torch.tensor(lengths)[:, None]
+    places = torch.arange(most)
+    return (places >= most - counts if left else places < counts).long()
 
 
 def _join(rows: Sequence[Tensor]) -> Tensor:

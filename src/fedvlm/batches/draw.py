@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping
+from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
@@ -36,14 +37,31 @@ def batches(
         length: of a row, and the seed of the pieces' shuffles. Where that seed is the same for all,
             clients side by side have their long batches at the same step.
     """
-    order, common = np.random.default_rng(seed), np.random.default_rng(length and length.seed)
-    while steps:
+    order = np.random.default_rng(seed)
+    counts = [-(-taken // size) for taken in _taken(len(rows), size, steps)]
+    turns = _turns(length.seed, tuple(counts)) if length else [range(n) for n in counts]
+    for turn in turns:
         taken = order.permutation(rows)[: steps * size]
         if length:
-            taken = taken[np.argsort([length.of(int(row)) for row in taken], kind="stable")]
+            lengths = [length.of(row) for row in taken.tolist()]
+            taken = taken[sorted(range(len(taken)), key=lengths.__getitem__)]
         cut = pieces(taken, size)
-        yield from (cut[n] for n in common.permutation(len(cut))) if length else cut
+        yield from (cut[n] for n in turn)
         steps -= len(cut)
+
+
+def _taken(rows: int, size: int, steps: int) -> Iterator[int]:
+    """The number of rows that are taken of each shuffle."""
+    while steps:
+        yield min(rows, steps * size)
+        steps -= -(-min(rows, steps * size) // size)
+
+
+@lru_cache(1024)
+def _turns(seed: int, counts: tuple[int, ...]) -> list[list[int]]:
+    """The order of the pieces of each shuffle; clients of one size have the same."""
+    common = np.random.default_rng(seed)
+    return [common.permutation(count).tolist() for count in counts]
 
 
 def pieces(rows: np.ndarray, size: int | None) -> list[np.ndarray]:
@@ -54,8 +72,10 @@ def pieces(rows: np.ndarray, size: int | None) -> list[np.ndarray]:
 
 def beside(drawn: Mapping[int, np.ndarray]) -> tuple[np.ndarray, int]:
     """Rows of several clients in blocks of equal size, and this size."""
-    size = max(map(len, drawn.values()))
-    return np.concatenate([filled(rows, size) for rows in drawn.values()]), size
+    sizes = [len(rows) for rows in drawn.values()]
+    size = max(sizes)
+    alike = min(sizes) == size
+    return np.concatenate([rows if alike else filled(rows, size) for rows in drawn.values()]), size
 
 
 def filled(rows: np.ndarray, size: int) -> np.ndarray:

@@ -49,6 +49,7 @@ class CohortEngine(PerUnit):
     def __init__(self, *args: Any, **options: Any):
         super().__init__(*args, **options)
         self.stack = Stack(self.model)
+        self._weights: dict[int, int] = {}  # row -> its weight in a loss
         self.device = self.collator.device
         self._images = self._frozen_images()
         self.width = self.config.engine.clients or self._fitting(self._batch_rows)
@@ -57,7 +58,7 @@ class CohortEngine(PerUnit):
         if self.plans:
             return self._train_units(group[0])
         self.stack.load([member.wanted.begin for member in group], self.device)
-        self.model.train()
+        self._switch(training=True)
         params, trains = self.stack.params, group[0].wanted.trains
         trained = {n: p for n, p in params.items() if trains(n)}
         for name, p in params.items():
@@ -135,6 +136,8 @@ class CohortEngine(PerUnit):
 
     def _parts(self, drawn: Batches) -> list[Batches]:
         """The clients' micro-batches side by side."""
+        if not self.config.engine.micro_batch:
+            return [drawn]
         cut = {k: pieces(rows, self.config.engine.micro_batch) for k, rows in drawn.items()}
         most = max(map(len, cut.values()))
         return [{k: own[n] for k, own in cut.items() if n < len(own)} for n in range(most)]
@@ -156,9 +159,11 @@ class CohortEngine(PerUnit):
             return self._backward_part(drawn, None, weights, streams)
         if after:
             self.collator.prefetch(beside(after)[0])
-        real = torch.tensor([[i < len(rows) for i in range(size)] for rows in drawn.values()])
-        loss = (terms.loss.view(real.shape) * real.to(self.device)).sum(1)
-        means = loss / torch.tensor([weights[k] for k in drawn], device=self.device)
+        loss = terms.loss.view(len(drawn), size)
+        if any(len(rows) < size for rows in drawn.values()):
+            real = torch.tensor([[i < len(rows) for i in range(size)] for rows in drawn.values()])
+            loss = loss * real.to(self.device)
+        means = loss.sum(1) / torch.tensor([weights[k] for k in drawn], device=self.device)
         means.sum().backward()
         return dict(zip(drawn, means.detach(), strict=True))
 
@@ -180,7 +185,12 @@ class CohortEngine(PerUnit):
 
     def _weight(self, rows: np.ndarray) -> int:
         """Divisor of the summed row losses."""
-        return sum(self.objective.weight(self.collator.features(int(i))) for i in rows)
+        return sum(map(self._row_weight, rows.tolist()))
+
+    def _row_weight(self, row: int) -> int:
+        if row not in self._weights:
+            self._weights[row] = self.objective.weight(self.collator.features(row))
+        return self._weights[row]
 
     def _validate(self, trees: Sequence[Tree], rows: np.ndarray) -> list[Validation]:
         """Scores the adapters in one pass, like clients with the same rows."""
@@ -232,7 +242,7 @@ class CohortEngine(PerUnit):
             p.requires_grad_(True)
         self.stack.activate([0, 1])
         twice = np.concatenate([filled(rows, size)] * 2)
-        self.model.train()
+        self._switch(training=True)
         try:
             activations = kept_for_backward(self.model, lambda: self._terms(twice).loss) // 2
         except Ragged:

@@ -70,7 +70,7 @@ class PerUnit(Shell):
         trained = {n: p for n, p in params.items() if ask.trains(n)}
         session, extras = self._session([member], trained), Extras([ask], trained)
         streams = Streams([derive(*self._seed(member), "dropout")])
-        self.model.train()
+        self._switch(training=True)
         for units in samples:
             adapter = {n: p.detach()[0] for n, p in params.items()}
             total = {n: torch.zeros_like(adapter[n]) for n in trained}

@@ -35,7 +35,7 @@ class ReferenceEngine(Shell):
         (member,) = group
         ask, limit = member.wanted, self.config.train.max_grad_norm
         lora.write(self.params, ask.begin)
-        self.model.train()
+        self._switch(training=True)
         torch.manual_seed(derive(*self._seed(member), "dropout"))
         trained = {n: p for n, p in self.params.items() if ask.trains(n)}
         for name, p in self.params.items():

@@ -23,7 +23,7 @@ from fedvlm.data.partition import Partition
 from fedvlm.engines.base import Answer, Models, Scores
 from fedvlm.engines.functions import Function, own_scores
 from fedvlm.engines.stages import Stage, joined, packed, parted
-from fedvlm.engines.together import Member, Outcome, perform
+from fedvlm.engines.together import Member, Outcome, check_finite, perform
 from fedvlm.engines.untuned import Untuned
 from fedvlm.engines.wire import Forms, Reply, Task
 from fedvlm.errors import FedVLMError
@@ -94,6 +94,7 @@ class Shell:
         self._passes: Counter[str] = Counter()
         self._answers: dict[tuple[str, str], list[Answer]] = {}
         self._untuned = Untuned(type(self).__name__, model, collator, config)
+        self._trains: bool | None = None
 
     # -- implemented by each engine
 
@@ -157,9 +158,14 @@ class Shell:
         for member in group:
             self._check_whole(member.task.client, member.wanted.begin)
         outcomes, session = self._train(group)
-        for member, outcome in zip(group, outcomes, strict=True):
-            self._check_finite(member.task, outcome)
+        check_finite(group, outcomes)
         return outcomes, session
+
+    def _switch(self, training: bool) -> None:
+        """Switches to training or to evaluation, which visits all modules, unless it is done."""
+        if self._trains is not training or self.model.training is not training:
+            self.model.train(training)
+            self._trains = training
 
     def _check_whole(self, client: str, tree: Tree) -> None:
         """Refuses a request whose adapter lacks a factor or has one of another shape."""
@@ -185,10 +191,12 @@ class Shell:
         for tree in trees:
             self._check_whole(client, tree)
         rows = self.partition.splits[client].val[:MOST_VALIDATED]
+        if not len(rows) or not trees:
+            return ()
         self._passes[client] += len(rows) * len(trees)
-        self.model.eval()
+        self._switch(training=False)
         with torch.no_grad():
-            found = self._validate(trees, rows) if len(rows) and trees else []
+            found = self._validate(trees, rows)
         return tuple(Validation(*(rounded(x, self.score_step) for x in one)) for one in found)
 
     def _reply(self, member: Member, memory: Mapping[str, Tree]) -> tuple[Reply, Tree]:
@@ -205,15 +213,6 @@ class Shell:
         weight = 1 if private else len(self.partition.splits[task.client].train)
         counts = len(member.losses), self._passes[task.client]
         return Reply(task.client, upload, weight, loss, *counts), joined(sent.keep, memory)
-
-    def _check_finite(self, task: Task, outcome: Outcome) -> None:
-        norms = torch.stack(torch._foreach_norm(list(outcome.trained.end.values())))
-        losses = torch.stack(outcome.losses) if outcome.losses else torch.zeros(1)
-        if not losses.isfinite().all() or not norms.isfinite().all():
-            raise FedVLMError(
-                f"client '{task.client}' diverged in round {task.round}: its loss is not finite; "
-                "lower train.lr, or set train.max_grad_norm"
-            )
 
     # -- stretches of training, for both engines
 
@@ -279,7 +278,7 @@ class Shell:
 
     def validate(self, models: Models) -> dict[str, float]:
         found = {}
-        self.model.eval()
+        self._switch(training=False)
         with torch.no_grad():
             for client, tree in self.made(models):
                 if len(rows := self.partition.splits[client].val[:MOST_VALIDATED]):
@@ -348,7 +347,7 @@ class Shell:
         untuned = work[0][0] == UNTUNED and not self.functions
         answered = self._untuned.get(models[0][1]) if untuned else None
         if answered is None:
-            self.model.eval()
+            self._switch(training=False)
             with torch.no_grad():
                 answered = self._answer(models)
             if untuned:

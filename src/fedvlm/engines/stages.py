@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from typing import Protocol
 
 from fedvlm.algorithms.base import Visit
-from fedvlm.tree import Tree, named, part
+from fedvlm.tree import Tree, named, outside, part
 
 HEAD = "wire."
 
@@ -72,9 +72,9 @@ def opened(stages: Sequence[Stage], message: Tree, down: Tree) -> Tree:
 
 def joined(keep: Tree, memory: Mapping[str, Tree]) -> Tree:
     """The stored state of a client: the state of its algorithm, and the memories of the stages."""
-    taken = [name for name in keep if name.startswith(HEAD)]
-    if taken:
-        raise ValueError(f"an algorithm may not keep '{taken[0]}': '{HEAD}' names wire stages")
+    if len(outside(keep, HEAD)) < len(keep):
+        taken = next(name for name in keep if name.startswith(HEAD))
+        raise ValueError(f"an algorithm may not keep '{taken}': '{HEAD}' names wire stages")
     whole = dict(keep)
     for name, tree in memory.items():
         whole |= named(f"{HEAD}{name}", tree)
@@ -83,6 +83,8 @@ def joined(keep: Tree, memory: Mapping[str, Tree]) -> Tree:
 
 def parted(stored: Tree) -> tuple[Tree, dict[str, Tree]]:
     """The inverse of :func:`joined`."""
-    own = {n: t for n, t in stored.items() if not n.startswith(HEAD)}
+    own = outside(stored, HEAD)
+    if len(own) == len(stored):
+        return own, {}
     heads = {n.split("/", 1)[0] for n in stored if n.startswith(HEAD)}
     return own, {head.removeprefix(HEAD): part(stored, head) for head in sorted(heads)}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fedvlm.algorithms.base import Ask, Program, Score, Sent, Train, Trained, Validation, step
 from fedvlm.engines.wire import Task
 from fedvlm.errors import FedVLMError
-from fedvlm.tree import Tree
+from fedvlm.tree import Tree, grouped, joined
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -112,6 +112,37 @@ def perform(members: Sequence[Member], train: TrainTogether, validate: Validate)
             member.losses += outcome.losses
             member.end = outcome.trained.end
             member.ask = step(member.program, outcome.trained)
+
+
+def check_finite(members: Sequence[Member], outcomes: Sequence[Outcome]) -> None:
+    """Refuses a loss or a factor that is not finite; looks at single clients only to name one.
+
+    Args:
+        members: the clients of the outcomes.
+        outcomes: their stretches, which trained adapters of one form.
+
+    Raises:
+        FedVLMError: a client diverged.
+    """
+    if _finite(outcomes):
+        return
+    for member, outcome in zip(members, outcomes, strict=True):
+        if not _finite([outcome]):
+            raise FedVLMError(
+                f"client '{member.task.client}' diverged in round {member.task.round}: its loss is "
+                "not finite; lower train.lr, or set train.max_grad_norm"
+            )
+
+
+def _finite(outcomes: Sequence[Outcome]) -> bool:
+    """Whether the norms of all factors and losses are finite."""
+    import torch
+
+    ends = [outcome.trained.end for outcome in outcomes]
+    parts = [[end[name] for end in ends for name in names] for names in grouped(ends[0])]
+    losses = [loss for outcome in outcomes for loss in outcome.losses]
+    found = [joined(tensors) for tensors in (*parts, losses) if tensors]
+    return all(norm.isfinite() for norm in torch._foreach_norm(found))
 
 
 def _kind(member: Member) -> tuple[Any, ...]:

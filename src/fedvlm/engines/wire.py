@@ -10,14 +10,17 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from fedvlm.algorithms.base import Algorithm, State, Visit
 from fedvlm.algorithms.dry import bare, rehearse
 from fedvlm.engines.portable import portable
 from fedvlm.engines.stages import Stage, opened, packed
 from fedvlm.errors import FedVLMError
-from fedvlm.tree import Tree, change
+from fedvlm.tree import Described, Tree, described, grouped, joined, split
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 portable(Visit)
 
@@ -109,7 +112,10 @@ class Forms:
         self.algorithm, self.stages, self.max_norm = algorithm, stages, max_norm
         self._adapter = bare(adapter)
         self._state: State | None = None
-        self._up: dict[tuple[Any, ...], Tree] = {}
+        self._up: dict[tuple[Any, ...], Form] = {}
+        self._last: tuple[Visit, Tree, Form] | None = None  # of the last upload
+        self._checked: tuple[Tree, Tree] | None = None  # the last good download, and its form
+        self._origin = Origin({})
 
     def check_download(self, visit: Visit, down: Tree, client: str = "") -> None:
         """Refuses a download that the algorithm's server would not send.
@@ -125,13 +131,24 @@ class Forms:
         if self._state is None:
             self._state = self.algorithm.init(self._adapter)
         form = self.algorithm.send(self._state, visit)
-        wrong = _unlike(down, form) or _infinite(down)
+        if self._checked and self._checked[0] is down and self._checked[1] is form:
+            return  # most algorithms send the same object to all clients of a round
+        wrong = Form(form).unlike(down) or _infinite(down)
         if wrong:
             name = client or visit.client
             raise FedVLMError(f"client '{name}' refuses the server's message: it {wrong}")
+        self._checked = down, form
 
     def received(self, visit: Visit, down: Tree, message: Tree, weight: float) -> Tree:
-        """The upload in a client's message.
+        """The upload in a client's message, see :meth:`measured`."""
+        return self.measured(visit, down, message, weight)[0]
+
+    def measured(
+        self, visit: Visit, down: Tree, message: Tree, weight: float
+    ) -> tuple[Tree, float]:
+        """The upload in a client's message, and the norm of its change of the download.
+
+        Tensors that the download lacks count whole.
 
         Args:
             visit: the client as registered; its weight limits the number of claimed examples.
@@ -143,56 +160,72 @@ class Forms:
             FedVLMError: the message has another form than the algorithm's, holds a value that is
                 not finite, changes too much, or claims too many examples.
         """
-        wrong = _unlike(message, self._upload(visit, down)) or _miscounted(visit, weight)
-        upload: Tree = {}
+        wrong = self._upload(visit, down).unlike(message) or _miscounted(visit, weight)
+        upload, moved = dict[str, "Tensor"](), 0.0
         if not wrong:
             try:
                 upload = opened(self.stages, message, down)
             except ValueError as error:
                 wrong = str(error)
-        wrong = wrong or _infinite(upload) or self._too_far(down, upload)
+        if not wrong:
+            self._origin = self._origin.of(down)
+            moved = self._origin.distance(upload)  # finite only where every value is
+            wrong = ("" if math.isfinite(moved) else _infinite(upload)) or self._too_far(moved)
         if wrong:
             raise FedVLMError(f"the upload of client '{visit.client}' {wrong}")
-        return upload
+        return upload, moved
 
-    def _upload(self, visit: Visit, down: Tree) -> Tree:
+    def _upload(self, visit: Visit, down: Tree) -> Form:
+        anyone = replace(visit, client="", weight=1.0)
+        if self._last and self._last[1] is down and self._last[0] == anyone:
+            return self._last[2]
         told = (tuple(t.flatten().tolist()) for t in down.values() if not t.is_floating_point())
-        form = ((n, t.shape, t.dtype) for n, t in down.items())
-        key = replace(visit, client="", weight=1.0), *told, *form
+        key = anyone, *told, *described(down)
         if key not in self._up:
             args = self.algorithm, self._adapter, visit, bare(down), self.stages
             self._up = {k: v for k, v in self._up.items() if k[0].round == visit.round}
-            self._up[key] = sent_up(*args)
+            self._up[key] = Form(sent_up(*args))
+        self._last = anyone, down, self._up[key]
         return self._up[key]
 
-    def _too_far(self, down: Tree, upload: Tree) -> str:
-        if self.max_norm is None or not upload:
-            return ""
-        found = norm(change(down, upload))
-        if found <= self.max_norm:
+    def _too_far(self, moved: float) -> str:
+        if self.max_norm is None or moved <= self.max_norm:
             return ""
         most = f"wire.max_norm={self.max_norm:g}"
-        return f"differs from the download by a norm of {found:.4g}, above {most}"
+        return f"differs from the download by a norm of {moved:.4g}, above {most}"
 
 
-def _unlike(tree: Tree, form: Tree) -> str:
-    """The first difference between a message and its form, as a phrase; empty where they agree."""
-    if missing := sorted(form.keys() - tree.keys()):
-        return f"lacks {_named(missing)} of {len(form)} tensors"
-    if extra := sorted(tree.keys() - form.keys()):
-        return f"holds {_named(extra)} that the algorithm does not send"
-    for name, tensor in tree.items():
-        like = form[name]
-        if tensor.shape != like.shape or tensor.dtype != like.dtype:
-            return f"has '{name}' as {_described(tensor)} instead of {_described(like)}"
-    return ""
+class Form:
+    """The form of a message.
+
+    Args:
+        tree: a message of this form; its values mean nothing.
+    """
+
+    def __init__(self, tree: Tree):
+        self._tree, self._described = tree, described(tree)
+
+    def unlike(self, tree: Tree) -> str:
+        """The first difference of a message, as a phrase; empty for a message of this form."""
+        if described(tree) == self._described:
+            return ""
+        form = self._tree
+        if missing := sorted(form.keys() - tree.keys()):
+            return f"lacks {_named(missing)} of {len(form)} tensors"
+        if extra := sorted(tree.keys() - form.keys()):
+            return f"holds {_named(extra)} that the algorithm does not send"
+        for name, tensor in tree.items():
+            like = form[name]
+            if tensor.shape != like.shape or tensor.dtype != like.dtype:
+                return f"has '{name}' as {_shown(tensor)} instead of {_shown(like)}"
+        return ""  # in another order
 
 
 def _named(names: Sequence[str]) -> str:
     return f"'{names[0]:.200}'" + (f" and {len(names) - 1} more" if len(names) > 1 else "")
 
 
-def _described(tensor: Any) -> str:
+def _shown(tensor: Any) -> str:
     return f"{str(tensor.dtype).removeprefix('torch.')} {list(tensor.shape)}"
 
 
@@ -211,7 +244,45 @@ def _infinite(tree: Tree) -> str:
 
 def norm(tree: Tree) -> float:
     """The norm of all real numbers of the tree together."""
+    groups = grouped({n: t for n, t in tree.items() if t.is_floating_point()})
+    return _norm([joined([tree[name] for name in names]) for names in groups])
+
+
+def _norm(real: list[Tensor]) -> float:
     import torch
 
-    real = [t for t in tree.values() if t.is_floating_point()]
-    return float(torch.stack(torch._foreach_norm(real)).double().norm()) if real else 0.0
+    return math.hypot(*(one.item() for one in torch._foreach_norm(real))) if real else 0.0
+
+
+class Origin:
+    """A download, from which the changes of uploads are measured.
+
+    Args:
+        down: the download.
+    """
+
+    def __init__(self, down: Tree):
+        self.down = down
+        self._places: dict[Described, list[tuple[list[str], Tensor | None]]] = {}
+
+    def of(self, down: Tree) -> Origin:
+        """The origin of a download: this one, if it is the same object, as in most algorithms."""
+        return self if self.down is down else Origin(down)
+
+    def distance(self, up: Tree) -> float:
+        """The norm of :func:`fedvlm.tree.change`: tensors that the download lacks count whole."""
+        form = described(up)
+        if form not in self._places:
+            self._places[form] = self._placed(up)
+        found = []
+        for names, begin in self._places[form]:
+            vector = joined([up[name] for name in names])
+            found.append(vector if begin is None else vector - begin)
+        return _norm(found)
+
+    def _placed(self, up: Tree) -> list[tuple[list[str], Tensor | None]]:
+        """The names of each vector of an upload, and the vector of the download."""
+        real = {n: t for n, t in up.items() if t.is_floating_point()}
+        known, new = split(real, lambda n: n in self.down and self.down[n].shape == real[n].shape)
+        begins = [(names, joined([self.down[n] for n in names])) for names in grouped(known)]
+        return [*begins, *((names, None) for names in grouped(new))]

@@ -194,7 +194,8 @@ class Stack:
     def trees(self) -> list[Tree]:
         """Copies of the clients' adapters, on the CPU: views of one copy of the stack."""
         copies = {n: p.detach().to("cpu", copy=True) for n, p in self.params.items()}
-        return [{n: t[k] for n, t in copies.items()} for k in range(self.clients)]
+        columns = (t.unbind() for t in copies.values())
+        return [dict(zip(copies, own, strict=True)) for own in zip(*columns, strict=True)]
 
     def activate(self, clients: Sequence[int]) -> None:
         """Sets the clients of the next batches: in this order, with equally many rows each."""

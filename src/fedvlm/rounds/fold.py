@@ -65,7 +65,9 @@ class Fold:
         client, visit = reply.client, self.known[reply.client]
         self.bytes_up[client] = saved_bytes(reply.upload)
         try:
-            upload = self.forms.received(visit, self.downs[client], reply.upload, reply.weight)
+            upload, moved = self.forms.measured(
+                visit, self.downs[client], reply.upload, reply.weight
+            )
         except FedVLMError as error:
             self.rejected[client] = str(error)
             return False
@@ -74,7 +76,7 @@ class Fold:
             return False
         if upload:
             one = Upload(replace(visit, weight=reply.weight), upload)
-            for ready in self._bound.add(one) if self._bound else [one]:
+            for ready in self._bound.add(one, moved) if self._bound else [one]:
                 self._take(ready)
         self.losses[client] = reply.loss
         if reply.passes or reply.steps:

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 
 from fedvlm.algorithms.base import Algorithm, Gathered, Upload
 from fedvlm.algorithms.table import find
-from fedvlm.engines.wire import norm
 from fedvlm.errors import ConfigError
 from fedvlm.settings.sections import Config
 from fedvlm.tree import Tree, change, wide
@@ -56,9 +55,13 @@ class NormBound:
         self._held: list[tuple[Upload, float]] = []
         self._begun = False
 
-    def add(self, upload: Upload) -> list[Upload]:
-        """Takes an upload; returns the uploads that can be folded now, in order."""
-        size = norm(change(self.downs[upload.visit.client], upload.tree))
+    def add(self, upload: Upload, size: float) -> list[Upload]:
+        """Takes an upload; returns the uploads that can be folded now, in order.
+
+        Args:
+            upload: the upload of a client.
+            size: the norm of its change of the download.
+        """
         insort(self._norms, size)
         if self._begun:
             return [self._shrunk(upload, size)]

@@ -9,7 +9,8 @@ import os
 import re
 import shutil
 import unicodedata
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -228,3 +229,9 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def sync_all(paths: Sequence[Path]) -> None:
+    """Syncs files and folders at the same time: a journal writes once what waits together."""
+    with ThreadPoolExecutor(max(1, min(len(paths), 16))) as pool:
+        list(pool.map(sync, paths))

@@ -32,7 +32,7 @@ from typing import TYPE_CHECKING, Any
 
 from fedvlm.store import sealed
 from fedvlm.store.files import save_stacked, sync
-from fedvlm.tree import Tree
+from fedvlm.tree import Described, Tree, described, joined
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -159,21 +159,19 @@ class Packs:
             self._write(f"{round_:05d}-{positions[next(iter(group))]:05d}", group)
 
     def _write(self, name: str, kept: Mapping[str, Tree]) -> None:
-        import torch
-
         first = next(iter(kept.values()))
-        form = [(name, str(t.dtype), list(t.shape)) for name, t in sorted(first.items())]
+        form = [(at, str(t.dtype), list(t.shape)) for at, t in sorted(first.items())]
+        names: dict[str, list[str]] = {}
+        for at, kind, _ in form:
+            names.setdefault(kind, []).append(at)
         stacked = {
-            kind: torch.stack(
-                [
-                    torch.cat([tree[name].flatten() for name, of, _ in form if of == kind])
-                    for tree in kept.values()
-                ]
-            ).cpu()
-            for kind in {of for _, of, _ in form}
+            kind: joined([tree[at] for tree in kept.values() for at in own])
+            .view(len(kept), -1)
+            .cpu()
+            for kind, own in names.items()
         }
         path = self.folder / f"{name}.safetensors"
-        about = About(list(kept), form, _sums(stacked, range(len(kept))), "")
+        about = About(list(kept), form, _sums(stacked), "")
         text = json.dumps([about.clients, about.tensors, about.sums])
         about = replace(about, seal=sealed.blake(text.encode()))
         save_stacked(path, stacked, {"pack": about.seal + text})  # one entry: their order varies
@@ -300,29 +298,28 @@ def _states(pack: Pack, rows: Sequence[int]) -> list[Tree]:
     with _readable(pack.path), safe_open(pack.path, "pt") as file:
         if about.seal != pack.seal or sorted(file.keys()) != kinds:
             raise sealed.damaged(pack.path)
-        flat = {kind: _rows(file.get_slice(kind), rows) for kind in kinds}
-    if any(str(part.dtype) != kind for kind, parts in flat.items() for part in parts):
-        raise sealed.damaged(pack.path)
-    if _sums(flat, range(len(rows))) != [about.sums[row] for row in rows]:
-        raise sealed.damaged(pack.path)
-    return [
-        _cut({kind: part[n] for kind, part in flat.items()}, about.tensors)
-        for n in range(len(rows))
-    ]
+        runs = _runs(rows)
+        read = [{kind: file.get_slice(kind)[a:b] for kind in kinds} for a, b in runs]
+    found: dict[int, Tree] = {}
+    for (first, end), stacked in zip(runs, read, strict=True):
+        if any(str(part.dtype) != kind for kind, part in stacked.items()):
+            raise sealed.damaged(pack.path)
+        if _sums(stacked) != about.sums[first:end]:
+            raise sealed.damaged(pack.path)
+        found |= zip(range(first, end), _cut(stacked, about.tensors), strict=True)
+    return [found[row] for row in rows]
 
 
-def _sums(stacked: Mapping[str, Any], rows: Iterable[int]) -> list[int]:
+def _sums(stacked: Mapping[str, Tensor]) -> list[int]:
     """The checksum of each row, over the row's tensors in the order of their data types."""
     import torch
 
-    found = []
-    for row in rows:
-        total = 0
-        for kind in sorted(stacked):
-            if stacked[kind][row].numel():
-                total = zlib.crc32(stacked[kind][row].view(torch.uint8).numpy(), total)
-        found.append(total)
-    return found
+    totals = [0] * len(next(iter(stacked.values())))
+    for kind in sorted(stacked):
+        if stacked[kind].numel():
+            bits = stacked[kind].view(torch.uint8).numpy()
+            totals = [zlib.crc32(row, total) for row, total in zip(bits, totals, strict=True)]
+    return totals
 
 
 @contextlib.contextmanager
@@ -346,35 +343,42 @@ def _order(path: Path) -> tuple[int, str]:
     return _round(path), path.name
 
 
-def _rows(stacked: Any, rows: Sequence[int]) -> list[Tensor]:
-    """Reads some rows of a tensor in a file, in one piece if they are neighbours."""
-    low, high = min(rows), max(rows) + 1
-    if high - low != len(rows):
-        return [stacked[row] for row in rows]
-    part = stacked[low:high]
-    return [part[row - low] for row in rows]
+def _runs(rows: Sequence[int]) -> list[tuple[int, int]]:
+    """The rows as runs of neighbours, each with its first row and its end."""
+    runs: list[tuple[int, int]] = []
+    for row in sorted(set(rows)):
+        if runs and runs[-1][1] == row:
+            runs[-1] = runs[-1][0], row + 1
+        else:
+            runs.append((row, row + 1))
+    return runs
 
 
-def _cut(row: Mapping[str, Tensor], form: Sequence[tuple[str, str, list[int]]]) -> Tree:
-    """Cuts a client's rows, one for each data type, into its tensors, which are views.
+def _cut(stacked: Mapping[str, Tensor], form: Sequence[tuple[str, str, list[int]]]) -> list[Tree]:
+    """Cuts clients' rows into their tensors, which are views.
 
     Args:
-        row: data type -> the client's row.
+        stacked: data type -> the rows ``[clients, elements]``.
         form: name, data type and shape of each tensor, ordered by name.
     """
-    ends = dict.fromkeys(row, 0)
-    tree = {}
-    for name, kind, shape in form:
-        begin, ends[kind] = ends[kind], ends[kind] + math.prod(shape)
-        tree[name] = row[kind][begin : ends[kind]].view(shape)
-    return tree
+    sizes: dict[str, list[int]] = {kind: [] for kind in stacked}
+    for _, kind, shape in form:
+        sizes[kind].append(math.prod(shape))
+    parts = {kind: iter(stacked[kind].split(own, 1)) for kind, own in sizes.items()}
+    count = len(next(iter(stacked.values())))
+    columns = [next(parts[kind]).view(count, *shape).unbind() for _, kind, shape in form]
+    names = [name for name, _, _ in form]
+    return [dict(zip(names, own, strict=True)) for own in zip(*columns, strict=True)]
 
 
 def _alike(kept: Mapping[str, Tree]) -> Iterable[dict[str, Tree]]:
     """Groups the clients that have a state by the names, shapes and types of their tensors."""
+    forms: dict[Described, frozenset[Any]] = {}  # without the order of the tensors
     groups: dict[frozenset[Any], dict[str, Tree]] = {}
     for client, tree in kept.items():
         if tree:
-            form = frozenset((name, t.shape, t.dtype) for name, t in tree.items())
-            groups.setdefault(form, {})[client] = tree
+            form = described(tree)
+            if form not in forms:
+                forms[form] = frozenset(zip(*form, strict=True))
+            groups.setdefault(forms[form], {})[client] = tree
     return groups.values()

@@ -42,6 +42,7 @@ from fedvlm.store.files import (
     only_one,
     save_tree,
     sync,
+    sync_all,
     writable,
     write_bytes,
     write_text,
@@ -249,8 +250,7 @@ class Store:
         self._metrics.update(added)
         self._length += len(added)
         fresh += [server, server.parent, self.folder / METRICS, self.folder / TIMING]
-        for path in fresh:  # in one go, which a journal can write at once
-            sync(path)
+        sync_all(fresh)
         base = {key: self._checkpoint[key] for key in STATE} if ending else {}
         self._checkpoint = {
             "round": round_,
