@@ -38,6 +38,8 @@ class Extras:
     @torch.no_grad()
     def before(self) -> None:
         """Adds the terms and applies the masks to the gradients; to be called before clipping."""
+        if not self.constants and not self.masks:
+            return
         for name, p in self.trained.items():
             if p.grad is None:
                 continue
