@@ -147,7 +147,7 @@ def main() -> None:
     found: dict[tuple[str, int], float] = {}
     with tempfile.TemporaryDirectory(prefix="fedvlm-overhead-") as folder:
         for name, n in itertools.product(algorithms, cases):
-            rounds = 6 if n > 10 else 15
+            rounds = {10: 15, 100: 6, 1000: 3}[n]
             found[name, n] = measure(Path(folder), name, n, "one-layer", rounds, inside)
         if not options.quick:
             for name, n in itertools.product(algorithms, (10, 100)):

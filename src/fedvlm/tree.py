@@ -245,10 +245,10 @@ class Mean:
                 f"uploads differ in the shapes of their tensors, for example {odd[:3]}"
             )
         found = [wide(joined([tree[name] for name in names])) for names in self._groups]
-        if self.total:
-            torch._foreach_add_(self._sum, found, alpha=weight)
-        else:
+        if not self.total:
             self._sum = [vector * weight for vector in found]
+        elif found:
+            torch._foreach_add_(self._sum, found, alpha=weight)
         self.total += weight
 
     def tree(self) -> Tree:
