@@ -73,19 +73,19 @@ import json, os, sys
 import psutil
 import fedvlm
 from fedvlm.cli.app import main
-from fedvlm.engines.shell import Shell
+from fedvlm.engines import shell
 from fedvlm.models.spread import local
 
-prepared = Shell.__init__
+prepared = shell.Shell.__init__
 
 def noted(self, model, *args):
     frozen = [local(p) for n, p in model.named_parameters() if ".lora_" not in n]
     print(f"process {os.environ['RANK']} holds:", sum(p.nbytes for p in frozen), flush=True)
     prepared(self, model, *args)
 
-Shell.__init__ = noted
+shell.Shell.__init__ = noted
 killed, runs, failing = json.loads(sys.argv[1])
-results = [fedvlm.resume(killed), *(fedvlm.run(None, *words) for words in runs)]
+results = [fedvlm.resume(killed, report=False), *(fedvlm.run(None, *w, report=False) for w in runs)]
 if os.environ["RANK"] == "1":
     print("as process 1 sees it:", json.dumps([r.scores() for r in results]))
 
@@ -94,7 +94,7 @@ if os.environ["RANK"] == "1":
         print("process 1 listens on:", json.dumps(sorted(set(listening))), flush=True)
         raise fedvlm.FedVLMError("client 'site-3' has a mistake")
 
-    Shell._check_finite = fail
+    shell.check_finite = fail
 sys.argv = ["fedvlm", "run", *failing]
 main()
 """
