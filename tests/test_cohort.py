@@ -24,8 +24,8 @@ from fedvlm.engines.choice import engine_class
 from fedvlm.engines.cohort import CohortEngine, uniform
 from fedvlm.engines.memory import kept_for_backward
 from fedvlm.engines.reference import ReferenceEngine
+from fedvlm.models.blocks import Ragged
 from fedvlm.models.load import freeze_statistics
-from fedvlm.models.stack import Ragged
 from fedvlm.rounds.prepare import prepare
 from fedvlm.settings.sections import EngineConfig
 from fedvlm.store import files

@@ -14,6 +14,7 @@ import smallest
 from fedvlm.engines.wire import Task
 from fedvlm.errors import FedVLMError
 from fedvlm.models import lora
+from fedvlm.models.runs import Runs
 from fedvlm.privacy import chance as chances
 from fedvlm.privacy.chance import Seeded, System, gaussian, poisson, some
 from fedvlm.privacy.plan import Plan
@@ -190,10 +191,10 @@ def test_the_noise_has_the_deviation_of_the_plan(sides):
     engine, _ = switched(engine, partition, settings, EXACT, folder=folder)
     engine.chance = System()
     plan = Plan(units=20, batch=4, noise=1.7, clip=0.3, delta=1e-3, budget=8.0)
-    shape = torch.zeros(1, 200_000, dtype=torch.float64)
-    trained = {"lora_B": torch.nn.Parameter(shape)}
-    engine._set_noisy(trained, {"lora_B": shape[0]}, plan)
-    drawn = trained["lora_B"].grad.numpy().ravel()
+    none, runs = torch.zeros(200_000, 1, dtype=torch.float64), Runs()
+    runs.load([{"lora_B": none}], {"lora_B": none.device})
+    engine._set_noisy(runs, {"lora_B": none}, plan)
+    drawn = runs.trained["lora_B"].grad.numpy().ravel()
     assert drawn.std() == pytest.approx(1.7 * 0.3 / 4, rel=0.01)
     assert abs(drawn.mean()) < 5 * drawn.std() / np.sqrt(len(drawn))
     tail = np.mean(np.abs(drawn) > 2 * drawn.std())

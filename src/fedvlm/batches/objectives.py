@@ -159,7 +159,7 @@ def answer_nll(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor]:
 def _scored(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The values of :func:`answer_nll`, and ``lead`` of :class:`Terms`."""
     labels = batch["labels"]
-    inputs = {k: v for k, v in batch.items() if k != "labels"}
+    inputs: dict[str, Any] = {k: v for k, v in batch.items() if k != "labels"}
     if model.config.is_encoder_decoder:
         logits = model(**inputs, labels=labels).logits
     else:
@@ -171,6 +171,8 @@ def _scored(model: Any, batch: Batch) -> tuple[Tensor, Tensor, Tensor, Tensor | 
         if _takes_logits_to_keep(kind):
             keep: Any = labels.shape[1] + 1
             inputs["logits_to_keep"] = keep
+        if torch.is_grad_enabled():
+            inputs["use_cache"] = False  # keys and values would be copied layer by layer
         # Some models (GIT) put logits of image tokens, which are not input ids, before the text's.
         logits = model(**inputs).logits[:, -labels.shape[1] - 1 : -1]
     scored = labels != IGNORE

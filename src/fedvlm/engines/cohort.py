@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedvlm.algorithms.base import Trained, Validation
 from fedvlm.batches.draw import beside, filled, pieces
@@ -29,11 +29,13 @@ from fedvlm.engines.memory import clients_in_a_pass, kept_for_backward
 from fedvlm.engines.perunit import PerUnit
 from fedvlm.engines.stacked import Session, Streams, clip, make_optimizer
 from fedvlm.engines.together import Member, Outcome
+from fedvlm.models.blocks import Ragged
 from fedvlm.models.frozen import ImageFeatures
 from fedvlm.models.generate import decoded, foretold, greedy
 from fedvlm.models.load import identity
+from fedvlm.models.runs import Runs
 from fedvlm.models.spool import Spool
-from fedvlm.models.stack import Ragged, Stack
+from fedvlm.models.stack import Stack
 from fedvlm.seeds import derive
 from fedvlm.tree import Tree, silent
 
@@ -52,18 +54,17 @@ class CohortEngine(PerUnit):
         self._weights: dict[int, int] = {}  # row -> its weight in a loss
         self.device = self.collator.device
         self._images = self._frozen_images()
+        if not self.plans:
+            self._watch()
         self.width = self.config.engine.clients or self._fitting(self._batch_rows)
 
     def _train(self, group: Sequence[Member]) -> tuple[list[Outcome], Session]:
         if self.plans:
             return self._train_units(group[0])
-        self.stack.load([member.wanted.begin for member in group], self.device)
+        begins, trains = [member.wanted.begin for member in group], group[0].wanted.trains
+        self.stack.load(begins, self.device, trains)
         self._switch(training=True)
-        params, trains = self.stack.params, group[0].wanted.trains
-        trained = {n: p for n, p in params.items() if trains(n)}
-        for name, p in params.items():
-            p.requires_grad_(name in trained)
-        session = self._session(group, trained)
+        session = self._session(group, self.stack.runs)
         losses = self._steps_of(group, session)
         outcomes = [
             Outcome(Trained(tree, self._path(member)), own)
@@ -71,11 +72,12 @@ class CohortEngine(PerUnit):
         ]
         return outcomes, session
 
-    def _session(self, group: Sequence[Member], trained: Mapping[str, nn.Parameter]) -> Session:
+    def _session(self, group: Sequence[Member], runs: Runs) -> Session:
         """The optimizer of a stretch: a fresh one, or the optimizer of the previous stretch."""
         settings, first = self.config.train, group[0]
         scale = settings.rate_scale(first.task.round, first.task.visit.final)
-        fresh = Session(make_optimizer(trained, settings, scale), dict(trained), len(group))
+        optimizer = make_optimizer(runs.of_factor(), settings, scale)
+        fresh = Session(optimizer, runs.trained, len(group))
         if not first.wanted.resume or not first.resumable:
             return fresh
         places = [member.place for member in group]
@@ -83,8 +85,8 @@ class CohortEngine(PerUnit):
 
     def _steps_of(self, group: Sequence[Member], session: Session) -> list[list[Tensor]]:
         """Trains the loaded clients; returns the losses of each client, one a step."""
-        limit, trained = self.config.train.max_grad_norm, session.trained
-        extras = Extras([member.wanted for member in group], trained)
+        limit, runs = self.config.train.max_grad_norm, self.stack.runs.all_trained
+        extras = Extras([member.wanted for member in group], session.trained)
         streams = Streams([derive(*self._seed(member), "dropout") for member in group])
         losses: list[list[Tensor]] = [[] for _ in group]
         plan = self._plan(group)
@@ -93,18 +95,18 @@ class CohortEngine(PerUnit):
             done = [k for k in range(len(group)) if k not in active]
             if number:
                 session.leave(done)
-            session.optimizer.zero_grad()
+            self.stack.runs.zero_grad()
             found = self._backward(active, following, streams)
             extras.before()
             if limit:
-                clip(list(trained.values()), limit)
+                clip(runs, limit)
             # The optimizer would still move a client that has done its steps; it is restored.
-            kept = {n: p.detach()[done].clone() for n, p in trained.items()} if done else {}
+            kept = [run.detach()[:, done] for run in runs] if done else []
             session.optimizer.step()
             extras.after()
             with torch.no_grad():
-                for name, ended in kept.items():
-                    trained[name][done] = ended
+                for run, ended in zip(runs, kept, strict=False):
+                    run[:, done] = ended
             for k, loss in zip(active, found, strict=True):
                 losses[k].append(loss)
         return losses
@@ -229,6 +231,15 @@ class CohortEngine(PerUnit):
         first = int(next(iter(self.partition.splits.values())).train[0])
         return images if images.usable(first) else None
 
+    @torch.no_grad()
+    def _watch(self) -> None:
+        """Finds the layers that read one tensor. This is a function of the model alone."""
+        rows = next(iter(self.partition.splits.values())).train[:1]
+        self.stack.load([self.adapter], self.device)
+        self.stack.activate([0])
+        with self.stack.watching():
+            self._terms(rows)
+
     @property
     def _batch_rows(self) -> int:
         """The most rows of a client in a pass."""
@@ -237,9 +248,8 @@ class CohortEngine(PerUnit):
     def _fitting(self, size: int, most: int | None = None) -> int:
         """The number of clients, with ``size`` rows each, that fit into a pass; measured."""
         rows = next(iter(self.partition.splits.values())).train[:size]
-        self.stack.load([self.adapter] * 2, self.device)  # a stack of one is computed differently
-        for p in self.stack.params.values():
-            p.requires_grad_(True)
+        # A stack of one is computed differently.
+        self.stack.load([self.adapter] * 2, self.device, lambda _: True)
         self.stack.activate([0, 1])
         twice = np.concatenate([filled(rows, size)] * 2)
         self._switch(training=True)

@@ -5,9 +5,10 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedvlm.algorithms.base import Train
+from fedvlm.models.runs import Place
 
 
 class Extras:
@@ -15,15 +16,16 @@ class Extras:
 
     Args:
         asks: the clients' requests, in the order of the stack. All clients have the same rates.
-        trained: the stacked parameters, ``[clients, ...]``.
+        trained: the places of the trained factors.
     """
 
-    def __init__(self, asks: Sequence[Train], trained: Mapping[str, nn.Parameter]):
-        self.trained = trained
+    def __init__(self, asks: Sequence[Train], trained: Mapping[str, Place]):
+        self.trained = {name: place.of(place.run.detach()) for name, place in trained.items()}
+        self.grads = {name: place.grad for name, place in trained.items()}
         self.constants: dict[str, Tensor] = {}
         self.rates: dict[str, float] = {}
         for terms in zip(*(ask.terms for ask in asks), strict=True):
-            for name, p in trained.items():
+            for name, p in self.trained.items():
                 if not any(name in term.constant for term in terms):
                     continue
                 none = torch.zeros(p.shape[1:], dtype=p.dtype)
@@ -32,21 +34,16 @@ class Extras:
                 self.rates[name] = self.rates.get(name, 0.0) + terms[0].rate
         self.masks: dict[str, Tensor] = {}
         if any(ask.mask for ask in asks):
-            self.masks = {name: _masks(asks, name, p.detach()) for name, p in trained.items()}
-        self._held = {n: trained[n].detach().clone() for n in self.masks}
+            self.masks = {name: _masks(asks, name, p) for name, p in self.trained.items()}
+        self._held = {n: self.trained[n].clone() for n in self.masks}
 
     @torch.no_grad()
     def before(self) -> None:
         """Adds the terms and applies the masks to the gradients; to be called before clipping."""
-        if not self.constants and not self.masks:
-            return
-        for name, p in self.trained.items():
-            if p.grad is None:
-                continue
-            if name in self.constants:
-                p.grad.add_(self.constants[name]).add_(p, alpha=self.rates[name])
-            if name in self.masks:
-                p.grad.mul_(self.masks[name])
+        for name, constant in self.constants.items():
+            self.grads[name].add_(constant).add_(self.trained[name], alpha=self.rates[name])
+        for name, mask in self.masks.items():
+            self.grads[name].mul_(mask)
 
     @torch.no_grad()
     def after(self) -> None:

@@ -6,13 +6,13 @@ gradients are clipped place by place and summed. Then come the noise and the opt
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from functools import cached_property
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fedvlm.algorithms.base import Trained
 from fedvlm.batches.draw import beside
@@ -20,7 +20,9 @@ from fedvlm.engines.extras import Extras
 from fedvlm.engines.shell import Shell
 from fedvlm.engines.stacked import Session, Streams, clip
 from fedvlm.engines.together import Member, Outcome
-from fedvlm.models.stack import Ragged, Stack
+from fedvlm.models.blocks import Ragged
+from fedvlm.models.runs import Runs
+from fedvlm.models.stack import Stack
 from fedvlm.privacy.chance import noises
 from fedvlm.privacy.plan import Plan
 from fedvlm.seeds import derive
@@ -44,7 +46,7 @@ class PerUnit(Shell):
     device: torch.device
     _packed = False  # whether an adapted layer has a first axis other than the rows
 
-    def _session(self, group: Sequence[Member], trained: Mapping[str, nn.Parameter]) -> Session:
+    def _session(self, group: Sequence[Member], runs: Runs) -> Session:
         """The optimizer of a stretch."""
         raise NotImplementedError
 
@@ -65,28 +67,28 @@ class PerUnit(Shell):
         ask, plan = member.wanted, self.plans[member.task.client]
         limit, losses = self.config.train.max_grad_norm, []
         samples, most = self._samples(member), self._most_units
-        at = self.stack.places(self.device)
-        params = {n: nn.Parameter(t[None].to(at[n], copy=True)) for n, t in ask.begin.items()}
-        trained = {n: p for n, p in params.items() if ask.trains(n)}
-        session, extras = self._session([member], trained), Extras([ask], trained)
+        runs = Runs()
+        runs.load([ask.begin], self.stack.places(self.device), ask.trains)
+        session, extras = self._session([member], runs), Extras([ask], runs.trained)
+        own = {n: place.of(place.run.detach())[0] for n, place in runs.places.items()}
         streams = Streams([derive(*self._seed(member), "dropout")])
         self._switch(training=True)
         for units in samples:
-            adapter = {n: p.detach()[0] for n, p in params.items()}
-            total = {n: torch.zeros_like(adapter[n]) for n in trained}
+            adapter = {n: t.contiguous() for n, t in own.items()}
+            total = {n: torch.zeros_like(adapter[n]) for n in runs.trained}
             found = []
             for part in self._passes_of(units, most):
                 with streams.of(0):
                     found.append(self._add(part, adapter, plan.clip, total))
-            self._set_noisy(trained, total, plan)
+            self._set_noisy(runs, total, plan)
             extras.before()
             if limit:
-                clip(list(trained.values()), limit)
+                clip(runs.all_trained, limit)
             session.optimizer.step()
             extras.after()
             each = torch.cat(found) if found else torch.zeros(0)
             losses.append(each.mean() if len(each) else torch.zeros(()))
-        end = {n: p.detach()[0].to("cpu", copy=True) for n, p in params.items()}
+        (end,) = runs.trees()
         return [Outcome(Trained(end, self._path(member)), losses)], session
 
     @cached_property
@@ -144,7 +146,7 @@ class PerUnit(Shell):
         self.stack.activate(range(len(units)))
         losses = self._losses(units)
         losses.sum().backward()
-        found = {n: p.grad for n, p in self.stack.params.items() if p.grad is not None}
+        found = {n: p.grad for n, p in self.stack.shared.items() if p.grad is not None}
         return found, losses.detach()
 
     def _losses(self, units: Units) -> Tensor:
@@ -156,8 +158,8 @@ class PerUnit(Shell):
         each = (terms.loss / terms.weight).view(real.shape)
         return torch.where(real, each, 0.0).sum(1) / counts
 
-    def _set_noisy(self, trained: Mapping[str, nn.Parameter], total: Tree, plan: Plan) -> None:
+    def _set_noisy(self, runs: Runs, total: Tree, plan: Plan) -> None:
         """Sets the gradients: the clipped sum with noise, over the expected number of units."""
         noise = noises(self.chance, total, plan.noise * plan.clip)
-        for name, p in trained.items():
-            p.grad = ((total[name] + noise[name]) / plan.batch)[None]
+        for name, place in runs.trained.items():
+            place.grad.copy_(((total[name] + noise[name]) / plan.batch)[None])

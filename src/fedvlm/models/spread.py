@@ -141,6 +141,11 @@ def place_of(layer: nn.Module, otherwise: torch.device) -> torch.device:
     return otherwise if device is None else torch.device(device)
 
 
+def hooked(layer: nn.Module) -> bool:
+    """Whether accelerate moves the inputs or the weights of a layer, in calls of the layer only."""
+    return hasattr(layer, "_hf_hook")
+
+
 def held(model: nn.Module) -> dict[torch.device, int]:
     """Bytes of a model's parameters by device.
 

@@ -1,7 +1,8 @@
 """Many clients' LoRA factors on one frozen base: one batch holds the batches of all clients.
 
-Every LoRA layer holds stacked factors, ``A [clients, rank, in]`` and ``B [clients, out, rank]``.
-The base layer sees all rows at once; the factors' products are batched over the clients. The
+Every LoRA layer reads stacked factors, ``A [clients, rank, in]`` and ``B [clients, rank, out]``,
+which lie in a few tensors (:mod:`fedvlm.models.runs`). The base layer sees all rows at once; the
+factors' products are batched over the clients (:mod:`fedvlm.models.adapted`). The
 clients' mean losses are summed, so no gradient crosses clients. One backward pass and one
 elementwise optimizer therefore train every client as if it were alone.
 
@@ -13,14 +14,18 @@ patches) are trained one client at a time, see :meth:`Stack.batch`.
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Callable, Mapping, Sequence
+import contextlib
+from collections import defaultdict
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fedvlm.models.spread import place_of
+from fedvlm.models.adapted import Beside, Factors, OneAdapter, Thin, Whole
+from fedvlm.models.blocks import Blocks
+from fedvlm.models.runs import Runs
+from fedvlm.models.spread import hooked, place_of
 from fedvlm.tree import Select, Tree
 
 THIN = 7.5  # time per operation of a rank-8 product over a wide product's, on 2 CPU cores
@@ -36,8 +41,13 @@ class StackedLora(nn.Module):
         self.dropout = dropout
         self._disable_adapters = False
         self._stack = [stack]  # a list: the stack is no submodule
-        self.a: Tensor
-        self.b: Tensor
+        plain = type(base_layer) is nn.Linear and isinstance(dropout, nn.Identity)
+        self.plain = plain and not hooked(base_layer)
+        self._base = [base_layer]  # the attribute of a module costs a call of Python
+        self._shape = tuple(base_layer.weight.shape)  # type: ignore[operator, arg-type]
+        self.factors: Factors
+        self.beside: Neighbours | None = None
+        self.shared: tuple[Tensor, Tensor]
 
     @property
     def weight(self) -> Tensor:
@@ -49,25 +59,19 @@ class StackedLora(nn.Module):
             return self.base_layer(x)
         stack = self._stack[0]
         if stack.spreads:
-            y, wide = self.base_layer(x), self.dropout(x.to(self.a.dtype))
-            low = OneAdapter.apply(stack.blocks(wide), self.a, self.b, self.scaling)
-            return (y + stack.unblocks(low, y.shape)).to(y.dtype)
-        a, b = stack.chosen(self.a), stack.chosen(self.b) * self.scaling
-        if len(a) == 1:
+            a, b = self.shared
             y, wide = self.base_layer(x), self.dropout(x.to(a.dtype))
-            low = nn.functional.linear(nn.functional.linear(wide, a[0]), b[0])
-            return (y + low).to(y.dtype)
-        if self._whole(x, len(a)):
-            weights = torch.baddbmm(self.weight, b, a)  # [clients, out, in]
-            y = torch.bmm(stack.blocks(x), weights.transpose(1, 2))
-            bias = getattr(self.base_layer, "bias", None)
-            y = y if bias is None else y + bias
-            return stack.unblocks(y, (*x.shape[:-1], y.shape[-1]))
-        y = self.base_layer(x)
-        low = torch.bmm(stack.blocks(x.to(a.dtype)), a.transpose(1, 2))  # [clients, entries, rank]
-        if stack.copies == 1 and y.dtype == b.dtype:
-            return torch.baddbmm(stack.blocks(y), low, b.transpose(1, 2)).view(y.shape)
-        return (y + stack.unblocks(torch.bmm(low, b.transpose(1, 2)), y.shape)).to(y.dtype)
+            low = OneAdapter.apply(stack.blocks(wide), a, b, self.scaling)
+            return (y + stack.unblocks(low, y.shape)).to(y.dtype)
+        own = self.factors
+        if self.plain and self._whole(x, stack.count):
+            return Whole.apply(x, own, *self._base, *own.runs)
+        if self.plain and self.beside:
+            return self.beside.output(self, x)
+        if self.plain:
+            return Thin.apply(x, own, self._base, *own.runs)[0]
+        y, wide = self.base_layer(x), self.dropout(x.to(own.dtype))
+        return (y + Beside.apply(wide, own, y.shape[-1], *own.runs)).to(y.dtype)
 
     def _whole(self, x: Tensor, clients: int) -> bool:
         """Whether one whole weight per client is faster than two thin products.
@@ -75,63 +79,64 @@ class StackedLora(nn.Module):
         A product with the rank as one side runs at a fraction of the speed of a wide product. Small
         layers with many entries are therefore faster with ``W + B A``, despite more operations.
         """
-        if x.device.type != "cpu" or not isinstance(self.base_layer, nn.Linear):
+        if clients == 1 or x.device.type != "cpu":
             return False
-        if x.dtype != self.a.dtype or self.weight.dtype != x.dtype or self.weight.is_meta:
+        if x.dtype != self.factors.dtype or self._base[0].weight.dtype != x.dtype:
             return False
-        out, into = self.weight.shape
-        entries, rank = x.numel() // into // clients, self.a.shape[1]
+        out, into = self._shape
+        entries, rank = x.numel() // into // clients, self.factors.rank
         thin = 3 * rank * entries * (into + out)
         return thin > 3 * rank * into * out + into * out * entries / THIN
 
 
-class OneAdapter(torch.autograd.Function):
-    """The product with one adapter for all places, and the gradient of every place.
+class Neighbours:
+    """Layers that read one tensor; the first call computes the outputs of all of them.
 
-    The products are as wide as those of a single client. Only the gradients of the factors are
-    computed place by place.
+    Args:
+        layers: the layers, all plain.
+        factors: their factors, with the As in one piece.
     """
 
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, a: Tensor, b: Tensor, scaling: float) -> Tensor:
-        """``[places, entries, in] -> [..., out]``; ``a`` and ``b`` repeat one factor each."""
-        low = nn.functional.linear(x, a[0])
-        ctx.scaling = scaling
-        ctx.save_for_backward(x, low, a, b)
-        return nn.functional.linear(low, scaling * b[0])
+    def __init__(self, layers: Sequence[StackedLora], factors: Factors):
+        self._layers, self._factors = list(layers), factors
+        self._bases = [layer.base_layer for layer in layers]
+        self._of: tuple[Any, ...] = ()
+        self._outputs: dict[int, Tensor] = {}
 
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
-        x, low, a, b = ctx.saved_tensors
-        inner = grad @ (ctx.scaling * b[0])  # [places, entries, rank]
-        of_x = inner @ a[0] if ctx.needs_input_grad[0] else None
-        of_a = torch.bmm(inner.transpose(1, 2), x) if ctx.needs_input_grad[1] else None
-        of_b = None
-        if ctx.needs_input_grad[2]:
-            # The factor with the rank comes first: the other order takes four times as long.
-            of_b = torch.bmm((ctx.scaling * low).transpose(1, 2), grad).transpose(1, 2)
-        return of_x, of_a, of_b, None
+    def output(self, layer: StackedLora, x: Tensor) -> Tensor:
+        """The output of a layer; kept for it if another layer has read the same tensor before."""
+        now = x, x._version, torch.is_grad_enabled()
+        known = self._of and self._of[0] is x and self._of[1:] == now[1:]
+        if not known or id(layer) not in self._outputs:
+            found = Thin.apply(x, self._factors, self._bases, *self._factors.runs)
+            self._of = now
+            self._outputs = {id(own): y for own, y in zip(self._layers, found, strict=True)}
+        y = self._outputs.pop(id(layer))
+        if not self._outputs:
+            self.forget()
+        return y
+
+    def forget(self) -> None:
+        """Frees the outputs that nobody has taken."""
+        self._of, self._outputs = (), {}
 
 
-class Stack:
+class Stack(Blocks):
     """A PEFT model whose LoRA layers have been replaced by stacked ones.
 
     Attributes:
-        params: PEFT's name of a factor -> the stacked parameter ``[clients, ...]``.
-        spreads: whether all places share one adapter, see :meth:`spread`.
-        active: the clients of the next batches, by their places in the stack.
-        copies: how often a batch repeats its blocks: 2 for pairs of answers, else 1.
+        runs: the loaded adapters.
+        shared: the factors of an adapter that all places share, see :meth:`spread`.
+        spreads: whether they are in use.
     """
 
     def __init__(self, model: Any):
+        super().__init__()
         self.model = model
-        self.params: dict[str, nn.Parameter] = {}
-        self.copies = 1
-        self.active: list[int] = []
-        self._count = self._rows = 0  # active clients; rows of all active clients together
-        self._uniform = functools.cache(lambda: True)
-        self._active: dict[torch.device, Tensor] | None = None
+        self.runs = Runs()
+        self.shared: dict[str, nn.Parameter] = {}
         self.spreads = False
+        self._beside: list[tuple[str, ...]] = []
         self.layers: dict[str, StackedLora] = {}
         for name, layer in list(model.named_modules()):
             if hasattr(layer, "lora_A") and hasattr(layer, "base_layer"):
@@ -141,31 +146,81 @@ class Stack:
                 setattr(model.get_submodule(parent), leaf, stacked)
                 self.layers[name] = stacked
 
-    def load(self, trees: Sequence[Mapping[str, Tensor]], device: torch.device) -> None:
+    def load(
+        self,
+        trees: Sequence[Mapping[str, Tensor]],
+        device: torch.device,
+        trains: Select | None = None,
+    ) -> None:
         """Loads the adapters of some clients, replacing the previous adapters.
 
         Args:
-            trees: the adapters.
+            trees: the adapter of each client.
             device: the device of the model. Where it is spread over several, a factor goes to the
                 device of its layer.
+            trains: selects the factors that get a gradient; None: those of before, or all.
         """
-        self._active, places = None, self.places(device)
-        names = list(trees[0])
-        same = len(trees) == self.clients and self.params.keys() == set(names) and not self.spreads
         self.spreads = False
-        with torch.no_grad():
-            for name in names:
-                stacked = torch.stack([tree[name] for tree in trees]).to(places[name])
-                if same:
-                    self.params[name].copy_(stacked)
-                else:
-                    self.params[name] = nn.Parameter(stacked)
-        self._place()
+        self.renew()
+        blocks = [tuple(f"{name}.lora_A.weight" for name in group) for group in self._beside]
+        if self.runs.load(trees, self.places(device), trains, blocks):
+            self._place()
 
     def places(self, device: torch.device) -> dict[str, torch.device]:
         """The device of each factor, see :meth:`load`."""
         found = {name: place_of(layer.base_layer, device) for name, layer in self.layers.items()}
         return {f"{name}.lora_{f}.weight": found[name] for name in found for f in "AB"}
+
+    def _place(self) -> None:
+        for name, layer in self.layers.items():
+            layer.factors, layer.beside = self._factors([name]), None
+        for group in self._beside:
+            factors, layers = self._factors(group), [self.layers[name] for name in group]
+            if factors.in_one_piece:
+                neighbours = Neighbours(layers, factors)
+                for layer in layers:
+                    layer.beside = neighbours
+
+    def _factors(self, names: Sequence[str]) -> Factors:
+        places = self.runs.places
+        a, b = ([places[f"{name}.lora_{f}.weight"] for name in names] for f in "AB")
+        return Factors(self, self.layers[names[0]].scaling, a, b)
+
+    @contextlib.contextmanager
+    def watching(self) -> Iterator[None]:
+        """Finds the layers that read one tensor, from a forward pass within this context."""
+        groups: list[list[str]] = []
+        last: list[Tensor] = []
+
+        def note(name: str, args: tuple[Any, ...]) -> None:
+            if last and args and last[0] is args[0]:
+                groups[-1].append(name)
+            else:
+                groups.append([name])
+            last[:] = args[:1]
+
+        hooks = [
+            layer.register_forward_pre_hook(lambda _, args, name=name: note(name, args))
+            for name, layer in self.layers.items()
+        ]
+        try:
+            yield
+        finally:
+            for hook in hooks:
+                hook.remove()
+        of: defaultdict[str, set[tuple[str, ...]]] = defaultdict(set)
+        for group in groups:
+            for name in group:
+                of[name].add(tuple(group))
+        self._beside = [
+            group for group in dict.fromkeys(map(tuple, groups)) if self._fit(group, of)
+        ]
+
+    def _fit(self, group: tuple[str, ...], of: Mapping[str, Collection[Any]]) -> bool:
+        """Whether layers that read one tensor can be computed together, each of them once."""
+        layers = [self.layers[name] for name in group]
+        alike = len({layer.scaling for layer in layers}) == 1 and all(o.plain for o in layers)
+        return 1 < len(group) == len(set(group)) and alike and all(len(of[n]) == 1 for n in group)
 
     def spread(self, tree: Mapping[str, Tensor], places: int, trains: Select) -> None:
         """Loads one adapter for several places, without copies; each place has its own gradient.
@@ -175,77 +230,31 @@ class Stack:
             places: the number of places.
             trains: selects the factors that get a gradient.
         """
-        self._active, self.spreads = None, True
+        self.spreads = True
         for name, tensor in tree.items():
             shared = tensor.detach().expand(places, *tensor.shape)
-            self.params[name] = nn.Parameter(shared, requires_grad=trains(name))
-        self._place()
-
-    def _place(self) -> None:
+            self.shared[name] = nn.Parameter(shared, requires_grad=trains(name))
         for name, layer in self.layers.items():
-            layer.a = self.params[f"{name}.lora_A.weight"]
-            layer.b = self.params[f"{name}.lora_B.weight"]
+            a, b = (self.shared[f"{name}.lora_{f}.weight"] for f in "AB")
+            layer.shared = a, b
 
     @property
     def clients(self) -> int:
-        """How many adapters are loaded."""
-        return len(next(iter(self.params.values()))) if self.params else 0
+        """How many adapters are loaded, or how many places share one."""
+        return len(next(iter(self.shared.values()))) if self.spreads else self.runs.clients
 
     def trees(self) -> list[Tree]:
-        """Copies of the clients' adapters, on the CPU: views of one copy of the stack."""
-        copies = {n: p.detach().to("cpu", copy=True) for n, p in self.params.items()}
-        columns = (t.unbind() for t in copies.values())
-        return [dict(zip(copies, own, strict=True)) for own in zip(*columns, strict=True)]
+        """Copies of the clients' adapters, on the CPU."""
+        return self.runs.trees()
 
     def activate(self, clients: Sequence[int]) -> None:
         """Sets the clients of the next batches: in this order, with equally many rows each."""
-        self._count = len(clients)
-        whole = list(clients) == list(range(self.clients))
-        devices = {p.device for p in self.params.values()}
-        self._active = None if whole else {d: torch.tensor(clients, device=d) for d in devices}
-        self.active = list(clients)
+        for layer in self.layers.values():
+            if layer.beside:
+                layer.beside.forget()
+        self.choose(clients)
 
     def narrow(self, clients: Sequence[int], rows: int) -> None:
         """Sets the clients of the next batches, and their rows, whose layers all see rows."""
         self.activate(clients)
         self.batch(rows, 1, lambda: True)
-
-    def batch(self, rows: int, copies: int, uniform: Callable[[], bool]) -> None:
-        """Describes the next batch. This holds until the next call, so in the backward pass too.
-
-        Args:
-            rows: number of rows, of all active clients together.
-            copies: how often the batch repeats all blocks, one repetition after the other.
-            uniform: returns whether every row adds the same number of entries to every layer.
-                Called only if a layer's first axis is not the rows.
-        """
-        self._rows, self.copies, self._uniform = rows, copies, functools.cache(uniform)
-
-    def chosen(self, stacked: Tensor) -> Tensor:
-        """The active clients' factors."""
-        return stacked if self._active is None else stacked[self._active[stacked.device]]
-
-    def blocks(self, x: Tensor) -> Tensor:
-        """``[copies * clients * n, ..., in]`` -> ``[clients, copies * entries, in]``.
-
-        Raises:
-            Ragged: the first axis is not the rows, and rows may add different numbers of entries.
-        """
-        rows = self.copies * self._rows
-        if len(x) != rows and (len(x) % (self.copies * self._count) or not self._uniform()):
-            raise Ragged(f"{len(x)} entries of {rows} rows that differ in size")
-        if self.copies == 1:
-            return x.reshape(self._count, -1, x.shape[-1])
-        split = x.reshape(self.copies, self._count, -1, x.shape[-1])
-        return split.transpose(0, 1).reshape(self._count, -1, x.shape[-1])
-
-    def unblocks(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
-        """The inverse of :meth:`blocks`, in the given shape."""
-        if self.copies > 1:
-            split = rows.view(self._count, self.copies, -1, rows.shape[-1])
-            rows = split.transpose(0, 1)
-        return rows.reshape(shape)
-
-
-class Ragged(ValueError):
-    """A layer's entries cannot be assigned to rows."""
