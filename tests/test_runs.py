@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 
 import fedvlm
 import smallest
 from fedvlm.engines.stacked import Session, clip, make_optimizer
+from fedvlm.models.lora import handles
 from fedvlm.models.runs import Runs
+from fedvlm.models.stack import Stack
 from fedvlm.rounds.prepare import prepare
 from fedvlm.settings.train import TrainConfig
 
@@ -115,3 +118,47 @@ def test_layers_that_read_one_tensor_are_found(tmp_path):
         if name.endswith("text_model.layers.0.self_attn.q_proj")
     )
     assert q.beside is not None
+
+
+class Two(torch.nn.Module):
+    """Two layers, which read one tensor or two."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = torch.nn.Linear(5, 6), torch.nn.Linear(5, 4)
+
+    def forward(self, x, change=lambda x: x):
+        return self.q(x), self.k(change(x))
+
+
+def test_a_layer_that_reads_another_tensor_than_its_neighbour_is_computed_with_it():
+    model = get_peft_model(Two(), LoraConfig(r=2, lora_alpha=6, target_modules=["q", "k"]))
+    tree = {n: p.detach().clone() for n, p in sorted(handles(model).items())}
+    trees = [{n: torch.randn(t.shape) for n, t in tree.items()} for _ in range(2)]
+    stack = Stack(model.requires_grad_(False))
+    x = torch.randn(4, 3, 5)
+    for watched in (False, True):
+        stack.load(trees, CPU)
+        stack.activate([0, 1])
+        stack.batch(4, 1, lambda: True)
+        if not watched:
+            with stack.watching():
+                model(x)
+
+    def expected(name, x):
+        layer, head = stack.layers[f"base_model.model.{name}"], f"base_model.model.{name}"
+        a, b = (torch.stack([t[f"{head}.lora_{f}.weight"] for t in trees]) for f in "AB")
+        rows = x.view(2, -1, 5)
+        return (rows @ layer.weight.T + 3 * rows @ a.mT @ b.mT).view(
+            4, 3, -1
+        ) + layer.base_layer.bias
+
+    def changed(x):
+        return x.add_(1.0)
+
+    assert stack.layers["base_model.model.q"].beside is stack.layers["base_model.model.k"].beside
+    for change in (lambda x: x, lambda x: 2 * x, changed):
+        own = x.clone()
+        q, k = model(own, change)
+        assert torch.allclose(q, expected("q", x), atol=1e-5)
+        assert torch.allclose(k, expected("k", change(x.clone())), atol=1e-5)

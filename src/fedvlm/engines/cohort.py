@@ -33,6 +33,7 @@ from fedvlm.models.blocks import Ragged
 from fedvlm.models.frozen import ImageFeatures
 from fedvlm.models.generate import decoded, foretold, greedy
 from fedvlm.models.load import identity
+from fedvlm.models.norms import shorten
 from fedvlm.models.runs import Runs
 from fedvlm.models.spool import Spool
 from fedvlm.models.stack import Stack
@@ -52,6 +53,7 @@ class CohortEngine(PerUnit):
         super().__init__(*args, **options)
         self.stack = Stack(self.model)
         self._weights: dict[int, int] = {}  # row -> its weight in a loss
+        shorten(self.model)
         self.device = self.collator.device
         self._images = self._frozen_images()
         if not self.plans:
