@@ -84,7 +84,8 @@ class Runs:
             trees: the adapter of each client.
             places: the device of each factor.
             trains: selects the trained factors; None: those of before, or all.
-            beside: factors that may share a piece, if all of them are trained or none, on one device.
+            beside: factors that may share a piece, if all of them are trained or none of them, and
+                if they have one device.
 
         Returns:
             Whether the runs are new objects.
