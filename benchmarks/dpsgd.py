@@ -42,6 +42,7 @@ import _sides
 import fedvlm
 from _common import ROOT, Work, environment, paired, ratio
 from fedvlm.models import lora
+from fedvlm.models.runs import Runs
 from fedvlm.privacy.accountant import Spend, epsilon, noise_for
 from fedvlm.privacy.plan import Plan
 from fedvlm.rounds.prepare import prepare
@@ -221,7 +222,8 @@ def measure(side: str, model: str, batch: int, target: str) -> None:
     work, found = step_of(side, model, batch, target)
     rows = [int(unit[0]) for unit in found.units("site-0")]
     found.collator.training(rows)
-    found.stack.params.clear()
+    found.stack.shared.clear()
+    found.stack.runs = Runs()
     gc.collect()
     ctypes.CDLL(None).malloc_trim(0)
     Path("/proc/self/clear_refs").write_text("5")  # the peak starts anew

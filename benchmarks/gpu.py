@@ -112,9 +112,7 @@ def kept(name: str, batch: int, target: str, options: argparse.Namespace) -> Non
     model = _shapes.build(shape, device, torch.bfloat16)
     weights = sum(p.nbytes for p in model.parameters())
     made, partition = _shapes.engine("cohort", model, shape, 2, 2, batch, 1, target)
-    made.stack.load([made.adapter] * 2, made.device)
-    for p in made.stack.params.values():
-        p.requires_grad_(True)
+    made.stack.load([made.adapter] * 2, made.device, lambda _: True)
     made.stack.activate([0, 1])
     made.model.train()
     rows = np.concatenate([partition.splits[c].train[:batch] for c in partition.clients])

@@ -162,24 +162,20 @@ def test_the_global_model_of_the_round_before_may_be_left_out(finished, tmp_path
     before = evaluation(whole)
     assert before.pop("global_before") == evaluation(whole, 1)["global"]
     assert evaluation(less) == before
-    models = dict(whole.table["models"])
-    del models["global_before"]
+    models = {name: m for name, m in whole.table["models"].items() if name != "global_before"}
     assert less.table["models"] == models
 
 
-@pytest.mark.parametrize("name", ["plora", "lora ended"])
-def test_the_personal_models_before_the_aggregation_may_be_left_out(
-    name, finished, tmp_path, capsys
-):
+@pytest.mark.parametrize(("name", "ended"), [("plora", False), ("lora ended", True)])
+def test_scores_before_the_aggregation_may_be_left_out(name, ended, finished, tmp_path, capsys):
     whole, output = finished[name], f"output={tmp_path / 'run'}"
     less = federate.run(whole.folder / "config.yaml", output, "eval.personal_before=false")
     expected = [evaluation(whole, n) for n in range(1, len(store.Store(whole.folder).lines()))]
-    ended = name == "lora ended"
-    for found in expected[:-1] if ended else expected:
+    for found in expected[: len(expected) - ended]:
         del found["personal_before"]
     assert [evaluation(less, n + 1) for n in range(len(expected))] == expected
-    assert ("personal_before" in less.table["models"]) == ended
     print_run(less)
+    assert ("personal_before" in less.table["models"]) == ended
     assert ("personal before the last aggregation" in capsys.readouterr().out) == ended
 
 

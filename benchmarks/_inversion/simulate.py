@@ -69,7 +69,7 @@ class Simulator:
         with sdpa_kernel(SDPBackend.MATH):  # the other kernels have no second derivative
             nll, tokens, _ = answer_nll(self.model, batch)
             loss = (nll.view(places, -1).sum(1) / tokens.view(places, -1).sum(1)).sum()
-            params = [self.stack.params[n] for n in names]
+            params = [self.stack.shared[n] for n in names]
             found = torch.autograd.grad(loss, params, create_graph=graph)
         return dict(zip(names, found, strict=True))
 
