@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from fedvlm.batches.objectives import adapter_off, answer_nll
 from fedvlm.engines.cohort import CohortEngine
+from fedvlm.models.norms import lengthen
 from fedvlm.tree import Tree
 
 AT_ONCE = 50  # rows in a pass
@@ -31,6 +32,7 @@ class Simulator:
 
     def __init__(self, engine: CohortEngine):
         self.model, self.stack, self.collator = engine.model, engine.stack, engine.collator
+        lengthen(self.model)
 
     def batch(self, rows: Sequence[int], pictures: Tensor | None = None) -> Batch:
         """The batch of some rows, with other pictures where given ``[rows, 3, side, side]``."""

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 from fedvlm.models.blocks import Blocks
 from fedvlm.models.runs import Place
@@ -116,7 +117,8 @@ class Thin(torch.autograd.Function):
         return tuple(_up(factors, k, low, y) for k, y in enumerate(outputs))
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         factors, (wide, low) = ctx.factors, ctx.saved_tensors
         inner = _back_up(factors, low, grads)
         factors.add(factors.active.a_grad, inner.transpose(1, 2), wide)
@@ -142,7 +144,8 @@ class Beside(torch.autograd.Function):
         return factors.blocks.unblocks(product, (*x.shape[:-1], width))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         factors, (wide, low), (shape, dtype) = ctx.factors, ctx.saved_tensors, ctx.form
         inner = _back_up(factors, low, [grad])
         factors.add(factors.active.a_grad, inner.transpose(1, 2), wide)
@@ -171,7 +174,8 @@ class Whole(torch.autograd.Function):
         return blocks.unblocks(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         factors, (wide, weights) = ctx.factors, ctx.saved_tensors
         own, active = factors.blocks.blocks(grad), factors.active
         of_weights = torch.bmm(own.transpose(1, 2), wide)  # [clients, out, in]

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 
 class RmsNorm(torch.autograd.Function):
@@ -33,7 +34,8 @@ class RmsNorm(torch.autograd.Function):
         return normal.to(x.dtype) * weight
 
     @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    @once_differentiable  # type: ignore[untyped-decorator]
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         normal, scale, weight = ctx.saved_tensors
         inner = torch.mul(grad, weight, out=torch.empty_like(normal))
         along = (inner * normal).mean(-1, keepdim=True)
@@ -89,3 +91,10 @@ def shorten(model: nn.Module) -> int:
             module.forward = norm  # type: ignore[method-assign]
             count += 1
     return count
+
+
+def lengthen(model: nn.Module) -> None:
+    """Gives norms their own passes back, which have a second derivative."""
+    for module in model.modules():
+        if isinstance(vars(module).get("forward"), Norm):
+            del module.forward
