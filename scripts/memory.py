@@ -31,7 +31,7 @@ from fedvlm.models import lora
 from fedvlm.models.shards import blocks_of
 from fedvlm.models.spread import SHARE
 from fedvlm.planning import footprint
-from recipes import FOLDER, MARKS, table
+from recipes import FOLDER, filled, table
 
 PAGE = Path(__file__).resolve().parents[1] / "docs" / "memory.md"
 GPUS = (8, 16, 24, 40, 80)  # GiB
@@ -127,12 +127,7 @@ def page() -> str:
         "one": table(head, (row for name in by_size for row in one_gpu(name))),
         "several": table(more, (row for name in large for row in several_gpus(name))),
     }
-    text = PAGE.read_text(encoding="utf-8")
-    for name, made in tables.items():
-        begin, end = (mark.format(name).replace("recipes.py", "memory.py") for mark in MARKS)
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n\n{made}\n\n{end}{rest.partition(end)[2]}"
-    return text
+    return filled(PAGE.read_text(encoding="utf-8"), tables, Path(__file__).name)
 
 
 def main() -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 import argparse
 import itertools
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from unittest import mock
 
@@ -26,7 +26,7 @@ from fedvlm.settings.sections import Config
 
 FOLDER = Path(__file__).resolve().parents[1] / "examples" / "recipes"
 PAGE = FOLDER / "README.md"
-MARKS = "<!-- written by scripts/recipes.py: {} -->", "<!-- end of {} -->"
+MARKS = "<!-- written by scripts/{script}: {name} -->", "<!-- end of {name} -->"
 RUN: dict[str, str] = {}  # recipe -> what was run of it, with a date; the others were never run
 RECIPES = (
     "recipe",
@@ -104,20 +104,24 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
+def filled(text: str, tables: Mapping[str, str], script: str) -> str:
+    """A page with other tables between the marks of a script."""
+    for name, made in tables.items():
+        begin, end = (mark.format(script=script, name=name) for mark in MARKS)
+        before, _, rest = text.partition(begin)
+        text = f"{before}{begin}\n\n{made}\n\n{end}{rest.partition(end)[2]}"
+    return text
+
+
 def page() -> str:
     """The README with current tables."""
     plans: list[Planned] = [(recipe, *plan(recipe)) for recipe in recipes()]
     models = {config.model.name: model_row(config, found) for _, config, found in plans}
-    text = PAGE.read_text(encoding="utf-8")
     tables = {
         "recipes": table(RECIPES, itertools.starmap(row, plans)),
         "models": table(MODELS, models.values()),
     }
-    for name, made in tables.items():
-        begin, end = (mark.format(name) for mark in MARKS)
-        before, _, rest = text.partition(begin)
-        text = f"{before}{begin}\n\n{made}\n\n{end}{rest.partition(end)[2]}"
-    return text
+    return filled(PAGE.read_text(encoding="utf-8"), tables, Path(__file__).name)
 
 
 def main() -> int:
