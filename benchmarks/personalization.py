@@ -15,10 +15,10 @@ also after kill -9 or with other filters.
     python benchmarks/personalization.py --dry-run  # print the remaining work and its time
     python benchmarks/personalization.py --add --publish  # run and publish unpublished results only
 
-A real cell is any data and any model of yours. It has one learning rate and takes 8 rounds of 5
-steps, a form for two CPU cores:
+A real cell is any data and any model of yours. It takes 8 rounds of 5 steps, a form for two CPU
+cores. Of several rates, validation rows choose one for each algorithm:
 
-    python benchmarks/personalization.py --data vqarad.parquet --by site6 --model MODEL --rate 0.001
+    python benchmarks/personalization.py --data F.parquet --by site6 --model M --rate 0.001,0.002
 
 The script writes personalization.csv, personalization.md and two figures to the output folder. With
 `--publish` it writes them to benchmarks/results and docs/personalization.md, and all measurements
@@ -97,24 +97,33 @@ def _real(own: real.Real, output: Path, asked: argparse.Namespace) -> int:
         _add(output)
     real.keep(own, output, dry=asked.dry_run)
     form = filtered(plans.Form((), cells.MAIN["algorithms"], real.SEEDS), asked)
-    jobs = real.jobs(own, form.algorithms, form.seeds, output)
+    failed = _told(own, real.tuning(own, form.algorithms, output), asked)
+    if not asked.dry_run:
+        real.choose(own, form.algorithms, output)
+    failed += _told(own, real.jobs(own, form.algorithms, form.seeds, output), asked)
+    if not asked.dry_run:
+        _write(plans.whole(), output, asked.publish)
+    for line in failed:
+        print(f"FAILED {line}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def _told(own: real.Real, jobs: list[Job], asked: argparse.Namespace) -> list[str]:
+    """Prints how long the missing jobs of a real cell take, and runs them; the failed ones."""
+    if not jobs:
+        return []
     found = [(job, read(job)) for job in jobs]
     taken = [(job, record["seconds"]) for job, record in found if record and record["seconds"]]
     todo = [job for job, record in found if record is None]
     minutes = plans.seconds(todo, taken, real.SECONDS_A_STEP) / 60 / asked.jobs
     print(
-        f"{own.cell.name}: {len(todo)} runs to do, {len(jobs) - len(todo)} done; about "
+        f"{own.cell.name}: {len(todo)} runs to do, {len(jobs) - len(todo)} done"
+        f"{', to choose learning rates' if jobs[0].tunes else ''}; about "
         f"{minutes:.0f} minutes with {asked.jobs} at a time, by "
         f"{f'{len(taken)} runs measured here' if taken else 'a guess'}",
         flush=True,
     )
-    if asked.dry_run:
-        return 0
-    failed = [] if asked.tables else do(todo, asked.jobs, _tell)
-    _write(plans.whole(), output, asked.publish)
-    for line in failed:
-        print(f"FAILED {line}", file=sys.stderr)
-    return 1 if failed else 0
+    return [] if asked.dry_run or asked.tables else do(todo, asked.jobs, _tell)
 
 
 def _add(output: Path) -> None:

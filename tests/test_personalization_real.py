@@ -14,7 +14,7 @@ from test_personalization import fake  # noqa: F401 - a fixture
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 
 import personalization
-from _personalization import cells, real, record, taken
+from _personalization import cells, plan, real, record, taken
 from fedvlm.config import load
 from fedvlm.data.scenes import scenes
 from fedvlm.errors import FedVLMError
@@ -90,6 +90,44 @@ def test_real_cells_are_resumed_published_and_kept_apart(request, parquet, tmp_p
     assert "## Real cells" in personalization.written(rows, "", {}, ".", real.stated(here))
     record.pack(here, file)
     assert record.unpack(file, there) == 4
+    assert real.rows(there) == rows
+
+
+def test_validation_chooses_a_rate_for_each_algorithm_of_a_real_cell(request, parquet, tmp_path):
+    ran = request.getfixturevalue("fake")
+    here, there, file = tmp_path / "here", tmp_path / "there", tmp_path / "all.jsonl"
+    words = ["--data", str(parquet), "--by", "site", "--model", "tiny", "--jobs", "1"]
+    words += ["--algorithms", "lora,local", "--seeds", "0", "--output", str(here)]
+    assert personalization.main([*words, "--rate", "0.003"]) == 0
+    assert personalization.main([*words, "--rate", "0.003,0.001"]) == 0
+    tuned = [name for name in ran if "(tuning)" in name]
+    assert len(tuned) == 4
+    assert len({name for name in tuned if "seed 0" in name}) == 4, "two rates an algorithm"
+    told = json.loads((here / "real/clinics-site-tiny-28/cell.json").read_text())
+    best = {}
+    for name in ("local", "lora"):
+        tried = {
+            rate: json.loads(
+                (
+                    here / f"real/clinics-site-tiny-28/tuning/{name}-{rate:g}/measured.json"
+                ).read_text()
+            )
+            for rate in (0.001, 0.003)
+        }
+        merits = {rate: plan.merit(one) for rate, one in tried.items()}
+        best[name] = max(merits, key=merits.__getitem__)
+    assert told["rates"] == best
+    rows = real.rows(here)
+    assert {r["algorithm"] for r in rows} == {"local", "lora"}
+    assert len(rows) == 2 * 5, "a run at another rate is in no table"
+    assert f"from 0.001, 0.003: `local` {best['local']:g}" in real.stated(here)
+    count = len(ran)
+    assert personalization.main([*words, "--rate", "0.003,0.001"]) == 0
+    assert len(ran) == count, "nothing is run again"
+    with pytest.raises(FedVLMError, match=r"train\.lr is"):
+        personalization.main([*words, "--rate", "0.002,0.004"])
+    record.pack(here, file)
+    record.unpack(file, there)
     assert real.rows(there) == rows
 
 

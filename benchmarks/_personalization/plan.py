@@ -125,11 +125,12 @@ def chosen(form: Form, output: Path) -> dict[tuple[str, str], float]:
                 continue
             tried = [(r, read(job)) for r, job in _candidates(form, kind, algorithm, output)]
             if all(record for _, record in tried):
-                found[kind, algorithm] = max(tried, key=lambda pair: _merit(pair[1]))[0]
+                found[kind, algorithm] = max(tried, key=lambda pair: merit(pair[1]))[0]
     return found
 
 
-def _merit(record: Mapping[str, Any] | None) -> tuple[float, float]:
+def merit(record: Mapping[str, Any] | None) -> tuple[float, float]:
+    """The validation score of a run, and then the lower loss."""
     assert record is not None
     return personal(record)["mean"], -record["loss"]
 

@@ -1,9 +1,10 @@
 """Real cells of the personalization benchmark: any data and any model of the user's.
 
 A real cell is named by its data, the column of its clients, its model, and its training rows a
-client: `vqarad-site6-smol-100`. All algorithms have one learning rate, which the user gives. The
-file `cell.json` in the folder of a cell holds its settings, without the places of data and model.
-So the tables need neither of them, and results can be published.
+client: `vqarad-site6-smol-100`. The user gives one learning rate for all algorithms, or several.
+Of several, validation rows choose one for each algorithm, with seed 0. The file `cell.json` in the
+folder of a cell holds its settings and the chosen rates, without the places of data and model. So
+the tables need neither of them, and results can be published.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import Any
 
 from _personalization import cells, plan
 from _personalization.cells import Cell, merged
-from _personalization.runs import MEASURED, Job
+from _personalization.runs import MEASURED, Job, read
 from fedvlm.algorithms.table import taken
 from fedvlm.config import load
 from fedvlm.errors import FedVLMError
@@ -49,17 +50,18 @@ class Real:
     Attributes:
         cell: the cell of its results.
         tree: the settings of its runs, without algorithm, rate and seed.
-        rate: learning rate of all algorithms.
+        rates: one learning rate for all algorithms, or the candidates of each.
     """
 
     cell: Cell
     tree: Mapping[str, Any]
-    rate: float
+    rates: tuple[float, ...]
 
     @property
     def told(self) -> dict[str, Any]:
         """The content of `cell.json`."""
-        tree = merged(self.tree, {"train": {"lr": self.rate}})
+        rates = self.rates[0] if len(self.rates) == 1 else self.rates
+        tree = merged(self.tree, {"train": {"lr": rates}})
         tree["data"]["path"] = Path(tree["data"]["path"]).name
         tree["model"]["name"] = Path(tree["model"]["name"]).name
         cell = {"regime": self.cell.regime, "strength": None, "rows_per_client": self.cell.rows}
@@ -101,7 +103,12 @@ def options(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--data", help="parquet, JSONL, image folder or hub data set")
     group.add_argument("--by", help="column of the data that tells the clients apart")
     group.add_argument("--model", help="'tiny', a hub name or a folder")
-    group.add_argument("--rate", type=float, help="learning rate of all algorithms")
+    group.add_argument(
+        "--rate",
+        type=_rates,
+        help="learning rate of all algorithms; of several, such as 0.001,0.002, validation rows of "
+        "seed 0 choose one for each algorithm",
+    )
     group.add_argument("--rows", type=int, help="training rows a client, on average; default: all")
     group.add_argument("--rounds", type=int, help=f"rounds of 5 steps; default: {ROUNDS}")
     group.add_argument("--target", help="lora.target; default: language")
@@ -115,6 +122,13 @@ def options(parser: argparse.ArgumentParser) -> None:
     group.add_argument(
         "--set", action="append", default=[], metavar="KEY=VALUE", help="any other setting of a run"
     )
+
+
+def _rates(text: str) -> tuple[float, ...]:
+    found = tuple(sorted({float(part) for part in text.split(",")}))
+    if found[0] <= 0:
+        raise argparse.ArgumentTypeError(f"a learning rate is above 0 (got {found[0]:g})")
+    return found
 
 
 def asked(found: argparse.Namespace) -> Real | None:
@@ -185,39 +199,96 @@ def _absolute(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
-def jobs(real: Real, algorithms: Sequence[str], seeds: Sequence[int], output: Path) -> list[Job]:
-    """The runs of a real cell, seed by seed."""
-    where = output / FOLDER / real.cell.name
+def tuning(real: Real, algorithms: Sequence[str], output: Path) -> list[Job]:
+    """The runs that choose a rate; none where there is one rate, or a rate is chosen already."""
+    if len(real.rates) == 1:
+        return []
+    where, kept = output / FOLDER / real.cell.name, chosen(real, output)
+    tree = merged(real.tree, plan.TUNING)
     return [
         RealJob(
             real.cell,
             name,
-            real.rate,
+            rate,
+            plan.TUNING_SEED,
+            where / "tuning" / f"{name}-{rate:g}",
+            tree,
+        )
+        for name in algorithms
+        if name not in kept
+        for rate in real.rates
+    ]
+
+
+def choose(real: Real, algorithms: Sequence[str], output: Path) -> None:
+    """Writes the rate of each algorithm whose tuning is complete into `cell.json`."""
+    found: dict[str, list[tuple[float, dict[str, Any] | None]]] = {}
+    for job in tuning(real, algorithms, output):
+        found.setdefault(job.algorithm, []).append((job.rate, read(job)))
+    best = {
+        name: max(tried, key=lambda pair: plan.merit(pair[1]))[0]
+        for name, tried in found.items()
+        if all(record for _, record in tried)
+    }
+    if best:
+        path = output / FOLDER / real.cell.name / CELL
+        told = json.loads(path.read_text(encoding="utf-8"))
+        told["rates"] = dict(sorted((told.get("rates", {}) | best).items()))
+        write_text(path, json.dumps(told, indent=1) + "\n")
+
+
+def chosen(real: Real, output: Path) -> dict[str, float]:
+    """The rates that were chosen earlier."""
+    path = output / FOLDER / real.cell.name / CELL
+    if not path.exists():
+        return {}
+    rates: dict[str, float] = json.loads(path.read_text(encoding="utf-8")).get("rates", {})
+    return rates
+
+
+def jobs(real: Real, algorithms: Sequence[str], seeds: Sequence[int], output: Path) -> list[Job]:
+    """The compared runs of a real cell, seed by seed; an algorithm without a rate has none."""
+    where, rates = output / FOLDER / real.cell.name, chosen(real, output)
+    if len(real.rates) == 1:
+        rates = dict.fromkeys(algorithms, real.rates[0])
+    return [
+        RealJob(
+            real.cell,
+            name,
+            rates[name],
             seed,
-            where / f"{name}-{real.rate:g}-seed-{seed}",
+            where / f"{name}-{rates[name]:g}-seed-{seed}",
             real.tree,
         )
         for seed in seeds
         for name in algorithms
+        if name in rates
     ]
 
 
 def keep(real: Real, output: Path, *, dry: bool = False) -> None:
     """Writes the settings of a cell into its folder; ``dry``: only checks them.
 
+    Runs of one rate stay where several rates are asked for that include it.
+
     Raises:
         FedVLMError: the folder holds results of other settings.
     """
     path = output / FOLDER / real.cell.name / CELL
+    told = real.told
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
-        if odd := apart(found["settings"], real.told["settings"]):
+        wider = found["settings"]["train"]["lr"] in real.rates and len(real.rates) > 1
+        there = merged(found["settings"], {"train": {"lr": told["settings"]["train"]["lr"]}})
+        if odd := apart(there if wider else found["settings"], told["settings"]):
             raise FedVLMError(
                 f"'{path.parent}' holds runs with other settings: {', '.join(odd)}. Ask for the "
                 "same, or choose another folder with --output DIR"
             )
-    elif not dry:
-        write_text(path, json.dumps(real.told, indent=1) + "\n")
+        if not wider:
+            return
+    if not dry:
+        write_text(path, json.dumps(told, indent=1) + "\n")
 
 
 def apart(there: Mapping[str, Any], here: Mapping[str, Any], head: str = "") -> list[str]:
@@ -235,23 +306,29 @@ def apart(there: Mapping[str, Any], here: Mapping[str, Any], head: str = "") -> 
 def rows(output: Path) -> list[dict[str, Any]]:
     """The raw results of all real cells in an output folder."""
     found: list[dict[str, Any]] = []
-    for cell, folder, settings in _cells(output):
-        for path in sorted(folder.glob(f"*/{MEASURED}")):
-            name, _, seed = path.parent.name.rpartition("-seed-")
-            algorithm = name.rpartition(f"-{settings['train']['lr']:g}")[0]
-            measured = json.loads(path.read_text(encoding="utf-8"))
-            metric = settings["eval"]["metric"]
-            found += plan.rows_of(cell, algorithm, int(seed), measured, metric)
+    for cell, folder, told in _cells(output):
+        metric = told["settings"]["eval"]["metric"]
+        for algorithm, seed, measured in _measured(folder, told):
+            found += plan.rows_of(cell, algorithm, seed, measured, metric)
     return plan.ordered(found)
+
+
+def _measured(folder: Path, told: Mapping[str, Any]) -> list[tuple[str, int, dict[str, Any]]]:
+    """Algorithm, seed and measurements of the compared runs, at the chosen rates."""
+    rate, rates, found = told["settings"]["train"]["lr"], told.get("rates", {}), []
+    for path in sorted(folder.glob(f"*/{MEASURED}")):
+        head, _, seed = path.parent.name.rpartition("-seed-")
+        names = rates.items() if isinstance(rate, list) else [(n, rate) for n in cells.ALGORITHMS]
+        for name in (name for name, own in names if head == f"{name}-{own:g}"):
+            found.append((name, int(seed), json.loads(path.read_text(encoding="utf-8"))))
+    return found
 
 
 def stated(output: Path) -> str:
     """A sentence a cell about its settings."""
     lines = []
-    for cell, folder, tree in _cells(output):
-        found = [
-            json.loads(path.read_text(encoding="utf-8")) for path in folder.glob(f"*/{MEASURED}")
-        ]
+    for cell, folder, told in _cells(output):
+        found, tree = [one for *_, one in _measured(folder, told)], told["settings"]
         if not found:
             continue
         dates, commits = (sorted({one[key] for one in found}) for key in ("date", "commit"))
@@ -260,16 +337,23 @@ def stated(output: Path) -> str:
             f"- {cell.name}: `{tree['data']['path']}` by `{tree['partition']['column']}`, model "
             f"`{tree['model']['name']}`, LoRA on `{tree['lora']['target']}`, "
             f"{train['rounds']} rounds of {train['local_steps'] or 5} steps, batches of "
-            f"{train['batch_size']}, learning rate "
-            f"{train['lr']:g} for all algorithms, not tuned; score: {score['metric']} on up to "
+            f"{train['batch_size']}, {_of_rates(train['lr'], told.get('rates', {}))}; score: "
+            f"{score['metric']} on up to "
             f"{score['max_rows']} rows a client. {len(found)} runs, "
             f"measured on {', '.join(dates)}, commit {', '.join(commits)}."
         )
     return "\n".join(lines)
 
 
+def _of_rates(rates: float | Sequence[float], best: Mapping[str, float]) -> str:
+    if isinstance(rates, float):
+        return f"learning rate {rates:g} for all algorithms, not tuned"
+    each = ", ".join(f"`{name}` {rate:g}" for name, rate in best.items())
+    return f"learning rates by validation rows of seed 0 from {', '.join(map(str, rates))}: {each}"
+
+
 def _cells(output: Path) -> Iterator[tuple[Cell, Path, dict[str, Any]]]:
     for path in sorted(output.glob(f"{FOLDER}/*/{CELL}")):
         told = json.loads(path.read_text(encoding="utf-8"))
         cell = Cell(told["regime"], told["strength"], told["rows_per_client"])
-        yield cell, path.parent, told["settings"]
+        yield cell, path.parent, told

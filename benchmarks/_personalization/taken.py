@@ -39,7 +39,7 @@ def take(folder: Path, output: Path) -> int:
 
 def _one(folder: Path, output: Path) -> bool:
     config = load(folder / "config.yaml")
-    cell = real.Real(_cell(config, folder), _settings(config), config.train.lr)
+    cell = real.Real(_cell(config, folder), _settings(config), (config.train.lr,))
     where = output / real.FOLDER / cell.cell.name
     there = _there(where / real.CELL)
     arm = _arm(config, there)
