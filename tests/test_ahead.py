@@ -174,6 +174,7 @@ def test_a_picture_of_many_rows_is_opened_processed_and_kept_once(small, folder,
     small["data"] = {"path": str(folder)}
     small["partition"] = {"kind": "iid", "clients": 2, "min_rows": 2}
     collator, _ = prepared(small, "train.rounds=1", "train.local_steps=1", "data.cache=0")
+    assert collator._places_hold, "which opens some pictures once more"
     opened, processed = Counting(), Counting()
     pictures, images = collator.pictures, collator.prompter._once.image_processor
     collator._last, images._last = None, ()

@@ -15,7 +15,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
@@ -36,6 +36,9 @@ from fedvlm.errors import DataError
 from fedvlm.version import __version__
 
 BUFFER = 1 << 26  # bytes per write
+TOGETHER = 256  # most rows whose texts are tokenized together
+Encode = Callable[[Sequence[int]], Iterator[Features | DataError]]
+"""The positions of rows -> their features, or the reason why a row has none."""
 
 
 class Encoded:
@@ -75,7 +78,7 @@ class Encoded:
 
 def encode_ahead(
     rows: datasets.Dataset,
-    encode: Callable[[int], Features],
+    encode: Encode,
     *,
     key: str,
     budget: int,
@@ -85,7 +88,7 @@ def encode_ahead(
 
     Args:
         rows: from :func:`fedvlm.data.sources.load_rows`.
-        encode: a row's position -> its features.
+        encode: encodes rows; those of one picture are neighbours.
         key: from :func:`fingerprint`.
         budget: most bytes on disk. Files of other data sets are removed to make room, the least
             recently used first.
@@ -96,35 +99,44 @@ def encode_ahead(
         the rows itself.
 
     """
+    from safetensors import numpy
     from safetensors.torch import save
 
     path = cache_folder() / f"encoded-{key}.arrow"
-    order, pictures = _by_picture(rows)
+    order, pictures = by_picture(rows)
     size, text = _sizes(encode, order)
     expected = size * pictures + text * (len(rows) - pictures)
     if expected > budget:
         return None
     place, pixels = 0, dict[str, Tensor]()  # of the last picture in the file
 
-    def one(_: Any, at: int) -> dict[str, Any]:
+    def one(row: Features | DataError, at: int) -> tuple[bytes, int, str, int]:
         nonlocal place, pixels
         told(at + 1, len(rows))
-        try:
-            row = encode(int(order[at]))
-        except DataError as error:
-            return {"features": b"", "picture": at, "problem": str(error), "cut": 0}
+        if isinstance(row, DataError):
+            return b"", at, str(row), 0
         if not _equal(row.extras, pixels):
             place, pixels = at, row.extras
-        named = packed(row) if place == at else packed(replace(row, extras={}))
-        return {"features": save(named), "picture": place, "problem": "", "cut": row.cut}
+        if place == at:
+            return save(packed(row)), place, "", row.cut
+        text = packed(replace(row, extras={}))
+        return numpy.save({n: t.numpy() for n, t in text.items()}), place, "", row.cut
+
+    def some(_: Any, places: Sequence[int]) -> dict[str, Any]:
+        encoded = encode([int(order[at]) for at in places])
+        columns = zip(*map(one, encoded, places), strict=True)
+        names = ("features", "picture", "problem", "cut")
+        return dict(zip(names, map(list, columns), strict=True))
 
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         _make_room(path, budget - expected)
         with quiet():
             table = rows.select_columns(["row"]).map(
-                one,
+                some,
                 with_indices=True,
+                batched=True,
+                batch_size=max(1, min(TOGETHER, BUFFER // max(1, size))),
                 remove_columns=["row"],
                 features=datasets.Features(
                     {
@@ -144,7 +156,7 @@ def encode_ahead(
     return Encoded(table, order)
 
 
-def _by_picture(rows: datasets.Dataset) -> tuple[np.ndarray, int]:
+def by_picture(rows: datasets.Dataset) -> tuple[np.ndarray, int]:
     """The positions of the rows, those of one picture in a row, and the number of pictures."""
     if PICTURE not in rows.column_names:
         return np.arange(len(rows)), len(rows)
@@ -153,14 +165,13 @@ def _by_picture(rows: datasets.Dataset) -> tuple[np.ndarray, int]:
     return np.argsort(hashes, kind="stable"), len(set(hashes.tolist()) - {""}) + unreadable
 
 
-def _sizes(encode: Callable[[int], Features], order: np.ndarray) -> tuple[int, int]:
+def _sizes(encode: Encode, order: np.ndarray) -> tuple[int, int]:
     """Bytes of the first row that can be encoded, and bytes of its text alone."""
     from safetensors.torch import save
 
     for index in order:
-        try:
-            row = encode(int(index))
-        except DataError:
+        (row,) = encode([int(index)])
+        if isinstance(row, DataError):
             continue
         return len(save(packed(row))), len(save(packed(replace(row, extras={}))))
     return 0, 0

@@ -11,15 +11,18 @@ and answers are text: a control token in them is spelled out (:mod:`fedvlm.batch
 from __future__ import annotations
 
 import copy
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from fedvlm.batches.control import Control
+from fedvlm.batches.places import Place, Prompt, same
+from fedvlm.batches.texts import Dialogue, Texts
 from fedvlm.errors import DataError, FedVLMError, brief
 from fedvlm.models.load import Loaded
 
@@ -58,14 +61,6 @@ class Features:
         return sum(t.numel() * t.element_size() for t in tensors)
 
 
-class Prompt(NamedTuple):
-    """Pictures and a question as inputs of the model; see :class:`Features`."""
-
-    ids: Tensor
-    aligned: dict[str, Tensor]
-    extras: dict[str, Tensor]
-
-
 class Remembering:
     """An image processor that does not process the same picture again, if no other came between.
 
@@ -79,6 +74,11 @@ class Remembering:
 
     def __getattr__(self, name: str) -> Any:
         return getattr(self._processor, name)
+
+    @property
+    def names(self) -> set[str]:
+        """The names of what the processor made of the last picture."""
+        return set(self._last[1]) if self._last else set()
 
     def __call__(self, images: Any, *args: Any, **kwargs: Any) -> Any:
         asked, last = (_flat(images), args, kwargs), self._last
@@ -115,9 +115,12 @@ class Prompter:
         config = self.loaded.model.config
         self.processor = self.loaded.processor
         self._once = copy.copy(self.processor)
-        self._once.image_processor = Remembering(self.processor.image_processor)
-        self._asked: tuple[tuple[str, int], str] | None = None  # the last question, and its prompt
+        self._images = Remembering(self.processor.image_processor)
+        self._once.image_processor = self._images
         self.tokenizer = self.processor.tokenizer
+        self._texts = Texts(self.processor)
+        self._place: tuple[Any, Place | None] = None, None  # a picture, and its place in a prompt
+        self.places = False  # whether further questions about a picture leave the processor out
         self.family = str(config.model_type)
         self.seq2seq = bool(config.is_encoder_decoder)
         self.image_id = getattr(config, "image_token_id", None)
@@ -148,7 +151,7 @@ class Prompter:
                 or there are several pictures and the family takes one.
         """
         prompt = self.prompt(images, question)
-        tokens = self._images(prompt.ids)
+        tokens = self._of_images(prompt.ids)
         ids, cut = self.fitted(len(prompt.ids), question, answers, tokens)
         return Features(prompt.ids, ids, prompt.aligned, prompt.extras, cut)
 
@@ -160,7 +163,7 @@ class Prompter:
         """
         images = images if isinstance(images, list) else [images]
         if not self.control.occurs_in(question):
-            return self._prompt(images, question)
+            return self._placed(images, question) or self._prompt(images, question)
         ids, aligned, extras = self._guarded._prompt(images, self.control.hidden(question))
         ids, *values = self.control.shown(ids, *aligned.values())
         return Prompt(ids, dict(zip(aligned, values, strict=True)), extras)
@@ -168,10 +171,7 @@ class Prompter:
     def _prompt(self, images: Sequence[Any], question: str) -> Prompt:
         text = self.prompt_text(question, len(images))
         self._check_places(text, len(images))
-        # A template that writes the begin token itself must not get a second one.
-        begin = self.tokenizer.bos_token
-        bare = self.has_template and begin and text.startswith(begin)
-        options = {"add_special_tokens": False} if bare else {}
+        options = {"add_special_tokens": False} if self._is_begun(text) else {}
         try:
             inputs = self._once(text=[text], images=[[*images]], return_tensors="pt", **options)
         except MemoryError:
@@ -192,7 +192,58 @@ class Prompter:
             while len(ids) > 1 and int(ids[-1]) in closing:  # GIT's prompt is closed by [SEP]
                 ids = ids[:-1]
         aligned = {k: v[: len(ids)] for k, v in aligned.items()}
-        return Prompt(ids, aligned, dict(inputs))
+        prompt = Prompt(ids, aligned, dict(inputs))
+        if self.places and len(images) == 1:
+            self._place = images[0], self._learned(text, prompt)
+        return prompt
+
+    def _is_begun(self, text: str) -> bool:
+        """Whether a template writes the begin token itself, which must not come twice."""
+        begin = self.tokenizer.bos_token
+        return bool(self.has_template and begin and text.startswith(begin))
+
+    def _placed(self, images: Sequence[Any], question: str) -> Prompt | None:
+        """A further question about a picture; None for another picture or another form of text."""
+        image, place = self._place
+        if not self.places or place is None or len(images) != 1 or images[0] is not image:
+            return None
+        return place.prompt(self._tokens(self.prompt_text(question)))
+
+    def _learned(self, text: str, prompt: Prompt) -> Place | None:
+        """The place of a picture in a prompt of the processor, if it can be filled anew."""
+        if not self.has_template or not prompt.extras.keys() <= self._images.names:
+            return None
+        names = (getattr(self.processor, n, None) for n in ("image_token", "boi_token"))
+        marks = {self.tokenizer.convert_tokens_to_ids(str(name)) for name in names if name}
+        marks = (marks | {self.image_id}) - {self.tokenizer.unk_token_id}
+        added = self.tokenizer.added_tokens_decoder
+        return Place.learned(self._tokens(text), prompt, marks, added)
+
+    def _tokens(self, text: str) -> list[int]:
+        """The tokens of a prompt's text, with those that the tokenizer puts around it."""
+        if self._is_begun(text) or not self.tokenizer.num_special_tokens_to_add():
+            return self._texts.ids(text)
+        return self.tokenizer(text).input_ids
+
+    def prepare(self, rows: Iterable[tuple[str, Sequence[str]]]) -> None:
+        """Renders and tokenizes the texts of rows that are encoded next, in few calls.
+
+        Args:
+            rows: the question and the answers of each row.
+        """
+        if self.has_template:
+            plain = [row for row in rows if not self.control.occurs_in(row[0], *row[1])]
+            self._texts.prepare(Dialogue(q, a) for q, answers in plain for a in (None, *answers))
+
+    def places_hold(self, pictures: list[Any], first: str, second: str) -> bool:
+        """Whether a second question about pictures has the prompt that the processor makes."""
+        if self.control.occurs_in(first, second):
+            return True
+        with suppress(DataError):  # which the row itself will have
+            self._prompt(pictures, first)
+            placed = self._placed(pictures, second)
+            return placed is None or same(placed, self._prompt(pictures, second))
+        return True
 
     def _check_places(self, text: str, pictures: int) -> None:
         """Refuses several pictures where the prompt has no place for each of them.
@@ -231,24 +282,23 @@ class Prompter:
         if self.seq2seq:  # a separate text, which begins as every text of this tokenizer
             return self.tokenizer(answer).input_ids
         if self.has_template:
-            return self._continuation(
-                self._render(question), self._render(question, answer), answer
-            )
+            asked, said = Dialogue(question), Dialogue(question, answer)
+            return self._continuation(self._texts.render(asked), self._texts.render(said), answer)
         _, form = PLAIN.get(self.family, ("", "{}"))
-        return self._ids(form.replace("{}", answer))
+        return self._texts.ids(form.replace("{}", answer))
 
     def text_length(self, question: str) -> int:
         """Number of tokens of a prompt without the picture's own."""
         if not self.control.occurs_in(question):
-            return len(self._ids(self.prompt_text(question)))
+            return len(self._texts.ids(self.prompt_text(question)))
         guarded = self._guarded
-        ids = guarded._ids(guarded.prompt_text(self.control.hidden(question)))
+        ids = guarded._texts.ids(guarded.prompt_text(self.control.hidden(question)))
         return len(self.control.shown(torch.tensor(ids))[0])
 
     def prompt_text(self, question: str, pictures: int = 1) -> str:
         """The text of the prompt, with the places of the pictures before the question."""
         if self.has_template:
-            return self._render(question, pictures=pictures)
+            return self._texts.render(Dialogue(question, pictures=pictures))
         image = str(getattr(self.processor, "image_token", None) or "")
         prompt, _ = PLAIN.get(self.family, ("{image}{}\n", "{}"))
         return prompt.replace("{image}", image * pictures).replace("{}", question)
@@ -257,41 +307,22 @@ class Prompter:
         """The value of an aligned input at the tokens of an answer."""
         return ANSWER_TYPE.get(self.family, 0) if name == "token_type_ids" else 0
 
-    def _render(self, question: str, answer: str | None = None, pictures: int = 1) -> str:
-        if answer is not None:
-            return self._rendered(question, answer, pictures)
-        asked = self._asked
-        if asked is None or asked[0] != (question, pictures):
-            rendered = self._rendered(question, None, pictures)
-            asked = self._asked = (question, pictures), rendered
-        return asked[1]
-
-    def _rendered(self, question: str, answer: str | None, pictures: int) -> str:
-        user = [*[{"type": "image"}] * pictures, {"type": "text", "text": question}]
-        turns: list[dict[str, Any]] = [{"role": "user", "content": user}]
-        if answer is not None:
-            turns.append({"role": "assistant", "content": [{"type": "text", "text": answer}]})
-        return self.processor.apply_chat_template(
-            turns, add_generation_prompt=answer is None, tokenize=False
-        )
-
     def _continuation(self, prompt: str, whole: str, answer: str) -> list[int]:
         """The tokens that follow the prompt in the whole dialogue."""
         if not whole.startswith(prompt):
-            return self._ids(answer)
-        asked, said = self._ids(prompt), self._ids(whole)
+            return self._texts.ids(answer)
+        asked, said = self._texts.ids(prompt), self._texts.ids(whole)
         if said[: len(asked)] != asked:  # a token spans the boundary: split the text instead
-            asked, said = [], self._ids(whole[len(prompt) :])
+            asked, said = [], self._texts.ids(whole[len(prompt) :])
         said = said[len(asked) :]
         if self.ends.isdisjoint(said):  # the template puts white space after a turn
-            shorter = self._ids(whole.rstrip())[len(asked) :] if asked else self._ids(answer)
+            shorter = (
+                self._texts.ids(whole.rstrip())[len(asked) :] if asked else self._texts.ids(answer)
+            )
             said = shorter or said
         return said
 
-    def _ids(self, text: str) -> list[int]:
-        return self.tokenizer(text, add_special_tokens=False).input_ids
-
-    def _images(self, prompt: Tensor) -> int | None:
+    def _of_images(self, prompt: Tensor) -> int | None:
         """Number of image tokens in a prompt; None if the model has no such token."""
         images = int((prompt == self.image_id).sum()) if self.image_id is not None else None
         if images == 0:
