@@ -28,6 +28,7 @@ import torch
 from torch import Tensor
 
 from fedvlm.batches.prompts import Features, Prompter
+from fedvlm.batches.texts import TOGETHER
 from fedvlm.data.fingerprint import PICTURE
 from fedvlm.data.pictures import Pictures
 from fedvlm.data.scenes import cache_folder
@@ -36,7 +37,6 @@ from fedvlm.errors import DataError
 from fedvlm.version import __version__
 
 BUFFER = 1 << 26  # bytes per write
-TOGETHER = 256  # most rows whose texts are tokenized together
 Encode = Callable[[Sequence[int]], Iterator[Features | DataError]]
 """The positions of rows -> their features, or the reason why a row has none."""
 

@@ -16,7 +16,8 @@ from PIL import Image
 
 from fedvlm import processes
 from fedvlm.batches.prompts import Prompter
-from fedvlm.data.fingerprint import picture_of
+from fedvlm.batches.texts import TOGETHER
+from fedvlm.data.fingerprint import keys_of_pictures
 from fedvlm.data.pictures import Pictures
 from fedvlm.errors import DataError
 
@@ -89,32 +90,44 @@ def check_rows(
     cuts: dict[int, int] = {}
     checker = Checker(prompter)
 
+    keys = keys_of_pictures(rows)
     known: dict[tuple[str, ...], Sizes] = {}  # hash and names of a row's pictures -> their sizes
 
     def sizes(index: int) -> Sizes | DataError:
-        row = rows[index]
-        key = picture_of(row)
+        key = keys[index]
         try:
-            found = known.get(key) or tuple(p.size for p in pictures.open_all(row["image"]))
+            found = known.get(key) or opened(index)
         except DataError as error:
             return error
         if key:
             known[key] = found
         return found
 
-    texts = rows.remove_columns("image")
+    def opened(index: int) -> Sizes:
+        return tuple(p.size for p in pictures.open_all(rows[index]["image"]))
+
+    texts, some = rows.remove_columns("image"), list[dict[str, Any]]()
     with ThreadPoolExecutor(processes.cores()) as pool:
         for index, found in enumerate(pool.map(sizes, range(len(rows)))):
+            if index % TOGETHER == 0:
+                some = separate(texts[index : index + TOGETHER])
+                prompter.prepare((row["question"], answers_of(row, roles)) for row in some)
             try:
                 if isinstance(found, DataError):
                     raise found
-                row = texts[index]
+                row = some[index % TOGETHER]
                 if cut := checker.cut(found, row["question"], answers_of(row, roles)):
                     cuts[index] = cut
             except DataError as error:
                 problems[index] = str(error)
             told(index + 1, len(rows))
     return problems, cuts
+
+
+def separate(batch: Mapping[str, Sequence[Any]]) -> list[dict[str, Any]]:
+    """The rows of a batch of columns."""
+    rows = zip(*batch.values(), strict=True)
+    return [dict(zip(batch, values, strict=True)) for values in rows]
 
 
 def answers_of(row: Mapping[str, Any], roles: Sequence[str]) -> list[str]:

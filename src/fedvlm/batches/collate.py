@@ -15,7 +15,7 @@ from PIL.Image import Image
 from torch import Tensor
 
 from fedvlm.batches.ahead import Encoded, by_picture, encode_ahead, fingerprint
-from fedvlm.batches.check import answers_of, check_rows, warn_of_cuts
+from fedvlm.batches.check import answers_of, check_rows, separate, warn_of_cuts
 from fedvlm.batches.objectives import IGNORE
 from fedvlm.batches.prompts import Features, Prompter
 from fedvlm.data.fingerprint import keys_of_pictures, picture_of
@@ -145,10 +145,7 @@ class Collator:
 
     def _encode_many(self, indices: Sequence[int]) -> Iterator[Features | DataError]:
         """As :meth:`_encode`, with the texts of all rows in few calls."""
-        batch = self._texts[list(indices)]
-        rows = [
-            dict(zip(batch, values, strict=True)) for values in zip(*batch.values(), strict=True)
-        ]
+        rows = separate(self._texts[list(indices)])
         self.prompter.places = self._places_hold
         self.prompter.prepare((row["question"], answers_of(row, self.roles)) for row in rows)
         for index, row in zip(indices, rows, strict=True):

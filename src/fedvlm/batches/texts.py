@@ -11,6 +11,8 @@ from collections.abc import Iterable, Sequence
 from contextlib import suppress
 from typing import Any, NamedTuple
 
+TOGETHER = 256  # most rows whose texts are prepared together
+
 
 class Dialogue(NamedTuple):
     """A question about pictures, and its answer; without an answer, the prompt for one."""
