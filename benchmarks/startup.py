@@ -3,10 +3,11 @@
 Each command is a new process with one thread. A run has an empty cache and ends by an exception
 after its first training, so it loads, encodes and scores. Both sides take turns.
 
-    python benchmarks/startup.py OTHER [--quick] [--repeats 3] [--data vqarad.parquet]
+    python benchmarks/startup.py OTHER [--quick] [--repeats 3] [--data FILE [--set KEY=VALUE ...]]
 
-OTHER is a checkout of another commit; without it, this checkout is beside itself. With `--data`,
-clients are the values of the column `site`. The last line is `RATIO <number> <what>`.
+OTHER is a checkout of another commit; without it, this checkout is beside itself. FILE is
+vqarad.parquet; clients are the values of its column `site`, and `--set` adds settings to the plan
+and the run on it. The last line is `RATIO <number> <what>`.
 """
 
 from __future__ import annotations
@@ -46,6 +47,7 @@ def main() -> None:
     parser.add_argument("--quick", action="store_true", help="one turn of two short commands")
     parser.add_argument("--repeats", type=int, default=3, help="turns (default: %(default)s)")
     parser.add_argument("--data", type=Path, help="parquet file with the columns of vqarad.parquet")
+    parser.add_argument("--set", nargs="+", default=[], help="more settings of runs on --data")
     options = parser.parse_args()
     print(environment())
     work = {name: ["-m", "fedvlm", *words.split()] for name, words in COMMANDS.items()}
@@ -54,7 +56,8 @@ def main() -> None:
     else:
         work["first step"] = ["-c", STEP]
     if options.data:
-        real = [f"data.path={options.data.resolve()}", "partition.column=site"]
+        real = [f"data.path={options.data.resolve()}", "partition.column=site", *options.set]
+        work["--dry-run, data"] = ["-m", "fedvlm", "run", "--dry-run", *real]
         work["first step, data"] = ["-c", STEP, *real]
     last = 0.0
     for name, words in work.items():
