@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 
+import again
 import smallest
 from fedvlm.processes import cores
 from forked import Commands, Warm
@@ -66,6 +67,15 @@ def _no_reports():
     with pytest.MonkeyPatch.context() as patch:
         for function in (runs.run, runs.resume, runs.compare):
             patch.setitem(function.__kwdefaults__, "report", False)
+        yield
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _read_once():
+    """Runs copy the models, rows and versions that an earlier run of this process has read."""
+    with pytest.MonkeyPatch.context() as patch:
+        for module, name, function in again.replacements():
+            patch.setattr(module, name, function)
         yield
 
 

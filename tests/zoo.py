@@ -20,6 +20,8 @@ WIDTH, SIDE, PATCH = 32, 32, 8
 CENTRE = {"image_mean": [0.5] * 3, "image_std": [0.5] * 3}
 SQUARE = {"height": SIDE, "width": SIDE}
 LENGTH = 512
+FOLDERS: set[str] = set()
+"""The folders of all models that this process has saved."""
 SHARP = re.compile(r"\b(q|k|q_proj|k_proj|query|key)\.weight$")  # attention that picks and chooses
 
 
@@ -97,6 +99,7 @@ def save(config: Any, processor: Any, folder: Path, *, eos: list[str], **generat
     )
     model.save_pretrained(folder)
     processor.save_pretrained(folder)
+    FOLDERS.add(str(folder))
 
 
 def special(tokenizer: Any) -> dict[str, Any]:
