@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gc
 import os
 import shutil
 
@@ -21,6 +22,9 @@ from fedvlm.processes import cores
 from forked import Commands, Warm
 
 SHARED = Path(__file__).parents[2] / "shared" / "data"
+
+# Runs make little that is garbage in circles, and a search for it costs more than it frees.
+gc.set_threshold(50_000)
 
 
 @pytest.fixture(scope="session", autouse=True)
