@@ -67,14 +67,19 @@ def engines(settings, *overrides, folder):
     return found
 
 
-def prepared(folder):
+def prepared(folder, **scenes):
     """Settings of a small run, both engines for it, and a folder.
 
-    An algorithm changes neither the model nor its rows, so that tests of many share this.
+    An algorithm changes neither the model nor its rows, so that tests of many share this. The same
+    holds for settings of training.
+
+    Args:
+        folder: the folder.
+        scenes: settings of the scenes that differ from the usual ones.
     """
     settings = {
         "model": {"name": smallest.model()},
-        "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16}},
+        "data": {"scenes": {"style": "mixed", "sites": 3, "rows": 16, **scenes}},
         "partition": {"min_rows": 4},
         "train": {"rounds": 2, "local_steps": 2, "batch_size": 4, "lr": 0.001},
         "eval": {"every": 0, "max_rows": 2, "max_new_tokens": 3},

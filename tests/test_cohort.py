@@ -48,7 +48,7 @@ def both(tmp_path, settings, *overrides, tolerance=TOLERANCE, factors=True):
     assert_same(*played, tolerance, factors=factors)
 
 
-SETTINGS = {
+OF_TRAINING = {
     "plain": [],
     "rounds of local epochs": [
         "train.local_steps=null",
@@ -64,36 +64,55 @@ SETTINGS = {
     ],
     "hard clipping": ["train.max_grad_norm=0.05"],
     "no clipping": ["train.max_grad_norm=null"],
+    "sampled cohort": ["train.clients_per_round=2"],
+    "sorted by length": ["train.sort_by_length=true"],
+    "micro-batches": ["train.batch_size=5", "engine.micro_batch=2"],
+}
+OF_PREPARATION = {
     "dropout": ["lora.dropout=0.2"],
     "preferences": ["objective.name=dpo"],
     "ipo": ["objective.name=dpo", "objective.loss=ipo"],
     "passes of two": ["engine.clients=2"],
-    "sampled cohort": ["train.clients_per_round=2"],
     "rslora on language": ["lora.rslora=true", "lora.target=language"],
     "checkpointing": ["model.gradient_checkpointing=true"],
     "checkpointing of preferences": [
         "model.gradient_checkpointing=true",
         "objective.name=dpo",
     ],
-    "sorted by length": ["train.sort_by_length=true"],
-    "micro-batches": ["train.batch_size=5", "engine.micro_batch=2"],
     "micro-batches of preferences": ["objective.name=dpo", "engine.micro_batch=3"],
     "micro-batches with dropout": ["lora.dropout=0.2", "engine.micro_batch=3"],
 }
+UNEQUAL = {"style": "quantity", "sites": 4, "rows": 14}
+"""Scenes of sites with different numbers of rows."""
 
 
-@pytest.mark.parametrize("name", SETTINGS)
-def test_every_setting_trains_the_same_adapters(small, tmp_path, name):
-    small["data"]["scenes"] |= {"style": "quantity", "sites": 4, "rows": 14}
+@pytest.fixture(scope="module")
+def unequal(tmp_path_factory):
+    """Both engines for sites with different numbers of rows, prepared once."""
+    return prepared(tmp_path_factory.mktemp("unequal"), **UNEQUAL)
+
+
+@pytest.mark.parametrize("name", OF_TRAINING)
+def test_every_setting_of_training_trains_the_same_adapters(unequal, name):
+    settings, sides, folder = unequal
+    rule = EXACT, "algorithm.name=plora", "train.average=none", *OF_TRAINING[name]
+    played = [play(*switched(*side, settings, *rule, folder=folder)) for side in sides]
+    assert_same(*played, TOLERANCE)
+
+
+@pytest.mark.parametrize("name", OF_PREPARATION)
+def test_every_setting_of_preparation_trains_the_same_adapters(small, tmp_path, name):
+    small["data"]["scenes"] |= UNEQUAL
     small["train"] |= {"lr": 0.001}
-    both(tmp_path, small, EXACT, *SETTINGS[name])
+    both(tmp_path, small, EXACT, *OF_PREPARATION[name])
 
 
 @pytest.mark.parametrize("name", ["plain", "rounds of local epochs", "preferences"])
 def test_engines_agree_to_rounding_with_plain_sgd(small, tmp_path, name):
-    small["data"]["scenes"] |= {"style": "quantity", "sites": 4, "rows": 14}
+    small["data"]["scenes"] |= UNEQUAL
     small["train"] |= {"optimizer": "sgd", "lr": 0.1}
-    both(tmp_path, small, *SETTINGS[name], tolerance=1e-6)
+    rule = (OF_TRAINING | OF_PREPARATION)[name]
+    both(tmp_path, small, *rule, tolerance=1e-6)
 
 
 SHARED_RULES = {
