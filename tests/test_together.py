@@ -110,9 +110,9 @@ def test_a_stretch_that_resumes_continues_with_the_optimizer_of_the_one_before(p
         sessions, train = [], engine._train
 
         def watched(group, train=train, sessions=sessions):
-            outcomes, session = train(group)
+            outcomes, session, values = train(group)
             sessions.append(getattr(session, "optimizer", session))
-            return outcomes, session
+            return outcomes, session, values
 
         engine._train = watched
         list(engine.train([Task(Visit(c, 1.0, round=1), {}) for c in partition.clients]))
@@ -248,7 +248,7 @@ def test_a_program_runs_until_all_have_what_they_asked_for():
     def train(group):
         seen.append("".join(member.task.client for member in group))
         trained = together.Trained({}, {})
-        return [together.Outcome(trained, []) for _ in group], object()
+        return [together.Outcome(trained, torch.zeros(0)) for _ in group], object()
 
     together.perform(members, train, lambda client, trees: ())
     assert seen == ["xz", "y", "xy", "x"]

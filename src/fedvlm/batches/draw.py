@@ -8,6 +8,9 @@ from typing import NamedTuple
 
 import numpy as np
 
+Batches = Mapping[int, np.ndarray]
+"""Place of a client in a pass -> the rows of its batch."""
+
 
 class Length(NamedTuple):
     """How batches are sorted, see :func:`batches`.
@@ -70,12 +73,34 @@ def pieces(rows: np.ndarray, size: int | None) -> list[np.ndarray]:
     return [rows[start : start + size] for start in range(0, len(rows), size)]
 
 
-def beside(drawn: Mapping[int, np.ndarray]) -> tuple[np.ndarray, int]:
+def beside(drawn: Batches) -> tuple[np.ndarray, int]:
     """Rows of several clients in blocks of equal size, and this size."""
     sizes = [len(rows) for rows in drawn.values()]
     size = max(sizes)
     alike = min(sizes) == size
     return np.concatenate([rows if alike else filled(rows, size) for rows in drawn.values()]), size
+
+
+class Part(NamedTuple):
+    """A micro-batch of each of some clients.
+
+    Attributes:
+        drawn: the clients' rows.
+        rows: these rows in blocks of equal size.
+        size: the number of rows of a block.
+    """
+
+    drawn: Batches
+    rows: np.ndarray
+    size: int
+
+
+def parts_of(drawn: Batches, most: int | None) -> list[Part]:
+    """The clients' batches side by side, at most ``most`` rows of a client at a time; None: all."""
+    cut = {k: pieces(rows, most) for k, rows in drawn.items()}
+    count = max(map(len, cut.values()))
+    parts = ({k: own[n] for k, own in cut.items() if n < len(own)} for n in range(count))
+    return [Part(part, *beside(part)) for part in parts]
 
 
 def filled(rows: np.ndarray, size: int) -> np.ndarray:

@@ -10,7 +10,6 @@ numbers of patches, and ``lora.dropout``, because each client has its own random
 from __future__ import annotations
 
 import contextlib
-import itertools
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -19,7 +18,7 @@ import torch
 from torch import Tensor
 
 from fedvlm.algorithms.base import Trained, Validation
-from fedvlm.batches.draw import beside, filled, pieces
+from fedvlm.batches.draw import Batches, Part, beside, filled, parts_of, pieces
 from fedvlm.batches.objectives import Terms, adapter_off
 from fedvlm.batches.prompts import Features
 from fedvlm.engines.base import Answer
@@ -40,8 +39,6 @@ from fedvlm.models.stack import Stack
 from fedvlm.seeds import derive
 from fedvlm.tree import Tree, silent
 
-Batches = Mapping[int, np.ndarray]
-"""Place of a client in the stack -> the rows of its batch."""
 Work = Callable[[np.ndarray], list[Any]]
 """Rows -> a result for each of them."""
 
@@ -60,19 +57,22 @@ class CohortEngine(PerUnit):
             self._watch()
         self.width = self.config.engine.clients or self._fitting(self._batch_rows)
 
-    def _train(self, group: Sequence[Member]) -> tuple[list[Outcome], Session]:
+    def _train(self, group: Sequence[Member]) -> tuple[list[Outcome], Session, Sequence[Tensor]]:
         if self.plans:
             return self._train_units(group[0])
         begins, trains = [member.wanted.begin for member in group], group[0].wanted.trains
+        steps = self._plan(group)
+        if steps and not self._alone(steps[0][0]):
+            self.collator.prefetch(steps[0][0].rows)
         self.stack.load(begins, self.device, trains)
         self._switch(training=True)
         session = self._session(group, self.stack.runs)
-        losses = self._steps_of(group, session)
+        losses, each = self._steps_of(group, session, steps)
         outcomes = [
             Outcome(Trained(tree, self._path(member)), own)
             for tree, member, own in zip(self.stack.trees(), group, losses, strict=True)
         ]
-        return outcomes, session
+        return outcomes, session, [*self.stack.runs.all, each]
 
     def _session(self, group: Sequence[Member], runs: Runs) -> Session:
         """The optimizer of a stretch: a fresh one, or the optimizer of the previous stretch."""
@@ -85,20 +85,27 @@ class CohortEngine(PerUnit):
         places = [member.place for member in group]
         return first.session.resumed(fresh, places, first.resumable)
 
-    def _steps_of(self, group: Sequence[Member], session: Session) -> list[list[Tensor]]:
-        """Trains the loaded clients; returns the losses of each client, one a step."""
+    def _steps_of(
+        self, group: Sequence[Member], session: Session, steps: Sequence[list[Part]]
+    ) -> tuple[Sequence[Tensor], Tensor]:
+        """Trains the loaded clients.
+
+        Returns:
+            The losses of each client, one a step, and the tensor that holds all losses.
+        """
         limit, runs = self.config.train.max_grad_norm, self.stack.runs.all_trained
         extras = Extras([member.wanted for member in group], session.trained)
-        streams = Streams([derive(*self._seed(member), "dropout") for member in group])
-        losses: list[list[Tensor]] = [[] for _ in group]
-        plan = self._plan(group)
-        for number, active in enumerate(plan):
-            following = plan[number + 1] if number + 1 < len(plan) else None
+        streams = Streams(lambda k: derive(*self._seed(group[k]), "dropout"))
+        losses, clients = [], list[int]()
+        for number, parts in enumerate(steps):
+            active = parts[0].drawn
+            following = steps[number + 1][0] if number + 1 < len(steps) else None
             done = [k for k in range(len(group)) if k not in active]
             if number:
                 session.leave(done)
             self.stack.runs.zero_grad()
-            found = self._backward(active, following, streams)
+            losses.append(self._backward(parts, following, streams))
+            clients += active
             extras.before()
             if limit:
                 clip(runs, limit)
@@ -109,67 +116,73 @@ class CohortEngine(PerUnit):
             with torch.no_grad():
                 for run, ended in zip(runs, kept, strict=False):
                     run[:, done] = ended
-            for k, loss in zip(active, found, strict=True):
-                losses[k].append(loss)
-        return losses
+        by_client = sorted(range(len(clients)), key=clients.__getitem__)
+        each = torch.cat(losses)[by_client] if losses else torch.zeros(0)
+        return each.split([clients.count(k) for k in range(len(group))]), each
 
-    def _plan(self, group: Sequence[Member]) -> list[Batches]:
-        """The batches of each step, for the clients that still have steps to do."""
+    def _plan(self, group: Sequence[Member]) -> list[list[Part]]:
+        """The micro-batches of each step, for the clients that still have steps to do."""
         drawn = [list(self._batches(member)) for member in group]
-        most = max(map(len, drawn))
-        return [{k: own[n] for k, own in enumerate(drawn) if n < len(own)} for n in range(most)]
+        active = (
+            {k: own[n] for k, own in enumerate(drawn) if n < len(own)}
+            for n in range(max(map(len, drawn)))
+        )
+        return [parts_of(batches, self.config.engine.micro_batch) for batches in active]
 
-    def _backward(
-        self, drawn: Batches, following: Batches | None, streams: Streams
-    ) -> list[Tensor]:
-        """Computes gradients of the sum of the clients' mean losses; returns these losses.
+    def _backward(self, parts: Sequence[Part], following: Part | None, streams: Streams) -> Tensor:
+        """Computes gradients of the sum of the clients' mean losses.
 
         Args:
-            drawn: the batches of the active clients.
-            following: the batches of the next step, which are collated meanwhile.
+            parts: the micro-batches of a step; the first has all active clients.
+            following: the first micro-batch of the next step, which is collated meanwhile.
             streams: the random streams of the clients.
-        """
-        weights = {k: self._weight(rows) for k, rows in drawn.items()}
-        parts = self._parts(drawn)
-        coming = [*parts[1:], *self._parts(following)[:1]] if following else parts[1:]
-        losses: dict[int, Tensor] = {}
-        for part, after in itertools.zip_longest(parts, coming):
-            for k, loss in self._backward_part(part, after, weights, streams).items():
-                losses[k] = losses[k] + loss if k in losses else loss
-        return list(losses.values())
 
-    def _parts(self, drawn: Batches) -> list[Batches]:
-        """The clients' micro-batches side by side."""
-        if not self.config.engine.micro_batch:
-            return [drawn]
-        cut = {k: pieces(rows, self.config.engine.micro_batch) for k, rows in drawn.items()}
-        most = max(map(len, cut.values()))
-        return [{k: own[n] for k, own in cut.items() if n < len(own)} for n in range(most)]
+        Returns:
+            The mean losses ``[active clients]``.
+        """
+        weights = dict.fromkeys(parts[0].drawn, 0)
+        for part in parts:
+            for k, rows in part.drawn.items():
+                weights[k] += self._weight(rows)
+        places = {k: place for place, k in enumerate(weights)}
+        found: Tensor | None = None
+        for part, after in zip(parts, [*parts[1:], following], strict=True):
+            own = self._backward_part(part, after, weights, streams)
+            if found is None:
+                found = own
+            else:
+                at = torch.tensor([places[k] for k in part.drawn], device=own.device)
+                found = found.index_add(0, at, own)
+        assert found is not None, "a step has a batch"
+        return found
+
+    def _alone(self, part: Part) -> bool:
+        """Whether the clients of a micro-batch are trained one after another."""
+        return bool(self.config.lora.dropout) or not self._side_by_side(part.drawn)
 
     def _backward_part(
-        self, drawn: Batches, after: Batches | None, weights: Mapping[int, int], streams: Streams
-    ) -> dict[int, Tensor]:
+        self, part: Part, after: Part | None, weights: Mapping[int, int], streams: Streams
+    ) -> Tensor:
         """The same for one micro-batch of each client; returns its part of each loss."""
-        if self.config.lora.dropout or not self._side_by_side(drawn):
-            return {
-                k: self._backward_one(k, rows, weights[k], streams) for k, rows in drawn.items()
-            }
-        rows, size = beside(drawn)
+        drawn, rows, size = part
+        if self._alone(part):
+            each = [self._backward_one(k, own, weights[k], streams) for k, own in drawn.items()]
+            return torch.stack(each)
         self.stack.activate(list(drawn))
         try:
             terms = self._terms(rows)
         except Ragged:
             self._packed = True
-            return self._backward_part(drawn, None, weights, streams)
+            return self._backward_part(part, None, weights, streams)
         if after:
-            self.collator.prefetch(beside(after)[0])
+            self.collator.prefetch(after.rows)
         loss = terms.loss.view(len(drawn), size)
-        if any(len(rows) < size for rows in drawn.values()):
-            real = torch.tensor([[i < len(rows) for i in range(size)] for rows in drawn.values()])
+        if len(rows) > sum(map(len, drawn.values())):
+            real = torch.tensor([[i < len(own) for i in range(size)] for own in drawn.values()])
             loss = loss * real.to(self.device)
         means = loss.sum(1) / torch.tensor([weights[k] for k in drawn], device=self.device)
         means.sum().backward()
-        return dict(zip(drawn, means.detach(), strict=True))
+        return means.detach()
 
     def _backward_one(self, client: int, rows: np.ndarray, weight: int, streams: Streams) -> Tensor:
         self.stack.activate([client])

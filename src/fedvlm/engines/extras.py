@@ -20,6 +20,8 @@ class Extras:
     """
 
     def __init__(self, asks: Sequence[Train], trained: Mapping[str, Place]):
+        if not any(ask.terms or ask.mask for ask in asks):
+            trained = {}
         self.trained = {name: place.of(place.run.detach()) for name, place in trained.items()}
         self.grads = {name: place.grad for name, place in trained.items()}
         self.constants: dict[str, Tensor] = {}

@@ -62,16 +62,16 @@ class PerUnit(Shell):
         """Whether all pictures of the rows have the same shape."""
         raise NotImplementedError
 
-    def _train_units(self, member: Member) -> tuple[list[Outcome], Session]:
+    def _train_units(self, member: Member) -> tuple[list[Outcome], Session, Sequence[Tensor]]:
         """Trains one client by its plan."""
         ask, plan = member.wanted, self.plans[member.task.client]
-        limit, losses = self.config.train.max_grad_norm, []
+        limit, losses = self.config.train.max_grad_norm, list[Tensor]()
         samples, most = self._samples(member), self._most_units
         runs = Runs()
         runs.load([ask.begin], self.stack.places(self.device), ask.trains)
         session, extras = self._session([member], runs), Extras([ask], runs.trained)
         own = {n: place.of(place.run.detach())[0] for n, place in runs.places.items()}
-        streams = Streams([derive(*self._seed(member), "dropout")])
+        streams = Streams(lambda _: derive(*self._seed(member), "dropout"))
         self._switch(training=True)
         for units in samples:
             adapter = {n: t.contiguous() for n, t in own.items()}
@@ -89,7 +89,8 @@ class PerUnit(Shell):
             each = torch.cat(found) if found else torch.zeros(0)
             losses.append(each.mean() if len(each) else torch.zeros(()))
         (end,) = runs.trees()
-        return [Outcome(Trained(end, self._path(member)), losses)], session
+        each = torch.stack(losses) if losses else torch.zeros(0)
+        return [Outcome(Trained(end, self._path(member)), each)], session, [*runs.all, each]
 
     @cached_property
     def _most_units(self) -> int:

@@ -31,7 +31,7 @@ class ReferenceEngine(Shell):
         super().__init__(*args, **options)
         self.params = lora.handles(self.model)
 
-    def _train(self, group: Sequence[Member]) -> tuple[list[Outcome], Any]:
+    def _train(self, group: Sequence[Member]) -> tuple[list[Outcome], Any, Sequence[torch.Tensor]]:
         (member,) = group
         ask, limit = member.wanted, self.config.train.max_grad_norm
         lora.write(self.params, ask.begin)
@@ -55,7 +55,8 @@ class ReferenceEngine(Shell):
             optimizer.step()
             put_back(ask, trained)
         end = Trained(lora.read(self.params), self._path(member))
-        return [Outcome(end, losses)], optimizer
+        each = torch.stack(losses) if losses else torch.zeros(0)
+        return [Outcome(end, each)], optimizer, [*end.end.values(), each]
 
     def _optimizer(
         self, trained: dict[str, torch.nn.Parameter], visit: Visit

@@ -14,6 +14,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from torch import Tensor
 
 from fedvlm.algorithms.base import Algorithm, Local, Validation
 from fedvlm.batches import objectives
@@ -98,8 +99,13 @@ class Shell:
 
     # -- implemented by each engine
 
-    def _train(self, group: Sequence[Member]) -> tuple[list[Outcome], Any]:
-        """Trains clients whose requests are of one kind; see :mod:`fedvlm.engines.together`."""
+    def _train(self, group: Sequence[Member]) -> tuple[list[Outcome], Any, Sequence[Tensor]]:
+        """Trains clients whose requests are of one kind; see :mod:`fedvlm.engines.together`.
+
+        Returns:
+            Outcomes, the optimizer's session, and tensors that hold all factors and losses of the
+            outcomes, or the parameters of which the factors are copies.
+        """
         raise NotImplementedError
 
     def _validate(self, trees: Sequence[Tree], rows: np.ndarray) -> list[Validation]:
@@ -157,8 +163,8 @@ class Shell:
             raise FedVLMError("the algorithm asks for training of no factor of the adapter")
         for member in group:
             self._check_whole(member.task.client, member.wanted.begin)
-        outcomes, session = self._train(group)
-        check_finite(group, outcomes)
+        outcomes, session, values = self._train(group)
+        check_finite(group, outcomes, values)
         return outcomes, session
 
     def _switch(self, training: bool) -> None:
@@ -207,11 +213,12 @@ class Shell:
             # A client that sends nothing has its final model; else the trained adapter counts.
             own = self.algorithm.model(self.adapter, task.down, sent.keep)
             self.ended[task.client] = member.end if sent.up and member.end else own
-        loss = torch.stack(member.losses).mean().item() if member.losses else 0.0
+        losses = torch.cat(member.losses) if member.losses else torch.zeros(0)
+        loss = losses.mean().item() if len(losses) else 0.0
         # Under differential privacy, the number of rows is not for the server.
         private = self.config.privacy.unit is not None
         weight = 1 if private else len(self.partition.splits[task.client].train)
-        counts = len(member.losses), self._passes[task.client]
+        counts = len(losses), self._passes[task.client]
         return Reply(task.client, upload, weight, loss, *counts), joined(sent.keep, memory)
 
     # -- stretches of training, for both engines

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -66,10 +66,14 @@ class Session:
 
 
 class Streams:
-    """One random stream a client, for dropout: the state of the global generator is swapped."""
+    """One random stream a client, for dropout: the state of the global generator is swapped.
 
-    def __init__(self, seeds: Sequence[int]):
-        self._seeds = list(seeds)
+    Args:
+        seed: ``(client) -> the seed`` of its stream.
+    """
+
+    def __init__(self, seed: Callable[[int], int]):
+        self._seed = seed
         self._states: dict[int, tuple[Tensor, list[Tensor]]] = {}
 
     @contextlib.contextmanager
@@ -82,7 +86,7 @@ class Streams:
                 torch.set_rng_state(state)
                 torch.cuda.set_rng_state_all(states)
             else:
-                torch.manual_seed(self._seeds[client])
+                torch.manual_seed(self._seed(client))
             yield
             states = torch.cuda.get_rng_state_all() if cuda else []
             self._states[client] = torch.get_rng_state(), states

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 from fedvlm.algorithms.base import Ask, Program, Score, Sent, Train, Trained, Validation, step
 from fedvlm.engines.wire import Task
 from fedvlm.errors import FedVLMError
-from fedvlm.tree import Tree, grouped, joined
+from fedvlm.tree import Tree
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -29,7 +29,7 @@ class Member:
         program: the client's side of the algorithm.
         ask: the open request of the program, or its result.
         stretches: number of stretches of training so far.
-        losses: the loss of every step so far, each a scalar.
+        losses: of each stretch so far, the loss of every step ``[steps]``.
         end: the adapter after the last stretch; empty before the first.
         session: the engine's optimizer of the last stretch, shared by the clients of that stretch.
         place: the client's place in that stretch.
@@ -62,10 +62,15 @@ class Member:
 
 
 class Outcome(NamedTuple):
-    """A client's stretch of training: the result for its program, and the loss of every step."""
+    """A client's stretch of training.
+
+    Attributes:
+        trained: the result for the client's program.
+        losses: the loss of every step ``[steps]``.
+    """
 
     trained: Trained
-    losses: list[Tensor]
+    losses: Tensor
 
 
 TrainTogether = Callable[[Sequence[Member]], tuple[list[Outcome], Any]]
@@ -109,40 +114,40 @@ def perform(members: Sequence[Member], train: TrainTogether, validate: Validate)
             member.trained = kind[0]
             member.resumable = resumed + len(outcome.losses)
             member.stretches += 1
-            member.losses += outcome.losses
+            member.losses.append(outcome.losses)
             member.end = outcome.trained.end
             member.ask = step(member.program, outcome.trained)
 
 
-def check_finite(members: Sequence[Member], outcomes: Sequence[Outcome]) -> None:
+def check_finite(
+    members: Sequence[Member], outcomes: Sequence[Outcome], values: Sequence[Tensor]
+) -> None:
     """Refuses a loss or a factor that is not finite; looks at single clients only to name one.
 
     Args:
         members: the clients of the outcomes.
-        outcomes: their stretches, which trained adapters of one form.
+        outcomes: their stretches.
+        values: tensors that hold the numbers of all outcomes together.
 
     Raises:
         FedVLMError: a client diverged.
     """
-    if _finite(outcomes):
+    if _finite(values):
         return
     for member, outcome in zip(members, outcomes, strict=True):
-        if not _finite([outcome]):
+        if not _finite([*outcome.trained.end.values(), outcome.losses]):
             raise FedVLMError(
                 f"client '{member.task.client}' diverged in round {member.task.round}: its loss is "
                 "not finite; lower train.lr, or set train.max_grad_norm"
             )
 
 
-def _finite(outcomes: Sequence[Outcome]) -> bool:
-    """Whether the norms of all factors and losses are finite."""
+def _finite(values: Sequence[Tensor]) -> bool:
+    """Whether the norms of all tensors are finite."""
     import torch
 
-    ends = [outcome.trained.end for outcome in outcomes]
-    parts = [[end[name] for end in ends for name in names] for names in grouped(ends[0])]
-    losses = [loss for outcome in outcomes for loss in outcome.losses]
-    found = [joined(tensors) for tensors in (*parts, losses) if tensors]
-    return all(norm.isfinite() for norm in torch._foreach_norm(found))
+    with torch.no_grad():
+        return all(norm.isfinite() for norm in torch._foreach_norm(list(values)))
 
 
 def _kind(member: Member) -> tuple[Any, ...]:

@@ -101,9 +101,13 @@ class Runs:
             self._layout = layout
         with torch.no_grad():
             for run, blocks in self._blocks:
-                own = torch.stack([tree[n] for block in blocks for tree in trees for n in block])
+                names = [n for block in blocks for n in block]
+                alike = all(tree[n] is first[n] for tree in trees for n in names)
+                chosen = trees[:1] if alike else trees  # a download is one object for all clients
+                own = torch.stack([tree[n] for block in blocks for tree in chosen for n in block])
                 turned = factor(blocks[0][0]) == "B"
-                run.copy_((own.transpose(1, 2) if turned else own).reshape(run.shape))
+                own = own.transpose(1, 2) if turned else own
+                run.copy_(own.reshape(len(blocks), len(chosen), *run.shape[2:]))
         return fresh
 
     def _lay_out(
@@ -148,6 +152,11 @@ class Runs:
         return found
 
     @property
+    def all(self) -> list[nn.Parameter]:
+        """The runs, which hold all factors of all clients."""
+        return [run for run, _ in self._blocks]
+
+    @property
     def all_trained(self) -> list[nn.Parameter]:
         """The trained runs."""
         return [run for run, _ in self._blocks if run.requires_grad]
@@ -166,14 +175,11 @@ class Runs:
             if factor(blocks[0][0]) == "B":
                 own = own.transpose(2, 3).clone(memory_format=torch.contiguous_format)
             copies[run] = own.to("cpu", copy=own.data_ptr() == run.data_ptr())
-        found: list[Tree] = []
-        for client in range(self.clients):
-            tree = {}
-            for name, place in self.places.items():
-                own = copies[place.run][place.piece, client]
-                tree[name] = own if place.turned else own[place.ranks]
-            found.append(tree)
-        return found
+        columns = []
+        for place in self.places.values():
+            own = copies[place.run][place.piece]  # [clients, ...]
+            columns.append((own if place.turned else own[:, place.ranks]).unbind())
+        return [dict(zip(self.places, own, strict=True)) for own in zip(*columns, strict=True)]
 
 
 def _blocks(
