@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import replace
+from functools import cache
 
 from pydantic import Field, field_validator
 
@@ -59,9 +60,11 @@ def sharing(share: Mapping[str, str], *, train: str = "AB", server_lr: float = 1
     """
     shared = select(share)
 
+    @cache
     def trained(name: str) -> bool:
         return factor(name) in train
 
+    @cache
     def uploads(name: str) -> bool:
         return trained(name) and shared(name)
 

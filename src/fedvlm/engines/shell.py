@@ -239,8 +239,10 @@ class Shell:
         """The batches of a client in its next stretch."""
         seed, settings = self._seed(member), self.config.train
         run, round_, _, number = seed
-        length = Length(self.collator.length, derive(run, round_, number, "lengths"))
-        by_length = length if settings.sort_by_length else None
+        by_length = None
+        if settings.sort_by_length:
+            seed_of_turns = derive(run, round_, number, "lengths")
+            by_length = Length(self.collator.length, seed_of_turns)
         rows = self.partition.splits[member.task.client].train
         steps = self._steps(member)
         drawn = batches(rows, settings.batch_size, steps, derive(*seed, "batches"), by_length)

@@ -277,12 +277,17 @@ def _about(path: Path) -> About:
     from safetensors import safe_open
 
     with _readable(path), safe_open(path, "pt") as file:
-        found = file.metadata()["pack"]
-        seal, text = found[:32], found[32:]
-        if sealed.blake(text.encode()) != seal:
-            raise sealed.damaged(path)
-        clients, tensors, sums = json.loads(text)
-        return About(clients, tensors, sums, seal)
+        return _head(path, file)
+
+
+def _head(path: Path, file: Any) -> About:
+    """The same for an open file."""
+    found = file.metadata()["pack"]
+    seal, text = found[:32], found[32:]
+    if sealed.blake(text.encode()) != seal:
+        raise sealed.damaged(path)
+    clients, tensors, sums = json.loads(text)
+    return About(clients, tensors, sums, seal)
 
 
 def _states(pack: Pack, rows: Sequence[int]) -> list[Tree]:
@@ -293,9 +298,9 @@ def _states(pack: Pack, rows: Sequence[int]) -> list[Tree]:
     """
     from safetensors import safe_open
 
-    about = _about(pack.path)
-    kinds = sorted({kind for _, kind, _ in about.tensors})
     with _readable(pack.path), safe_open(pack.path, "pt") as file:
+        about = _head(pack.path, file)
+        kinds = sorted({kind for _, kind, _ in about.tensors})
         if about.seal != pack.seal or sorted(file.keys()) != kinds:
             raise sealed.damaged(pack.path)
         runs = _runs(rows)
