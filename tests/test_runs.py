@@ -11,7 +11,7 @@ import smallest
 from fedvlm.engines.stacked import Session, clip, make_optimizer
 from fedvlm.models.lora import handles
 from fedvlm.models.runs import Runs
-from fedvlm.models.stack import Stack
+from fedvlm.models.stack import Stack, whole
 from fedvlm.rounds.prepare import prepare
 from fedvlm.settings.train import TrainConfig
 
@@ -131,7 +131,8 @@ class Two(torch.nn.Module):
         return self.q(x), self.k(change(x))
 
 
-def test_a_layer_that_reads_another_tensor_than_its_neighbour_is_computed_with_it():
+def two():
+    """Two layers with the factors of two clients, the layers found to be neighbours."""
     model = get_peft_model(Two(), LoraConfig(r=2, lora_alpha=6, target_modules=["q", "k"]))
     tree = {n: p.detach().clone() for n, p in sorted(handles(model).items())}
     trees = [{n: torch.randn(t.shape) for n, t in tree.items()} for _ in range(2)]
@@ -144,6 +145,40 @@ def test_a_layer_that_reads_another_tensor_than_its_neighbour_is_computed_with_i
         if not watched:
             with stack.watching():
                 model(x)
+    return model, stack, trees, x
+
+
+def test_whole_weights_and_thin_products_are_alike(monkeypatch):
+    torch.manual_seed(0)
+    model, stack, _, x = two()
+    found = {}
+    for inputs in (x, x.clone().requires_grad_()):
+        for shared in (-1_000_000, 1_000_000):
+            monkeypatch.setattr("fedvlm.models.stack.SHARED", shared)
+            whole.cache_clear()
+            assert whole(((6, 5), (4, 5)), 2, 12, 2) is (shared < 0)
+            stack.runs.zero_grad()
+            inputs.grad = None
+            q, k = model(inputs)
+            (q.square().sum() + k.sum()).backward()
+            grads = [run.grad.clone() for run in stack.runs.all_trained]
+            found[shared] = [q, k, *grads, *([inputs.grad] if inputs.requires_grad else [])]
+        whole.cache_clear()
+        for one, other in zip(*found.values(), strict=True):
+            assert one.abs().max() > 0
+            assert torch.allclose(one, other, atol=1e-4)
+
+
+def test_a_backward_pass_refuses_a_second_derivative():
+    model, _, _, x = two()
+    inputs = x.clone().requires_grad_()
+    (grad,) = torch.autograd.grad(model(inputs)[0].square().sum(), inputs, create_graph=True)
+    with pytest.raises(RuntimeError, match="once_differentiable"):
+        grad.sum().backward()
+
+
+def test_a_layer_that_reads_another_tensor_than_its_neighbour_is_computed_with_it():
+    model, stack, trees, x = two()
 
     def expected(name, x):
         layer, head = stack.layers[f"base_model.model.{name}"], f"base_model.model.{name}"

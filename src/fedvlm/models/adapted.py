@@ -13,9 +13,9 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
 
 from fedvlm.models.blocks import Blocks
+from fedvlm.models.once import once
 from fedvlm.models.runs import Place
 
 
@@ -25,16 +25,46 @@ class Active(NamedTuple):
     Attributes:
         stamp: the choice of clients that this belongs to.
         a: ``[clients, ranks of all layers, in]``.
+        a_turned: the same, ``[clients, in, ranks of all layers]``.
         b: ``[clients, rank, out]`` of each layer.
-        a_grad: the gradient of the As; None if they are not trained.
-        b_grads: the gradient of each B; None if it is not trained.
+        b_turned: the same, ``[clients, out, rank]``.
+        a_sum: adds a product to the gradient of the As; None if they are not trained.
+        b_sums: the same for each B.
     """
 
     stamp: object
     a: Tensor
+    a_turned: Tensor
     b: list[Tensor]
-    a_grad: Tensor | None
-    b_grads: list[Tensor | None]
+    b_turned: list[Tensor]
+    a_sum: Sum | None
+    b_sums: list[Sum | None]
+
+
+class Sum:
+    """Adds scaled products to the gradient of the active clients.
+
+    Args:
+        grad: the gradient of all loaded clients, ``[clients, ...]``.
+        clients: the active clients.
+        scaling: factor of the products.
+    """
+
+    def __init__(self, grad: Tensor, clients: slice | Tensor, scaling: float):
+        self._scaling = scaling
+        self._clients = clients if isinstance(clients, Tensor) else None
+        self._grad = grad if isinstance(clients, Tensor) else grad[clients]
+        self._whole = self._clients is None and self._grad.is_contiguous()
+
+    def add(self, left: Tensor, right: Tensor) -> None:
+        """Adds ``left right`` of each active client."""
+        if self._whole:
+            self._grad.baddbmm_(left, right, alpha=self._scaling)
+        elif self._clients is not None:
+            product = torch.bmm(left, right)
+            self._grad.index_add_(0, self._clients, product, alpha=self._scaling)
+        else:  # in place, a product on a CPU would fall apart into one for each client
+            self._grad.add_(torch.bmm(left, right), alpha=self._scaling)
 
 
 class Factors:
@@ -67,35 +97,32 @@ class Factors:
     @property
     def active(self) -> Active:
         """The factors of the active clients."""
-        if self._active is None or self._active.stamp is not self.blocks.stamp:
-            own = [place.piece_of(place.run.detach()) for place in (self._a, *self._b)]
-            a, *b = map(self.blocks.chosen, own)
-            a_grad, *b_grads = map(self._grad, (self._a, *self._b))
-            self._active = Active(self.blocks.stamp, a, b, a_grad, b_grads)
+        stamp, known = self.blocks.stamp, self._active
+        if known is not None and known.stamp is stamp:
+            return known
+        own = [place.piece_of(place.run.detach()) for place in (self._a, *self._b)]
+        a, *b = map(self.blocks.chosen, own)
+        a_turned, *b_turned = (part.transpose(1, 2) for part in (a, *b))
+        a_sum, *b_sums = map(self._sum, (self._a, *self._b))
+        self._active = Active(stamp, a, a_turned, b, b_turned, a_sum, b_sums)
         return self._active
 
-    def _grad(self, place: Place) -> Tensor | None:
+    def _sum(self, place: Place) -> Sum | None:
         if place.run.grad is None:
             return None
         grad = place.piece_of(place.run.grad)
-        clients = self.blocks.clients_of_batch(grad.device)
-        return grad if isinstance(clients, Tensor) else grad[clients]
+        return Sum(grad, self.blocks.clients_of_batch(grad.device), self.scaling)
 
-    def add(self, grad: Tensor | None, left: Tensor, right: Tensor) -> None:
-        """Adds a scaled product to a gradient of :attr:`active`, if the factor is trained."""
-        if grad is None:
-            return
-        clients = self.blocks.clients_of_batch(grad.device)
-        if isinstance(clients, Tensor):
-            grad.index_add_(0, clients, torch.bmm(left, right), alpha=self.scaling)
-        elif grad.is_contiguous():
-            grad.baddbmm_(left, right, alpha=self.scaling)
-        else:  # in place, a product on a CPU would fall apart into one for each client
-            grad.add_(torch.bmm(left, right), alpha=self.scaling)
+    def own(self, x: Tensor) -> tuple[Tensor, ...]:
+        """The runs that autograd must know: none where the outputs depend on ``x`` anyway.
 
-    def low(self, low: Tensor, layer: int) -> Tensor:
-        """A layer's part of the products with all As."""
-        return low if len(self.ranks) == 1 else low[..., self.ranks[layer]]
+        Gradients of the runs are added in a backward pass, which returns none for them.
+        """
+        return () if x.requires_grad else tuple(self.runs)
+
+    def parts(self, low: Tensor) -> Sequence[Tensor]:
+        """Each layer's part of the products with all As."""
+        return (low,) if len(self.ranks) == 1 else [low[..., own] for own in self.ranks]
 
 
 class Thin(torch.autograd.Function):
@@ -105,30 +132,35 @@ class Thin(torch.autograd.Function):
     def forward(
         ctx: Any, x: Tensor, factors: Factors, bases: Sequence[nn.Linear], *runs: Tensor
     ) -> tuple[Tensor, ...]:
-        """``[blocks of rows..., in] -> [..., out]`` of each layer.
-
-        Autograd learns from ``runs`` that the outputs depend on them; their gradients are added in
-        :meth:`backward`, which returns none.
-        """
-        wide, low = _down(factors, x)
-        ctx.factors, ctx.weights, ctx.shape = factors, [base.weight for base in bases], x.shape
+        """``[blocks of rows..., in] -> [..., out]`` of each layer; runs: :meth:`Factors.own`."""
+        own = factors.active
+        wide, low = _down(factors, own, x)
+        weights = [base.weight for base in bases]
+        ctx.factors, ctx.weights, ctx.none = factors, weights, (None,) * (2 + len(runs))
         ctx.save_for_backward(wide, low)
-        outputs = [nn.functional.linear(x, base.weight, base.bias) for base in bases]
-        return tuple(_up(factors, k, low, y) for k, y in enumerate(outputs))
+        outputs = []
+        for base, weight, part, b in zip(bases, weights, factors.parts(low), own.b, strict=True):
+            y = nn.functional.linear(x, weight, base.bias)
+            outputs.append(_added(factors, y, part, b))
+        return tuple(outputs)
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
         factors, (wide, low) = ctx.factors, ctx.saved_tensors
-        inner = _back_up(factors, low, grads)
-        factors.add(factors.active.a_grad, inner.transpose(1, 2), wide)
+        own = factors.active
+        inner = _back_up(factors, own, low, grads)
+        if own.a_sum:
+            own.a_sum.add(inner.transpose(1, 2), wide)
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = _flat(grads[0]) @ ctx.weights[0]
-            for grad, weight in zip(grads[1:], ctx.weights[1:], strict=True):
-                of_x.addmm_(_flat(grad), weight)
-            of_x = _added(factors, of_x.view(ctx.shape), inner, factors.active.a)
-        return of_x, None, None, *[None] * len(factors.runs)
+            for grad, weight in zip(grads, ctx.weights, strict=True):
+                flat = grad.reshape(-1, grad.shape[-1])
+                of_x = flat.mm(weight) if of_x is None else of_x.addmm_(flat, weight)
+            assert of_x is not None
+            shape = (*grads[0].shape[:-1], of_x.shape[-1])
+            of_x = _added(factors, of_x.view(shape), inner, own.a)
+        return of_x, *ctx.none
 
 
 class Beside(torch.autograd.Function):
@@ -137,23 +169,26 @@ class Beside(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, factors: Factors, width: int, *runs: Tensor) -> Tensor:
         """``[blocks of rows..., in] -> [..., out]``, in the precision of the factors."""
-        wide, low = _down(factors, x)
-        ctx.factors, ctx.form = factors, (x.shape, x.dtype)
+        own = factors.active
+        wide, low = _down(factors, own, x)
+        ctx.factors, ctx.form, ctx.none = factors, (x.shape, x.dtype), (None,) * (2 + len(runs))
         ctx.save_for_backward(wide, low)
-        product = torch.bmm(low, factors.active.b[0]).mul_(factors.scaling)
+        product = torch.bmm(low, own.b[0]).mul_(factors.scaling)
         return factors.blocks.unblocks(product, (*x.shape[:-1], width))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         factors, (wide, low), (shape, dtype) = ctx.factors, ctx.saved_tensors, ctx.form
-        inner = _back_up(factors, low, [grad])
-        factors.add(factors.active.a_grad, inner.transpose(1, 2), wide)
+        own = factors.active
+        inner = _back_up(factors, own, low, [grad])
+        if own.a_sum:
+            own.a_sum.add(inner.transpose(1, 2), wide)
         of_x = None
         if ctx.needs_input_grad[0]:
-            product = torch.bmm(inner, factors.active.a).mul_(factors.scaling)
+            product = torch.bmm(inner, own.a).mul_(factors.scaling)
             of_x = factors.blocks.unblocks(product, shape).to(dtype)
-        return of_x, None, None, *[None] * len(factors.runs)
+        return of_x, *ctx.none
 
 
 class Whole(torch.autograd.Function):
@@ -163,10 +198,10 @@ class Whole(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, factors: Factors, base: nn.Linear, *runs: Tensor) -> Tensor:
         """``[blocks of rows..., in] -> [..., out]``."""
         blocks, own = factors.blocks, factors.active
-        b = own.b[0].transpose(1, 2)
-        weights = torch.baddbmm(base.weight, b, own.a, alpha=factors.scaling)  # [clients, out, in]
+        # [clients, out, in]
+        weights = torch.baddbmm(base.weight, own.b_turned[0], own.a, alpha=factors.scaling)
         wide = blocks.blocks(x)
-        ctx.factors, ctx.shape = factors, x.shape
+        ctx.factors, ctx.shape, ctx.none = factors, x.shape, (None,) * (2 + len(runs))
         ctx.save_for_backward(wide, weights)
         y = torch.bmm(wide, weights.transpose(1, 2))
         if base.bias is not None:
@@ -174,17 +209,19 @@ class Whole(torch.autograd.Function):
         return blocks.unblocks(y, (*x.shape[:-1], y.shape[-1]))
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         factors, (wide, weights) = ctx.factors, ctx.saved_tensors
         own, active = factors.blocks.blocks(grad), factors.active
         of_weights = torch.bmm(own.transpose(1, 2), wide)  # [clients, out, in]
-        factors.add(active.b_grads[0], active.a, of_weights.transpose(1, 2))
-        factors.add(active.a_grad, active.b[0], of_weights)
+        if active.b_sums[0]:
+            active.b_sums[0].add(active.a, of_weights.transpose(1, 2))
+        if active.a_sum:
+            active.a_sum.add(active.b[0], of_weights)
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = factors.blocks.unblocks(torch.bmm(own, weights), ctx.shape)
-        return of_x, None, None, *[None] * len(factors.runs)
+        return of_x, *ctx.none
 
 
 class OneAdapter(torch.autograd.Function):
@@ -215,35 +252,33 @@ class OneAdapter(torch.autograd.Function):
         return of_x, of_a, of_b, None
 
 
-def _down(factors: Factors, x: Tensor) -> tuple[Tensor, Tensor]:
+def _down(factors: Factors, own: Active, x: Tensor) -> tuple[Tensor, Tensor]:
     """The input in blocks, ``[clients, entries, in]``, and its product with the As."""
-    wide = factors.blocks.blocks(x.to(factors.dtype))
-    return wide, torch.bmm(wide, factors.active.a.transpose(1, 2))
+    wide = factors.blocks.blocks(x if x.dtype is factors.dtype else x.to(factors.dtype))
+    return wide, torch.bmm(wide, own.a_turned)
 
 
-def _up(factors: Factors, layer: int, low: Tensor, y: Tensor) -> Tensor:
-    """Adds a layer's product with B to its output, in place."""
-    return _added(factors, y, factors.low(low, layer), factors.active.b[layer])
-
-
-def _back_up(factors: Factors, low: Tensor, grads: Sequence[Tensor]) -> Tensor:
+def _back_up(factors: Factors, own: Active, low: Tensor, grads: Sequence[Tensor]) -> Tensor:
     """Adds the gradients of the Bs; returns the gradient of ``low`` over the scale."""
-    active, inner = factors.active, []
-    for k, grad in enumerate(grads):
-        own = factors.blocks.blocks(grad.to(factors.dtype))
-        factors.add(active.b_grads[k], factors.low(low, k).transpose(1, 2), own)
-        inner.append(torch.bmm(own, active.b[k].transpose(1, 2)))
+    dtype, blocks, inner = factors.dtype, factors.blocks.blocks, []
+    for part, grad, b, summed in zip(
+        factors.parts(low), grads, own.b_turned, own.b_sums, strict=True
+    ):
+        each = blocks(grad if grad.dtype is dtype else grad.to(dtype))
+        if summed:
+            summed.add(part.transpose(1, 2), each)
+        inner.append(torch.bmm(each, b))
     return inner[0] if len(inner) == 1 else torch.cat(inner, 2)
 
 
 def _added(factors: Factors, y: Tensor, left: Tensor, right: Tensor) -> Tensor:
     """``y`` plus the scaled product ``left right`` ``[clients, entries, ...]``, in place."""
     blocks, scaling = factors.blocks, factors.scaling
-    if y.dtype == left.dtype and blocks.side_by_side:
-        y.view(len(left), -1, y.shape[-1]).baddbmm_(left, right, alpha=scaling)
+    if blocks.side_by_side:
+        each = y.view(left.shape[0], -1, y.shape[-1])
+        if y.dtype is left.dtype:
+            each.baddbmm_(left, right, alpha=scaling)
+        else:
+            each.add_(torch.bmm(left, right), alpha=scaling)
         return y
     return y.add_(blocks.unblocks(torch.bmm(left, right), y.shape), alpha=scaling)
-
-
-def _flat(x: Tensor) -> Tensor:
-    return x.reshape(-1, x.shape[-1])

@@ -79,15 +79,15 @@ class Blocks:
         Raises:
             Ragged: the first axis is not the rows, and rows may add different numbers of entries.
         """
-        if self.count == 1:
-            return x.reshape(1, -1, x.shape[-1])
-        rows = self.copies * self._rows
-        if len(x) != rows and (len(x) % (self.copies * self.count) or not self._uniform()):
-            raise Ragged(f"{len(x)} entries of {rows} rows that differ in size")
-        if self.side_by_side:
-            return x.reshape(self.count, -1, x.shape[-1])
-        split = x.reshape(self.copies, self.count, -1, x.shape[-1])
-        return split.transpose(0, 1).reshape(self.count, -1, x.shape[-1])
+        count, copies, entries, width = self.count, self.copies, x.shape[0], x.shape[-1]
+        if count == 1:
+            return x.reshape(1, -1, width)
+        if entries != copies * self._rows and (entries % (copies * count) or not self._uniform()):
+            raise Ragged(f"{entries} entries of {copies * self._rows} rows that differ in size")
+        if copies == 1:
+            return x.reshape(count, -1, width)
+        split = x.reshape(copies, count, -1, width)
+        return split.transpose(0, 1).reshape(count, -1, width)
 
     def unblocks(self, rows: Tensor, shape: Sequence[int]) -> Tensor:
         """The inverse of :meth:`blocks`, in the given shape."""

@@ -10,7 +10,8 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+
+from fedvlm.models.once import once
 
 
 class RmsNorm(torch.autograd.Function):
@@ -34,7 +35,7 @@ class RmsNorm(torch.autograd.Function):
         return normal.to(x.dtype) * weight
 
     @staticmethod
-    @once_differentiable  # type: ignore[untyped-decorator]
+    @once
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         normal, scale, weight = ctx.saved_tensors
         inner = torch.mul(grad, weight, out=torch.empty_like(normal))

@@ -15,6 +15,7 @@ patches) are trained one client at a time, see :meth:`Stack.batch`.
 from __future__ import annotations
 
 import contextlib
+import functools
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any
@@ -29,6 +30,7 @@ from fedvlm.models.spread import hooked, place_of
 from fedvlm.tree import Select, Tree
 
 THIN = 7.5  # time per operation of a rank-8 product over a wide product's, on 2 CPU cores
+SHARED = 200_000  # multiplications of a rank-8 product in the time that a shared call saves
 
 
 class StackedLora(nn.Module):
@@ -65,28 +67,43 @@ class StackedLora(nn.Module):
             return (y + stack.unblocks(low, y.shape)).to(y.dtype)
         own = self.factors
         if self.plain and self._whole(x, stack.count):
-            return Whole.apply(x, own, *self._base, *own.runs)
+            return Whole.apply(x, own, *self._base, *own.own(x))
         if self.plain and self.beside:
             return self.beside.output(self, x)
         if self.plain:
-            return Thin.apply(x, own, self._base, *own.runs)[0]
+            return Thin.apply(x, own, self._base, *own.own(x))[0]
         y, wide = self.base_layer(x), self.dropout(x.to(own.dtype))
-        return (y + Beside.apply(wide, own, y.shape[-1], *own.runs)).to(y.dtype)
+        return (y + Beside.apply(wide, own, y.shape[-1], *own.own(wide))).to(y.dtype)
 
     def _whole(self, x: Tensor, clients: int) -> bool:
-        """Whether one whole weight per client is faster than two thin products.
-
-        A product with the rank as one side runs at a fraction of the speed of a wide product. Small
-        layers with many entries are therefore faster with ``W + B A``, despite more operations.
-        """
+        """Whether one whole weight per client is faster than two thin products."""
         if clients == 1 or x.device.type != "cpu":
             return False
         if x.dtype != self.factors.dtype or self._base[0].weight.dtype != x.dtype:
             return False
-        out, into = self._shape
-        entries, rank = x.numel() // into // clients, self.factors.rank
+        shapes = self.beside.shapes if self.beside else (self._shape,)
+        return whole(shapes, self.factors.rank, x.numel() // self._shape[1], clients)
+
+
+@functools.lru_cache(1024)
+def whole(shapes: tuple[tuple[int, int], ...], rank: int, entries: int, clients: int) -> bool:
+    """Whether whole weights are faster than thin products, for layers that read one tensor.
+
+    A product with the rank as one side runs at a fraction of the speed of a wide product. Small
+    layers with many entries are therefore faster with ``W + B A``, despite more operations. Layers
+    that read one tensor then lose what they share, which outweighs the products of small clients.
+
+    Args:
+        shapes: outputs and inputs of each layer.
+        rank: of the factors.
+        entries: of all clients.
+        clients: in the pass.
+    """
+    gain = -float(SHARED * (len(shapes) - 1))
+    for out, into in shapes:
         thin = 3 * rank * entries * (into + out)
-        return thin > 3 * rank * into * out + into * out * entries / THIN
+        gain += thin - clients * 3 * rank * into * out - into * out * entries / THIN
+    return gain > 0
 
 
 class Neighbours:
@@ -95,11 +112,15 @@ class Neighbours:
     Args:
         layers: the layers, all plain.
         factors: their factors, with the As in one piece.
+
+    Attributes:
+        shapes: outputs and inputs of each layer.
     """
 
     def __init__(self, layers: Sequence[StackedLora], factors: Factors):
         self._layers, self._factors = list(layers), factors
         self._bases = [layer.base_layer for layer in layers]
+        self.shapes = tuple(layer._shape for layer in layers)
         self._of: tuple[Any, ...] = ()
         self._outputs: dict[int, Tensor] = {}
 
@@ -108,7 +129,7 @@ class Neighbours:
         now = x, x._version, torch.is_grad_enabled()
         known = self._of and self._of[0] is x and self._of[1:] == now[1:]
         if not known or id(layer) not in self._outputs:
-            found = Thin.apply(x, self._factors, self._bases, *self._factors.runs)
+            found = Thin.apply(x, self._factors, self._bases, *self._factors.own(x))
             self._of = now
             self._outputs = {id(own): y for own, y in zip(self._layers, found, strict=True)}
         y = self._outputs.pop(id(layer))
