@@ -187,7 +187,7 @@ def main(words: Sequence[str] | None = None) -> int:
         text = "\n\n".join(_page(asked, done, cosines, regimes))
         print(text)
         if asked.publish:
-            _publish(f"{asked.model}, {', '.join(regimes)}", text)
+            _publish(f"{Path(asked.model).name}, {', '.join(regimes)}", text)
         print(f"\nRATIO {_ratio(cosines):.3f} cosine of the changes of A / of B, all parts")
     return 0
 
@@ -201,9 +201,9 @@ def _page(
     any_ = next(iter(done.values()))
     rows = any_.table["models"]["personal"]["rows"]
     yield (
-        f"Model `{asked.model}`, LoRA of rank 8 on all linear layers, {asked.rounds} rounds of 5 "
-        f"steps, learning rate {asked.rate:g}, seed {asked.seed}, {len(any_.scores())} sites, "
-        f"n = {rows} test rows. Measured: {environment()}."
+        f"Model `{Path(asked.model).name}`, LoRA of rank 8 on all linear layers, {asked.rounds} "
+        f"rounds of 5 steps, learning rate {asked.rate:g}, seed {asked.seed}, "
+        f"{len(any_.scores())} sites, n = {rows} test rows. Measured: {environment()}."
     )
     yield alike(cosines)
     if not asked.similarity:
