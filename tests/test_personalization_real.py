@@ -32,8 +32,13 @@ def parquet(tmp_path_factory) -> Path:
 
 
 def own(parquet: Path, *words: str) -> real.Real | None:
-    options = ["--data", str(parquet), "--by", "site", "--model", "tiny", "--rate", "0.003"]
-    return real.asked(personalization._parser().parse_args([*options, *words]))
+    parsed = personalization._parser().parse_args([*of(parquet), "--rate", "0.003", *words])
+    return real.asked(parsed)
+
+
+def of(parquet: Path) -> list[str]:
+    """The options of a real cell without its rate."""
+    return ["--data", str(parquet), "--by", "site", "--model", "tiny"]
 
 
 def test_a_real_cell_has_rows_of_each_kind_and_the_same_steps_for_all(parquet, tmp_path):
@@ -73,8 +78,8 @@ def test_impossible_real_cells_are_refused(parquet):
 def test_real_cells_are_resumed_published_and_kept_apart(request, parquet, tmp_path):
     ran = request.getfixturevalue("fake")
     here, there, file = tmp_path / "here", tmp_path / "there", tmp_path / "all.jsonl"
-    words = ["--data", str(parquet), "--by", "site", "--model", "tiny", "--rate", "0.003"]
-    words += ["--jobs", "1", "--algorithms", "lora,lora+ft", "--output", str(here)]
+    words = [*of(parquet), "--rate", "0.003", "--jobs", "1", "--output", str(here)]
+    words += ["--algorithms", "lora,lora+ft"]
     assert personalization.main([*words, "--seeds", "0"]) == 0
     assert personalization.main([*words, "--seeds", "0,1"]) == 0
     assert len(ran) == 4, "seed 0 is not run again"
@@ -96,8 +101,8 @@ def test_real_cells_are_resumed_published_and_kept_apart(request, parquet, tmp_p
 def test_validation_chooses_a_rate_for_each_algorithm_of_a_real_cell(request, parquet, tmp_path):
     ran = request.getfixturevalue("fake")
     here, there, file = tmp_path / "here", tmp_path / "there", tmp_path / "all.jsonl"
-    words = ["--data", str(parquet), "--by", "site", "--model", "tiny", "--jobs", "1"]
-    words += ["--algorithms", "lora,local", "--seeds", "0", "--output", str(here)]
+    words = [*of(parquet), "--jobs", "1", "--output", str(here)]
+    words += ["--algorithms", "lora,local", "--seeds", "0"]
     assert personalization.main([*words, "--rate", "0.003"]) == 0
     assert personalization.main([*words, "--rate", "0.003,0.001"]) == 0
     tuned = [name for name in ran if "(tuning)" in name]

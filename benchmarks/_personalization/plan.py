@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import statistics
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -124,9 +124,16 @@ def chosen(form: Form, output: Path) -> dict[tuple[str, str], float]:
                 found[kind, algorithm] = kept[kind, algorithm]
                 continue
             tried = [(r, read(job)) for r, job in _candidates(form, kind, algorithm, output)]
-            if all(record for _, record in tried):
-                found[kind, algorithm] = max(tried, key=lambda pair: merit(pair[1]))[0]
+            if (rate := best(tried)) is not None:
+                found[kind, algorithm] = rate
     return found
+
+
+def best(tried: Sequence[tuple[float, Mapping[str, Any] | None]]) -> float | None:
+    """The rate whose run has the most merit; None while a run is missing."""
+    if not all(record for _, record in tried):
+        return None
+    return max(tried, key=lambda pair: merit(pair[1]))[0]
 
 
 def merit(record: Mapping[str, Any] | None) -> tuple[float, float]:

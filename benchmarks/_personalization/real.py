@@ -199,11 +199,16 @@ def _absolute(name: str) -> str:
     return str(Path(name).resolve()) if Path(name).exists() else name
 
 
+def _folder(real: Real, output: Path) -> Path:
+    """The folder of a cell."""
+    return output / FOLDER / real.cell.name
+
+
 def tuning(real: Real, algorithms: Sequence[str], output: Path) -> list[Job]:
     """The runs that choose a rate; none where there is one rate, or a rate is chosen already."""
     if len(real.rates) == 1:
         return []
-    where, kept = output / FOLDER / real.cell.name, chosen(real, output)
+    where, kept = _folder(real, output), chosen(real, output)
     tree = merged(real.tree, plan.TUNING)
     return [
         RealJob(
@@ -225,13 +230,10 @@ def choose(real: Real, algorithms: Sequence[str], output: Path) -> None:
     found: dict[str, list[tuple[float, dict[str, Any] | None]]] = {}
     for job in tuning(real, algorithms, output):
         found.setdefault(job.algorithm, []).append((job.rate, read(job)))
-    best = {
-        name: max(tried, key=lambda pair: plan.merit(pair[1]))[0]
-        for name, tried in found.items()
-        if all(record for _, record in tried)
-    }
+    rates = {name: plan.best(tried) for name, tried in found.items()}
+    best = {name: rate for name, rate in rates.items() if rate is not None}
     if best:
-        path = output / FOLDER / real.cell.name / CELL
+        path = _folder(real, output) / CELL
         told = json.loads(path.read_text(encoding="utf-8"))
         told["rates"] = dict(sorted((told.get("rates", {}) | best).items()))
         write_text(path, json.dumps(told, indent=1) + "\n")
@@ -239,7 +241,7 @@ def choose(real: Real, algorithms: Sequence[str], output: Path) -> None:
 
 def chosen(real: Real, output: Path) -> dict[str, float]:
     """The rates that were chosen earlier."""
-    path = output / FOLDER / real.cell.name / CELL
+    path = _folder(real, output) / CELL
     if not path.exists():
         return {}
     rates: dict[str, float] = json.loads(path.read_text(encoding="utf-8")).get("rates", {})
@@ -248,7 +250,7 @@ def chosen(real: Real, output: Path) -> dict[str, float]:
 
 def jobs(real: Real, algorithms: Sequence[str], seeds: Sequence[int], output: Path) -> list[Job]:
     """The compared runs of a real cell, seed by seed; an algorithm without a rate has none."""
-    where, rates = output / FOLDER / real.cell.name, chosen(real, output)
+    where, rates = _folder(real, output), chosen(real, output)
     if len(real.rates) == 1:
         rates = dict.fromkeys(algorithms, real.rates[0])
     return [
@@ -274,7 +276,7 @@ def keep(real: Real, output: Path, *, dry: bool = False) -> None:
     Raises:
         FedVLMError: the folder holds results of other settings.
     """
-    path = output / FOLDER / real.cell.name / CELL
+    path = _folder(real, output) / CELL
     told = real.told
     if path.exists():
         found = json.loads(path.read_text(encoding="utf-8"))
