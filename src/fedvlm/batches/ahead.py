@@ -24,9 +24,9 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow as pa
-import torch
 from torch import Tensor
 
+from fedvlm.batches.places import equal
 from fedvlm.batches.prompts import Features, Prompter
 from fedvlm.batches.texts import TOGETHER
 from fedvlm.data.fingerprint import PICTURE
@@ -115,7 +115,7 @@ def encode_ahead(
         told(at + 1, len(rows))
         if isinstance(row, DataError):
             return b"", at, str(row), 0
-        if not _equal(row.extras, pixels):
+        if not equal(row.extras, pixels):
             place, pixels = at, row.extras
         if place == at:
             return save(packed(row)), place, "", row.cut
@@ -175,14 +175,6 @@ def _sizes(encode: Encode, order: np.ndarray) -> tuple[int, int]:
             continue
         return len(save(packed(row))), len(save(packed(replace(row, extras={}))))
     return 0, 0
-
-
-def _equal(ours: dict[str, Tensor], theirs: dict[str, Tensor]) -> bool:
-    """Whether two rows have the same inputs other than the text, bit for bit."""
-    return ours.keys() == theirs.keys() and all(
-        t is theirs[name] or (t.dtype == theirs[name].dtype and torch.equal(t, theirs[name]))
-        for name, t in ours.items()
-    )
 
 
 def fingerprint(

@@ -116,12 +116,16 @@ def _splits_alike(added: Mapping[int, Any], mark: int, first: int, last: int) ->
 
 def same(ours: Prompt, theirs: Prompt) -> bool:
     """Whether two prompts are equal, bit for bit."""
-    named = ((ours.aligned, theirs.aligned), (ours.extras, theirs.extras))
-    return _equal(ours.ids, theirs.ids) and all(
-        one.keys() == other.keys() and all(_equal(t, other[name]) for name, t in one.items())
-        for one, other in named
+    return (
+        equal({"ids": ours.ids}, {"ids": theirs.ids})
+        and equal(ours.aligned, theirs.aligned)
+        and equal(ours.extras, theirs.extras)
     )
 
 
-def _equal(one: Tensor, other: Tensor) -> bool:
-    return one.dtype == other.dtype and torch.equal(one, other)
+def equal(ours: Mapping[str, Tensor], theirs: Mapping[str, Tensor]) -> bool:
+    """Whether two sets of inputs have the same names and are equal, bit for bit."""
+    return ours.keys() == theirs.keys() and all(
+        t is theirs[name] or (t.dtype == theirs[name].dtype and torch.equal(t, theirs[name]))
+        for name, t in ours.items()
+    )
